@@ -1,0 +1,1 @@
+//! The daemon's HTTP face: `/metrics`, `/healthz`, `/readyz` and `/status`.

@@ -1,0 +1,1 @@
+//! Why the cache on disk cannot be used.

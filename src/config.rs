@@ -1,0 +1,505 @@
+//! The configuration file: every option, its default and its meaning. No file at all means good defaults.
+//!
+//! An unknown key is an error, with its line: a misspelt option that is silently ignored is worse than a daemon that does not
+//! start. `docs/CONFIGURATION.md` lists the same options in prose.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Deserializer, Serialize};
+
+/// Where the configuration is read from unless `--config` names another file.
+pub const DEFAULT_PATH: &str = "/etc/lazuli/config.toml";
+
+/// Everything that can be configured.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Directory of everything Lazuli keeps. The default is where kubelet's disk accounting looks on every containerd version.
+    pub root: PathBuf,
+    /// Unix socket on which containerd finds the snapshots service.
+    pub address: PathBuf,
+    /// Unix socket of containerd itself, for looking chain ids up in its content store.
+    pub containerd_address: PathBuf,
+    /// Address of `/metrics`, `/healthz`, `/readyz` and `/status`; an empty text switches them off.
+    #[serde(deserialize_with = "optional_address", serialize_with = "address_text")]
+    pub admin_address: Option<SocketAddr>,
+    /// Logs.
+    pub log: LogConfig,
+    /// Registries.
+    pub registry: RegistryConfig,
+    /// The cache on disk.
+    pub cache: CacheConfig,
+    /// Fetching.
+    pub fetch: FetchConfig,
+    /// FUSE.
+    pub fuse: FuseConfig,
+}
+
+/// Logs.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LogConfig {
+    /// `error`, `warn`, `info`, `debug`, `trace`, or a filter like `info,lazuli::fetch=debug`.
+    pub level: String,
+    /// `text` or `json`.
+    pub format: LogFormat,
+}
+
+/// Form of a log line.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// Registries.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RegistryConfig {
+    /// Directories of containerd's `hosts.toml` files, searched in order.
+    pub config_path: Vec<PathBuf>,
+    /// docker's `config.json`; by default `$DOCKER_CONFIG/config.json`, then `~/.docker/config.json`.
+    pub docker_config: Option<PathBuf>,
+    /// User names and passwords by registry host (`registry.example:5000`).
+    pub credentials: BTreeMap<String, Credential>,
+    /// Real addresses of hosts that containerd's content labels name without their port: `"127.0.0.1" = ["127.0.0.1:5000"]`.
+    pub hosts: BTreeMap<String, Vec<String>>,
+    /// Hosts spoken to with plain HTTP. Loopback addresses always are, unless a `hosts.toml` says https.
+    pub plain_http: Vec<String>,
+    /// Longest wait for a connection, in seconds.
+    #[serde(with = "seconds")]
+    pub connect_timeout: Duration,
+    /// Longest silence within an answer, in seconds. There is no limit on the whole of an answer.
+    #[serde(with = "seconds")]
+    pub idle_timeout: Duration,
+    /// Attempts at one request over all hosts, the first included.
+    pub attempts: u32,
+}
+
+/// A static user name and password.
+#[derive(Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Credential {
+    /// User name.
+    pub username: String,
+    /// Password or token.
+    #[serde(skip_serializing)]
+    pub password: String,
+}
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credential")
+            .field("username", &self.username)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The cache on disk.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CacheConfig {
+    /// Most bytes of layers kept on disk; 0 means no limit but `min_free`.
+    pub max_size: ByteSize,
+    /// Bytes of the file system that are left free.
+    pub min_free: ByteSize,
+}
+
+/// Fetching.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FetchConfig {
+    /// Largest ranged request, in bytes of the blob.
+    pub max_request: ByteSize,
+    /// Ranged requests under way at once, over all layers.
+    pub max_concurrent_requests: usize,
+    /// Layers streamed at once.
+    pub max_concurrent_streams: usize,
+    /// Memory for bytes that were downloaded and not yet written, over all streams.
+    pub stream_memory: ByteSize,
+    /// Longest time a reader waits before it gets an I/O error, in seconds.
+    #[serde(with = "seconds")]
+    pub read_deadline: Duration,
+}
+
+/// FUSE.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FuseConfig {
+    /// Threads that answer the kernel; each holds a buffer of 16 MiB of address space. 0 means one per processor, at most 8.
+    pub threads: usize,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            root: "/var/lib/containerd/io.containerd.snapshotter.v1.lazuli".into(),
+            address: "/run/lazuli/lazuli.sock".into(),
+            containerd_address: "/run/containerd/containerd.sock".into(),
+            admin_address: Some(SocketAddr::from(([127, 0, 0, 1], 8987))),
+            log: LogConfig::default(),
+            registry: RegistryConfig::default(),
+            cache: CacheConfig::default(),
+            fetch: FetchConfig::default(),
+            fuse: FuseConfig::default(),
+        }
+    }
+}
+
+impl Default for LogConfig {
+    fn default() -> Self {
+        LogConfig {
+            level: "info".to_owned(),
+            format: LogFormat::Text,
+        }
+    }
+}
+
+impl Default for RegistryConfig {
+    fn default() -> Self {
+        RegistryConfig {
+            config_path: vec!["/etc/containerd/certs.d".into(), "/etc/docker/certs.d".into()],
+            docker_config: None,
+            credentials: BTreeMap::new(),
+            hosts: BTreeMap::new(),
+            plain_http: Vec::new(),
+            connect_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(30),
+            attempts: 6,
+        }
+    }
+}
+
+impl Default for CacheConfig {
+    fn default() -> Self {
+        CacheConfig {
+            max_size: ByteSize(0),
+            min_free: ByteSize(1 << 30),
+        }
+    }
+}
+
+impl Default for FetchConfig {
+    fn default() -> Self {
+        FetchConfig {
+            max_request: ByteSize(4 << 20),
+            max_concurrent_requests: 16,
+            max_concurrent_streams: 4,
+            stream_memory: ByteSize(64 << 20),
+            read_deadline: Duration::from_secs(120),
+        }
+    }
+}
+
+impl Default for FuseConfig {
+    fn default() -> Self {
+        FuseConfig { threads: 0 }
+    }
+}
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// The file is not valid TOML, or has a key that does not exist, or a value of the wrong kind.
+    #[error("{path}: {message}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Line, column and cause.
+        message: String,
+    },
+    /// A value is not possible.
+    #[error("{key}: {problem}")]
+    Value {
+        /// The option.
+        key: &'static str,
+        /// What is wrong, and what is possible.
+        problem: String,
+    },
+}
+
+impl Config {
+    /// Reads the file at `path`, or at [`DEFAULT_PATH`] if that exists, or gives the defaults.
+    ///
+    /// # Errors
+    /// [`ConfigError`] if a named file is missing, or any file is not valid.
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let (path, required) = match path {
+            Some(path) => (path, true),
+            None => (Path::new(DEFAULT_PATH), false),
+        };
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !required => return Ok(Config::default()),
+            Err(source) => {
+                return Err(ConfigError::Read {
+                    path: path.to_owned(),
+                    source,
+                });
+            }
+        };
+        Self::parse(&text, path)
+    }
+
+    /// Parses and checks the text of a configuration file; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`ConfigError::Parse`] or [`ConfigError::Value`].
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Config = toml::from_str(text).map_err(|error| ConfigError::Parse {
+            path: path.to_owned(),
+            message: error.to_string().trim_end().to_owned(),
+        })?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks the values that have bounds.
+    ///
+    /// # Errors
+    /// [`ConfigError::Value`] names the option.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let fail = |key, problem: String| Err(ConfigError::Value { key, problem });
+        for (key, path) in [
+            ("root", &self.root),
+            ("address", &self.address),
+            ("containerd_address", &self.containerd_address),
+        ] {
+            if !path.is_absolute() {
+                return fail(key, format!("{} is not an absolute path", path.display()));
+            }
+        }
+        // overlayfs splits its options at these characters.
+        if self.root.to_string_lossy().contains([':', ',', '\\', '"']) {
+            return fail(
+                "root",
+                format!("{} may not contain any of : , \\ \"", self.root.display()),
+            );
+        }
+        // sockaddr_un holds 108 bytes with its terminator.
+        if self.address.as_os_str().len() > 107 {
+            return fail("address", "a socket path has at most 107 bytes".to_owned());
+        }
+        if tracing_subscriber::EnvFilter::try_new(&self.log.level).is_err() {
+            return fail(
+                "log.level",
+                format!("{:?} is not a log level or filter", self.log.level),
+            );
+        }
+        let bounds: [(&'static str, u64, u64, u64); 8] = [
+            (
+                "registry.connect_timeout",
+                self.registry.connect_timeout.as_secs(),
+                1,
+                3600,
+            ),
+            ("registry.idle_timeout", self.registry.idle_timeout.as_secs(), 1, 3600),
+            ("registry.attempts", self.registry.attempts.into(), 1, 100),
+            ("fetch.max_request", self.fetch.max_request.0, 64 << 10, 64 << 20),
+            (
+                "fetch.max_concurrent_requests",
+                self.fetch.max_concurrent_requests as u64,
+                1,
+                1024,
+            ),
+            (
+                "fetch.max_concurrent_streams",
+                self.fetch.max_concurrent_streams as u64,
+                1,
+                64,
+            ),
+            ("fetch.stream_memory", self.fetch.stream_memory.0, 4 << 20, 64 << 30),
+            ("fetch.read_deadline", self.fetch.read_deadline.as_secs(), 1, 86_400),
+        ];
+        for (key, value, least, most) in bounds {
+            if !(least..=most).contains(&value) {
+                return fail(key, format!("{value} is not between {least} and {most}"));
+            }
+        }
+        if self.fuse.threads > 64 {
+            return fail("fuse.threads", format!("{} is more than 64", self.fuse.threads));
+        }
+        Ok(())
+    }
+}
+
+/// A number of bytes: an integer, or a text like `"10GiB"` or `"500MB"`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(transparent)]
+pub struct ByteSize(pub u64);
+
+const UNITS: [(&str, u64); 9] = [
+    ("TiB", 1 << 40),
+    ("GiB", 1 << 30),
+    ("MiB", 1 << 20),
+    ("KiB", 1 << 10),
+    ("TB", 1_000_000_000_000),
+    ("GB", 1_000_000_000),
+    ("MB", 1_000_000),
+    ("kB", 1_000),
+    ("B", 1),
+];
+
+impl std::str::FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let text = text.trim();
+        let (number, unit) = UNITS
+            .iter()
+            .find_map(|(name, unit)| text.strip_suffix(name).map(|number| (number, *unit)))
+            .unwrap_or((text, 1));
+        let number = number.trim().parse::<u64>().ok();
+        number
+            .and_then(|number| number.checked_mul(unit))
+            .map(ByteSize)
+            .ok_or_else(|| format!("{text:?} is not a size; write a whole number and a unit, such as 512MiB or 20GB"))
+    }
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, unit) = UNITS[..4].iter().find(|(_, unit)| self.0 >= *unit).unwrap_or(&("B", 1));
+        if *unit == 1 {
+            write!(f, "{} B", self.0)
+        } else {
+            write!(f, "{:.1} {name}", self.0 as f64 / *unit as f64)
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for ByteSize {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged, expecting = "a number of bytes, or a text like \"10GiB\"")]
+        enum Form {
+            Number(u64),
+            Text(String),
+        }
+        match Form::deserialize(deserializer)? {
+            Form::Number(number) => Ok(ByteSize(number)),
+            Form::Text(text) => text.parse().map_err(serde::de::Error::custom),
+        }
+    }
+}
+
+mod seconds {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
+        u64::deserialize(deserializer).map(Duration::from_secs)
+    }
+
+    pub fn serialize<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(duration.as_secs())
+    }
+}
+
+fn optional_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    if text.is_empty() {
+        return Ok(None);
+    }
+    text.parse().map(Some).map_err(|_| {
+        serde::de::Error::custom(format!(
+            "{text:?} is not an address and port such as 127.0.0.1:8987, nor empty"
+        ))
+    })
+}
+
+fn address_text<S: serde::Serializer>(address: &Option<SocketAddr>, serializer: S) -> Result<S::Ok, S::Error> {
+    match address {
+        Some(address) => serializer.collect_str(address),
+        None => serializer.serialize_str(""),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(text, Path::new("test.toml"))
+    }
+
+    #[test]
+    fn defaults_are_valid_and_round_trip() {
+        let config = Config::default();
+        config.check().unwrap();
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(parse(&text).unwrap(), config);
+        assert_eq!(parse("").unwrap(), config);
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("512MiB", 512 << 20),
+            ("20 GB", 20_000_000_000),
+            ("7B", 7),
+            ("1TiB", 1 << 40),
+        ] {
+            assert_eq!(text.parse::<ByteSize>().unwrap().0, bytes, "{text}");
+        }
+        for text in ["", "GiB", "-1", "1.5GiB", "99999999999TiB", "10 bananas"] {
+            assert!(text.parse::<ByteSize>().is_err(), "{text}");
+        }
+        assert_eq!(
+            parse("[cache]\nmax_size = \"10GiB\"").unwrap().cache.max_size.0,
+            10 << 30
+        );
+        assert_eq!(parse("[cache]\nmax_size = 10").unwrap().cache.max_size.0, 10);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        for (text, expected) in [
+            ("rooot = \"/x\"", "rooot"),
+            ("root = \"x\"", "root: x is not an absolute path"),
+            ("root = \"/a:b\"", "root: /a:b may not contain"),
+            ("admin_address = \"localhost\"", "127.0.0.1:8987"),
+            ("[log]\nformat = \"xml\"", "xml"),
+            ("[log]\nlevel = \"a=b=c\"", "log.level"),
+            (
+                "[registry]\nattempts = 0",
+                "registry.attempts: 0 is not between 1 and 100",
+            ),
+            ("[fetch]\nmax_request = \"1GiB\"", "fetch.max_request"),
+            ("[fuse]\nthreads = 65", "fuse.threads"),
+            ("root = ", "line 1"),
+        ] {
+            let error = parse(text).unwrap_err().to_string();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn passwords_do_not_appear() {
+        let config = parse("[registry.credentials.\"r.example\"]\nusername = \"u\"\npassword = \"hunter2\"").unwrap();
+        assert!(!format!("{config:?}").contains("hunter2"));
+        assert!(!toml::to_string(&config).unwrap().contains("hunter2"));
+    }
+
+    #[test]
+    fn admin_address_can_be_switched_off() {
+        assert_eq!(parse("admin_address = \"\"").unwrap().admin_address, None);
+    }
+}

@@ -1,0 +1,41 @@
+//! The scheduler between readers and registries: one fetch per chunk however many wait for it.
+//!
+//! A [`LayerData`] is a live layer: its index and its bytes. Ready bytes are read on the caller's thread; missing ones are fetched
+//! (coalesced into requests of about a megabyte, on-demand before background), verified by `cache`, and then all waiters are
+//! answered. No waiter is ever lost: every read ends by its deadline, with bytes or with an error.
+
+use std::io;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+
+use crate::layer::{Digest, LayerIndex};
+
+pub mod error;
+
+pub use error::FetchError;
+
+/// A layer that can be read: what the faces in `fs` serve from.
+///
+/// All offsets and lengths are bytes of the layer's data space ([`crate::layer::index`]).
+pub trait LayerData: Send + Sync + 'static {
+    /// Digest of the layer's blob.
+    fn digest(&self) -> &Digest;
+
+    /// Names and attributes.
+    fn index(&self) -> &LayerIndex;
+
+    /// Fills `buf` from offset `offset` if all those bytes are in the cache (holes are zeros), without waiting for anything but the
+    /// local disk. `None`: some byte is missing, or must be verified first; ask [`LayerData::read`].
+    fn read_ready(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>>;
+
+    /// The `len` bytes at `offset`, fetched where they are missing.
+    ///
+    /// # Errors
+    /// [`FetchError`] when they cannot be had, at the latest after `deadline`.
+    fn read(&self, offset: u64, len: u32, deadline: Duration) -> BoxFuture<'static, Result<Bytes, FetchError>>;
+
+    /// Bytes of the data space that are on the local disk (for statfs and Usage).
+    fn present_bytes(&self) -> u64;
+}

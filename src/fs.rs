@@ -1,0 +1,1 @@
+//! FUSE: the session, and the faces of a layer.

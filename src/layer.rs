@@ -1,0 +1,13 @@
+//! Pure layer formats: bytes in, [`LayerIndex`] out.
+//!
+//! This room knows what the bytes of a layer mean: tar headers, gzip members, zstd frames, eStargz tables of contents, and what
+//! overlayfs makes of whiteouts. It never does I/O, never panics on any input, and never allocates more than its input (or a
+//! stated limit) justifies: everything here is fed with bytes that an image author chose.
+
+pub mod digest;
+pub mod error;
+pub mod index;
+
+pub use digest::Digest;
+pub use error::LayerError;
+pub use index::{Access, Chunk, Codec, Dirent, Ino, Inode, LayerIndex, ROOT_INO};

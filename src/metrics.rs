@@ -1,0 +1,211 @@
+//! Every metric: its name, unit and meaning. `docs/METRICS.md` lists the same.
+//!
+//! Labels have few values by construction: no digest, no image name, no path.
+
+use prometheus::{
+    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
+};
+
+/// Bounds of duration buckets, in seconds: from a local read to a deadline.
+const SECONDS: &[f64] = &[
+    0.0001, 0.0005, 0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
+];
+
+/// The daemon's metrics. One instance per process part that is tested on its own; the daemon has one.
+pub struct Metrics {
+    registry: Registry,
+    /// Snapshots RPCs answered, by `rpc` and gRPC `code`.
+    pub rpc_total: IntCounterVec,
+    /// Duration of snapshots RPCs in seconds, by `rpc`.
+    pub rpc_seconds: HistogramVec,
+    /// Layers that are live now, by `access` (`ranges`, `stream`).
+    pub layers_live: IntGaugeVec,
+    /// Layers left to containerd, by `reason` (a fixed set of words).
+    pub layers_refused_total: IntCounterVec,
+    /// FUSE requests, by `op`.
+    pub fuse_requests_total: IntCounterVec,
+    /// FUSE requests answered with an error other than ENOENT and ENODATA, by `errno`.
+    pub fuse_errors_total: IntCounterVec,
+    /// Bytes returned to readers.
+    pub read_bytes_total: IntCounter,
+    /// Reads that had to wait for a fetch: their duration in seconds.
+    pub cold_read_seconds: Histogram,
+    /// Ranged requests and streams begun, by `kind` (`demand`, `background`, `stream`).
+    pub fetches_total: IntCounterVec,
+    /// Bytes fetched from sources, by `kind`.
+    pub fetched_bytes_total: IntCounterVec,
+    /// HTTP requests to registries, by `class` of answer (`2xx` ... `5xx`, `error`).
+    pub registry_requests_total: IntCounterVec,
+    /// Requests that were repeated, by `cause` (`status`, `connection`, `cut`, `auth`, `protocol`).
+    pub registry_retries_total: IntCounterVec,
+    /// Chunks or layers whose bytes did not have the promised digest, by `origin` (`source`, `disk`).
+    pub verify_failures_total: IntCounterVec,
+    /// Bytes of layer data on disk.
+    pub cache_bytes: IntGauge,
+    /// Bytes removed from the cache to keep its budget.
+    pub cache_evicted_bytes_total: IntCounter,
+    /// Bytes that could not be cached because the disk was full.
+    pub cache_bypassed_bytes_total: IntCounter,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// All metrics at zero.
+    pub fn new() -> Self {
+        let r = Registry::new();
+        let build = gauge_vec(
+            &r,
+            "lazuli_build_info",
+            "Always 1; the version is in the label.",
+            &["version"],
+        );
+        build.with_label_values(&[env!("CARGO_PKG_VERSION")]).set(1);
+        Metrics {
+            rpc_total: counter_vec(
+                &r,
+                "lazuli_snapshots_requests_total",
+                "Snapshots RPCs answered.",
+                &["rpc", "code"],
+            ),
+            rpc_seconds: histogram_vec(
+                &r,
+                "lazuli_snapshots_request_seconds",
+                "Duration of snapshots RPCs in seconds.",
+                &["rpc"],
+            ),
+            layers_live: gauge_vec(&r, "lazuli_layers_live", "Layers that are live now.", &["access"]),
+            layers_refused_total: counter_vec(
+                &r,
+                "lazuli_layers_refused_total",
+                "Layers left to containerd.",
+                &["reason"],
+            ),
+            fuse_requests_total: counter_vec(&r, "lazuli_fuse_requests_total", "FUSE requests.", &["op"]),
+            fuse_errors_total: counter_vec(
+                &r,
+                "lazuli_fuse_errors_total",
+                "FUSE requests answered with an error other than ENOENT and ENODATA.",
+                &["errno"],
+            ),
+            read_bytes_total: counter(&r, "lazuli_read_bytes_total", "Bytes returned to readers."),
+            cold_read_seconds: histogram(
+                &r,
+                "lazuli_cold_read_seconds",
+                "Duration in seconds of reads that had to wait for a fetch.",
+            ),
+            fetches_total: counter_vec(
+                &r,
+                "lazuli_fetches_total",
+                "Ranged requests and streams begun.",
+                &["kind"],
+            ),
+            fetched_bytes_total: counter_vec(
+                &r,
+                "lazuli_fetched_bytes_total",
+                "Bytes fetched from sources.",
+                &["kind"],
+            ),
+            registry_requests_total: counter_vec(
+                &r,
+                "lazuli_registry_requests_total",
+                "HTTP requests to registries, by class of answer.",
+                &["class"],
+            ),
+            registry_retries_total: counter_vec(
+                &r,
+                "lazuli_registry_retries_total",
+                "Requests to registries that were repeated.",
+                &["cause"],
+            ),
+            verify_failures_total: counter_vec(
+                &r,
+                "lazuli_verify_failures_total",
+                "Chunks or layers whose bytes did not have the promised digest.",
+                &["origin"],
+            ),
+            cache_bytes: gauge(&r, "lazuli_cache_bytes", "Bytes of layer data on disk."),
+            cache_evicted_bytes_total: counter(
+                &r,
+                "lazuli_cache_evicted_bytes_total",
+                "Bytes removed from the cache to keep its budget.",
+            ),
+            cache_bypassed_bytes_total: counter(
+                &r,
+                "lazuli_cache_bypassed_bytes_total",
+                "Bytes that could not be cached because the disk was full.",
+            ),
+            registry: r,
+        }
+    }
+
+    /// The metrics in Prometheus' text form.
+    pub fn text(&self) -> String {
+        let mut out = Vec::new();
+        // Encoding into memory fails only for a metric family without a name, which `Registry::register` refuses.
+        let _ = TextEncoder::new().encode(&self.registry.gather(), &mut out);
+        String::from_utf8_lossy(&out).into_owned()
+    }
+}
+
+/// Registers a collector whose name and labels are constants of this file; a mistake in them fails every test.
+fn register<C: prometheus::core::Collector + Clone + 'static>(r: &Registry, c: prometheus::Result<C>) -> C {
+    let c = c.expect("metric names and labels in this file are valid");
+    r.register(Box::new(c.clone()))
+        .expect("metric names in this file are unique");
+    c
+}
+
+fn counter(r: &Registry, name: &str, help: &str) -> IntCounter {
+    register(r, IntCounter::new(name, help))
+}
+
+fn counter_vec(r: &Registry, name: &str, help: &str, labels: &[&str]) -> IntCounterVec {
+    register(r, IntCounterVec::new(Opts::new(name, help), labels))
+}
+
+fn gauge(r: &Registry, name: &str, help: &str) -> IntGauge {
+    register(r, IntGauge::new(name, help))
+}
+
+fn gauge_vec(r: &Registry, name: &str, help: &str, labels: &[&str]) -> IntGaugeVec {
+    register(r, IntGaugeVec::new(Opts::new(name, help), labels))
+}
+
+fn histogram(r: &Registry, name: &str, help: &str) -> Histogram {
+    register(
+        r,
+        Histogram::with_opts(HistogramOpts::new(name, help).buckets(SECONDS.to_vec())),
+    )
+}
+
+fn histogram_vec(r: &Registry, name: &str, help: &str, labels: &[&str]) -> HistogramVec {
+    register(
+        r,
+        HistogramVec::new(HistogramOpts::new(name, help).buckets(SECONDS.to_vec()), labels),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_names_what_was_counted() {
+        let metrics = Metrics::new();
+        metrics.rpc_total.with_label_values(&["Prepare", "AlreadyExists"]).inc();
+        metrics.cold_read_seconds.observe(0.02);
+        let text = metrics.text();
+        assert!(
+            text.contains(r#"lazuli_snapshots_requests_total{code="AlreadyExists",rpc="Prepare"} 1"#),
+            "{text}"
+        );
+        assert!(text.contains("lazuli_cold_read_seconds_count 1"), "{text}");
+        assert!(text.contains("lazuli_build_info"), "{text}");
+    }
+}

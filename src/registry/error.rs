@@ -1,0 +1,96 @@
+//! What can go wrong between Lazuli and a source of blobs.
+
+use std::time::Duration;
+
+/// An error of a registry or an OCI layout. It names the host or the path; it never holds credentials.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum RegistryError {
+    /// The reference cannot be parsed.
+    #[error("{reference:?} is not an image reference: {what}")]
+    InvalidReference {
+        /// The text given.
+        reference: String,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// The host or path could not be reached, or the connection broke.
+    #[error("cannot reach {host}: {what}")]
+    Unreachable {
+        /// Host and port, or path.
+        host: String,
+        /// The cause.
+        what: String,
+    },
+    /// Authentication is missing or was refused.
+    #[error("{host} refuses access to {what} (HTTP {status}); check the credentials for this registry")]
+    Denied {
+        /// Host and port.
+        host: String,
+        /// What was asked for.
+        what: String,
+        /// 401 or 403.
+        status: u16,
+    },
+    /// There is no such manifest or blob.
+    #[error("{host} has no {what}")]
+    NotFound {
+        /// Host and port, or path.
+        host: String,
+        /// What was asked for.
+        what: String,
+    },
+    /// The registry asks to be left alone for a while.
+    #[error("{host} asks to wait before {what} is requested again (HTTP {status})")]
+    Busy {
+        /// Host and port.
+        host: String,
+        /// What was asked for.
+        what: String,
+        /// 429 or 503.
+        status: u16,
+        /// How long, if it said so.
+        retry_after: Option<Duration>,
+    },
+    /// Any other answer that is not a success.
+    #[error("{host} answers {status} to {what}")]
+    Status {
+        /// Host and port.
+        host: String,
+        /// What was asked for.
+        what: String,
+        /// HTTP status.
+        status: u16,
+    },
+    /// The answer is not what the protocol promises: a wrong Content-Range, a body too short or too long, a bad digest.
+    #[error("{host} sent a wrong answer to {what}: {problem}")]
+    Protocol {
+        /// Host and port, or path.
+        host: String,
+        /// What was asked for.
+        what: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A configuration file (hosts.toml, config.json, a certificate) cannot be used.
+    #[error("{path}: {problem}")]
+    Config {
+        /// The file.
+        path: String,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
+}
+
+impl RegistryError {
+    /// Whether the same request may succeed later or elsewhere.
+    pub fn retry_helps(&self) -> bool {
+        match self {
+            RegistryError::Unreachable { .. } | RegistryError::Busy { .. } | RegistryError::Protocol { .. } => true,
+            RegistryError::Status { status, .. } => *status >= 500,
+            RegistryError::InvalidReference { .. }
+            | RegistryError::Denied { .. }
+            | RegistryError::NotFound { .. }
+            | RegistryError::Config { .. } => false,
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! containerd's face: the snapshots gRPC service.

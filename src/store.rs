@@ -1,0 +1,1 @@
+//! The metadata database (redb): snapshots, layers, images.

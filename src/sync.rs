@@ -1,0 +1,1 @@
+//! Small concurrency tools that several rooms share.

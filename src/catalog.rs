@@ -1,12 +1,48 @@
 //! Which layers are live: from the labels or chain id of a pull to an image, its layers, their indexes and their place in the FUSE
 //! tree; brought back at start, released when no snapshot needs them. It never blocks a reader.
+//!
+//! # A pull
+//! containerd asks for layers one after the other, lowest first. The first question makes the whole image known ([`images`]), and
+//! all its layers are loaded at once, side by side ([`loader`]): one task per layer, which every later question for that layer
+//! joins. A layer that is loaded gets a *slot*, its directory in the FUSE tree, for ever the same number for the same digest.
+//!
+//! # A restart
+//! The database knows every layer that a committed snapshot refers to. Those whose index is in the cache are live again before the
+//! daemon says it is ready, without a question to the network; the others are loaded again in the background.
+//!
+//! # Release
+//! [`Layers::retain`] names the layers that snapshots refer to. Any other is taken out of the FUSE tree, unless it was loaded just
+//! now: its snapshot may be about to be committed. Its bytes stay in the cache until the budget needs the room.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
 
-use futures::future::BoxFuture;
+use futures::FutureExt;
+use futures::future::{BoxFuture, Shared};
 
-use crate::layer::Digest;
+use crate::fetch::{Layer, LayerData};
+use crate::fs::Session;
+use crate::layer::{Access, Digest};
+use crate::metrics::Metrics;
+use crate::registry::{Blob, Registry};
+use crate::store::{ImageLayer, ImageRecord, LayerRecord, LayerSource, Store, StoreError};
+
+pub mod containerd;
+pub mod images;
+pub mod loader;
+pub mod sources;
+pub mod status;
+
+use containerd::Containerd;
+use images::{ImagePlan, Images};
+use loader::{LayerSpec, Loader, Refusal};
+use sources::Failover;
+
+/// How long a layer stays live without a snapshot that refers to it. A pull loads all layers of an image at once and commits them
+/// one by one, each after those below it; a slow layer may hold up the ones above for minutes.
+const GRACE: Duration = Duration::from_secs(900);
 
 /// A layer that containerd asks for: one `Prepare` with `containerd.io/snapshot.ref`.
 #[derive(Debug, Clone)]
@@ -28,7 +64,7 @@ pub enum Resolution {
     Refused(String),
 }
 
-/// What `snapshots` needs to know of layers. (`catalog::Catalog` implements it; tests use a fake.)
+/// What `snapshots` needs to know of layers. ([`Catalog`] implements it; tests use a fake.)
 pub trait Layers: Send + Sync + 'static {
     /// Makes the layer live if it can be, waiting for its index (and for its bytes, where it has to be streamed). The layer stays
     /// live at least until the next [`Layers::retain`] that does not name it.
@@ -42,4 +78,477 @@ pub trait Layers: Send + Sync + 'static {
 
     /// Tells which layers committed snapshots refer to; all others may be released. Called after removals, and at start.
     fn retain(&self, layers: Vec<Digest>) -> BoxFuture<'_, ()>;
+}
+
+/// A layer that is being loaded; everybody who needs it waits for the same task.
+type Flight = Shared<BoxFuture<'static, Result<(), Refusal>>>;
+
+struct Live {
+    slot: u32,
+    layer: Arc<Layer>,
+    format: String,
+    /// When a pull last asked for it.
+    wanted: Instant,
+}
+
+/// All live layers of this daemon.
+pub struct Catalog {
+    images: Images,
+    loader: Loader,
+    registry: Arc<Registry>,
+    session: Session,
+    store: Arc<Store>,
+    metrics: Arc<Metrics>,
+    root: PathBuf,
+    cache_max_bytes: u64,
+    live: RwLock<HashMap<Digest, Live>>,
+    flights: Mutex<HashMap<Digest, Flight>>,
+}
+
+/// What a [`Catalog`] is made of.
+pub struct Parts {
+    /// containerd, to look chain ids up in.
+    pub containerd: Containerd,
+    /// Registries.
+    pub registry: Arc<Registry>,
+    /// The loader with its cache and fetcher.
+    pub loader: Loader,
+    /// The FUSE session.
+    pub session: Session,
+    /// The database.
+    pub store: Arc<Store>,
+    /// Metrics.
+    pub metrics: Arc<Metrics>,
+    /// The daemon's root directory, for the status document.
+    pub root: PathBuf,
+    /// The cache's budget, for the status document.
+    pub cache_max_bytes: u64,
+}
+
+impl Catalog {
+    /// A catalog in which nothing is live yet.
+    pub fn new(parts: Parts) -> Arc<Self> {
+        let Parts {
+            containerd,
+            registry,
+            loader,
+            session,
+            store,
+            metrics,
+            root,
+            cache_max_bytes,
+        } = parts;
+        Arc::new(Catalog {
+            images: Images::new(containerd, Arc::clone(&registry)),
+            loader,
+            registry,
+            session,
+            store,
+            metrics,
+            root,
+            cache_max_bytes,
+            live: RwLock::default(),
+            flights: Mutex::default(),
+        })
+    }
+
+    /// Brings back the layers that committed snapshots refer to. Those whose index is stored are live when this returns; the
+    /// others are loaded again in the background, for which the network is needed.
+    ///
+    /// # Errors
+    /// [`StoreError`] when the database cannot be read.
+    pub async fn restore(self: &Arc<Self>, referenced: &[Digest]) -> Result<(), StoreError> {
+        let referenced: HashSet<_> = referenced.iter().collect();
+        let records = self.store.layers()?;
+        let (mut restored, mut missing) = (0_usize, 0_usize);
+        for record in records.into_iter().filter(|record| referenced.contains(&record.digest)) {
+            let spec = spec_of(&record);
+            let Some(blob) = self.blob(&spec, &record.sources) else {
+                tracing::error!(layer = %record.digest, "no source is recorded; pull its image again");
+                continue;
+            };
+            match self.loader.stored(&spec, Arc::clone(&blob)) {
+                Ok(Some(layer)) => {
+                    self.attach(&spec, record.slot, layer);
+                    restored += 1;
+                }
+                Ok(None) => {
+                    missing += 1;
+                    tracing::warn!(layer = %record.digest, "its index is not in the cache, will be loaded again");
+                    self.begin(spec, record.sources, record.images);
+                }
+                Err(refusal) => tracing::error!(layer = %record.digest, reason = %refusal, "cannot be brought back"),
+            }
+        }
+        tracing::info!(restored, missing, "layers of committed snapshots are back");
+        Ok(())
+    }
+
+    /// The status document as JSON.
+    pub fn status_json(&self) -> String {
+        // Serialising plain structs with text keys cannot fail.
+        serde_json::to_string_pretty(&self.status()).unwrap_or_default()
+    }
+
+    /// The status document.
+    pub fn status(&self) -> status::Status {
+        let mut layers: Vec<_> = self
+            .read_live()
+            .iter()
+            .map(|(digest, live)| layer_status(digest, live))
+            .collect();
+        layers.sort_by(|a, b| a.digest.cmp(&b.digest));
+        let images = self.store.images().unwrap_or_else(|error| {
+            tracing::error!(%error, "images cannot be listed");
+            Vec::new()
+        });
+        let is_live = |digest: &str| layers.iter().any(|layer| layer.digest == digest);
+        let images = images.into_iter().map(|image| image_status(image, is_live)).collect();
+        let loading = self.loader.fetcher().streams().into_iter();
+        let loading = loading.map(|(digest, received_bytes, blob_bytes)| status::LoadingStatus {
+            digest: digest.to_string(),
+            blob_bytes,
+            received_bytes,
+        });
+        status::Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            root: self.root.display().to_string(),
+            cache_bytes: self.loader.cache().bytes(),
+            cache_max_bytes: self.cache_max_bytes,
+            images,
+            loading: loading.collect(),
+            layers,
+        }
+    }
+
+    /// Ends everything: waiters get errors, the cache is marked clean, the FUSE mount is taken away.
+    pub fn close(&self) {
+        for (_, live) in self.write_live().drain() {
+            live.layer.close();
+        }
+        self.loader.cache().close();
+        self.session.unmount();
+    }
+
+    async fn resolve_layer(self: Arc<Self>, request: LayerRequest) -> Result<Digest, Refusal> {
+        let plan = self.images.find(&request).await?;
+        let Some(planned) = plan.layer(&request.chain_id) else {
+            let (manifest, chain_id) = (plan.manifest, &request.chain_id);
+            return Err(Refusal::unresolved(
+                format!("manifest {manifest} has no layer with chain id {chain_id}"),
+                false,
+            ));
+        };
+        let digest = planned.spec.digest;
+        let flights = self.begin_image(&plan);
+        let result = match flights.get(&digest) {
+            Some(flight) => flight.clone().await,
+            // Already live: `begin_image` starts flights for all others.
+            None => Ok(()),
+        };
+        if let Err(error) = self.record_image(&plan, &digest, result.as_ref().err()) {
+            tracing::error!(%error, manifest = %plan.manifest, "what became of the image cannot be recorded");
+        }
+        result.map(|()| digest)
+    }
+
+    /// Begins to load every layer of an image that is not live, and gives the tasks of those that are being loaded.
+    fn begin_image(self: &Arc<Self>, plan: &ImagePlan) -> HashMap<Digest, Flight> {
+        let mut flights = HashMap::new();
+        for planned in plan.layers.iter() {
+            let digest = planned.spec.digest;
+            if let Some(live) = self.write_live().get_mut(&digest) {
+                live.wanted = Instant::now();
+                if let Some(blob) = self.blob(&planned.spec, &plan.sources) {
+                    live.layer.set_blob(blob);
+                }
+                continue;
+            }
+            let names = plan.name.iter().cloned().collect();
+            flights.insert(digest, self.begin(planned.spec.clone(), plan.sources.clone(), names));
+        }
+        flights
+    }
+
+    /// Begins to load a layer, or joins the task that does.
+    fn begin(self: &Arc<Self>, spec: LayerSpec, sources: Vec<LayerSource>, names: Vec<String>) -> Flight {
+        let mut flights = self.lock_flights();
+        if let Some(flight) = flights.get(&spec.digest) {
+            return flight.clone();
+        }
+        // A task that has just ended has made its layer live before it left the list of flights.
+        if self.read_live().contains_key(&spec.digest) {
+            return futures::future::ready(Ok(())).boxed().shared();
+        }
+        let digest = spec.digest;
+        let catalog = Arc::clone(self);
+        let task = tokio::spawn(async move {
+            let result = catalog.load(&spec, sources, names).await;
+            // Success is found in `live` from now on, and a failure may be tried again by the next pull.
+            catalog.lock_flights().remove(&digest);
+            if let Err(refusal) = &result {
+                catalog
+                    .metrics
+                    .layers_refused_total
+                    .with_label_values(&[refusal.word])
+                    .inc();
+                tracing::warn!(layer = %digest, reason = %refusal, "not served by Lazuli");
+            }
+            result
+        });
+        let flight = async move {
+            task.await.unwrap_or_else(|_| {
+                Err(Refusal {
+                    word: "closed",
+                    text: "loading it was interrupted".to_owned(),
+                    retry_helps: true,
+                })
+            })
+        };
+        let flight = flight.boxed().shared();
+        flights.insert(digest, flight.clone());
+        flight
+    }
+
+    async fn load(&self, spec: &LayerSpec, sources: Vec<LayerSource>, images: Vec<String>) -> Result<(), Refusal> {
+        let began = Instant::now();
+        let blob = self
+            .blob(spec, &sources)
+            .ok_or_else(|| Refusal::unresolved("no source is known", false))?;
+        let layer = self.loader.load(spec, blob).await?;
+        let slot = self
+            .store
+            .allocate_slot(&spec.digest)
+            .map_err(|error| of_store(&error))?;
+        let record = LayerRecord {
+            digest: spec.digest,
+            diff_id: spec.diff_id,
+            media_type: spec.media_type.clone(),
+            size: spec.size,
+            annotations: spec.annotations.clone(),
+            slot,
+            sources,
+            images,
+        };
+        self.store.put_layer(&record).map_err(|error| of_store(&error))?;
+        let format = self.attach(spec, slot, layer);
+        let seconds = began.elapsed().as_secs_f64();
+        tracing::info!(layer = %spec.digest, format, bytes = spec.size, seconds, "layer is live");
+        Ok(())
+    }
+
+    /// Puts a layer into the FUSE tree and the list of live layers.
+    fn attach(&self, spec: &LayerSpec, slot: u32, layer: Arc<Layer>) -> String {
+        let format = loader::format_name(spec, layer.index());
+        layer.pin();
+        self.session.attach(slot, Arc::clone(&layer) as Arc<dyn LayerData>);
+        let access = access_label(layer.index().access());
+        let live = Live {
+            slot,
+            layer,
+            format: format.clone(),
+            wanted: Instant::now(),
+        };
+        if self.write_live().insert(spec.digest, live).is_none() {
+            self.metrics.layers_live.with_label_values(&[access]).inc();
+        }
+        format
+    }
+
+    /// A handle on the blob at all its sources. Asks nobody yet.
+    fn blob(&self, spec: &LayerSpec, sources: &[LayerSource]) -> Option<Arc<dyn Blob>> {
+        let at = |source: &LayerSource| {
+            self.registry
+                .repository(&source.host, &source.repository)
+                .blob(spec.digest, spec.size)
+        };
+        Failover::over(sources.iter().map(at).collect())
+    }
+
+    fn record_image(&self, plan: &ImagePlan, digest: &Digest, refusal: Option<&Refusal>) -> Result<(), StoreError> {
+        let mut record = match self.store.image(&plan.manifest)? {
+            Some(record) => record,
+            None => new_image_record(plan),
+        };
+        if let Some(name) = &plan.name
+            && !record.names.contains(name)
+        {
+            record.names.push(name.clone());
+        }
+        let text = digest.to_string();
+        for layer in record.layers.iter_mut().filter(|layer| layer.digest == text) {
+            layer.live = refusal.is_none();
+            layer.refused = refusal.map(|refusal| refusal.text.clone());
+        }
+        self.store.put_image(&record)
+    }
+
+    fn release(&self, keep: &HashSet<Digest>) {
+        let released: Vec<(Digest, Live)> = self
+            .write_live()
+            .extract_if(|digest, live| !keep.contains(digest) && live.wanted.elapsed() > GRACE)
+            .collect();
+        for (digest, live) in released {
+            self.session.detach(live.slot);
+            live.layer.close();
+            let access = access_label(live.layer.index().access());
+            self.metrics.layers_live.with_label_values(&[access]).dec();
+            tracing::info!(layer = %digest, "layer is released; its bytes stay in the cache while there is room");
+        }
+    }
+
+    /// Forgets images none of whose layers is referred to any more.
+    fn forget_images(&self, keep: &HashSet<Digest>) -> Result<(), StoreError> {
+        let kept = |layer: &ImageLayer| layer.digest.parse().is_ok_and(|digest| keep.contains(&digest));
+        for image in self.store.images()? {
+            let young = image
+                .layers
+                .iter()
+                .any(|layer| layer.digest.parse().is_ok_and(|d| self.read_live().contains_key(&d)));
+            if !young && !image.layers.iter().any(kept) {
+                self.store.remove_image(&image.manifest)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read_live(&self) -> RwLockReadGuard<'_, HashMap<Digest, Live>> {
+        self.live.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_live(&self) -> RwLockWriteGuard<'_, HashMap<Digest, Live>> {
+        self.live.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_flights(&self) -> MutexGuard<'_, HashMap<Digest, Flight>> {
+        self.flights.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The catalog as `snapshots` sees it: a handle that can start tasks of its own.
+pub struct Handle(pub Arc<Catalog>);
+
+impl Layers for Handle {
+    fn resolve(&self, request: LayerRequest) -> BoxFuture<'_, Resolution> {
+        let catalog = Arc::clone(&self.0);
+        async move {
+            match catalog.resolve_layer(request).await {
+                Ok(digest) => Resolution::Live(digest),
+                Err(refusal) => Resolution::Refused(refusal.text),
+            }
+        }
+        .boxed()
+    }
+
+    fn path(&self, layer: &Digest) -> Option<PathBuf> {
+        self.0.read_live().get(layer).map(|live| self.0.session.path(live.slot))
+    }
+
+    fn usage(&self, layer: &Digest) -> Option<(u64, u64)> {
+        let live = self.0.read_live();
+        let layer = &live.get(layer)?.layer;
+        Some((layer.present_bytes(), layer.index().inodes().len() as u64))
+    }
+
+    fn retain(&self, layers: Vec<Digest>) -> BoxFuture<'_, ()> {
+        let catalog = Arc::clone(&self.0);
+        async move {
+            let done = tokio::task::spawn_blocking(move || {
+                let keep: HashSet<Digest> = layers.into_iter().collect();
+                catalog.release(&keep);
+                catalog.forget_images(&keep)
+            });
+            match done.await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::error!(%error, "images cannot be forgotten"),
+                Err(error) => tracing::error!(%error, "releasing layers was interrupted"),
+            }
+        }
+        .boxed()
+    }
+}
+
+fn access_label(access: Access) -> &'static str {
+    match access {
+        Access::Ranges => "ranges",
+        Access::Stream => "stream",
+    }
+}
+
+fn spec_of(record: &LayerRecord) -> LayerSpec {
+    LayerSpec {
+        digest: record.digest,
+        size: record.size,
+        media_type: record.media_type.clone(),
+        annotations: record.annotations.clone(),
+        foreign: false,
+        diff_id: record.diff_id,
+    }
+}
+
+fn new_image_record(plan: &ImagePlan) -> ImageRecord {
+    let source = plan.sources.first();
+    ImageRecord {
+        manifest: plan.manifest,
+        namespace: plan.namespace.clone(),
+        names: Vec::new(),
+        host: source.map(|s| s.host.clone()).unwrap_or_default(),
+        repository: source.map(|s| s.repository.clone()).unwrap_or_default(),
+        layers: plan
+            .layers
+            .iter()
+            .map(|layer| ImageLayer {
+                digest: layer.spec.digest.to_string(),
+                size: layer.spec.size,
+                media_type: layer.spec.media_type.clone(),
+                diff_id: layer.spec.diff_id.map(|id| id.to_string()).unwrap_or_default(),
+                chain_id: layer.chain_id.clone(),
+                live: false,
+                format: None,
+                refused: None,
+            })
+            .collect(),
+    }
+}
+
+fn layer_status(digest: &Digest, live: &Live) -> status::LayerStatus {
+    let index = live.layer.index();
+    let counters = live.layer.counters();
+    status::LayerStatus {
+        digest: digest.to_string(),
+        format: live.format.clone(),
+        lazy: index.access() == Access::Ranges,
+        blob_bytes: index.blob_size(),
+        total_bytes: index.stored_size(),
+        present_bytes: live.layer.present_bytes(),
+        requests: counters.requests,
+        fetched_bytes: counters.bytes,
+    }
+}
+
+fn image_status(image: ImageRecord, is_live: impl Fn(&str) -> bool) -> status::ImageStatus {
+    let name = image
+        .names
+        .first()
+        .cloned()
+        .unwrap_or_else(|| format!("{}/{}", image.host, image.repository));
+    let layers = image.layers.into_iter().map(|layer| status::ImageLayerStatus {
+        live: is_live(&layer.digest),
+        digest: layer.digest,
+        refused: layer.refused,
+    });
+    status::ImageStatus {
+        name,
+        namespace: image.namespace,
+        manifest: image.manifest.to_string(),
+        layers: layers.collect(),
+    }
+}
+
+fn of_store(error: &StoreError) -> Refusal {
+    Refusal {
+        word: "disk",
+        text: error.to_string(),
+        retry_helps: true,
+    }
 }

@@ -1,8 +1,219 @@
-//! The command line.
+//! The command line: what can be asked for, and what comes back: text on standard output, one readable message on standard error,
+//! and an exit code that means something.
+//!
+//! | code | meaning |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | it failed; the message says what, why, and what can be done |
+//! | 2 | the command line or the configuration is wrong |
+//! | 3 | a service that is needed (the daemon, containerd, the registry) cannot be reached |
 
+use std::path::PathBuf;
 use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::catalog::containerd::ContainerdError;
+use crate::config::{Config, ConfigError};
+use crate::registry::RegistryError;
+
+mod mount;
+mod pull;
+mod status;
+
+/// Exit code of a failure.
+const FAILED: u8 = 1;
+/// Exit code of a mistake in the command line (as clap's own) or the configuration.
+const USAGE: u8 = 2;
+/// Exit code when a needed service cannot be reached.
+const UNREACHABLE: u8 = 3;
+
+/// Starts containers before their images are pulled: a lazy-pull remote snapshotter for containerd.
+#[derive(Parser)]
+#[command(
+    name = "lazuli",
+    version,
+    after_help = "Exit codes: 0 done; 1 failed; 2 wrong command line or configuration; 3 a needed service cannot be reached."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the daemon: serve containerd's snapshots API on a unix socket, and image layers through FUSE.
+    ///
+    /// Needs root, /dev/fuse and overlayfs. Tells systemd when it is ready, and ends cleanly on SIGTERM or SIGINT. containerd finds
+    /// it through a [proxy_plugins.lazuli] entry; `deploy/containerd/` has examples for every version.
+    Serve(ServeArgs),
+    /// Pull an image into containerd lazily: only manifests, configurations and layer indexes are downloaded.
+    ///
+    /// Works with every containerd from 1.6 on. (From 2.0.1 on, plain `CONTAINERD_SNAPSHOTTER=lazuli ctr images pull REF` does the
+    /// same.) At the end it lists which layers are lazy, and why the others are not.
+    Pull(PullArgs),
+    /// Show an image as a read-only directory tree, without containerd, until interrupted.
+    ///
+    /// SOURCE is an image reference (registry.example/repo:tag) or an OCI layout on disk (oci:DIRECTORY[:TAG]).
+    Mount(MountArgs),
+    /// Ask the daemon what it serves: images, layers, their formats, and how much of them is on this machine.
+    Status(StatusArgs),
+    /// Check the configuration file, and print the configuration that results (without passwords).
+    CheckConfig(ConfigArgs),
+}
+
+/// Where the configuration comes from.
+#[derive(Args, Clone, Default)]
+struct ConfigArgs {
+    /// Configuration file [default: /etc/lazuli/config.toml, if it exists]
+    #[arg(long, short, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl ConfigArgs {
+    fn load(&self) -> Result<Config, ConfigError> {
+        Config::load(self.config.as_deref())
+    }
+}
+
+#[derive(Args)]
+struct ServeArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Directory of everything Lazuli keeps (overrides `root`)
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// Unix socket to serve on (overrides `address`)
+    #[arg(long, value_name = "SOCKET")]
+    address: Option<PathBuf>,
+    /// Unix socket of containerd (overrides `containerd_address`)
+    #[arg(long, value_name = "SOCKET")]
+    containerd_address: Option<PathBuf>,
+    /// Log level or filter, such as debug or info,lazuli::fetch=debug (overrides `log.level`)
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
+}
+
+#[derive(Args)]
+struct PullArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Image to pull, such as registry.example/repo:tag
+    #[arg(value_name = "REF")]
+    reference: String,
+    /// containerd namespace
+    #[arg(long, short, env = "CONTAINERD_NAMESPACE", default_value = "default")]
+    namespace: String,
+    /// Unix socket of containerd (overrides `containerd_address`)
+    #[arg(long, value_name = "SOCKET")]
+    containerd_address: Option<PathBuf>,
+    /// Name under which containerd knows Lazuli
+    #[arg(long, value_name = "NAME", default_value = "lazuli")]
+    snapshotter: String,
+    /// No progress bar
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+#[derive(Args)]
+struct MountArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// registry.example/repo:tag or oci:DIRECTORY[:TAG]
+    source: String,
+    /// An existing directory
+    mountpoint: PathBuf,
+    /// Keep what is fetched in this directory for the next time [default: a temporary one, removed at the end]
+    #[arg(long, value_name = "DIR")]
+    cache: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct StatusArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Unix socket of the daemon (overrides `address`)
+    #[arg(long, value_name = "SOCKET")]
+    address: Option<PathBuf>,
+    /// Print the whole document as JSON
+    #[arg(long)]
+    json: bool,
+}
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
-    ExitCode::SUCCESS
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lazuli: {error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
+        Command::Serve(args) => {
+            let mut config = args.config.load()?;
+            config.root = args.root.unwrap_or(config.root);
+            config.address = args.address.unwrap_or(config.address);
+            config.containerd_address = args.containerd_address.unwrap_or(config.containerd_address);
+            config.log.level = args.log_level.unwrap_or(config.log.level);
+            config.check()?;
+            Ok(crate::daemon::serve(config)?)
+        }
+        Command::Pull(args) => pull::run(args),
+        Command::Mount(args) => mount::run(args),
+        Command::Status(args) => status::run(&args),
+        Command::CheckConfig(args) => {
+            let config = args.load()?;
+            print!("{}", toml::to_string(&config)?);
+            Ok(())
+        }
+    }
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    for cause in error.chain() {
+        if cause.is::<ConfigError>() {
+            return USAGE;
+        }
+        if matches!(cause.downcast_ref(), Some(ContainerdError::Unreachable { .. }))
+            || matches!(cause.downcast_ref(), Some(RegistryError::Unreachable { .. }))
+        {
+            return UNREACHABLE;
+        }
+        if matches!(cause.downcast_ref(), Some(RegistryError::InvalidReference { .. })) {
+            return USAGE;
+        }
+    }
+    FAILED
+}
+
+/// A runtime for the commands that are clients: one thread is enough.
+fn client_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn exit_codes_tell_the_kind_of_failure() {
+        let config = Config::parse("nonsense = 1", std::path::Path::new("x")).unwrap_err();
+        assert_eq!(exit_code(&anyhow::Error::from(config)), USAGE);
+        let gone = ContainerdError::Unreachable {
+            address: "/x".into(),
+            what: "no such file".into(),
+        };
+        assert_eq!(exit_code(&anyhow::Error::from(gone).context("pulling")), UNREACHABLE);
+        assert_eq!(exit_code(&anyhow::anyhow!("other")), FAILED);
+    }
 }

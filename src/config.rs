@@ -291,9 +291,9 @@ impl Config {
                 format!("{} may not contain any of : , \\ \"", self.root.display()),
             );
         }
-        // sockaddr_un holds 108 bytes with its terminator.
-        if self.address.as_os_str().len() > 107 {
-            return fail("address", "a socket path has at most 107 bytes".to_owned());
+        // sockaddr_un holds 108 bytes with its terminator, and the socket is made under a name that is one byte longer.
+        if self.address.as_os_str().len() > 106 {
+            return fail("address", "a socket path has at most 106 bytes".to_owned());
         }
         if tracing_subscriber::EnvFilter::try_new(&self.log.level).is_err() {
             return fail(

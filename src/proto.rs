@@ -42,3 +42,8 @@ pub mod containerd {
 
 pub use containerd::services::{content, diff, images, leases, snapshots, version};
 pub use containerd::types;
+
+/// Lazuli's own control service.
+pub mod control {
+    tonic::include_proto!("lazuli.v1");
+}

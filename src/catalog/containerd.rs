@@ -1,0 +1,310 @@
+//! A small client of containerd's own API: reading manifests and configs out of its content store, and (for `lazuli pull`)
+//! writing images into it.
+//!
+//! The connection is made when it is first needed and again after containerd restarts. Every call has a deadline. Only read calls
+//! may be made while containerd waits for an answer of ours: Commit and Update run inside containerd's write transaction.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::metadata::{Ascii, MetadataValue};
+use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Code, Request, Status};
+
+use crate::layer::Digest;
+use crate::proto::content::v1 as content;
+use crate::proto::content::v1::content_client::ContentClient;
+use crate::proto::images::v1 as images;
+use crate::proto::images::v1::images_client::ImagesClient;
+use crate::proto::version::v1::version_client::VersionClient;
+
+/// Longest wait for one answer of containerd. Its own bolt transactions take milliseconds; a node under heavy load, seconds.
+const CALL_DEADLINE: Duration = Duration::from_secs(20);
+/// Longest wait for the socket.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// Largest message, both ways: what containerd itself allows.
+pub const MAX_MESSAGE: usize = 16 << 20;
+/// Largest manifest or config that is read, in bytes: what containerd itself accepts from a registry.
+const MAX_DOCUMENT: u64 = 8 << 20;
+/// Largest part of a blob in one write message, in bytes.
+const WRITE_PIECE: usize = 1 << 20;
+
+/// Header that names the namespace of a call.
+pub const NAMESPACE_HEADER: &str = "containerd-namespace";
+/// Header that names the lease of a call.
+pub const LEASE_HEADER: &str = "containerd-lease";
+/// Label of a manifest that names its config; it tells image manifests from everything else in a content store.
+pub const CONFIG_LABEL: &str = "containerd.io/gc.ref.content.config";
+/// Prefix of the labels that say where content came from; a host name without its port follows, the value lists repositories.
+pub const SOURCE_LABEL: &str = "containerd.io/distribution.source.";
+
+/// A call to containerd that failed.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ContainerdError {
+    /// containerd cannot be reached.
+    #[error("cannot reach containerd at {address}: {what}")]
+    Unreachable {
+        /// The socket.
+        address: PathBuf,
+        /// The cause.
+        what: String,
+    },
+    /// containerd answered with an error.
+    #[error("containerd refuses to {action}: {what}")]
+    Refused {
+        /// What was asked for.
+        action: String,
+        /// Its gRPC code.
+        code: Code,
+        /// Its words.
+        what: String,
+    },
+    /// What containerd holds is not what it should be.
+    #[error("{what}")]
+    Content {
+        /// What is wrong.
+        what: String,
+    },
+}
+
+impl ContainerdError {
+    /// The gRPC code, if containerd answered at all.
+    pub fn code(&self) -> Option<Code> {
+        match self {
+            ContainerdError::Refused { code, .. } => Some(*code),
+            _ => None,
+        }
+    }
+}
+
+/// What the content store says of a blob.
+#[derive(Debug, Clone)]
+pub struct ContentInfo {
+    /// Its digest, as containerd writes it.
+    pub digest: String,
+    /// Its size in bytes.
+    pub size: u64,
+    /// Its labels.
+    pub labels: HashMap<String, String>,
+    /// When its record was last changed, in nanoseconds since the epoch.
+    pub updated: i128,
+}
+
+/// A client of one containerd. Cheap to clone.
+#[derive(Clone)]
+pub struct Containerd {
+    address: PathBuf,
+    channel: Channel,
+}
+
+impl Containerd {
+    /// A client of the containerd at the unix socket `address`. Nothing is connected yet; must be called within a tokio runtime.
+    pub fn new(address: &Path) -> Self {
+        Containerd {
+            address: address.to_owned(),
+            channel: unix_channel(address),
+        }
+    }
+
+    /// The connection, for clients of further services.
+    pub fn channel(&self) -> Channel {
+        self.channel.clone()
+    }
+
+    /// Turns a gRPC status into an error that says what was being done.
+    pub fn error(&self, action: impl Into<String>, status: Status) -> ContainerdError {
+        match status.code() {
+            Code::Unavailable => ContainerdError::Unreachable {
+                address: self.address.clone(),
+                what: status.message().to_owned(),
+            },
+            code => ContainerdError::Refused {
+                action: action.into(),
+                code,
+                what: status.message().to_owned(),
+            },
+        }
+    }
+
+    /// containerd's version.
+    ///
+    /// # Errors
+    /// [`ContainerdError`] if it does not answer.
+    pub async fn version(&self) -> Result<String, ContainerdError> {
+        let mut request = Request::new(());
+        request.set_timeout(CALL_DEADLINE);
+        let answer = VersionClient::new(self.channel()).version(request).await;
+        Ok(answer
+            .map_err(|s| self.error("tell its version", s))?
+            .into_inner()
+            .version)
+    }
+
+    /// All image manifests in `namespace`.
+    ///
+    /// # Errors
+    /// [`ContainerdError`] if the content store cannot be listed.
+    pub async fn manifests(&self, namespace: &str) -> Result<Vec<ContentInfo>, ContainerdError> {
+        let filters = vec![format!("labels.\"{CONFIG_LABEL}\"")];
+        let request = self.request(namespace, content::ListContentRequest { filters })?;
+        let failed = |s| self.error("list its content", s);
+        let mut stream = self.content().list(request).await.map_err(failed)?.into_inner();
+        let mut found = Vec::new();
+        while let Some(message) = stream.message().await.map_err(failed)? {
+            found.extend(message.info.into_iter().map(content_info));
+        }
+        Ok(found)
+    }
+
+    /// What is recorded of one blob, or `None` if it is not there.
+    ///
+    /// # Errors
+    /// [`ContainerdError`] if containerd does not answer.
+    pub async fn info(&self, namespace: &str, digest: &Digest) -> Result<Option<ContentInfo>, ContainerdError> {
+        let request = self.request(
+            namespace,
+            content::InfoRequest {
+                digest: digest.to_string(),
+            },
+        )?;
+        match self.content().info(request).await {
+            Ok(answer) => Ok(answer.into_inner().info.map(content_info)),
+            Err(status) if status.code() == Code::NotFound => Ok(None),
+            Err(status) => Err(self.error(format!("describe {digest}"), status)),
+        }
+    }
+
+    /// A manifest or config, verified.
+    ///
+    /// # Errors
+    /// [`ContainerdError`] if it is absent, too large or damaged.
+    pub async fn read(&self, namespace: &str, digest: &Digest) -> Result<Vec<u8>, ContainerdError> {
+        let read = content::ReadContentRequest {
+            digest: digest.to_string(),
+            offset: 0,
+            size: 0,
+        };
+        let failed = |s| self.error(format!("read {digest}"), s);
+        let mut stream = self
+            .content()
+            .read(self.request(namespace, read)?)
+            .await
+            .map_err(failed)?
+            .into_inner();
+        let mut bytes = Vec::new();
+        while let Some(message) = stream.message().await.map_err(failed)? {
+            if bytes.len() + message.data.len() > MAX_DOCUMENT as usize {
+                let what = format!("{digest} has more than {MAX_DOCUMENT} bytes, too many for a manifest or config");
+                return Err(ContainerdError::Content { what });
+            }
+            bytes.extend_from_slice(&message.data);
+        }
+        if Digest::of(&bytes) != *digest {
+            let what = format!("containerd's copy of {digest} is damaged; remove and pull the image again");
+            return Err(ContainerdError::Content { what });
+        }
+        Ok(bytes)
+    }
+
+    /// Names of all images in `namespace`.
+    ///
+    /// # Errors
+    /// [`ContainerdError`] if containerd does not answer.
+    pub async fn image_names(&self, namespace: &str) -> Result<Vec<String>, ContainerdError> {
+        let request = self.request(namespace, images::ListImagesRequest { filters: Vec::new() })?;
+        let answer = self
+            .images()
+            .list(request)
+            .await
+            .map_err(|s| self.error("list its images", s))?;
+        Ok(answer.into_inner().images.into_iter().map(|image| image.name).collect())
+    }
+
+    /// A request in `namespace`, with a deadline.
+    ///
+    /// # Errors
+    /// [`ContainerdError::Content`] if the namespace cannot be sent as a header.
+    pub fn request<T>(&self, namespace: &str, message: T) -> Result<Request<T>, ContainerdError> {
+        let mut request = Request::new(message);
+        request.set_timeout(CALL_DEADLINE);
+        request.metadata_mut().insert(NAMESPACE_HEADER, header(namespace)?);
+        Ok(request)
+    }
+
+    fn content(&self) -> ContentClient<Channel> {
+        ContentClient::new(self.channel()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    fn images(&self) -> ImagesClient<Channel> {
+        ImagesClient::new(self.channel()).max_decoding_message_size(MAX_MESSAGE)
+    }
+}
+
+/// A lazily made, self-healing connection to a unix socket.
+pub fn unix_channel(address: &Path) -> Channel {
+    let address = address.to_owned();
+    // The URI only fills the HTTP/2 authority; the connector decides where the bytes go.
+    Endpoint::from_static("http://localhost")
+        .connect_timeout(CONNECT_DEADLINE)
+        .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
+            let address = address.clone();
+            async move { UnixStream::connect(address).await.map(TokioIo::new) }
+        }))
+}
+
+/// A header value.
+///
+/// # Errors
+/// [`ContainerdError::Content`] if the text has characters that no header can carry.
+pub fn header(text: &str) -> Result<MetadataValue<Ascii>, ContainerdError> {
+    text.parse().map_err(|_| ContainerdError::Content {
+        what: format!("{text:?} cannot be sent to containerd"),
+    })
+}
+
+fn content_info(info: content::Info) -> ContentInfo {
+    let updated = info.updated_at.or(info.created_at).unwrap_or_default();
+    ContentInfo {
+        digest: info.digest,
+        size: u64::try_from(info.size).unwrap_or(0),
+        labels: info.labels,
+        updated: i128::from(updated.seconds) * 1_000_000_000 + i128::from(updated.nanos),
+    }
+}
+
+/// Cuts a blob into the messages of one `Content.Write` call: pieces, then the commit.
+pub fn write_messages(
+    reference: &str,
+    expected: &Digest,
+    bytes: &bytes::Bytes,
+    labels: HashMap<String, String>,
+) -> Vec<content::WriteContentRequest> {
+    let total = bytes.len() as i64;
+    let message = |action: content::WriteAction, offset: usize, data: bytes::Bytes| content::WriteContentRequest {
+        action: action.into(),
+        r#ref: reference.to_owned(),
+        total,
+        expected: expected.to_string(),
+        offset: offset as i64,
+        data: data.to_vec(),
+        labels: HashMap::new(),
+    };
+    let mut messages: Vec<_> = (0..bytes.len())
+        .step_by(WRITE_PIECE)
+        .map(|at| {
+            message(
+                content::WriteAction::Write,
+                at,
+                bytes.slice(at..bytes.len().min(at + WRITE_PIECE)),
+            )
+        })
+        .collect();
+    messages.push(content::WriteContentRequest {
+        labels,
+        ..message(content::WriteAction::Commit, bytes.len(), bytes::Bytes::new())
+    });
+    messages
+}

@@ -1,0 +1,339 @@
+//! Which image a layer belongs to, and what else is in that image.
+//!
+//! containerd tells a snapshotter at least the chain id of the layer it wants. With `containerd.io/snapshot/cri.*` labels it also
+//! tells the image and its manifest. Without them the chain id is looked up the other way round: every image manifest in
+//! containerd's content store carries a label that names its config, the config lists the diff ids, and from those follow the
+//! chain ids. Both need nothing but containerd, which has stored manifest and config before it asks for the first layer.
+
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use lru::LruCache;
+
+use crate::layer::Digest;
+use crate::registry::image::{ImageConfig, Manifest, chain_ids};
+use crate::registry::{Reference, Registry};
+use crate::store::LayerSource;
+
+use super::LayerRequest;
+use super::containerd::{CONFIG_LABEL, Containerd, ContainerdError, ContentInfo, SOURCE_LABEL};
+use super::loader::{LayerSpec, Refusal};
+
+const LABEL_IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
+const LABEL_MANIFEST_DIGEST: &str = "containerd.io/snapshot/cri.manifest-digest";
+/// Manifests whose layers are remembered: several hundred bytes per layer each.
+const REMEMBERED: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
+/// Manifests that one look-up may read from containerd; a node with more images than this is beyond kubelet's own limits.
+const READ_AT_MOST: usize = 4096;
+
+/// An image as far as pulling needs it.
+#[derive(Debug, Clone)]
+pub struct ImagePlan {
+    /// containerd namespace it is pulled into.
+    pub namespace: String,
+    /// Its name, if containerd told it.
+    pub name: Option<String>,
+    /// Digest of its manifest.
+    pub manifest: Digest,
+    /// Where its blobs can be had.
+    pub sources: Vec<LayerSource>,
+    /// Its layers from the lowest up.
+    pub layers: Arc<Vec<PlannedLayer>>,
+}
+
+/// One layer of an image.
+#[derive(Debug, Clone)]
+pub struct PlannedLayer {
+    /// Chain id: what containerd asks for.
+    pub chain_id: String,
+    /// What the manifest says of it.
+    pub spec: LayerSpec,
+}
+
+impl ImagePlan {
+    /// The layer with this chain id.
+    pub fn layer(&self, chain_id: &str) -> Option<&PlannedLayer> {
+        self.layers.iter().find(|layer| layer.chain_id == chain_id)
+    }
+}
+
+/// The layers that a manifest and its config describe, from the lowest up.
+///
+/// # Errors
+/// [`Refusal`] when they do not fit together.
+pub fn plan_layers(manifest: &Manifest, config: &ImageConfig) -> Result<Vec<PlannedLayer>, Refusal> {
+    if manifest.layers.len() != config.diff_ids.len() {
+        let (layers, ids) = (manifest.layers.len(), config.diff_ids.len());
+        return Err(Refusal::unresolved(
+            format!("the manifest has {layers} layers and its config {ids} diff ids"),
+            false,
+        ));
+    }
+    let layers = manifest
+        .layers
+        .iter()
+        .zip(&config.diff_ids)
+        .zip(chain_ids(&config.diff_ids));
+    Ok(layers
+        .map(|((layer, diff_id), chain_id)| PlannedLayer {
+            chain_id: chain_id.to_string(),
+            spec: LayerSpec {
+                digest: layer.digest,
+                size: layer.size,
+                media_type: layer.media_type.clone(),
+                annotations: layer.annotations.clone(),
+                foreign: !layer.urls.is_empty(),
+                diff_id: Some(*diff_id),
+            },
+        })
+        .collect())
+}
+
+/// Finds images in containerd.
+pub struct Images {
+    containerd: Containerd,
+    registry: Arc<Registry>,
+    /// Layers by manifest digest. Both are immutable, so nothing here is ever stale.
+    known: Mutex<LruCache<Digest, Arc<Vec<PlannedLayer>>>>,
+}
+
+impl Images {
+    /// A finder over one containerd.
+    pub fn new(containerd: Containerd, registry: Arc<Registry>) -> Self {
+        Images {
+            containerd,
+            registry,
+            known: Mutex::new(LruCache::new(REMEMBERED)),
+        }
+    }
+
+    /// The image that holds the layer of `request`.
+    ///
+    /// # Errors
+    /// [`Refusal`] when it cannot be found; the text says where it was looked for.
+    pub async fn find(&self, request: &LayerRequest) -> Result<ImagePlan, Refusal> {
+        if let Some(plan) = self.from_labels(request).await? {
+            return Ok(plan);
+        }
+        self.reverse_lookup(request).await
+    }
+
+    async fn from_labels(&self, request: &LayerRequest) -> Result<Option<ImagePlan>, Refusal> {
+        let (Some(name), Some(manifest)) = (
+            request.labels.get(LABEL_IMAGE_REF),
+            request.labels.get(LABEL_MANIFEST_DIGEST),
+        ) else {
+            return Ok(None);
+        };
+        let malformed =
+            |label, error: &dyn std::fmt::Display| Refusal::unresolved(format!("label {label}: {error}"), false);
+        let reference = Reference::parse(name).map_err(|error| malformed(LABEL_IMAGE_REF, &error))?;
+        let manifest: Digest = manifest
+            .parse()
+            .map_err(|error| malformed(LABEL_MANIFEST_DIGEST, &error))?;
+        let layers = match self.read_layers(&request.namespace, &manifest).await {
+            Ok(layers) => layers,
+            // Some clients send the labels and keep the manifest to themselves.
+            Err(_) => self.layers_from_registry(&reference, &manifest).await?,
+        };
+        if !layers.iter().any(|layer| layer.chain_id == request.chain_id) {
+            return Ok(None);
+        }
+        let sources = vec![LayerSource {
+            host: reference.host.clone(),
+            repository: reference.repository.clone(),
+        }];
+        Ok(Some(ImagePlan {
+            namespace: request.namespace.clone(),
+            name: Some(name.clone()),
+            manifest,
+            sources,
+            layers,
+        }))
+    }
+
+    async fn reverse_lookup(&self, request: &LayerRequest) -> Result<ImagePlan, Refusal> {
+        let mut manifests = self
+            .containerd
+            .manifests(&request.namespace)
+            .await
+            .map_err(|e| of_containerd(&e))?;
+        // The same chain id may be in several images, in different compressions: the one just written is the one being pulled.
+        manifests.sort_by_key(|info| std::cmp::Reverse(info.updated));
+        for info in manifests.iter().take(READ_AT_MOST) {
+            let Ok(digest) = info.digest.parse::<Digest>() else {
+                continue;
+            };
+            let layers = match self.layers_of(&request.namespace, &digest, info).await {
+                Ok(layers) => layers,
+                Err(error) => {
+                    // Another image's manifest may be unreadable, half pulled, or of another kind: that is not our layer's fault.
+                    tracing::debug!(manifest = %digest, error = %error.text, "manifest is passed over");
+                    continue;
+                }
+            };
+            if layers.iter().any(|layer| layer.chain_id == request.chain_id) {
+                let sources = self.sources(&request.namespace, info).await;
+                if sources.is_empty() {
+                    let text = format!("containerd does not tell which registry manifest {digest} came from");
+                    return Err(Refusal::unresolved(text, false));
+                }
+                let namespace = request.namespace.clone();
+                return Ok(ImagePlan {
+                    namespace,
+                    name: None,
+                    manifest: digest,
+                    sources,
+                    layers,
+                });
+            }
+        }
+        let text = format!(
+            "none of the {} image manifests in containerd's namespace {:?} has a layer with chain id {}",
+            manifests.len(),
+            request.namespace,
+            request.chain_id
+        );
+        Err(Refusal::unresolved(text, true))
+    }
+
+    async fn layers_of(
+        &self,
+        namespace: &str,
+        manifest: &Digest,
+        info: &ContentInfo,
+    ) -> Result<Arc<Vec<PlannedLayer>>, Refusal> {
+        if let Some(layers) = self.known(manifest) {
+            return Ok(layers);
+        }
+        // The label is cheaper than the manifest: a config that is not there yet cannot be read anyway.
+        let config = info
+            .labels
+            .get(CONFIG_LABEL)
+            .and_then(|text| text.parse::<Digest>().ok());
+        if config.is_none() {
+            return Err(Refusal::unresolved("its label names no config", false));
+        }
+        self.read_layers(namespace, manifest).await
+    }
+
+    /// Reads manifest and config from containerd's content store.
+    async fn read_layers(&self, namespace: &str, digest: &Digest) -> Result<Arc<Vec<PlannedLayer>>, Refusal> {
+        if let Some(layers) = self.known(digest) {
+            return Ok(layers);
+        }
+        let bytes = self
+            .containerd
+            .read(namespace, digest)
+            .await
+            .map_err(|error| of_containerd(&error))?;
+        let manifest = Manifest::parse(&bytes).map_err(|error| Refusal::unresolved(error.to_string(), false))?;
+        let config = self
+            .containerd
+            .read(namespace, &manifest.config.digest)
+            .await
+            .map_err(|e| of_containerd(&e))?;
+        self.remember(digest, &manifest, &config)
+    }
+
+    async fn layers_from_registry(
+        &self,
+        reference: &Reference,
+        digest: &Digest,
+    ) -> Result<Arc<Vec<PlannedLayer>>, Refusal> {
+        let source = self.registry.repository(&reference.host, &reference.repository);
+        let failed =
+            |error: crate::registry::RegistryError| Refusal::unresolved(error.to_string(), error.retry_helps());
+        let manifest = source.manifest(&digest.to_string()).await.map_err(failed)?;
+        let manifest = Manifest::parse(&manifest.bytes).map_err(failed)?;
+        let config = source
+            .read_small(manifest.config.digest, manifest.config.size)
+            .await
+            .map_err(failed)?;
+        self.remember(digest, &manifest, &config)
+    }
+
+    fn remember(&self, digest: &Digest, manifest: &Manifest, config: &[u8]) -> Result<Arc<Vec<PlannedLayer>>, Refusal> {
+        let config = ImageConfig::parse(config).map_err(|error| Refusal::unresolved(error.to_string(), false))?;
+        let layers = Arc::new(plan_layers(manifest, &config)?);
+        self.known
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .put(*digest, Arc::clone(&layers));
+        Ok(layers)
+    }
+
+    fn known(&self, manifest: &Digest) -> Option<Arc<Vec<PlannedLayer>>> {
+        self.known
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(manifest)
+            .cloned()
+    }
+
+    /// Where the blobs of a manifest may be: its `distribution.source` labels, with the ports that they lack.
+    async fn sources(&self, namespace: &str, info: &ContentInfo) -> Vec<LayerSource> {
+        let names = self.containerd.image_names(namespace).await.unwrap_or_default();
+        let mut sources = Vec::new();
+        for (host, repository) in source_labels(&info.labels) {
+            let pulled = names
+                .iter()
+                .filter_map(|name| Reference::parse(name).ok())
+                .map(|r| r.host);
+            let with_port = pulled.filter(|name| name.rsplit_once(':').is_some_and(|(bare, _)| bare == host));
+            let mut hosts = self.registry.resolve_ports(host);
+            // An explicit table or hosts.toml comes first; then what images are called; the bare name last.
+            let bare = hosts.iter().position(|name| name == host).unwrap_or(hosts.len());
+            hosts.splice(bare..bare, with_port);
+            for host in hosts {
+                let source = LayerSource {
+                    host,
+                    repository: repository.to_owned(),
+                };
+                if !sources.contains(&source) {
+                    sources.push(source);
+                }
+            }
+        }
+        sources
+    }
+}
+
+/// Hosts (without ports) and repositories in containerd's `distribution.source` labels.
+fn source_labels(labels: &HashMap<String, String>) -> Vec<(&str, &str)> {
+    let mut found: Vec<_> = labels
+        .iter()
+        .filter_map(|(key, value)| Some((key.strip_prefix(SOURCE_LABEL)?, value)))
+        .flat_map(|(host, repositories)| repositories.split(',').map(move |repository| (host, repository.trim())))
+        .filter(|(host, repository)| !host.is_empty() && !repository.is_empty())
+        .collect();
+    found.sort_unstable();
+    found
+}
+
+fn of_containerd(error: &ContainerdError) -> Refusal {
+    Refusal::unresolved(error.to_string(), !matches!(error, ContainerdError::Content { .. }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn source_labels_list_every_repository() {
+        let labels = HashMap::from([
+            (
+                "containerd.io/distribution.source.r.example".to_owned(),
+                "b/x, a/x".to_owned(),
+            ),
+            ("containerd.io/distribution.source.127.0.0.1".to_owned(), "c".to_owned()),
+            ("containerd.io/distribution.source.".to_owned(), "none".to_owned()),
+            ("containerd.io/gc.ref.content.config".to_owned(), "sha256:0".to_owned()),
+        ]);
+        assert_eq!(
+            source_labels(&labels),
+            [("127.0.0.1", "c"), ("r.example", "a/x"), ("r.example", "b/x")]
+        );
+    }
+}

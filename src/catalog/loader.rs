@@ -1,0 +1,276 @@
+//! From a layer's descriptor to a layer that can be read: the index that is stored already, or the eStargz table of contents, or
+//! one streaming pass over the whole blob. `Catalog` uses it for containerd's layers, and `lazuli mount` for its own.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::TryStreamExt;
+
+use crate::cache::{Cache, CacheError, CachedLayer};
+use crate::fetch::{FetchError, Fetcher, Layer, StreamRequest};
+use crate::layer::compression::{self, Compression};
+use crate::layer::estargz;
+use crate::layer::{Access, Digest, LayerError, LayerIndex};
+use crate::registry::{Blob, RegistryError};
+
+/// Annotation (and label) with the digest of an eStargz layer's table of contents.
+pub const TOC_DIGEST_ANNOTATION: &str = "containerd.io/snapshot/stargz/toc.digest";
+/// An eStargz layer whose blob is smaller than this (bytes) is streamed: one request brings all of it, where its table of contents
+/// alone would take one or two.
+const STREAM_BELOW: u64 = 256 << 10;
+/// The end of the blob that is read in the hope that the whole table of contents lies in it: this share of the blob ...
+const TAIL_SHARE: u64 = 100;
+/// ... but at least so many bytes ...
+const TAIL_MIN: u64 = 32 << 10;
+/// ... and at most so many.
+const TAIL_MAX: u64 = 1 << 20;
+/// Largest compressed table of contents, in bytes. A million files take about 60 MiB.
+const TOC_MAX: u64 = 128 << 20;
+
+/// What the image says of one layer.
+#[derive(Debug, Clone)]
+pub struct LayerSpec {
+    /// Digest of the blob.
+    pub digest: Digest,
+    /// Bytes of the blob.
+    pub size: u64,
+    /// Media type.
+    pub media_type: String,
+    /// Annotations of the descriptor.
+    pub annotations: BTreeMap<String, String>,
+    /// Whether the descriptor points to other places (`urls`), as foreign layers do.
+    pub foreign: bool,
+    /// Digest of the uncompressed layer, from the image's configuration.
+    pub diff_id: Option<Digest>,
+}
+
+/// Why a layer is not served by Lazuli.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{text}")]
+pub struct Refusal {
+    /// One word of a fixed set, for metrics: `encrypted`, `foreign`, `nydus`, `media-type`, `format`, `corrupt`, `source`, `disk`,
+    /// `unresolved`, `closed`.
+    pub word: &'static str,
+    /// The whole reason, for people.
+    pub text: String,
+    /// Whether trying again later may help.
+    pub retry_helps: bool,
+}
+
+impl Refusal {
+    /// An image or layer that could not even be identified.
+    pub fn unresolved(text: impl Into<String>, retry_helps: bool) -> Self {
+        Refusal {
+            word: "unresolved",
+            text: text.into(),
+            retry_helps,
+        }
+    }
+
+    fn of_registry(error: &RegistryError) -> Self {
+        Refusal {
+            word: "source",
+            text: error.to_string(),
+            retry_helps: error.retry_helps(),
+        }
+    }
+
+    fn of_cache(error: &CacheError) -> Self {
+        Refusal {
+            word: "disk",
+            text: error.to_string(),
+            retry_helps: true,
+        }
+    }
+
+    fn of_fetch(error: &FetchError) -> Self {
+        let (word, retry_helps) = match error {
+            FetchError::Source { source, .. } => ("source", source.retry_helps()),
+            FetchError::Corrupt { source, .. } if source.retry_helps() => ("corrupt", true),
+            FetchError::Corrupt { .. } => ("format", false),
+            FetchError::Disk { .. } => ("disk", true),
+            FetchError::Deadline { .. } => ("source", true),
+            FetchError::Closed { .. } => ("closed", true),
+        };
+        Refusal {
+            word,
+            text: error.to_string(),
+            retry_helps,
+        }
+    }
+}
+
+/// Makes layers readable.
+#[derive(Clone)]
+pub struct Loader {
+    cache: Arc<Cache>,
+    fetcher: Arc<Fetcher>,
+}
+
+impl Loader {
+    /// A loader that keeps indexes and bytes in `cache`.
+    pub fn new(cache: Arc<Cache>, fetcher: Arc<Fetcher>) -> Self {
+        Loader { cache, fetcher }
+    }
+
+    /// The cache it works with.
+    pub fn cache(&self) -> &Arc<Cache> {
+        &self.cache
+    }
+
+    /// The fetcher it works with.
+    pub fn fetcher(&self) -> &Arc<Fetcher> {
+        &self.fetcher
+    }
+
+    /// A layer whose index is stored, without asking the network; `None` if it has to be loaded.
+    ///
+    /// # Errors
+    /// [`Refusal`] when the disk fails.
+    pub fn stored(&self, spec: &LayerSpec, blob: Arc<dyn Blob>) -> Result<Option<Arc<Layer>>, Refusal> {
+        let cached = self
+            .cache
+            .get(&spec.digest)
+            .map_err(|error| Refusal::of_cache(&error))?;
+        Ok(cached.map(|cached| self.open(spec, cached, blob)))
+    }
+
+    /// A readable layer: from the stored index, else from its eStargz table of contents, else streamed. Waits for the network.
+    ///
+    /// # Errors
+    /// [`Refusal`] says why Lazuli cannot serve it.
+    pub async fn load(&self, spec: &LayerSpec, blob: Arc<dyn Blob>) -> Result<Arc<Layer>, Refusal> {
+        if let Some(layer) = self.stored(spec, Arc::clone(&blob))? {
+            return Ok(layer);
+        }
+        let compression = supported(spec)?;
+        if let Some(toc_digest) = toc_digest(spec) {
+            match self.estargz(spec, &blob, &toc_digest?).await {
+                Ok(index) => {
+                    let cached = self
+                        .cache
+                        .insert(&spec.digest, index)
+                        .map_err(|error| Refusal::of_cache(&error))?;
+                    return Ok(self.open(spec, cached, blob));
+                }
+                // The registry cannot deliver; streaming would ask the same registry for more.
+                Err(TocError::Registry(error)) => return Err(Refusal::of_registry(&error)),
+                Err(TocError::Layer(error)) => {
+                    tracing::warn!(layer = %spec.digest, %error, "cannot be read as eStargz, will be streamed");
+                }
+            }
+        }
+        let request = StreamRequest {
+            digest: spec.digest,
+            blob: Arc::clone(&blob),
+            compression,
+            diff_id: spec.diff_id,
+        };
+        let cached = self
+            .fetcher
+            .stream(request)
+            .await
+            .map_err(|error| Refusal::of_fetch(&error))?;
+        Ok(self.open(spec, cached, blob))
+    }
+
+    fn open(&self, spec: &LayerSpec, cached: Arc<CachedLayer>, blob: Arc<dyn Blob>) -> Arc<Layer> {
+        // A layer whose index is stored was supported once; its compression is sniffed again from the bytes anyway.
+        let compression = supported(spec).unwrap_or(Compression::Gzip);
+        self.fetcher.open(spec.digest, cached, blob, compression)
+    }
+
+    async fn estargz(&self, spec: &LayerSpec, blob: &Arc<dyn Blob>, expected: &Digest) -> Result<LayerIndex, TocError> {
+        let tail_len = (spec.size / TAIL_SHARE).clamp(TAIL_MIN, TAIL_MAX).min(spec.size);
+        let tail_start = spec.size - tail_len;
+        let tail = read(blob, tail_start, spec.size).await?;
+        let footer = &tail[tail.len().saturating_sub(estargz::FOOTER_LEN_MAX)..];
+        let location = estargz::find_toc(footer, spec.size, false)?
+            .ok_or_else(|| LayerError::malformed("eStargz footer", tail_start, "there is none"))?;
+        if location.len > TOC_MAX {
+            let what = "compressed size of the eStargz TOC";
+            return Err(LayerError::TooLarge {
+                what,
+                value: location.len,
+                limit: TOC_MAX,
+            }
+            .into());
+        }
+        // `find_toc` has checked that the table lies within the blob.
+        let (start, end) = (location.offset, location.offset + location.len);
+        let member = if start >= tail_start {
+            tail.slice((start - tail_start) as usize..(end - tail_start) as usize)
+        } else {
+            let head = read(blob, start, tail_start.min(end)).await?;
+            let rest = &tail[..end.saturating_sub(tail_start) as usize];
+            Bytes::from([&head[..], rest].concat())
+        };
+        let (blob_size, expected) = (spec.size, *expected);
+        let parsed =
+            tokio::task::spawn_blocking(move || estargz::index_from_toc(&member, start, blob_size, &expected)).await;
+        parsed
+            .unwrap_or_else(|panic| Err(LayerError::malformed("eStargz TOC", start, panic.to_string())))
+            .map_err(Into::into)
+    }
+}
+
+/// Why a table of contents could not be had.
+#[derive(Debug, thiserror::Error)]
+enum TocError {
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+}
+
+/// How the layer is compressed, or why it is of no kind that Lazuli reads.
+fn supported(spec: &LayerSpec) -> Result<Compression, Refusal> {
+    let media = compression::media_type(&spec.media_type, spec.foreign);
+    media.map_err(|refusal| Refusal {
+        word: refusal.word,
+        text: refusal.to_string(),
+        retry_helps: false,
+    })
+}
+
+/// The promised digest of the layer's table of contents, if it has one and is worth being lazy.
+fn toc_digest(spec: &LayerSpec) -> Option<Result<Digest, Refusal>> {
+    let text = spec.annotations.get(TOC_DIGEST_ANNOTATION)?;
+    if spec.size < STREAM_BELOW {
+        return None;
+    }
+    Some(text.parse().map_err(|error| Refusal {
+        word: "format",
+        text: format!("annotation {TOC_DIGEST_ANNOTATION}: {error}"),
+        retry_helps: false,
+    }))
+}
+
+/// Bytes `start..end` of a blob, all of them.
+async fn read(blob: &Arc<dyn Blob>, start: u64, end: u64) -> Result<Bytes, RegistryError> {
+    let body = blob.read(start..end).await?;
+    let parts: Vec<Bytes> = body.try_collect().await?;
+    let bytes = Bytes::from(parts.concat());
+    if bytes.len() as u64 != end - start {
+        let problem = format!("{} bytes instead of {}", bytes.len(), end - start);
+        return Err(RegistryError::Protocol {
+            host: blob.describe(),
+            what: format!("bytes {start}-{end}"),
+            problem,
+        });
+    }
+    Ok(bytes)
+}
+
+/// The name of a layer's format, as `status` shows it.
+pub fn format_name(spec: &LayerSpec, index: &LayerIndex) -> String {
+    match index.access() {
+        Access::Ranges => "estargz".to_owned(),
+        Access::Stream => match supported(spec) {
+            Ok(Compression::None) => "tar".to_owned(),
+            Ok(Compression::Zstd) => "tar+zstd".to_owned(),
+            Ok(Compression::Gzip) | Err(_) => "tar+gzip".to_owned(),
+        },
+    }
+}

@@ -1,0 +1,115 @@
+//! `lazuli mount`: an image as a read-only directory tree, without containerd and without a daemon.
+//!
+//! The layers are served by the same FUSE face as the daemon's, in a private directory, and stacked with overlayfs on the mountpoint.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use futures::future::try_join_all;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::cache::Cache;
+use crate::catalog::images::plan_layers;
+use crate::catalog::loader::Loader;
+use crate::config::Config;
+use crate::fetch::{Fetcher, LayerData};
+use crate::fs::{Session, SessionOptions};
+use crate::metrics::Metrics;
+use crate::registry::image::{ImageConfig, Manifest, resolve};
+use crate::registry::layout::OciLayout;
+use crate::registry::{Reference, Registry, Source};
+
+use super::MountArgs;
+
+/// Prefix of a source that is an OCI layout on disk.
+const LAYOUT_PREFIX: &str = "oci:";
+
+pub(super) fn run(args: MountArgs) -> anyhow::Result<()> {
+    let config = args.config.load()?;
+    crate::daemon::init_logs(&config.log);
+    if !args.mountpoint.is_dir() {
+        bail!("{} is not a directory; make it first", args.mountpoint.display());
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(mount(&config, &args))
+}
+
+async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
+    let metrics = Arc::new(Metrics::new());
+    let (source, reference) = open_source(config, &args.source, &metrics)?;
+    let image = resolve(source.as_ref(), &reference)
+        .await
+        .with_context(|| format!("resolving {}", args.source))?;
+    let layers = plan_layers(
+        &Manifest::parse(&image.manifest_bytes)?,
+        &ImageConfig::parse(&image.config_bytes)?,
+    )?;
+
+    // The FUSE mount lies in a directory that only root can enter, whatever the cache directory is.
+    let private = tempfile::Builder::new()
+        .prefix("lazuli-mount-")
+        .tempdir()
+        .context("a temporary directory")?;
+    let root: PathBuf = args.cache.clone().unwrap_or_else(|| private.path().join("cache"));
+    std::fs::create_dir_all(&root).with_context(|| format!("cache directory {}", root.display()))?;
+    let cache = Cache::open(&root, &config.cache, Arc::clone(&metrics))?;
+    let runtime = tokio::runtime::Handle::current();
+    let fetcher = Fetcher::new(&config.fetch, Arc::clone(&cache), runtime.clone(), Arc::clone(&metrics));
+    let loader = Loader::new(Arc::clone(&cache), fetcher);
+    let loads = layers
+        .iter()
+        .map(|layer| loader.load(&layer.spec, source.blob(layer.spec.digest, layer.spec.size)));
+    let layers = try_join_all(loads).await?;
+
+    let options = SessionOptions {
+        threads: config.fuse.threads,
+        read_deadline: config.fetch.read_deadline,
+        source_name: "lazuli".to_owned(),
+    };
+    let session = Session::mount(&private.path().join("fuse"), options, runtime, metrics)?;
+    let mut lower_dirs = Vec::new();
+    for (slot, layer) in (1..).zip(&layers) {
+        layer.pin();
+        session.attach(slot, Arc::clone(layer) as Arc<dyn LayerData>);
+        lower_dirs.push(session.path(slot));
+    }
+    // overlayfs wants the uppermost layer first.
+    lower_dirs.reverse();
+    let result = show(&lower_dirs, &args.mountpoint, &image.manifest_digest.to_string()).await;
+    session.unmount();
+    for layer in layers {
+        layer.close();
+    }
+    cache.close();
+    result
+}
+
+/// Mounts the stack, waits for a signal, and unmounts it.
+async fn show(lower_dirs: &[PathBuf], mountpoint: &Path, what: &str) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    crate::sys::mount::overlay_read_only(lower_dirs, mountpoint)
+        .with_context(|| format!("mounting on {}", mountpoint.display()))?;
+    println!("{what} is mounted on {}; interrupt to unmount", mountpoint.display());
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    crate::sys::mount::unmount(mountpoint).with_context(|| format!("unmounting {}", mountpoint.display()))
+}
+
+/// The source that the text names, and the tag or digest to ask it for.
+fn open_source(config: &Config, text: &str, metrics: &Arc<Metrics>) -> anyhow::Result<(Arc<dyn Source>, String)> {
+    let Some(layout) = text.strip_prefix(LAYOUT_PREFIX) else {
+        let reference = Reference::parse(text)?;
+        let registry = Registry::new(&config.registry, Arc::clone(metrics))?;
+        let source = registry.repository(&reference.host, &reference.repository);
+        return Ok((source, reference.to_string_after_repository()));
+    };
+    let (directory, tag) = match layout.rsplit_once(':') {
+        Some((directory, tag)) if !tag.contains('/') => (directory, tag),
+        _ => (layout, ""),
+    };
+    Ok((Arc::new(OciLayout::open(Path::new(directory))?), tag.to_owned()))
+}

@@ -1,0 +1,450 @@
+//! `lazuli pull`: makes an image in containerd without downloading its layers, on every containerd from 1.6 on.
+//!
+//! It is a client of containerd's own API and does what containerd's unpacker does: manifest and config go into the content store
+//! with the labels that garbage collection follows, every layer is asked of the snapshotter (which answers that it exists already),
+//! and at last the image gets its name. A layer that the snapshotter does not take is downloaded and unpacked by containerd. A lease
+//! holds everything until the image has its name; if the pull dies, garbage collection removes what it left.
+
+use std::collections::HashMap;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, bail};
+use bytes::Bytes;
+use futures::TryStreamExt;
+use indicatif::{ProgressBar, ProgressStyle};
+use tonic::transport::Channel;
+use tonic::{Code, Request};
+
+use crate::catalog::containerd::{
+    CONFIG_LABEL, Containerd, LEASE_HEADER, MAX_MESSAGE, SOURCE_LABEL, header, write_messages,
+};
+use crate::catalog::status::Status;
+use crate::config::ByteSize;
+use crate::layer::Digest;
+use crate::proto::content::v1::content_client::ContentClient;
+use crate::proto::diff::v1::diff_client::DiffClient;
+use crate::proto::images::v1::images_client::ImagesClient;
+use crate::proto::leases::v1::leases_client::LeasesClient;
+use crate::proto::snapshots::v1::snapshots_client::SnapshotsClient;
+use crate::proto::types::{Descriptor, Mount};
+use crate::proto::{content, diff, images, leases, snapshots};
+use crate::registry::image::{Image, LayerDescriptor};
+use crate::registry::{Reference, Registry, Source};
+
+use super::PullArgs;
+use super::status;
+
+const LABEL_REF: &str = "containerd.io/snapshot.ref";
+/// Longest wait for one layer: a layer that has to be streamed or unpacked is downloaded as a whole meanwhile.
+const LAYER_DEADLINE: Duration = Duration::from_secs(3600);
+/// How long containerd keeps the parts of a pull that died, in hours.
+const LEASE_HOURS: u64 = 24;
+/// How often the progress bar asks the daemon how far streams have come.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+/// Most bytes of labels that list an image's layers; containerd refuses labels over 4096 bytes with their keys.
+const LAYERS_LABEL_MAX: usize = 4000;
+
+pub(super) fn run(args: PullArgs) -> anyhow::Result<()> {
+    let mut config = args.config.load()?;
+    if let Some(address) = &args.containerd_address {
+        config.containerd_address = address.clone();
+    }
+    super::client_runtime()?.block_on(async {
+        let reference = Reference::parse(&args.reference)?;
+        let registry = Registry::new(&config.registry, Default::default())?;
+        let source = registry.repository(&reference.host, &reference.repository);
+        let image = crate::registry::image::resolve(source.as_ref(), &reference.to_string_after_repository())
+            .await
+            .with_context(|| format!("resolving {reference}"))?;
+        let bar = progress_bar(args.quiet, image.layers.len() as u64);
+        let pull = Pull {
+            containerd: Containerd::new(&config.containerd_address),
+            namespace: args.namespace.clone(),
+            snapshotter: args.snapshotter.clone(),
+            lease: format!("lazuli-pull-{}", unique()),
+            reference,
+            image,
+            source,
+        };
+        let watching = watch(&config.address, &bar);
+        let result = tokio::select! {
+            result = pull.run(&bar) => result,
+            () = watching => unreachable!("the progress bar is watched until the pull ends"),
+        };
+        bar.finish_and_clear();
+        let unpacked = result?;
+        let status = status::fetch(&config.address).await.ok();
+        print!("{}", summary(&pull, &unpacked, status.as_ref()));
+        Ok(())
+    })
+}
+
+fn progress_bar(quiet: bool, layers: u64) -> ProgressBar {
+    if quiet {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("{spinner} {pos}/{len} layers {wide_bar} {msg}");
+    // The template is a constant that the tests draw once.
+    ProgressBar::new(layers).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// Shows what the daemon streams, as long as it is polled.
+async fn watch(address: &std::path::Path, bar: &ProgressBar) {
+    loop {
+        tokio::time::sleep(PROGRESS_INTERVAL).await;
+        bar.tick();
+        if bar.is_hidden() {
+            continue;
+        }
+        if let Ok(status) = status::fetch(address).await {
+            let received: u64 = status.loading.iter().map(|layer| layer.received_bytes).sum();
+            let all: u64 = status.loading.iter().map(|layer| layer.blob_bytes).sum();
+            bar.set_message(match all {
+                0 => String::new(),
+                all => format!("streaming {} of {}", ByteSize(received), ByteSize(all)),
+            });
+        }
+    }
+}
+
+struct Pull {
+    containerd: Containerd,
+    namespace: String,
+    snapshotter: String,
+    lease: String,
+    reference: Reference,
+    image: Image,
+    source: std::sync::Arc<dyn Source>,
+}
+
+impl Pull {
+    /// Pulls the image; gives the positions of the layers that containerd unpacked itself.
+    async fn run(&self, bar: &ProgressBar) -> anyhow::Result<Vec<usize>> {
+        self.containerd.version().await?;
+        self.create_lease().await?;
+        let result = self.run_leased(bar).await;
+        let deleted = self.delete_lease().await;
+        let unpacked = result?;
+        deleted?;
+        Ok(unpacked)
+    }
+
+    async fn run_leased(&self, bar: &ProgressBar) -> anyhow::Result<Vec<usize>> {
+        let image = &self.image;
+        self.write(&image.config.digest, image.config_bytes.clone(), HashMap::new())
+            .await?;
+        let mut labels = HashMap::from([(CONFIG_LABEL.to_owned(), image.config.digest.to_string())]);
+        for (i, layer) in image.layers.iter().enumerate() {
+            labels.insert(format!("containerd.io/gc.ref.content.l.{i}"), layer.digest.to_string());
+        }
+        self.write(&image.manifest_digest, image.manifest_bytes.clone(), labels)
+            .await?;
+
+        let mut unpacked = Vec::new();
+        let mut parent = String::new();
+        for (i, chain_id) in image.chain_ids.iter().enumerate() {
+            let chain_id = chain_id.to_string();
+            if !self.layer(i, &parent, &chain_id).await? {
+                unpacked.push(i);
+            }
+            parent = chain_id;
+            bar.inc(1);
+        }
+        let top = format!("containerd.io/gc.ref.snapshot.{}", self.snapshotter);
+        self.label(&image.config.digest, &top, &parent).await?;
+        self.name_image().await?;
+        Ok(unpacked)
+    }
+
+    /// Makes one layer exist; `false` if containerd had to unpack it.
+    async fn layer(&self, i: usize, parent: &str, chain_id: &str) -> anyhow::Result<bool> {
+        let mut client = self.snapshots();
+        let snapshotter = || self.snapshotter.clone();
+        let stat = snapshots::v1::StatSnapshotRequest {
+            snapshotter: snapshotter(),
+            key: chain_id.to_owned(),
+        };
+        match client.stat(self.request(stat)?).await {
+            Ok(_) => return Ok(true),
+            Err(status) if status.code() == Code::NotFound => {}
+            Err(status) => return Err(self.failed(format!("describe snapshot {chain_id}"), status)),
+        }
+        let key = format!("extract-{} {chain_id}", unique());
+        let prepare = snapshots::v1::PrepareSnapshotRequest {
+            snapshotter: snapshotter(),
+            key: key.clone(),
+            parent: parent.to_owned(),
+            labels: self.snapshot_labels(i, chain_id),
+        };
+        let mut request = self.request(prepare)?;
+        request.set_timeout(LAYER_DEADLINE);
+        match client.prepare(request).await {
+            Err(status) if status.code() == Code::AlreadyExists => Ok(true),
+            Err(status) => Err(self.failed(
+                format!("prepare layer {} of {}", i + 1, self.image.layers.len()),
+                status,
+            )),
+            Ok(answer) => {
+                let unpacked = self.unpack(i, chain_id, &key, answer.into_inner().mounts).await;
+                if unpacked.is_err() {
+                    let remove = snapshots::v1::RemoveSnapshotRequest {
+                        snapshotter: snapshotter(),
+                        key,
+                    };
+                    // The lease expires anyway; this only tidies up sooner.
+                    let _ = client.remove(self.request(remove)?).await;
+                }
+                unpacked.map(|()| false)
+            }
+        }
+    }
+
+    /// Downloads a layer into containerd's content store and has containerd unpack it.
+    async fn unpack(&self, i: usize, chain_id: &str, key: &str, mounts: Vec<Mount>) -> anyhow::Result<()> {
+        let layer = &self.image.layers[i];
+        let blob = self.source.blob(layer.digest, layer.size);
+        let parts: Vec<Bytes> = blob.read(0..layer.size).await?.try_collect().await?;
+        self.write(&layer.digest, Bytes::from(parts.concat()), HashMap::new())
+            .await?;
+        let apply = diff::v1::ApplyRequest {
+            diff: Some(descriptor(layer)),
+            mounts,
+        };
+        let mut request = self.request(apply)?;
+        request.set_timeout(LAYER_DEADLINE);
+        let mut client = DiffClient::new(self.containerd.channel());
+        let applied = client
+            .apply(request)
+            .await
+            .map_err(|s| self.failed(format!("unpack layer {}", layer.digest), s))?;
+        let applied = applied.into_inner().applied.map(|d| d.digest).unwrap_or_default();
+        let expected = self.image.diff_ids[i].to_string();
+        if applied != expected {
+            bail!(
+                "layer {} unpacks to {applied}, but the image promises {expected}",
+                layer.digest
+            );
+        }
+        let commit = snapshots::v1::CommitSnapshotRequest {
+            snapshotter: self.snapshotter.clone(),
+            name: chain_id.to_owned(),
+            key: key.to_owned(),
+            labels: HashMap::from([(LABEL_REF.to_owned(), chain_id.to_owned())]),
+            parent: String::new(),
+        };
+        let committed = self.snapshots().commit(self.request(commit)?).await;
+        committed
+            .map(|_| ())
+            .map_err(|s| self.failed(format!("commit snapshot {chain_id}"), s))
+    }
+
+    fn snapshot_labels(&self, i: usize, chain_id: &str) -> HashMap<String, String> {
+        let image = &self.image;
+        let mut above = String::new();
+        for layer in &image.layers[i..] {
+            let digest = layer.digest.to_string();
+            if above.len() + digest.len() + 1 > LAYERS_LABEL_MAX {
+                break;
+            }
+            if !above.is_empty() {
+                above.push(',');
+            }
+            above.push_str(&digest);
+        }
+        let label = |name: &str| format!("containerd.io/snapshot/cri.{name}");
+        HashMap::from([
+            (LABEL_REF.to_owned(), chain_id.to_owned()),
+            (label("image-ref"), self.reference.to_string()),
+            (label("manifest-digest"), image.manifest_digest.to_string()),
+            (label("layer-digest"), image.layers[i].digest.to_string()),
+            (label("image-layers"), above),
+        ])
+    }
+
+    async fn name_image(&self) -> anyhow::Result<()> {
+        let image = images::v1::Image {
+            name: self.reference.to_string(),
+            labels: HashMap::new(),
+            target: Some(Descriptor {
+                media_type: self.image.manifest_media_type.clone(),
+                digest: self.image.manifest_digest.to_string(),
+                size: self.image.manifest_bytes.len() as i64,
+                annotations: HashMap::new(),
+            }),
+            created_at: None,
+            updated_at: None,
+        };
+        let mut client = ImagesClient::new(self.containerd.channel());
+        let create = images::v1::CreateImageRequest {
+            image: Some(image.clone()),
+        };
+        match client.create(self.request(create)?).await {
+            Ok(_) => return Ok(()),
+            Err(status) if status.code() == Code::AlreadyExists => {}
+            Err(status) => return Err(self.failed(format!("create image {}", self.reference), status)),
+        }
+        let mask = prost_types::FieldMask {
+            paths: vec!["target".to_owned()],
+        };
+        let update = images::v1::UpdateImageRequest {
+            image: Some(image),
+            update_mask: Some(mask),
+        };
+        let updated = client.update(self.request(update)?).await;
+        updated
+            .map(|_| ())
+            .map_err(|s| self.failed(format!("update image {}", self.reference), s))
+    }
+
+    /// Writes a blob into the content store, with the labels that tell where it came from.
+    async fn write(&self, digest: &Digest, bytes: Bytes, mut labels: HashMap<String, String>) -> anyhow::Result<()> {
+        let host = self
+            .reference
+            .host
+            .rsplit_once(':')
+            .map_or(self.reference.host.as_str(), |(host, _)| host);
+        labels.insert(format!("{SOURCE_LABEL}{host}"), self.reference.repository.clone());
+        let messages = write_messages(
+            &format!("lazuli-{}-{digest}", self.lease),
+            digest,
+            &bytes,
+            labels.clone(),
+        );
+        let failed = |status| self.failed(format!("store {digest}"), status);
+        let mut request = self.request(tokio_stream::iter(messages))?;
+        request.set_timeout(LAYER_DEADLINE);
+        match self.content().write(request).await {
+            Ok(answers) => match answers.into_inner().try_collect::<Vec<_>>().await {
+                Ok(_) => return Ok(()),
+                Err(status) if status.code() == Code::AlreadyExists => {}
+                Err(status) => return Err(failed(status)),
+            },
+            Err(status) if status.code() == Code::AlreadyExists => {}
+            Err(status) => return Err(failed(status)),
+        }
+        // It is there already, perhaps from another pull: it needs our labels all the same.
+        for (key, value) in labels {
+            self.label(digest, &key, &value).await?;
+        }
+        Ok(())
+    }
+
+    async fn label(&self, digest: &Digest, key: &str, value: &str) -> anyhow::Result<()> {
+        let info = content::v1::Info {
+            digest: digest.to_string(),
+            labels: HashMap::from([(key.to_owned(), value.to_owned())]),
+            ..Default::default()
+        };
+        let mask = prost_types::FieldMask {
+            paths: vec![format!("labels.{key}")],
+        };
+        let update = content::v1::UpdateRequest {
+            info: Some(info),
+            update_mask: Some(mask),
+        };
+        let updated = self.content().update(self.request(update)?).await;
+        updated
+            .map(|_| ())
+            .map_err(|status| self.failed(format!("label {digest}"), status))
+    }
+
+    async fn create_lease(&self) -> anyhow::Result<()> {
+        let expire = SystemTime::now() + Duration::from_secs(LEASE_HOURS * 3600);
+        let expire = time::OffsetDateTime::from(expire).format(&time::format_description::well_known::Rfc3339)?;
+        let create = leases::v1::CreateRequest {
+            id: self.lease.clone(),
+            labels: HashMap::from([("containerd.io/gc.expire".to_owned(), expire)]),
+        };
+        let request = self.containerd.request(&self.namespace, create)?;
+        let created = LeasesClient::new(self.containerd.channel()).create(request).await;
+        created
+            .map(|_| ())
+            .map_err(|status| self.failed("create a lease", status))
+    }
+
+    async fn delete_lease(&self) -> anyhow::Result<()> {
+        let delete = leases::v1::DeleteRequest {
+            id: self.lease.clone(),
+            sync: false,
+        };
+        let request = self.containerd.request(&self.namespace, delete)?;
+        let deleted = LeasesClient::new(self.containerd.channel()).delete(request).await;
+        deleted
+            .map(|_| ())
+            .map_err(|status| self.failed("delete the lease", status))
+    }
+
+    fn request<T>(&self, message: T) -> anyhow::Result<Request<T>> {
+        let mut request = self.containerd.request(&self.namespace, message)?;
+        request.metadata_mut().insert(LEASE_HEADER, header(&self.lease)?);
+        Ok(request)
+    }
+
+    fn failed(&self, action: impl Into<String>, status: tonic::Status) -> anyhow::Error {
+        let hint = match status.code() {
+            Code::NotFound | Code::InvalidArgument if status.message().contains("snapshotter") => format!(
+                "; does containerd's configuration have a [proxy_plugins.{}] entry, and is the daemon running?",
+                self.snapshotter
+            ),
+            _ => String::new(),
+        };
+        let error = anyhow::Error::from(self.containerd.error(action, status));
+        if hint.is_empty() {
+            error
+        } else {
+            error.context(format!("pulling {} failed{hint}", self.reference))
+        }
+    }
+
+    fn snapshots(&self) -> SnapshotsClient<Channel> {
+        SnapshotsClient::new(self.containerd.channel()).max_decoding_message_size(MAX_MESSAGE)
+    }
+
+    fn content(&self) -> ContentClient<Channel> {
+        ContentClient::new(self.containerd.channel()).max_decoding_message_size(MAX_MESSAGE)
+    }
+}
+
+fn descriptor(layer: &LayerDescriptor) -> Descriptor {
+    Descriptor {
+        media_type: layer.media_type.clone(),
+        digest: layer.digest.to_string(),
+        size: layer.size as i64,
+        annotations: layer.annotations.clone().into_iter().collect(),
+    }
+}
+
+/// A text that no other pull has.
+fn unique() -> String {
+    let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
+    format!("{nanos}-{}", std::process::id())
+}
+
+/// What the pull made: one line per layer.
+fn summary(pull: &Pull, unpacked: &[usize], status: Option<&Status>) -> String {
+    let mut out = format!("{} {}\n", pull.reference, pull.image.manifest_digest);
+    for (i, layer) in pull.image.layers.iter().enumerate() {
+        let digest = layer.digest.to_string();
+        let live = status.and_then(|s| s.layers.iter().find(|l| l.digest == digest));
+        let reason = || {
+            let layers = status?.images.iter().flat_map(|image| &image.layers);
+            layers.filter(|l| l.digest == digest).find_map(|l| l.refused.clone())
+        };
+        let what = match live {
+            Some(live) => status::describe(live),
+            None if unpacked.contains(&i) => {
+                format!(
+                    "unpacked by containerd: {}",
+                    reason().unwrap_or_else(|| "the daemon's log says why".to_owned())
+                )
+            }
+            None => "there already".to_owned(),
+        };
+        out.push_str(&format!(
+            "  {}  {:>10}  {what}\n",
+            status::short(&digest),
+            ByteSize(layer.size).to_string()
+        ));
+    }
+    out
+}

@@ -1,0 +1,101 @@
+//! The command line as a person meets it: help, mistakes, exit codes.
+
+use std::path::Path;
+
+use assert_cmd::Command;
+
+fn lazuli(args: &[&str]) -> (i32, String, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_lazuli"))
+        .args(args)
+        .env_remove("CONTAINERD_NAMESPACE")
+        .timeout(std::time::Duration::from_secs(60))
+        .output()
+        .expect("lazuli runs");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (
+        output.status.code().unwrap_or(-1),
+        text(&output.stdout),
+        text(&output.stderr),
+    )
+}
+
+fn config(dir: &Path, text: &str) -> String {
+    let path = dir.join("config.toml");
+    std::fs::write(&path, text).expect("the temporary directory can be written");
+    path.display().to_string()
+}
+
+#[test]
+fn help_names_every_command() {
+    let (code, out, _) = lazuli(&["--help"]);
+    assert_eq!(code, 0);
+    for command in ["serve", "pull", "mount", "status", "check-config"] {
+        assert!(out.contains(command), "{out}");
+        let (code, out, _) = lazuli(&[command, "--help"]);
+        assert_eq!(code, 0, "{command}");
+        assert!(out.contains("--config"), "{command}: {out}");
+    }
+}
+
+#[test]
+fn check_config_prints_what_results() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = config(dir.path(), "root = \"/srv/lazuli\"\n[cache]\nmax_size = \"1GiB\"\n");
+    let (code, out, err) = lazuli(&["check-config", "--config", &path]);
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert!(
+        out.contains("root = \"/srv/lazuli\"") && out.contains("max_size = 1073741824"),
+        "{out}"
+    );
+}
+
+#[test]
+fn a_wrong_configuration_is_exit_code_2() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = config(dir.path(), "[cache]\nmax_sise = 1\n");
+    for command in [
+        vec!["check-config"],
+        vec!["status"],
+        vec!["serve"],
+        vec!["pull", "r.example/a:1"],
+    ] {
+        let mut args = command.clone();
+        args.extend(["--config", &path]);
+        let (code, _, err) = lazuli(&args);
+        assert_eq!(code, 2, "{command:?}: {err}");
+        assert!(err.contains("max_sise") && err.contains(&path), "{command:?}: {err}");
+    }
+    let (code, _, err) = lazuli(&["check-config", "--config", "/nonexistent/config.toml"]);
+    assert_eq!(code, 2, "{err}");
+    assert!(err.contains("/nonexistent/config.toml"), "{err}");
+    let (code, _, _) = lazuli(&["frobnicate"]);
+    assert_eq!(code, 2);
+}
+
+#[test]
+fn a_daemon_that_is_not_there_is_exit_code_3() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("none.sock").display().to_string();
+    let (code, _, err) = lazuli(&["status", "--address", &socket]);
+    assert_eq!(code, 3, "{err}");
+    assert!(err.contains(&socket) && err.contains("lazuli serve"), "{err}");
+}
+
+#[test]
+fn a_wrong_reference_is_named() {
+    let (code, _, err) = lazuli(&["pull", "Not A Reference"]);
+    assert_eq!(code, 2, "{err}");
+    assert!(err.contains("Not A Reference"), "{err}");
+}
+
+#[test]
+fn mount_says_what_is_missing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (code, _, err) = lazuli(&["mount", "oci:/nonexistent", "/nonexistent/mountpoint"]);
+    assert_eq!(code, 1, "{err}");
+    assert!(err.contains("/nonexistent/mountpoint"), "{err}");
+    let mountpoint = dir.path().display().to_string();
+    let (code, _, err) = lazuli(&["mount", "oci:/nonexistent/layout", &mountpoint]);
+    assert_ne!(code, 0, "{err}");
+    assert!(err.contains("/nonexistent/layout"), "{err}");
+}

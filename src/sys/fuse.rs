@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::OpenOptions;
 use std::io::Write as _;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags};
@@ -54,14 +54,17 @@ pub fn open(options: FuseOptions<'_>) -> Result<(OwnedFd, DetachedMount), SysErr
 /// ENOTCONN, and its server is told that the file system is gone.
 ///
 /// # Errors
-/// [`SysError`], with ENOENT when there is no such connection (any more), or the fusectl file system is not mounted.
+/// [`SysError`], with ENOENT when there is no such connection (any more).
 pub fn abort(major: u32, minor: u32) -> Result<(), SysError> {
     // The kernel names a connection by its internal device number.
     let connection = u64::from(major) << 20 | u64::from(minor);
-    write(
-        &PathBuf::from(format!("/sys/fs/fuse/connections/{connection}/abort")),
-        "1",
-    )
+    let path = PathBuf::from(format!("{connection}/abort"));
+    // A mount of our own that nobody sees: /sys/fs/fuse/connections is missing in containers and on machines without systemd.
+    let control = Context::open("fusectl", &path)?.mount(MountAttrFlags::empty())?;
+    rustix::fs::openat(control.as_fd(), &path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+        .and_then(|file| rustix::io::write(file, b"1"))
+        .map(drop)
+        .map_err(|error| SysError::new("abort of a FUSE connection", &path, error))
 }
 
 /// Sets how far the kernel reads ahead on the file system with the device number `major`:`minor`, in KiB.
@@ -70,14 +73,10 @@ pub fn abort(major: u32, minor: u32) -> Result<(), SysError> {
 /// [`SysError`], for instance where sysfs is read-only.
 pub fn set_read_ahead(major: u32, minor: u32, kib: u32) -> Result<(), SysError> {
     let path = PathBuf::from(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"));
-    write(&path, &kib.to_string())
-}
-
-fn write(path: &Path, text: &str) -> Result<(), SysError> {
     // Not `fs::write`: a file that is missing there must not be created.
     OpenOptions::new()
         .write(true)
-        .open(path)
-        .and_then(|mut file| file.write_all(text.as_bytes()))
-        .map_err(|source| SysError::new("write", path, source))
+        .open(&path)
+        .and_then(|mut file| file.write_all(kib.to_string().as_bytes()))
+        .map_err(|source| SysError::new("write", &path, source))
 }

@@ -5,7 +5,7 @@
 
 use std::ffi::{CString, OsStr};
 use std::io;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
@@ -28,6 +28,13 @@ const LOG_MESSAGE_MAX: usize = 1024;
 #[derive(Debug)]
 pub struct DetachedMount {
     fd: OwnedFd,
+}
+
+impl AsFd for DetachedMount {
+    /// The mount's root directory.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
 }
 
 impl DetachedMount {

@@ -1,1 +1,30 @@
 //! FUSE: the session, and the faces of a layer.
+//!
+//! One [`Session`] serves the whole daemon. Its root directory holds one directory per attached layer, named by the layer's *slot* in
+//! decimal; below it the *tree* face shows the layer's names, attributes and bytes as its index has them. Layers never change, so the
+//! kernel is told to keep everything it has seen.
+//!
+//! ```text
+//! <mountpoint>/           inode 1
+//!     7/                  inode 7 << 32 | 1: root directory of the layer in slot 7
+//!         bin/sh          inode 7 << 32 | n: inode n of that layer's index
+//! ```
+//!
+//! Inode numbers depend on the slot and the index alone, file handles are always 0, and the inode generation comes from the layer's
+//! digest: a later process that attaches the same layers to the same slots can take the session over.
+//!
+//! This room knows layers only as [`crate::fetch::LayerData`]. It never waits on a FUSE thread for anything but the local disk.
+
+mod attr;
+mod counters;
+pub mod errno;
+pub mod error;
+mod face;
+pub mod read;
+mod readdir;
+pub mod session;
+mod tree;
+mod warn;
+
+pub use error::FsError;
+pub use session::{Session, SessionOptions};

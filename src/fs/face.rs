@@ -1,0 +1,439 @@
+//! The tree face: FUSE requests, answered from the indexes of the attached layers.
+//!
+//! # What the kernel keeps
+//! Names, absence, attributes, symlink targets, directory listings and pages are kept for ever, except the slots in the root, whose
+//! names are asked for each time. OPEN and OPENDIR are answered with ENOSYS once, whereupon the kernel opens everything by itself,
+//! with FOPEN_KEEP_CACHE and FOPEN_CACHE_DIR. FORGET means nothing, since inodes are never made: they are places in an index.
+//!
+//! # Panics
+//! A panic in one request is a bug. It must not end the thread, or after a few of them nobody would answer: it is caught, logged, and
+//! its reply, dropped on the way, says EIO.
+//!
+//! # Not implemented, on purpose
+//! ACCESS (the kernel checks permissions), LSEEK (a file is all data, which is what the kernel then says), FLUSH, FSYNC, POLL, BMAP,
+//! locks: after one ENOSYS the kernel does them alone. Everything that writes is EROFS; the mount is read-only, so it does not come.
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use fuser::{
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, Generation, INodeNo, InitFlags,
+    IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
+    Request, TimeOrNow, WriteFlags,
+};
+
+use super::attr::{self, IO_SIZE};
+use super::counters::Counters;
+use super::read::Reads;
+use super::readdir;
+use super::tree::{self, Tree};
+use crate::layer::index::MAX_NAME_LEN;
+
+/// How long the kernel keeps what never changes: 136 years, which no kernel's clock arithmetic overflows at.
+pub(super) const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
+/// How long the kernel keeps what may change at any time.
+pub(super) const NEVER: Duration = Duration::ZERO;
+
+/// Requests of read-ahead and asynchronous reads that the kernel sends before it waits for answers. fuser's 16 would let one slow
+/// registry stop the read-ahead of every container; each request pins at most 1 MiB of page cache, and as much here.
+const MAX_BACKGROUND: u16 = 256;
+/// At how many of them the kernel begins to leave read-ahead out: three quarters, as it does by default.
+const CONGESTION_THRESHOLD: u16 = MAX_BACKGROUND / 4 * 3;
+/// fuser derives the largest *read* from the largest write, so a read-only file system states one: 1 MiB, the kernel's own limit.
+const MAX_TRANSFER: u32 = 1 << 20;
+
+/// What is asked of the kernel where it has it.
+const CAPABILITIES: InitFlags = InitFlags::FUSE_ASYNC_READ
+    .union(InitFlags::FUSE_ASYNC_DIO)
+    .union(InitFlags::FUSE_PARALLEL_DIROPS)
+    .union(InitFlags::FUSE_DO_READDIRPLUS)
+    .union(InitFlags::FUSE_CACHE_SYMLINKS)
+    .union(InitFlags::FUSE_NO_OPEN_SUPPORT)
+    .union(InitFlags::FUSE_NO_OPENDIR_SUPPORT)
+    // Data changes only when Lazuli says so, i.e. never; not when an attribute looks different.
+    .union(InitFlags::FUSE_EXPLICIT_INVAL_DATA)
+    .union(InitFlags::FUSE_MAX_PAGES)
+    .union(InitFlags::FUSE_POSIX_ACL)
+    // Overlayfs finds the origin of a copied-up file by its handle; with this, also after the inode left the kernel's memory.
+    .union(InitFlags::FUSE_EXPORT_SUPPORT)
+    // For the take-over of the session by a new process.
+    .union(InitFlags::FUSE_HAS_RESEND)
+    .union(InitFlags::FUSE_ALLOW_IDMAP);
+
+/// Answers requests.
+pub(super) struct Face {
+    tree: Arc<Tree>,
+    reads: Reads,
+    counters: Arc<Counters>,
+}
+
+impl Face {
+    pub(super) fn new(tree: Arc<Tree>, reads: Reads, counters: Arc<Counters>) -> Self {
+        Face { tree, reads, counters }
+    }
+
+    /// Runs the body of a request; see the head of this file.
+    fn guard(&self, op: &'static str, body: impl FnOnce()) {
+        if catch_unwind(AssertUnwindSafe(body)).is_err() {
+            tracing::error!(op, "a FUSE request failed because of a bug in Lazuli");
+            self.counters.failed(Errno::EIO);
+        }
+    }
+
+    fn refuse_write(&self) -> Errno {
+        self.counters.write.inc();
+        self.counters.failed(Errno::EROFS)
+    }
+
+    fn unimplemented(&self) -> Errno {
+        self.counters.other.inc();
+        self.counters.failed(Errno::ENOSYS)
+    }
+
+    fn answer_xattr(&self, value: Result<&[u8], Errno>, size: u32, reply: ReplyXattr) {
+        // Values come from a layer's strings, of which there is less than 4 GiB; the kernel gives no more than 64 KiB to anyone.
+        match (value, size) {
+            (Ok(value), 0) => reply.size(value.len() as u32),
+            (Ok(value), _) if value.len() <= size as usize => reply.data(value),
+            (Ok(_), _) => reply.error(self.counters.failed(Errno::ERANGE)),
+            (Err(errno), _) => reply.error(self.counters.failed(errno)),
+        }
+    }
+}
+
+impl Filesystem for Face {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        if let Err(missing) = config.add_capabilities(CAPABILITIES) {
+            tracing::info!(?missing, "this kernel's FUSE lacks some capabilities");
+            // What remains is a subset of what the kernel offers.
+            let _ = config.add_capabilities(CAPABILITIES.difference(missing));
+        }
+        // These fail only for 0, and for transfers over fuser's 16 MiB.
+        let _ = config.set_max_background(MAX_BACKGROUND);
+        let _ = config.set_congestion_threshold(CONGESTION_THRESHOLD);
+        let _ = config.set_max_write(MAX_TRANSFER);
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.counters.lookup.inc();
+        self.guard("lookup", || match self.tree.lookup(parent, name.as_bytes()) {
+            Ok(Some(found)) => {
+                let ttl = if found.volatile { NEVER } else { FOREVER };
+                reply.entry_with_ttls(&FOREVER, &ttl, &found.attr, found.generation);
+            }
+            Ok(None) => reply.entry_with_ttls(&NEVER, &FOREVER, &attr::absent(), Generation(0)),
+            Err(errno) => reply.error(self.counters.failed(errno)),
+        });
+    }
+
+    fn forget(&self, _req: &Request, _ino: INodeNo, _nlookup: u64) {
+        self.counters.forget.inc();
+    }
+
+    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        self.counters.getattr.inc();
+        self.guard("getattr", || {
+            let ttl = if ino == INodeNo::ROOT { NEVER } else { FOREVER };
+            match self.tree.attr(ino) {
+                Ok(attr) => reply.attr(&ttl, &attr),
+                Err(errno) => reply.error(self.counters.failed(errno)),
+            }
+        });
+    }
+
+    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        self.counters.readlink.inc();
+        self.guard("readlink", || {
+            let result = self.tree.inode(ino).and_then(|(attached, ino)| {
+                let inode = *attached.inode(ino)?;
+                Ok((attached, inode))
+            });
+            match result {
+                Ok((attached, inode)) if inode.is_symlink() => reply.data(attached.layer.index().target(&inode)),
+                Ok(_) => reply.error(self.counters.failed(Errno::EINVAL)),
+                Err(errno) => reply.error(self.counters.failed(errno)),
+            }
+        });
+    }
+
+    fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        self.counters.open.inc();
+        reply.error(self.counters.failed(Errno::ENOSYS));
+    }
+
+    fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        self.counters.opendir.inc();
+        reply.error(self.counters.failed(Errno::ENOSYS));
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.counters.read.inc();
+        self.guard("read", || {
+            let result = self.tree.inode(ino).and_then(|(attached, ino)| {
+                let inode = *attached.inode(ino)?;
+                Ok((attached, ino, inode))
+            });
+            match result {
+                Ok((attached, ino, inode)) if inode.is_reg() => {
+                    self.reads.read(&attached.layer, ino, &inode, offset, size, reply);
+                }
+                Ok(_) => reply.error(self.counters.failed(Errno::EISDIR)),
+                Err(errno) => reply.error(self.counters.failed(errno)),
+            }
+        });
+    }
+
+    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectory) {
+        self.counters.readdir.inc();
+        self.guard("readdir", || {
+            if let Err((errno, reply)) = readdir::names(&self.tree, ino, offset, reply) {
+                reply.error(self.counters.failed(errno));
+            }
+        });
+    }
+
+    fn readdirplus(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectoryPlus) {
+        self.counters.readdirplus.inc();
+        self.guard("readdirplus", || {
+            if let Err((errno, reply)) = readdir::entries(&self.tree, ino, offset, reply) {
+                reply.error(self.counters.failed(errno));
+            }
+        });
+    }
+
+    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        self.counters.getxattr.inc();
+        self.guard("getxattr", || match self.tree.place(ino) {
+            Ok(tree::Place::Root) => self.answer_xattr(Err(Errno::ENODATA), size, reply),
+            Ok(tree::Place::Inode(attached, ino)) => {
+                let value = attached
+                    .inode(ino)
+                    .and_then(|inode| tree::xattr(&attached, inode, name.as_bytes()).ok_or(Errno::ENODATA));
+                self.answer_xattr(value, size, reply);
+            }
+            Err(errno) => self.answer_xattr(Err(errno), size, reply),
+        });
+    }
+
+    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        self.counters.listxattr.inc();
+        self.guard("listxattr", || {
+            let names = self.tree.place(ino).and_then(|place| match place {
+                tree::Place::Root => Ok(Vec::new()),
+                tree::Place::Inode(attached, ino) => Ok(tree::xattr_names(&attached, attached.inode(ino)?)),
+            });
+            self.answer_xattr(names.as_deref().map_err(|errno| *errno), size, reply);
+        });
+    }
+
+    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        self.counters.statfs.inc();
+        self.guard("statfs", || {
+            let totals = self.tree.totals();
+            reply.statfs(
+                totals.blocks,
+                0,
+                0,
+                totals.inodes,
+                0,
+                IO_SIZE,
+                MAX_NAME_LEN as u32,
+                IO_SIZE,
+            );
+        });
+    }
+
+    fn flush(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _owner: LockOwner, reply: ReplyEmpty) {
+        reply.error(self.unimplemented());
+    }
+
+    fn fsync(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        reply.error(self.unimplemented());
+    }
+
+    fn fsyncdir(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        reply.error(self.unimplemented());
+    }
+
+    fn access(&self, _req: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        reply.error(self.unimplemented());
+    }
+
+    fn lseek(&self, _req: &Request, _ino: INodeNo, _fh: FileHandle, _offset: i64, _whence: i32, reply: ReplyLseek) {
+        reply.error(self.unimplemented());
+    }
+
+    fn ioctl(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _flags: IoctlFlags,
+        _cmd: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        self.counters.other.inc();
+        // Overlayfs asks for file attributes (chattr) at each copy-up, and takes ENOTTY as "has none".
+        reply.error(Errno::ENOTTY);
+    }
+
+    fn setattr(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _mode: Option<u32>,
+        _uid: Option<u32>,
+        _gid: Option<u32>,
+        _size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        reply.error(self.refuse_write());
+    }
+
+    fn mknod(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        reply.error(self.refuse_write());
+    }
+
+    fn mkdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _mode: u32, _umask: u32, reply: ReplyEntry) {
+        reply.error(self.refuse_write());
+    }
+
+    fn unlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(self.refuse_write());
+    }
+
+    fn rmdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(self.refuse_write());
+    }
+
+    fn symlink(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, _target: &Path, reply: ReplyEntry) {
+        reply.error(self.refuse_write());
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _newparent: INodeNo,
+        _newname: &OsStr,
+        _flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(self.refuse_write());
+    }
+
+    fn link(&self, _req: &Request, _ino: INodeNo, _newparent: INodeNo, _newname: &OsStr, reply: ReplyEntry) {
+        reply.error(self.refuse_write());
+    }
+
+    fn create(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _flags: i32,
+        reply: ReplyCreate,
+    ) {
+        reply.error(self.refuse_write());
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _offset: u64,
+        _data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        reply.error(self.refuse_write());
+    }
+
+    fn setxattr(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _name: &OsStr,
+        _value: &[u8],
+        _flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(self.refuse_write());
+    }
+
+    fn removexattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        reply.error(self.refuse_write());
+    }
+
+    fn fallocate(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _offset: u64,
+        _length: u64,
+        _mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        reply.error(self.refuse_write());
+    }
+
+    fn copy_file_range(
+        &self,
+        _req: &Request,
+        _ino_in: INodeNo,
+        _fh_in: FileHandle,
+        _offset_in: u64,
+        _ino_out: INodeNo,
+        _fh_out: FileHandle,
+        _offset_out: u64,
+        _len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        reply.error(self.refuse_write());
+    }
+}

@@ -1,0 +1,222 @@
+//! Reading a file of a layer.
+//!
+//! Bytes that are ready are read into a buffer of the FUSE thread and answered there. For all others the reply moves into a task,
+//! and the FUSE thread is free at once: a registry that does not answer stops the readers of its bytes, and nobody else.
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use fuser::{Errno, ReplyData};
+use prometheus::{Histogram, IntCounter};
+use tokio::runtime::Handle;
+
+use super::counters::Counters;
+use super::errno::{self, ReadError};
+use super::warn::WarnLimit;
+use crate::fetch::LayerData;
+use crate::layer::{Ino, Inode, LayerIndex, ROOT_INO};
+
+/// How much longer than its deadline a read is waited for: `fetch` answers in time by itself, and if it has a bug, the reader gets an
+/// error all the same instead of being stuck where even SIGKILL does not help.
+const GRACE: Duration = Duration::from_secs(1);
+/// Longest buffer a FUSE thread keeps between requests, in bytes: the largest read that is negotiated with the kernel.
+pub const BUFFER_MAX: usize = 1 << 20;
+/// Longest path in a log line, in bytes, and the most directories it is put together from.
+const LOGGED_PATH_MAX: usize = 400;
+const LOGGED_DEPTH_MAX: usize = 64;
+
+thread_local! {
+    static BUFFER: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// Where the answer to a read goes.
+pub trait Answer: Send + 'static {
+    /// The bytes. Fewer than were asked for mean that the file ends there.
+    fn data(self, bytes: &[u8]);
+    /// No bytes.
+    fn error(self, errno: Errno);
+}
+
+impl Answer for ReplyData {
+    fn data(self, bytes: &[u8]) {
+        ReplyData::data(self, bytes);
+    }
+
+    fn error(self, errno: Errno) {
+        ReplyData::error(self, errno);
+    }
+}
+
+/// The part of the data space that `size` bytes at `offset` of the file `inode` are: offset and length, cut off where the file ends.
+pub fn extent(inode: &Inode, offset: u64, size: u32) -> (u64, u32) {
+    let len = inode.size.saturating_sub(offset).min(u64::from(size));
+    (inode.data.saturating_add(offset), len as u32)
+}
+
+/// Answers with the `len` bytes at `offset` of the data space if they are ready; otherwise gives the answer back, and the error of
+/// the disk if that is why.
+pub fn answer_ready<A: Answer>(
+    layer: &dyn LayerData,
+    offset: u64,
+    len: u32,
+    answer: A,
+) -> Result<(), (A, Option<std::io::Error>)> {
+    let len = len as usize;
+    let mut buffer = BUFFER.take();
+    if buffer.len() < len {
+        buffer.resize(len, 0);
+    }
+    let (bytes, _) = buffer.split_at_mut(len);
+    let result = match layer.read_ready(offset, bytes) {
+        Some(Ok(())) => {
+            answer.data(bytes);
+            Ok(())
+        }
+        Some(Err(error)) => Err((answer, Some(error))),
+        None => Err((answer, None)),
+    };
+    if buffer.len() <= BUFFER_MAX {
+        BUFFER.set(buffer);
+    }
+    result
+}
+
+/// Serves reads of files.
+#[derive(Clone)]
+pub(super) struct Reads {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    runtime: Handle,
+    deadline: Duration,
+    counters: Arc<Counters>,
+    read_bytes: IntCounter,
+    cold_seconds: Histogram,
+    warnings: WarnLimit,
+}
+
+impl Reads {
+    pub(super) fn new(
+        runtime: Handle,
+        deadline: Duration,
+        counters: Arc<Counters>,
+        metrics: &crate::metrics::Metrics,
+    ) -> Self {
+        Reads {
+            shared: Arc::new(Shared {
+                runtime,
+                deadline,
+                counters,
+                read_bytes: metrics.read_bytes_total.clone(),
+                cold_seconds: metrics.cold_read_seconds.clone(),
+                warnings: WarnLimit::default(),
+            }),
+        }
+    }
+
+    /// Answers a read of `size` bytes at `offset` of the file `inode`, which has number `ino`: now, or later from a task.
+    pub(super) fn read<A: Answer>(
+        &self,
+        layer: &Arc<dyn LayerData>,
+        ino: Ino,
+        inode: &Inode,
+        offset: u64,
+        size: u32,
+        answer: A,
+    ) {
+        let (offset, len) = extent(inode, offset, size);
+        if len == 0 {
+            return answer.data(&[]);
+        }
+        let answer = match answer_ready(layer.as_ref(), offset, len, answer) {
+            Ok(()) => return self.shared.read_bytes.inc_by(len.into()),
+            Err((answer, None)) => answer,
+            // The disk does not give what was there. `fetch` may know another way; if not, it says what is wrong.
+            Err((answer, Some(error))) => {
+                self.shared.warn(layer.as_ref(), ino, offset, len, &error.into());
+                answer
+            }
+        };
+        let shared = Arc::clone(&self.shared);
+        let layer = Arc::clone(layer);
+        self.shared
+            .runtime
+            .spawn(async move { shared.read_cold(layer, ino, offset, len, answer).await });
+    }
+}
+
+impl Shared {
+    async fn read_cold<A: Answer>(&self, layer: Arc<dyn LayerData>, ino: Ino, offset: u64, len: u32, answer: A) {
+        let start = Instant::now();
+        let result = self.fetch(layer.as_ref(), offset, len).await;
+        self.cold_seconds.observe(start.elapsed().as_secs_f64());
+        match result {
+            Ok(bytes) => {
+                answer.data(&bytes);
+                self.read_bytes.inc_by(len.into());
+            }
+            Err(error) => {
+                // The reader first: putting the line together takes longer than the answer.
+                answer.error(self.counters.failed(errno::of(&error)));
+                self.warn(layer.as_ref(), ino, offset, len, &error);
+            }
+        }
+    }
+
+    async fn fetch(&self, layer: &dyn LayerData, offset: u64, len: u32) -> Result<Bytes, ReadError> {
+        let limit = self.deadline.saturating_add(GRACE);
+        let bytes = tokio::time::timeout(limit, layer.read(offset, len, self.deadline))
+            .await
+            .map_err(|_| ReadError::Overdue { after: limit })??;
+        if bytes.len() != len as usize {
+            return Err(ReadError::Short {
+                got: bytes.len(),
+                wanted: len as usize,
+            });
+        }
+        Ok(bytes)
+    }
+
+    fn warn(&self, layer: &dyn LayerData, ino: Ino, offset: u64, len: u32, error: &ReadError) {
+        let Some(suppressed) = self.warnings.admit() else {
+            return;
+        };
+        tracing::warn!(
+            layer = %layer.digest(),
+            path = %path(layer.index(), ino),
+            offset,
+            len,
+            suppressed,
+            "a read failed: {error}"
+        );
+    }
+}
+
+/// A path that leads to `ino`, for people to read. It is searched for, since files do not know their directory.
+fn path(index: &LayerIndex, ino: Ino) -> String {
+    let mut names = Vec::new();
+    let mut at = ino;
+    while at != ROOT_INO && names.len() < LOGGED_DEPTH_MAX {
+        let holder = index.inodes().iter().find_map(|dir| {
+            let entry = index.entries(dir).iter().find(|entry| entry.ino == at)?;
+            Some((dir, index.name(entry)))
+        });
+        let Some((dir, name)) = holder else {
+            return format!("inode {ino}");
+        };
+        names.push(name);
+        // A directory's own number is not in it, but in its children; the entries found above are one.
+        let own = index.inodes().iter().position(|inode| std::ptr::eq(inode, dir));
+        at = own.map_or(ROOT_INO, |position| position as Ino + 1);
+    }
+    let mut path = Vec::new();
+    for name in names.iter().rev() {
+        path.push(b'/');
+        path.extend_from_slice(name);
+    }
+    path.truncate(LOGGED_PATH_MAX);
+    path.escape_ascii().to_string()
+}

@@ -1,0 +1,298 @@
+//! The FUSE session: mounting, the threads that answer, layers that come and go, and the end.
+//!
+//! Lazuli mounts by itself (`fsopen`) and hands fuser the descriptor: the mount appears at its place only when it is answered, and
+//! the descriptor could as well come from an earlier process.
+
+use std::ffi::OsStr;
+use std::fs::DirBuilder;
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use fuser::{INodeNo, Notifier, SessionACL};
+use tokio::runtime::Handle;
+
+use super::FsError;
+use super::counters::Counters;
+use super::face::Face;
+use super::read::Reads;
+use super::tree::Tree;
+use crate::fetch::LayerData;
+use crate::metrics::Metrics;
+use crate::sys::mount::{Unmount, unmount};
+use crate::sys::mountinfo::{Mount, mount_at};
+use crate::sys::{self, SysError};
+
+/// Type of the mount in the list of mounts: `fuse.lazuli`. By it a stale mount is known as ours.
+const SUBTYPE: &str = "lazuli";
+/// Most threads when the number is left to Lazuli. They only answer what is local, so more would only wait for each other.
+const THREADS_MAX: usize = 8;
+/// How far the kernel reads ahead in a file, in KiB: as much as one FUSE request can carry.
+const READ_AHEAD_KIB: u32 = 1024;
+/// Most stale mounts that are removed from one mount point; more can only mean that something makes new ones.
+const STALE_MAX: usize = 64;
+/// How long the threads may take to end after the unmount, and again after the connection is aborted.
+const END_WAIT: Duration = Duration::from_secs(2);
+
+/// How a session works.
+#[derive(Debug, Clone)]
+pub struct SessionOptions {
+    /// Threads that answer the kernel; 0 means one per processor, at most 8.
+    pub threads: usize,
+    /// Longest time a reader waits for bytes that have to be fetched, before it gets EIO.
+    pub read_deadline: Duration,
+    /// Source of the mount in the list of mounts.
+    pub source_name: String,
+}
+
+/// A mounted FUSE file system with its threads. Dropped, it is unmounted.
+pub struct Session {
+    tree: Arc<Tree>,
+    mountpoint: PathBuf,
+    notifier: Notifier,
+    runtime: Handle,
+    /// The mount, until it is unmounted.
+    mount: Option<Mount>,
+    /// Tells when all threads have ended.
+    ended: Mutex<Receiver<io::Result<()>>>,
+}
+
+impl Session {
+    /// Mounts at the directory `mountpoint`, which is made if it is missing, and begins to answer. A mount of Lazuli's that is there
+    /// already is what a process left behind that did not end cleanly: it is aborted and removed.
+    ///
+    /// The mount lets every user in, as the processes of containers are of any user; it is the caller's duty that `mountpoint`'s
+    /// parent directory has mode 0700. Cold reads run on `runtime`; once that is shut down, they fail.
+    ///
+    /// Blocks for a few system calls.
+    ///
+    /// # Errors
+    /// [`FsError`]; nothing is left mounted then.
+    pub fn mount(
+        mountpoint: &Path,
+        options: SessionOptions,
+        runtime: Handle,
+        metrics: Arc<Metrics>,
+    ) -> Result<Session, FsError> {
+        let mountpoint = prepare(mountpoint)?;
+        let mount_error = |source| FsError::Mount {
+            mountpoint: mountpoint.clone(),
+            source,
+        };
+        let start_error = |source| FsError::Start {
+            mountpoint: mountpoint.clone(),
+            source,
+        };
+        let (device, detached) = sys::fuse::open(sys::fuse::FuseOptions {
+            source: &options.source_name,
+            subtype: SUBTYPE,
+        })
+        .map_err(mount_error)?;
+
+        let tree = Arc::new(Tree::new());
+        let counters = Arc::new(Counters::new(Arc::clone(&metrics)));
+        let reads = Reads::new(runtime.clone(), options.read_deadline, Arc::clone(&counters), &metrics);
+        let face = Face::new(Arc::clone(&tree), reads, counters);
+        let mut config = fuser::Config::default();
+        config.n_threads = Some(threads(options.threads));
+        // One descriptor for all threads: a later process can take over one, not as many as there are threads.
+        config.clone_fd = false;
+        config.acl = SessionACL::All;
+        let session = fuser::Session::from_fd(face, device, config.acl, config).map_err(start_error)?;
+        let notifier = session.notifier();
+
+        let (sender, ended) = mpsc::channel();
+        std::thread::Builder::new()
+            .name("fuse-session".to_owned())
+            .spawn(move || {
+                let result = session.run();
+                if let Err(error) = &result {
+                    tracing::error!("the FUSE session ended: {error}");
+                }
+                // Nobody listens any more when the session is dropped.
+                let _ = sender.send(result);
+            })
+            .map_err(start_error)?;
+
+        // If this fails, the mount is dropped, and with it the connection: the threads end by themselves.
+        detached.attach(&mountpoint).map_err(mount_error)?;
+        let mount = mount_at(&mountpoint).map_err(mount_error)?;
+        if let Some(mount) = &mount
+            && let Err(error) = sys::fuse::set_read_ahead(mount.major, mount.minor, READ_AHEAD_KIB)
+        {
+            tracing::info!("read-ahead stays at the kernel's default: {error}");
+        }
+        Ok(Session {
+            tree,
+            mountpoint,
+            notifier,
+            runtime,
+            mount,
+            ended: Mutex::new(ended),
+        })
+    }
+
+    /// Shows `layer` at [`Session::path`] of `slot`. The same layer may be attached again, and its new reader replaces the old one.
+    ///
+    /// # Errors
+    /// [`FsError::SlotZero`], [`FsError::SlotTaken`].
+    pub fn attach(&self, slot: u32, layer: Arc<dyn LayerData>) -> Result<(), FsError> {
+        self.tree.attach(slot, layer)?;
+        self.forget(None);
+        Ok(())
+    }
+
+    /// Takes the layer in `slot` away. Its directory disappears; what is still open in it fails with ESTALE as far as the kernel has
+    /// to ask, and reads under way are answered. Tells whether there was a layer.
+    pub fn detach(&self, slot: u32) -> bool {
+        let there = self.tree.detach(slot);
+        if there {
+            self.forget(Some(slot));
+        }
+        there
+    }
+
+    /// The directory that shows the layer in `slot`.
+    pub fn path(&self, slot: u32) -> PathBuf {
+        self.mountpoint.join(slot.to_string())
+    }
+
+    /// Where the session is mounted: absolute, without symbolic links.
+    pub fn mountpoint(&self) -> &Path {
+        &self.mountpoint
+    }
+
+    /// Whether the session still answers. It ends on its own only when somebody unmounts it or aborts its connection.
+    pub fn is_alive(&self) -> bool {
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        matches!(ended.try_recv(), Err(mpsc::TryRecvError::Empty))
+    }
+
+    /// Unmounts, and waits until all threads have ended: at most a few seconds, since a mount that is in use is detached, and a
+    /// connection that is held (by an overlay, say) is aborted.
+    ///
+    /// # Errors
+    /// [`FsError::Unmount`], [`FsError::Stuck`].
+    pub fn unmount(mut self) -> Result<(), FsError> {
+        self.close()
+    }
+
+    fn close(&mut self) -> Result<(), FsError> {
+        let Some(mount) = self.mount.take() else {
+            return Ok(());
+        };
+        let mountpoint = self.mountpoint.clone();
+        // Somebody may have unmounted it, or mounted something else over it; that is not ours to remove.
+        let ours = matches!(mount_at(&mountpoint), Ok(Some(there)) if there == mount);
+        let unmounted = match ours {
+            true => remove(&mountpoint),
+            false => Ok(()),
+        };
+        let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(ended.recv_timeout(END_WAIT), Err(RecvTimeoutError::Timeout)) {
+            tracing::info!(mountpoint = %mountpoint.display(), "the FUSE mount is still in use; its connection is aborted");
+            if let Err(error) = sys::fuse::abort(mount.major, mount.minor) {
+                tracing::warn!("{error}");
+            }
+            if matches!(ended.recv_timeout(END_WAIT), Err(RecvTimeoutError::Timeout)) {
+                return Err(FsError::Stuck { mountpoint });
+            }
+        }
+        unmounted.map_err(|source| FsError::Unmount { mountpoint, source })
+    }
+
+    /// Makes the kernel forget the listing of the root directory, and the directory of `slot` with what is below it.
+    ///
+    /// Not here but later, on a thread that may block: the kernel takes the root directory's lock for it, which somebody may hold who
+    /// waits for an answer of this session. Correctness does not depend on it, since names in the root are asked for each time.
+    fn forget(&self, slot: Option<u32>) {
+        let notifier = self.notifier.clone();
+        self.runtime.spawn_blocking(move || {
+            let mut result = notifier.inval_inode(INodeNo::ROOT, 0, 0);
+            if let Some(slot) = slot {
+                result = result.and(notifier.inval_entry(INodeNo::ROOT, OsStr::new(&slot.to_string())));
+            }
+            if let Err(error) = result {
+                tracing::debug!("the kernel did not take an invalidation: {error}");
+            }
+        });
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::error!("{error}");
+        }
+    }
+}
+
+/// Makes the mount point if it is missing, takes stale mounts away, and gives its path without symbolic links.
+fn prepare(mountpoint: &Path) -> Result<PathBuf, FsError> {
+    let fail = |source| FsError::Mountpoint {
+        mountpoint: mountpoint.to_owned(),
+        source,
+    };
+    let (parent, name) = mountpoint
+        .parent()
+        .zip(mountpoint.file_name())
+        .ok_or_else(|| fail(io::Error::from(io::ErrorKind::InvalidInput)))?;
+    let parent = match parent.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => parent,
+    };
+    // The parent, not the mount point itself: a dead server's mount answers no question about itself.
+    let mountpoint = parent.canonicalize().map_err(fail)?.join(name);
+    clear(&mountpoint)?;
+    match DirBuilder::new().mode(0o700).create(&mountpoint) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(fail(error)),
+        _ if !mountpoint.symlink_metadata().map_err(fail)?.is_dir() => {
+            Err(fail(io::Error::from(io::ErrorKind::NotADirectory)))
+        }
+        _ => Ok(mountpoint),
+    }
+}
+
+/// Takes away the mounts that processes before this one left at `mountpoint`.
+fn clear(mountpoint: &Path) -> Result<(), FsError> {
+    let stale = |source| FsError::Stale {
+        mountpoint: mountpoint.to_owned(),
+        source,
+    };
+    let fs_type = format!("fuse.{SUBTYPE}");
+    for _ in 0..STALE_MAX {
+        let Some(mount) = mount_at(mountpoint).map_err(stale)? else {
+            return Ok(());
+        };
+        if mount.fs_type != *fs_type {
+            return Ok(());
+        }
+        tracing::info!(mountpoint = %mountpoint.display(), "removing the stale mount of an earlier process");
+        // First the connection, so that nobody is left waiting in it. It is gone if the server is.
+        if let Err(error) = sys::fuse::abort(mount.major, mount.minor) {
+            tracing::debug!("{error}");
+        }
+        unmount(mountpoint, Unmount::Detach).map_err(stale)?;
+    }
+    Ok(())
+}
+
+/// Unmounts, and if somebody uses the mount, out of sight of everybody else.
+fn remove(mountpoint: &Path) -> Result<(), SysError> {
+    match unmount(mountpoint, Unmount::IfIdle) {
+        Err(error) if error.source.kind() == io::ErrorKind::ResourceBusy => unmount(mountpoint, Unmount::Detach),
+        result => result,
+    }
+}
+
+fn threads(configured: usize) -> usize {
+    match configured {
+        0 => std::thread::available_parallelism()
+            .map_or(1, usize::from)
+            .min(THREADS_MAX),
+        threads => threads,
+    }
+}

@@ -1,0 +1,279 @@
+//! The tree face without FUSE: which layer is in which slot, and what an inode number or a name means.
+//!
+//! Readers never lock: the table of slots is replaced as a whole when a layer comes or goes.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use arc_swap::ArcSwap;
+use fuser::{Errno, FileAttr, FileType, Generation, INodeNo};
+
+use super::FsError;
+use super::attr::{self, DIR_SIZE, IO_SIZE};
+use crate::fetch::LayerData;
+use crate::layer::{Digest, Ino, Inode, ROOT_INO};
+
+/// Inode number of the FUSE root directory.
+pub(super) const FUSE_ROOT: u64 = 1;
+/// Permissions of the FUSE root directory: layers are reached through overlay mounts, which root makes, and by nobody else.
+const FUSE_ROOT_PERMISSIONS: u16 = 0o700;
+/// How far the slot is shifted in an inode number; below it is the inode's number within its layer.
+const SLOT_SHIFT: u32 = 32;
+/// What overlayfs calls an opaque directory with `trusted.` and, when mounted with `userxattr`, with `user.`.
+const OPAQUE_TRUSTED: &[u8] = b"trusted.overlay.opaque";
+const OPAQUE_USER: &[u8] = b"user.overlay.opaque";
+
+/// A layer in a slot.
+pub(super) struct Attached {
+    pub(super) slot: u32,
+    pub(super) layer: Arc<dyn LayerData>,
+    /// Tells the inodes of layers apart that were in the same slot at different times.
+    pub(super) generation: Generation,
+}
+
+impl Attached {
+    /// Inode number in FUSE of the layer's inode `ino`.
+    pub(super) fn number(&self, ino: Ino) -> u64 {
+        u64::from(self.slot) << SLOT_SHIFT | u64::from(ino)
+    }
+
+    pub(super) fn inode(&self, ino: Ino) -> Result<&Inode, Errno> {
+        self.layer.index().inode(ino).ok_or(Errno::ESTALE)
+    }
+
+    pub(super) fn attr(&self, ino: Ino) -> Result<FileAttr, Errno> {
+        Ok(attr::of(self.number(ino), self.inode(ino)?))
+    }
+
+    /// Inode number in FUSE of the directory that holds the directory `dir`.
+    pub(super) fn parent_number(&self, ino: Ino, dir: &Inode) -> u64 {
+        match ino {
+            ROOT_INO => FUSE_ROOT,
+            _ => self.number(dir.parent),
+        }
+    }
+}
+
+/// What an inode number stands for.
+pub(super) enum Place {
+    /// The FUSE root directory.
+    Root,
+    /// An inode of a layer. The layer may not have it.
+    Inode(Arc<Attached>, Ino),
+}
+
+/// Answer to a look-up.
+pub(super) struct Found {
+    pub(super) attr: FileAttr,
+    pub(super) generation: Generation,
+    /// Whether the name may mean something else later: the slots in the FUSE root.
+    pub(super) volatile: bool,
+}
+
+/// Totals for statfs.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Totals {
+    /// Blocks of [`IO_SIZE`] bytes.
+    pub(super) blocks: u64,
+    pub(super) inodes: u64,
+}
+
+type Slots = BTreeMap<u32, Arc<Attached>>;
+
+/// The slots and what is in them.
+pub(super) struct Tree {
+    slots: ArcSwap<Slots>,
+    owner: (u32, u32),
+    /// Times of the FUSE root directory.
+    since: SystemTime,
+}
+
+impl Tree {
+    pub(super) fn new() -> Self {
+        Tree {
+            slots: ArcSwap::default(),
+            owner: (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw()),
+            since: SystemTime::now(),
+        }
+    }
+
+    /// Puts a layer into a slot. The same layer (by digest) may be put there again, and replaces its reader.
+    pub(super) fn attach(&self, slot: u32, layer: Arc<dyn LayerData>) -> Result<(), FsError> {
+        let digest = *layer.digest();
+        if slot == 0 {
+            return Err(FsError::SlotZero { layer: digest });
+        }
+        let attached = Arc::new(Attached {
+            slot,
+            layer,
+            generation: generation(&digest),
+        });
+        let previous = self.slots.rcu(|slots| {
+            let mut slots = Slots::clone(slots);
+            if slots.get(&slot).is_none_or(|there| *there.layer.digest() == digest) {
+                slots.insert(slot, Arc::clone(&attached));
+            }
+            slots
+        });
+        match previous.get(&slot).map(|there| *there.layer.digest()) {
+            Some(holder) if holder != digest => Err(FsError::SlotTaken {
+                slot,
+                layer: digest,
+                holder,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Empties a slot; tells whether something was in it.
+    pub(super) fn detach(&self, slot: u32) -> bool {
+        let previous = self.slots.rcu(|slots| {
+            let mut slots = Slots::clone(slots);
+            slots.remove(&slot);
+            slots
+        });
+        previous.contains_key(&slot)
+    }
+
+    /// All slots in their order.
+    pub(super) fn slots(&self) -> Arc<Slots> {
+        self.slots.load_full()
+    }
+
+    /// What `number` stands for; ESTALE if its layer is gone.
+    pub(super) fn place(&self, number: INodeNo) -> Result<Place, Errno> {
+        if number.0 == FUSE_ROOT {
+            return Ok(Place::Root);
+        }
+        let slot = (number.0 >> SLOT_SHIFT) as u32;
+        let attached = self.slots.load().get(&slot).cloned().ok_or(Errno::ESTALE)?;
+        Ok(Place::Inode(attached, number.0 as u32))
+    }
+
+    /// The layer and inode that `number` stands for; EINVAL for the FUSE root directory.
+    pub(super) fn inode(&self, number: INodeNo) -> Result<(Arc<Attached>, Ino), Errno> {
+        match self.place(number)? {
+            Place::Root => Err(Errno::EINVAL),
+            Place::Inode(attached, ino) => Ok((attached, ino)),
+        }
+    }
+
+    pub(super) fn attr(&self, number: INodeNo) -> Result<FileAttr, Errno> {
+        match self.place(number)? {
+            Place::Root => Ok(self.root_attr()),
+            Place::Inode(attached, ino) => attached.attr(ino),
+        }
+    }
+
+    /// Attributes of the FUSE root directory.
+    pub(super) fn root_attr(&self) -> FileAttr {
+        let subdirectories = u32::try_from(self.slots.load().len()).unwrap_or(u32::MAX);
+        FileAttr {
+            ino: INodeNo(FUSE_ROOT),
+            size: DIR_SIZE,
+            blocks: DIR_SIZE / 512,
+            atime: self.since,
+            mtime: self.since,
+            ctime: self.since,
+            crtime: self.since,
+            kind: FileType::Directory,
+            perm: FUSE_ROOT_PERMISSIONS,
+            nlink: subdirectories.saturating_add(2),
+            uid: self.owner.0,
+            gid: self.owner.1,
+            rdev: 0,
+            blksize: IO_SIZE,
+            flags: 0,
+        }
+    }
+
+    /// Looks `name` up in the directory `parent`. `Ok(None)`: there is no such name, and there never will be.
+    ///
+    /// The names `.` and `..` come from a kernel that has only a file handle (export support), and then `.` of anything.
+    pub(super) fn lookup(&self, parent: INodeNo, name: &[u8]) -> Result<Option<Found>, Errno> {
+        let (attached, ino) = match self.place(parent)? {
+            Place::Root => return self.lookup_slot(name).map(Some),
+            Place::Inode(attached, ino) => (attached, ino),
+        };
+        let inode = attached.inode(ino)?;
+        let found = match name {
+            b"." => Some(ino),
+            _ if !inode.is_dir() => return Err(Errno::ENOTDIR),
+            b".." if ino == ROOT_INO => return self.lookup_slot(b".").map(Some),
+            b".." => Some(inode.parent),
+            name => attached.layer.index().lookup(inode, name),
+        };
+        let Some(ino) = found else {
+            return Ok(None);
+        };
+        Ok(Some(Found {
+            attr: attached.attr(ino)?,
+            generation: attached.generation,
+            volatile: false,
+        }))
+    }
+
+    fn lookup_slot(&self, name: &[u8]) -> Result<Found, Errno> {
+        if matches!(name, b"." | b"..") {
+            return Ok(Found {
+                attr: self.root_attr(),
+                generation: Generation(0),
+                volatile: true,
+            });
+        }
+        let slot = parse_slot(name).ok_or(Errno::ENOENT)?;
+        let slots = self.slots.load();
+        let attached = slots.get(&slot).ok_or(Errno::ENOENT)?;
+        Ok(Found {
+            attr: attached.attr(ROOT_INO)?,
+            generation: attached.generation,
+            volatile: true,
+        })
+    }
+
+    pub(super) fn totals(&self) -> Totals {
+        let mut totals = Totals::default();
+        for attached in self.slots.load().values() {
+            let index = attached.layer.index();
+            let blocks = index.data_size().div_ceil(IO_SIZE.into());
+            totals.blocks = totals.blocks.saturating_add(blocks);
+            totals.inodes = totals.inodes.saturating_add(index.inodes().len() as u64);
+        }
+        totals
+    }
+}
+
+/// Value of an extended attribute. An opaque directory is one under both names that overlayfs knows.
+pub(super) fn xattr<'a>(attached: &'a Attached, inode: &'a Inode, name: &[u8]) -> Option<&'a [u8]> {
+    // Overlayfs asks for several attributes of every directory it meets; nearly none has any.
+    if inode.xattr_count == 0 {
+        return None;
+    }
+    let index = attached.layer.index();
+    let alias = || (name == OPAQUE_USER && inode.is_dir()).then(|| index.xattr(inode, OPAQUE_TRUSTED))?;
+    index.xattr(inode, name).or_else(alias)
+}
+
+/// Names of an inode's extended attributes, each with a NUL behind it.
+pub(super) fn xattr_names(attached: &Attached, inode: &Inode) -> Vec<u8> {
+    let mut names = Vec::new();
+    for (name, _) in attached.layer.index().xattrs(inode) {
+        names.extend_from_slice(name);
+        names.push(0);
+    }
+    names
+}
+
+/// The kernel keeps 32 bits of a generation.
+fn generation(digest: &Digest) -> Generation {
+    let [a, b, c, d, ..] = *digest.as_bytes();
+    Generation(u32::from_le_bytes([a, b, c, d]).into())
+}
+
+/// The slot that a name in the FUSE root stands for: its decimal form, and nothing that means the same.
+fn parse_slot(name: &[u8]) -> Option<u32> {
+    let text = std::str::from_utf8(name).ok()?;
+    let slot = text.parse::<u32>().ok()?;
+    (slot.to_string() == text).then_some(slot)
+}

@@ -1,0 +1,82 @@
+//! FUSE connections: opening and mounting one, and what sysfs lets a privileged process do to it.
+
+use std::ffi::OsStr;
+use std::fs::OpenOptions;
+use std::io::Write as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::MountAttrFlags;
+use rustix::process::{getegid, geteuid};
+
+use super::SysError;
+use super::mount::{Context, DetachedMount};
+
+const DEVICE: &str = "/dev/fuse";
+/// Mode of the root directory as FUSE wants it at mount: only its type is used.
+const ROOT_MODE: &str = "40000";
+
+/// How a FUSE file system is mounted.
+#[derive(Debug, Clone, Copy)]
+pub struct FuseOptions<'a> {
+    /// Source in the list of mounts.
+    pub source: &'a str,
+    /// The `x` of the type `fuse.x` in the list of mounts.
+    pub subtype: &'a str,
+}
+
+/// Opens the FUSE device and mounts a read-only file system on it: every user may use it, the kernel checks permissions, set-id bits
+/// and device nodes are in force. The kernel's INIT request waits to be read from the returned descriptor.
+///
+/// # Errors
+/// [`SysError`] names the call.
+pub fn open(options: FuseOptions<'_>) -> Result<(OwnedFd, DetachedMount), SysError> {
+    let path = Path::new(DEVICE);
+    let device = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| SysError::new("open", path, error))?;
+    let context = Context::open("fuse", path)?;
+    context.string("source", OsStr::new(options.source))?;
+    context.string("subtype", OsStr::new(options.subtype))?;
+    // As a string, since kernels before 6.13 take the descriptor as nothing else.
+    context.string("fd", OsStr::new(&device.as_raw_fd().to_string()))?;
+    context.string("rootmode", OsStr::new(ROOT_MODE))?;
+    context.string("user_id", OsStr::new(&geteuid().as_raw().to_string()))?;
+    context.string("group_id", OsStr::new(&getegid().as_raw().to_string()))?;
+    context.flag("allow_other")?;
+    context.flag("default_permissions")?;
+    context.flag("ro")?;
+    let mount = context.mount(MountAttrFlags::MOUNT_ATTR_RDONLY)?;
+    Ok((device, mount))
+}
+
+/// Ends the connection of the FUSE file system with the device number `major`:`minor`: every request under way or to come fails with
+/// ENOTCONN, and its server is told that the file system is gone.
+///
+/// # Errors
+/// [`SysError`], with ENOENT when there is no such connection (any more).
+pub fn abort(major: u32, minor: u32) -> Result<(), SysError> {
+    // The kernel names a connection by its internal device number.
+    let connection = u64::from(major) << 20 | u64::from(minor);
+    let path = PathBuf::from(format!("{connection}/abort"));
+    // A mount of our own that nobody sees: /sys/fs/fuse/connections is missing in containers and on machines without systemd.
+    let control = Context::open("fusectl", &path)?.mount(MountAttrFlags::empty())?;
+    rustix::fs::openat(control.as_fd(), &path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())
+        .and_then(|file| rustix::io::write(file, b"1"))
+        .map(drop)
+        .map_err(|error| SysError::new("abort of a FUSE connection", &path, error))
+}
+
+/// Sets how far the kernel reads ahead on the file system with the device number `major`:`minor`, in KiB.
+///
+/// # Errors
+/// [`SysError`], for instance where sysfs is read-only.
+pub fn set_read_ahead(major: u32, minor: u32, kib: u32) -> Result<(), SysError> {
+    let path = PathBuf::from(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"));
+    // Not `fs::write`: a file that is missing there must not be created.
+    OpenOptions::new()
+        .write(true)
+        .open(&path)
+        .and_then(|mut file| file.write_all(kib.to_string().as_bytes()))
+        .map_err(|source| SysError::new("write", &path, source))
+}

@@ -1,0 +1,94 @@
+# Every task first installs what it needs and is missing (deploy/setup; Debian and Ubuntu, root or sudo).
+# `make` alone explains what there is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+SETUP := deploy/setup
+CARGO := deploy/cargo
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+
+# End-to-end tests mount file systems. Cargo itself stays with the user who called make; only the tests it built get root.
+ifneq ($(shell id -u),0)
+HOST := $(shell uname -m | tr a-z A-Z)
+export CARGO_TARGET_$(HOST)_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
+endif
+
+.PHONY: help demo test test-slow suite bench fmt lint deny advisories build install clean-demo
+
+## build       the release binary
+build:
+	@$(SETUP) build
+	$(CARGO) build --release --locked --bin lazuli
+
+## demo        a container from a real registry over a slow link, with overlayfs and with Lazuli
+##             (IMAGE=registry/name:tag CMD='...' for an image of your choice; RTT=20 ms, MBIT=100)
+demo:
+	@$(SETUP) build demo
+	$(CARGO) build --release --locked --bin lazuli --example link
+	@CARGO_TARGET_DIR='$(TARGET)' benches/cold_start/run demo
+
+## test        unit, property and end-to-end tests
+test:
+	@$(SETUP) build test
+	@LAZULI_CONTAINERD2='$(abspath $(TARGET))/containerd2'; \
+	if [ ! -x tests/support/get-containerd2 ]; then \
+	    :; \
+	elif tests/support/get-containerd2 "$$LAZULI_CONTAINERD2"; then \
+	    export LAZULI_CONTAINERD2; \
+	else \
+	    echo 'test: ATTENTION: containerd 2.x cannot be had here; its end-to-end tests are skipped' >&2; \
+	fi; \
+	$(CARGO) test --locked
+
+## test-slow   the tests that take minutes: the large torture layers
+test-slow:
+	@$(SETUP) build test
+	$(CARGO) test --locked -- --ignored
+
+## suite       containerd's own snapshotter suite against the daemon
+suite:
+	@$(SETUP) build test suite
+	$(CARGO) build --locked --bin lazuli
+	CARGO_TARGET_DIR='$(TARGET)' tests/suite/run
+
+## bench       micro-benchmarks, then the cold start: medians and ratios against overlayfs (RUNS=5)
+bench:
+	@$(SETUP) build demo
+	$(CARGO) bench --locked
+	$(CARGO) build --release --locked --bin lazuli --example link
+	@CARGO_TARGET_DIR='$(TARGET)' benches/cold_start/run bench
+
+## fmt         formats the code
+fmt:
+	@$(SETUP) build lint
+	$(CARGO) fmt
+
+## lint        checks the format, and runs clippy with warnings as errors
+lint:
+	@$(SETUP) build lint
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+
+## deny        licences, sources and versions of the dependencies
+deny:
+	@$(SETUP) build deny
+	$(CARGO) deny --locked check --hide-inclusion-graph licenses bans sources
+
+## advisories  known vulnerabilities of the dependencies (fetches the advisory database)
+advisories:
+	@$(SETUP) build deny
+	$(CARGO) deny check advisories
+
+## install     the release binary, the systemd unit and a containerd drop-in, on this machine
+install: build
+	LAZULI_BINARY='$(TARGET)/release/lazuli' deploy/install
+
+## clean-demo  removes the images that the demo keeps
+clean-demo:
+	rm -rf '$(TARGET)/demo-images'
+
+## help        this text
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST)

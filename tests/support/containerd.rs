@@ -1,0 +1,376 @@
+//! A containerd of this test alone, and `ctr`.
+//!
+//! 1.6 is Debian's package on the system. 2.x is unpacked beside it by `tests/support/get-containerd2 DIR`, and found through
+//! `LAZULI_CONTAINERD2=DIR`. Both have their root, state and sockets below the sandbox, know the proxy plugin `lazuli`, and have no
+//! CRI plugin, so nothing needs a network. `ctr run` needs no further flags with Debian's runc (cgroups v1 or v2, no systemd); ids
+//! are unique on the machine, because runc's state (`/run/containerd/runc`) and cgroups are shared by all containerds.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
+
+use super::image::architecture;
+use super::sandbox::{
+    COMMAND_TIMEOUT, Finished, PATIENCE, Process, Sandbox, listens_unix, require_program, run, run_ok, unmount_below,
+};
+
+/// The variable that names the directory of a containerd 2.x.
+pub const CONTAINERD2: &str = "LAZULI_CONTAINERD2";
+/// The namespace of everything that `ctr` does unless told otherwise.
+pub const NAMESPACE: &str = "default";
+/// containerd's own snapshotter, the reference of all comparisons.
+pub const REFERENCE: &str = "overlayfs";
+/// Plugins that need what a test machine lacks, or a network, or other people's directories.
+const DISABLED: [&str; 14] = [
+    "io.containerd.grpc.v1.cri",
+    "io.containerd.cri.v1.images",
+    "io.containerd.cri.v1.runtime",
+    "io.containerd.podsandbox.controller.v1.podsandbox",
+    "io.containerd.grpc.v1.sandbox-controllers",
+    "io.containerd.nri.v1.nri",
+    "io.containerd.internal.v1.opt",
+    "io.containerd.tracing.processor.v1.otlp",
+    "io.containerd.snapshotter.v1.aufs",
+    "io.containerd.snapshotter.v1.blockfile",
+    "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.devmapper",
+    "io.containerd.snapshotter.v1.erofs",
+    "io.containerd.snapshotter.v1.zfs",
+];
+
+/// Which containerd.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Generation {
+    /// The system's 1.6 or 1.7.
+    One,
+    /// 2.x in this directory (`usr/bin/containerd` below it).
+    Two(PathBuf),
+}
+
+impl Generation {
+    /// 2.x if `LAZULI_CONTAINERD2` names its directory. Without the variable it says so where nobody can miss it, past the capture of
+    /// the test runner, and returns `None`; with a wrong one it panics.
+    pub fn two() -> Option<Self> {
+        use std::io::Write as _;
+        let Some(dir) = std::env::var_os(CONTAINERD2).filter(|dir| !dir.is_empty()) else {
+            let message = format!(
+                "\n*** NOT TESTED WITH containerd 2.x: run tests/support/get-containerd2 DIR and set {CONTAINERD2}=DIR ***\n"
+            );
+            let _ = std::io::stderr().write_all(message.as_bytes());
+            return None;
+        };
+        let dir = PathBuf::from(dir);
+        assert!(
+            dir.join("usr/bin/containerd").is_file(),
+            "{CONTAINERD2}={} has no usr/bin/containerd; fill it with: tests/support/get-containerd2 {}",
+            dir.display(),
+            dir.display()
+        );
+        Some(Generation::Two(dir))
+    }
+
+    fn program(&self, name: &str) -> PathBuf {
+        match self {
+            Generation::One => require_program(name),
+            Generation::Two(dir) => dir.join("usr/bin").join(name),
+        }
+    }
+}
+
+/// A running containerd.
+pub struct Containerd {
+    /// Its socket.
+    pub address: PathBuf,
+    /// Which one it is.
+    pub generation: Generation,
+    sandbox: Sandbox,
+    process: Option<Process>,
+}
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+impl Containerd {
+    /// Starts it; `lazuli` is the socket of the proxy plugin, which need not exist.
+    pub fn start(sandbox: &Sandbox, generation: Generation, lazuli: &Path) -> Self {
+        let dir = sandbox.dir("containerd");
+        let config = dir.join("config.toml");
+        std::fs::write(&config, configuration(&dir, &generation, lazuli)).unwrap();
+        let mut containerd = Containerd {
+            address: dir.join("c.sock"),
+            generation,
+            sandbox: sandbox.clone(),
+            process: None,
+        };
+        containerd.launch();
+        containerd
+    }
+
+    fn launch(&mut self) {
+        let mut command = Command::new(self.generation.program("containerd"));
+        command.arg("--config").arg(self.sandbox.path("containerd/config.toml"));
+        // Its shim is found by PATH, and so is runc, which is in sbin.
+        let bin = self.generation.program("containerd");
+        let path = std::env::var("PATH").unwrap_or_default();
+        let first = bin.parent().unwrap_or(Path::new("/usr/bin")).display();
+        command.env("PATH", format!("{first}:{path}:/usr/sbin:/usr/bin:/sbin:/bin"));
+        require_program("runc");
+        let mut process = self.sandbox.spawn("containerd", &mut command);
+        let address = self.address.clone();
+        process.wait_ready("its socket", PATIENCE, |_| listens_unix(&address));
+        self.process = Some(process);
+    }
+
+    /// Stops it politely and starts it again.
+    pub fn restart(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.terminate(PATIENCE);
+        }
+        self.launch();
+    }
+
+    /// Its log so far.
+    pub fn log(&self) -> String {
+        self.process.as_ref().map(Process::log).unwrap_or_default()
+    }
+
+    /// A `ctr` command in [`NAMESPACE`].
+    pub fn ctr(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(self.generation.program("ctr"));
+        command.arg("--address").arg(&self.address).args(["--namespace", NAMESPACE]);
+        command.args(arguments);
+        // A default that the caller's environment might have.
+        command.env_remove("CONTAINERD_SNAPSHOTTER").env_remove("CONTAINERD_NAMESPACE");
+        command
+    }
+
+    /// Runs `ctr`; panics unless it succeeds.
+    pub fn ctr_ok(&self, arguments: &[&str]) -> Finished {
+        run_ok(&mut self.ctr(arguments))
+    }
+
+    /// `ctr images pull` with a snapshotter chosen by the environment, as a user does it. The slow tests pull for minutes.
+    pub fn pull(&self, reference: &str, snapshotter: &str) -> Finished {
+        let mut command = self.ctr(&["images", "pull", "--plain-http", reference]);
+        run(command.env("CONTAINERD_SNAPSHOTTER", snapshotter), 5 * COMMAND_TIMEOUT)
+    }
+
+    /// Runs a command in a new container that is removed afterwards.
+    pub fn run(&self, reference: &str, snapshotter: &str, arguments: &[&str]) -> Finished {
+        let id = self.new_id();
+        let mut command = self.ctr(&["run", "--rm", "--snapshotter", snapshotter, reference, &id]);
+        run(command.args(arguments), COMMAND_TIMEOUT)
+    }
+
+    /// Runs a shell script in a new container, and returns its output; panics unless it succeeds.
+    pub fn sh(&self, reference: &str, snapshotter: &str, script: &str) -> String {
+        self.run(reference, snapshotter, &["sh", "-c", script]).expect_success().text()
+    }
+
+    /// Starts a container that stays until [`Containerd::remove_container`].
+    pub fn start_container(&self, reference: &str, snapshotter: &str) -> String {
+        let id = self.new_id();
+        self.ctr_ok(&["run", "--detach", "--snapshotter", snapshotter, reference, &id, "sleep", "100000"]);
+        id
+    }
+
+    /// Runs a shell script in a running container.
+    pub fn exec(&self, id: &str, script: &str) -> Finished {
+        let process = self.new_id();
+        let mut command = self.ctr(&["tasks", "exec", "--exec-id", &process, id, "sh", "-c", script]);
+        run(&mut command, COMMAND_TIMEOUT)
+    }
+
+    /// Kills and removes a container, and with it its snapshot.
+    pub fn remove_container(&self, id: &str) {
+        self.ctr_ok(&["tasks", "rm", "--force", id]);
+        self.ctr_ok(&["containers", "rm", id]);
+    }
+
+    /// A word that no other container, snapshot or process of the machine has.
+    pub fn new_id(&self) -> String {
+        format!("{}-{}", self.sandbox.unique(), NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The first column of a `ctr ... ls`.
+    fn names(&self, arguments: &[&str]) -> Vec<String> {
+        let listed = self.ctr_ok(arguments).text();
+        let lines = listed.lines().skip(1);
+        lines.filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect()
+    }
+
+    /// References of all images.
+    pub fn images(&self) -> Vec<String> {
+        self.names(&["images", "ls"])
+    }
+
+    /// Digests of all content.
+    pub fn content(&self) -> Vec<String> {
+        self.names(&["content", "ls"])
+    }
+
+    /// Keys of all snapshots of a snapshotter.
+    pub fn snapshots(&self, snapshotter: &str) -> Vec<String> {
+        self.names(&["snapshots", "--snapshotter", snapshotter, "ls"])
+    }
+
+    /// Removes an image and waits for the garbage collection.
+    pub fn remove_image(&self, reference: &str) {
+        self.ctr_ok(&["images", "rm", "--sync", reference]);
+    }
+
+    fn json_content(&self, digest: &str) -> Value {
+        let bytes = self.ctr_ok(&["content", "get", digest]).stdout;
+        serde_json::from_slice(&bytes).unwrap_or_else(|error| panic!("content {digest} is not JSON: {error}"))
+    }
+
+    /// The manifest of an image for this machine.
+    pub fn manifest(&self, reference: &str) -> Value {
+        let listed = self.ctr_ok(&["images", "ls", &format!("name=={reference}")]).text();
+        let digest = listed
+            .split_whitespace()
+            .find(|word| word.starts_with("sha256:"))
+            .unwrap_or_else(|| panic!("{reference} is not an image of containerd:\n{listed}"))
+            .to_owned();
+        let top = self.json_content(&digest);
+        match top.get("manifests").and_then(Value::as_array) {
+            None => top,
+            Some(manifests) => {
+                let fits = |manifest: &&Value| manifest["platform"]["architecture"] == architecture();
+                let found = manifests.iter().find(fits).or(manifests.first());
+                let digest = found.and_then(|manifest| manifest["digest"].as_str());
+                self.json_content(digest.unwrap_or_else(|| panic!("the index {digest:?} names no manifest")))
+            }
+        }
+    }
+
+    /// Chain ids of an image's layers, lowest first.
+    pub fn chain_ids(&self, reference: &str) -> Vec<String> {
+        let manifest = self.manifest(reference);
+        let config = self.json_content(manifest["config"]["digest"].as_str().unwrap_or_default());
+        let diff_ids = config["rootfs"]["diff_ids"].as_array().cloned().unwrap_or_default();
+        chain_ids(diff_ids.iter().filter_map(Value::as_str))
+    }
+
+    /// Mounts an image's file system read-only, as its containers see it, until the result is dropped.
+    pub fn view(&self, reference: &str, snapshotter: &str) -> View<'_> {
+        let top = self.chain_ids(reference).pop().unwrap_or_else(|| panic!("{reference} has no layers"));
+        let key = self.new_id();
+        self.ctr_ok(&["snapshots", "--snapshotter", snapshotter, "view", &key, &top]);
+        let view = View {
+            containerd: self,
+            snapshotter: snapshotter.to_owned(),
+            path: self.sandbox.dir(format!("views/{key}")),
+            key,
+        };
+        let target = view.path.display().to_string();
+        let mounts = self.ctr_ok(&["snapshots", "--snapshotter", snapshotter, "mounts", &target, &view.key]).text();
+        assert!(mounts.starts_with("mount "), "not a mount command: {mounts}");
+        run_ok(Command::new("sh").args(["-ec", &mounts]));
+        view
+    }
+
+    /// Converts an image that is in the content store with all its layers, by stargz's `ctr-remote images convert --oci`; `options`
+    /// are `--estargz`, `--zstdchunked`, `--estargz-chunk-size N`, ...
+    pub fn convert(&self, from: &str, to: &str, options: &[&str]) {
+        let mut command = Command::new(require_program("ctr-remote"));
+        command.arg("--address").arg(&self.address).args(["--namespace", NAMESPACE]);
+        command.args(["images", "convert", "--oci"]).args(options).args([from, to]);
+        run(&mut command, 3 * COMMAND_TIMEOUT).expect_success();
+    }
+
+    /// Pushes an image to the registry that its name begins with.
+    pub fn push(&self, reference: &str) {
+        let mut command = self.ctr(&["images", "push", "--plain-http", reference]);
+        run(&mut command, 3 * COMMAND_TIMEOUT).expect_success();
+    }
+}
+
+/// Chain ids of layers, lowest first: the first is its diff id, each further one the digest of "<chain id> <diff id>".
+pub fn chain_ids<'a>(diff_ids: impl Iterator<Item = &'a str>) -> Vec<String> {
+    let mut chain: Vec<String> = Vec::new();
+    for diff_id in diff_ids {
+        let next = match chain.last() {
+            None => diff_id.to_owned(),
+            Some(parent) => {
+                let hash = Sha256::digest(format!("{parent} {diff_id}"));
+                hash.iter().fold("sha256:".to_owned(), |text, byte| format!("{text}{byte:02x}"))
+            }
+        };
+        chain.push(next);
+    }
+    chain
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        // Politely first: it lets go of its database and mounts. The process is killed by its own drop otherwise.
+        if let Some(process) = &mut self.process
+            && process.ended().is_none()
+        {
+            process.terminate(Duration::from_secs(10));
+        }
+    }
+}
+
+/// An image's file system, mounted until this is dropped.
+pub struct View<'a> {
+    /// Where.
+    pub path: PathBuf,
+    containerd: &'a Containerd,
+    snapshotter: String,
+    key: String,
+}
+
+impl Drop for View<'_> {
+    fn drop(&mut self) {
+        unmount_below(&self.path);
+        let remove = ["snapshots", "--snapshotter", &self.snapshotter, "rm", &self.key];
+        run(&mut self.containerd.ctr(&remove), PATIENCE);
+    }
+}
+
+fn configuration(dir: &Path, generation: &Generation, lazuli: &Path) -> String {
+    let dir = dir.display();
+    let lazuli = lazuli.display();
+    let disabled = DISABLED.map(|plugin| format!("\"{plugin}\"")).join(", ");
+    let version = if *generation == Generation::One { 2 } else { 3 };
+    let mut text = format!(
+        r#"version = {version}
+root = "{dir}/root"
+state = "{dir}/state"
+disabled_plugins = [{disabled}]
+[grpc]
+  address = "{dir}/c.sock"
+[ttrpc]
+  address = "{dir}/t.sock"
+[debug]
+  level = "info"
+[proxy_plugins.lazuli]
+  type = "snapshot"
+  address = "{lazuli}"
+"#
+    );
+    if *generation != Generation::One {
+        text.push_str(
+            r#"  [proxy_plugins.lazuli.exports]
+    enable_remote_snapshot_annotations = "true"
+"#,
+        );
+        // Any entry replaces the default one, so overlayfs has to be repeated.
+        for snapshotter in [REFERENCE, "lazuli"] {
+            text.push_str(&format!(
+                r#"[[plugins."io.containerd.transfer.v1.local".unpack_config]]
+  platform = "linux/{}"
+  snapshotter = "{snapshotter}"
+  differ = "walking"
+"#,
+                architecture()
+            ));
+        }
+    }
+    text
+}

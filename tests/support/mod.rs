@@ -1,0 +1,29 @@
+//! What the end-to-end tests, the benches and the demo share: a sandbox for real programs, images made byte by byte, a registry,
+//! two generations of containerd, and a comparison of whole trees.
+//!
+//! ```text
+//! sandbox     a temporary root, the processes and mounts below it, and their end
+//! containerd  containerd 1.6 of the system, or 2.x of a directory, with `ctr`
+//! lazuli      the program under test
+//! registry    Debian's docker-registry, and pushing to it
+//! proxy       an HTTP proxy before the registry that counts, delays and limits
+//! tar         tar headers with every field under control
+//! image       layers, configs, manifests, OCI layouts, eStargz
+//! torture     layers as odd as containerd itself still unpacks
+//! tree        two trees compared name by name and byte by byte
+//! ```
+//!
+//! Everything blocks: a test reads as a list of steps. Nothing has a fixed name or port, so tests run side by side.
+
+// Each user of this directory needs a part of it only.
+#![allow(dead_code)]
+
+pub mod containerd;
+pub mod image;
+pub mod lazuli;
+pub mod proxy;
+pub mod registry;
+pub mod sandbox;
+pub mod tar;
+pub mod torture;
+pub mod tree;

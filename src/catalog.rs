@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 
+use crate::cache::InUse;
 use crate::fetch::{Layer, LayerData};
 use crate::fs::Session;
 use crate::layer::{Access, Digest};
@@ -87,6 +88,8 @@ struct Live {
     slot: u32,
     layer: Arc<Layer>,
     format: String,
+    /// Keeps its bytes in the cache as long as there is anything else to remove.
+    _in_use: InUse,
     /// When a pull last asked for it.
     wanted: Instant,
 }
@@ -96,7 +99,8 @@ pub struct Catalog {
     images: Images,
     loader: Loader,
     registry: Arc<Registry>,
-    session: Session,
+    /// The FUSE session, until the daemon ends.
+    session: RwLock<Option<Session>>,
     store: Arc<Store>,
     metrics: Arc<Metrics>,
     root: PathBuf,
@@ -142,7 +146,7 @@ impl Catalog {
             images: Images::new(containerd, Arc::clone(&registry)),
             loader,
             registry,
-            session,
+            session: RwLock::new(Some(session)),
             store,
             metrics,
             root,
@@ -159,19 +163,26 @@ impl Catalog {
     /// [`StoreError`] when the database cannot be read.
     pub async fn restore(self: &Arc<Self>, referenced: &[Digest]) -> Result<(), StoreError> {
         let referenced: HashSet<_> = referenced.iter().collect();
-        let records = self.store.layers()?;
         let (mut restored, mut missing) = (0_usize, 0_usize);
-        for record in records.into_iter().filter(|record| referenced.contains(&record.digest)) {
+        for (digest, record) in self.store.layers()? {
+            let record = match record {
+                Ok(record) if referenced.contains(&digest) => record,
+                Ok(_) => continue,
+                Err(error) => {
+                    tracing::error!(%error, layer = %digest, "its record is lost; pull its image again");
+                    continue;
+                }
+            };
             let spec = spec_of(&record);
             let Some(blob) = self.blob(&spec, &record.sources) else {
                 tracing::error!(layer = %record.digest, "no source is recorded; pull its image again");
                 continue;
             };
             match self.loader.stored(&spec, Arc::clone(&blob)) {
-                Ok(Some(layer)) => {
-                    self.attach(&spec, record.slot, layer);
-                    restored += 1;
-                }
+                Ok(Some(layer)) => match self.attach(&spec, record.slot, layer) {
+                    Ok(_) => restored += 1,
+                    Err(refusal) => tracing::error!(layer = %digest, reason = %refusal, "cannot be brought back"),
+                },
                 Ok(None) => {
                     missing += 1;
                     tracing::warn!(layer = %record.digest, "its index is not in the cache, will be loaded again");
@@ -198,7 +209,7 @@ impl Catalog {
             .map(|(digest, live)| layer_status(digest, live))
             .collect();
         layers.sort_by(|a, b| a.digest.cmp(&b.digest));
-        let images = self.store.images().unwrap_or_else(|error| {
+        let images = self.images().unwrap_or_else(|error| {
             tracing::error!(%error, "images cannot be listed");
             Vec::new()
         });
@@ -227,7 +238,21 @@ impl Catalog {
             live.layer.close();
         }
         self.loader.cache().close();
-        self.session.unmount();
+        let session = self.session.write().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Err(error)) = session.map(Session::unmount) {
+            tracing::error!(%error, "the FUSE mount is left behind; the next start takes it away");
+        }
+    }
+
+    /// All images whose records can be read.
+    fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
+        let damaged = |digest: Digest, error: StoreError| tracing::warn!(%error, manifest = %digest, "image is passed over");
+        let images = self.store.images()?.into_iter();
+        Ok(images.filter_map(|(digest, image)| image.map_err(|error| damaged(digest, error)).ok()).collect())
+    }
+
+    fn session(&self) -> RwLockReadGuard<'_, Option<Session>> {
+        self.session.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn resolve_layer(self: Arc<Self>, request: LayerRequest) -> Result<Digest, Refusal> {
@@ -331,28 +356,28 @@ impl Catalog {
             images,
         };
         self.store.put_layer(&record).map_err(|error| of_store(&error))?;
-        let format = self.attach(spec, slot, layer);
+        let format = self.attach(spec, slot, layer)?;
         let seconds = began.elapsed().as_secs_f64();
         tracing::info!(layer = %spec.digest, format, bytes = spec.size, seconds, "layer is live");
         Ok(())
     }
 
     /// Puts a layer into the FUSE tree and the list of live layers.
-    fn attach(&self, spec: &LayerSpec, slot: u32, layer: Arc<Layer>) -> String {
+    fn attach(&self, spec: &LayerSpec, slot: u32, layer: Arc<Layer>) -> Result<String, Refusal> {
         let format = loader::format_name(spec, layer.index());
-        layer.pin();
-        self.session.attach(slot, Arc::clone(&layer) as Arc<dyn LayerData>);
+        let in_use = layer.cached().pin();
+        match &*self.session() {
+            Some(session) => session.attach(slot, Arc::clone(&layer) as Arc<dyn LayerData>).map_err(|error| {
+                Refusal { word: "closed", text: error.to_string(), retry_helps: false }
+            })?,
+            None => return Err(Refusal { word: "closed", text: "the daemon ends".to_owned(), retry_helps: true }),
+        }
         let access = access_label(layer.index().access());
-        let live = Live {
-            slot,
-            layer,
-            format: format.clone(),
-            wanted: Instant::now(),
-        };
+        let live = Live { slot, layer, format: format.clone(), _in_use: in_use, wanted: Instant::now() };
         if self.write_live().insert(spec.digest, live).is_none() {
             self.metrics.layers_live.with_label_values(&[access]).inc();
         }
-        format
+        Ok(format)
     }
 
     /// A handle on the blob at all its sources. Asks nobody yet.
@@ -389,7 +414,9 @@ impl Catalog {
             .extract_if(|digest, live| !keep.contains(digest) && live.wanted.elapsed() > GRACE)
             .collect();
         for (digest, live) in released {
-            self.session.detach(live.slot);
+            if let Some(session) = &*self.session() {
+                session.detach(live.slot);
+            }
             live.layer.close();
             let access = access_label(live.layer.index().access());
             self.metrics.layers_live.with_label_values(&[access]).dec();
@@ -400,7 +427,7 @@ impl Catalog {
     /// Forgets images none of whose layers is referred to any more.
     fn forget_images(&self, keep: &HashSet<Digest>) -> Result<(), StoreError> {
         let kept = |layer: &ImageLayer| layer.digest.parse().is_ok_and(|digest| keep.contains(&digest));
-        for image in self.store.images()? {
+        for image in self.images()? {
             let young = image
                 .layers
                 .iter()
@@ -441,7 +468,8 @@ impl Layers for Handle {
     }
 
     fn path(&self, layer: &Digest) -> Option<PathBuf> {
-        self.0.read_live().get(layer).map(|live| self.0.session.path(live.slot))
+        let slot = self.0.read_live().get(layer)?.slot;
+        self.0.session().as_ref().map(|session| session.path(slot))
     }
 
     fn usage(&self, layer: &Digest) -> Option<(u64, u64)> {
@@ -513,16 +541,16 @@ fn new_image_record(plan: &ImagePlan) -> ImageRecord {
 
 fn layer_status(digest: &Digest, live: &Live) -> status::LayerStatus {
     let index = live.layer.index();
-    let counters = live.layer.counters();
+    let stats = live.layer.stats();
     status::LayerStatus {
         digest: digest.to_string(),
         format: live.format.clone(),
         lazy: index.access() == Access::Ranges,
         blob_bytes: index.blob_size(),
-        total_bytes: index.stored_size(),
-        present_bytes: live.layer.present_bytes(),
-        requests: counters.requests,
-        fetched_bytes: counters.bytes,
+        total_bytes: stats.total_bytes,
+        present_bytes: stats.present_bytes,
+        requests: stats.requests,
+        fetched_bytes: stats.fetched_bytes,
     }
 }
 

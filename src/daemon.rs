@@ -34,8 +34,6 @@ use crate::store::{Store, StoreError};
 
 /// Longest wait for calls under way when the daemon is told to end.
 const DRAIN: Duration = Duration::from_secs(10);
-/// Open files the daemon may need: one per live layer, connections, and mounts being looked at.
-const OPEN_FILES: u64 = 1 << 20;
 
 /// Why the daemon cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +90,7 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> DaemonError {
 /// [`DaemonError`] when it cannot start, or its socket fails.
 pub fn serve(config: Config) -> Result<(), DaemonError> {
     init_logs(&config.log);
-    if let Err(error) = crate::sys::limits::raise_open_files(OPEN_FILES) {
+    if let Err(error) = crate::sys::limits::raise_open_files() {
         tracing::warn!(%error, "the limit of open files stays as it is");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()

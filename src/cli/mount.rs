@@ -19,6 +19,7 @@ use crate::metrics::Metrics;
 use crate::registry::image::{ImageConfig, Manifest, resolve};
 use crate::registry::layout::OciLayout;
 use crate::registry::{Reference, Registry, Source};
+use crate::sys::mount::Unmount;
 
 use super::MountArgs;
 
@@ -70,33 +71,32 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
     let session = Session::mount(&private.path().join("fuse"), options, runtime, metrics)?;
     let mut lower_dirs = Vec::new();
     for (slot, layer) in (1..).zip(&layers) {
-        layer.pin();
-        session.attach(slot, Arc::clone(layer) as Arc<dyn LayerData>);
+        session.attach(slot, Arc::clone(layer) as Arc<dyn LayerData>)?;
         lower_dirs.push(session.path(slot));
     }
     // overlayfs wants the uppermost layer first.
     lower_dirs.reverse();
     let result = show(&lower_dirs, &args.mountpoint, &image.manifest_digest.to_string()).await;
-    session.unmount();
+    let unmounted = session.unmount();
     for layer in layers {
         layer.close();
     }
     cache.close();
-    result
+    result.and(unmounted.map_err(Into::into))
 }
 
 /// Mounts the stack, waits for a signal, and unmounts it.
 async fn show(lower_dirs: &[PathBuf], mountpoint: &Path, what: &str) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    crate::sys::mount::overlay_read_only(lower_dirs, mountpoint)
+    crate::sys::mount::overlay(lower_dirs, mountpoint)
         .with_context(|| format!("mounting on {}", mountpoint.display()))?;
     println!("{what} is mounted on {}; interrupt to unmount", mountpoint.display());
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    crate::sys::mount::unmount(mountpoint).with_context(|| format!("unmounting {}", mountpoint.display()))
+    crate::sys::mount::unmount(mountpoint, Unmount::Detach).with_context(|| format!("unmounting {}", mountpoint.display()))
 }
 
 /// The source that the text names, and the tag or digest to ask it for.
@@ -105,11 +105,11 @@ fn open_source(config: &Config, text: &str, metrics: &Arc<Metrics>) -> anyhow::R
         let reference = Reference::parse(text)?;
         let registry = Registry::new(&config.registry, Arc::clone(metrics))?;
         let source = registry.repository(&reference.host, &reference.repository);
-        return Ok((source, reference.to_string_after_repository()));
+        return Ok((source, reference.manifest_reference()));
     };
     let (directory, tag) = match layout.rsplit_once(':') {
         Some((directory, tag)) if !tag.contains('/') => (directory, tag),
         _ => (layout, ""),
     };
-    Ok((Arc::new(OciLayout::open(Path::new(directory))?), tag.to_owned()))
+    Ok((OciLayout::open(Path::new(directory))?, tag.to_owned()))
 }

@@ -53,7 +53,7 @@ pub(super) fn run(args: PullArgs) -> anyhow::Result<()> {
         let reference = Reference::parse(&args.reference)?;
         let registry = Registry::new(&config.registry, Default::default())?;
         let source = registry.repository(&reference.host, &reference.repository);
-        let image = crate::registry::image::resolve(source.as_ref(), &reference.to_string_after_repository())
+        let image = crate::registry::image::resolve(source.as_ref(), &reference.manifest_reference())
             .await
             .with_context(|| format!("resolving {reference}"))?;
         let bar = progress_bar(args.quiet, image.layers.len() as u64);

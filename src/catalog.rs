@@ -161,7 +161,7 @@ impl Catalog {
     ///
     /// # Errors
     /// [`StoreError`] when the database cannot be read.
-    pub async fn restore(self: &Arc<Self>, referenced: &[Digest]) -> Result<(), StoreError> {
+    pub fn restore(self: &Arc<Self>, referenced: &[Digest]) -> Result<(), StoreError> {
         let referenced: HashSet<_> = referenced.iter().collect();
         let (mut restored, mut missing) = (0_usize, 0_usize);
         for (digest, record) in self.store.layers()? {

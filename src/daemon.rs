@@ -25,6 +25,7 @@ use crate::catalog::{Catalog, Handle, Parts};
 use crate::config::{Config, LogConfig, LogFormat};
 use crate::fetch::Fetcher;
 use crate::fs::{FsError, Session, SessionOptions};
+use crate::layer::Digest;
 use crate::metrics::Metrics;
 use crate::proto::control::control_server::{Control, ControlServer};
 use crate::proto::control::{StatusRequest, StatusResponse};
@@ -162,7 +163,7 @@ async fn serve_catalog(
     metrics: Arc<Metrics>,
     mountpoint: PathBuf,
 ) -> Result<(), DaemonError> {
-    catalog.restore(&store.referenced_layers()?).await?;
+    catalog.restore(&referenced_layers(&store)?)?;
     let layers = Arc::new(Handle(Arc::clone(catalog)));
     let service = Service::new(&config.root, store, layers, Arc::clone(&metrics))?;
     let listener = listen(&config.address).await?;
@@ -202,6 +203,18 @@ async fn serve_catalog(
     // Somebody else's socket by now, or gone already: either way not ours to mind.
     let _ = std::fs::remove_file(&config.address);
     result
+}
+
+/// Layers that snapshots refer to. A snapshot whose record is damaged refers to none that is known; it is reported.
+fn referenced_layers(store: &Store) -> Result<Vec<Digest>, StoreError> {
+    let mut layers = Vec::new();
+    for (name, record) in store.snapshots()? {
+        match record {
+            Ok(record) => layers.extend(record.layer),
+            Err(error) => tracing::error!(%error, snapshot = name, "its record is damaged"),
+        }
+    }
+    Ok(layers)
 }
 
 /// Ends when SIGTERM or SIGINT arrives; can be waited for in many places.

@@ -249,7 +249,7 @@ impl Images {
         let manifest = source.manifest(&digest.to_string()).await.map_err(failed)?;
         let manifest = Manifest::parse(&manifest.bytes).map_err(failed)?;
         let config = source
-            .read_small(manifest.config.digest, manifest.config.size)
+            .read_small(manifest.config.digest, manifest.config.size, MAX_CONFIG)
             .await
             .map_err(failed)?;
         self.remember(digest, &manifest, &config)

@@ -224,14 +224,22 @@ enum TocError {
     Layer(#[from] LayerError),
 }
 
-/// How the layer is compressed, or why it is of no kind that Lazuli reads.
+/// How the layer says it is compressed (its first bytes decide), or why it is of no kind that Lazuli reads.
 fn supported(spec: &LayerSpec) -> Result<Compression, Refusal> {
-    let media = compression::media_type(&spec.media_type, spec.foreign);
-    media.map_err(|refusal| Refusal {
-        word: refusal.word,
-        text: refusal.to_string(),
+    let annotated = compression::annotations_refusal(spec.annotations.keys().map(String::as_str));
+    let refused = |refusal: compression::Refusal| Refusal {
+        word: refusal.word(),
+        text: format!("{refusal} ({}) is not supported", spec.media_type),
         retry_helps: false,
-    })
+    };
+    if let Some(refusal) = annotated.or_else(|| compression::refusal(&spec.media_type)) {
+        return Err(refused(refusal));
+    }
+    match compression::media_type(&spec.media_type) {
+        Ok(media) if media.nondistributable && spec.foreign => Err(refused(compression::Refusal::Foreign)),
+        Ok(media) => Ok(media.compression.unwrap_or(Compression::None)),
+        Err(error) => Err(Refusal { word: "media-type", text: error.to_string(), retry_helps: false }),
+    }
 }
 
 /// The promised digest of the layer's table of contents, if it has one and is worth being lazy.

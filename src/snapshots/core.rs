@@ -1,0 +1,318 @@
+//! The snapshotter itself, without gRPC: records and directories kept in step. Every method blocks (disk, and the database's turn).
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::SnapshotsError;
+use super::dirs::{Content, Dirs, RootAttributes, delete};
+use super::filters::Filters;
+use super::info::{Named, info, now};
+use super::mounts::Overlay;
+use super::rules::{self, NewSnapshot, Published, check_key, kept_labels};
+use super::usage::usage;
+use crate::catalog::Layers;
+use crate::layer::Digest;
+use crate::proto::snapshots::v1::Info;
+use crate::proto::types::Mount;
+use crate::store::{Kind, SnapshotRecord, Store, StoreError, Usage};
+
+/// A committed snapshot and its ancestors, nearest first.
+type Chain = Vec<(String, SnapshotRecord)>;
+
+pub(super) struct Core {
+    dirs: Dirs,
+    store: Arc<Store>,
+    layers: Arc<dyn Layers>,
+    overlay: Overlay,
+}
+
+/// A removed snapshot: what is left to do.
+pub(super) struct Removed {
+    /// Where its directory is now.
+    pub trash: Option<PathBuf>,
+    /// Whether a layer has lost a reference.
+    pub remote: bool,
+}
+
+impl Core {
+    /// Opens the directories below `root`, and brings them in step with the records.
+    pub fn open(root: &Path, store: Arc<Store>, layers: Arc<dyn Layers>) -> Result<Self, SnapshotsError> {
+        let core = Core {
+            dirs: Dirs::open(root)?,
+            store,
+            layers,
+            overlay: Overlay::detect(),
+        };
+        core.cleanup()?;
+        for (key, record) in core.store.snapshots()? {
+            match record {
+                Ok(record) => core.restore(&key, &record)?,
+                Err(error) => tracing::error!(%error, "a snapshot is lost"),
+            }
+        }
+        Ok(core)
+    }
+
+    /// Makes the directory of a snapshot what its record says, as far as that is possible.
+    fn restore(&self, key: &str, record: &SnapshotRecord) -> Result<(), SnapshotsError> {
+        match record.layer {
+            Some(layer) => match self.layers.path(&layer) {
+                Some(path) => self.dirs.link(record.id, &path)?,
+                None => tracing::warn!(key, %layer, "the layer of a snapshot is not available"),
+            },
+            None if !self.dirs.own(record.id).is_dir() => {
+                tracing::error!(key, id = record.id, "the directory of a snapshot is missing");
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Prepare and View of a local snapshot.
+    pub fn create(
+        &self,
+        kind: Kind,
+        key: &str,
+        parent: &str,
+        labels: HashMap<String, String>,
+    ) -> Result<Vec<Mount>, SnapshotsError> {
+        check_key("key", key)?;
+        let chain = self.parents(parent)?;
+        let lowers = self.lowers(&chain)?;
+        let attributes = lowers.first().map(|lower| RootAttributes::of(lower)).transpose()?;
+        // What takes time is done before the transaction.
+        let built = self.dirs.build(&Content::Local(kind, attributes))?;
+        let record = self.store.write_snapshots(|snapshots| {
+            let new = NewSnapshot {
+                kind,
+                key,
+                parent,
+                labels: kept_labels(labels),
+                layer: None,
+            };
+            let record = rules::create(snapshots, new, now())?;
+            self.dirs.place(built, record.id)?;
+            Ok::<_, SnapshotsError>(record)
+        })?;
+        Ok(self.show(&record, &lowers))
+    }
+
+    /// Checks what a new snapshot needs, before a remote one is looked for.
+    pub fn check_new(&self, key: &str, parent: &str) -> Result<(), SnapshotsError> {
+        check_key("key", key)?;
+        if self.store.snapshot(key)?.is_some() {
+            return Err(SnapshotsError::already_exists(key));
+        }
+        if !parent.is_empty() {
+            rules::check_parent(parent, self.store.snapshot(parent)?.as_ref())?;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that there is a remote snapshot of a layer, and returns its name; `None` if the layer is not live any more.
+    pub fn publish(
+        &self,
+        parent: &str,
+        chain_id: &str,
+        labels: HashMap<String, String>,
+        layer: Digest,
+    ) -> Result<Option<String>, SnapshotsError> {
+        let Some(path) = self.layers.path(&layer) else {
+            return Ok(None);
+        };
+        let built = self.dirs.build(&Content::Remote(&path))?;
+        let (name, record) = self.store.write_snapshots(|snapshots| {
+            let is_live = |layer: &Digest| self.layers.path(layer).is_some();
+            let wish = (chain_id, layer);
+            let (name, published) = rules::publish(snapshots, parent, kept_labels(labels), wish, is_live, now())?;
+            let record = match published {
+                Published::New(record) => {
+                    self.dirs.place(built, record.id)?;
+                    record
+                }
+                Published::Present(record) => record,
+            };
+            Ok::<_, SnapshotsError>((name, record))
+        })?;
+        // One that was there may show another blob now.
+        self.restore(&name, &record)?;
+        Ok(Some(name))
+    }
+
+    /// The name of the remote snapshot of `chain_id` on `parent`, if it is there and its layer is live.
+    pub fn published(&self, parent: &str, chain_id: &str) -> Result<Option<String>, SnapshotsError> {
+        let name = rules::remote_name(parent, chain_id);
+        let layer = self.store.snapshot(&name)?.and_then(|record| record.layer);
+        Ok(layer.filter(|layer| self.layers.path(layer).is_some()).map(|_| name))
+    }
+
+    /// The mounts of an active snapshot or a view.
+    pub fn mounts(&self, key: &str) -> Result<Vec<Mount>, SnapshotsError> {
+        let mut chain = self.store.chain(key)?;
+        if chain.is_empty() {
+            return Err(SnapshotsError::not_found(key));
+        }
+        let (_, record) = chain.remove(0);
+        if record.kind == Kind::Committed {
+            return Err(SnapshotsError::precondition(format!(
+                "snapshot {:?} is committed; only an active one or a view has mounts",
+                super::error::quoted(key)
+            )));
+        }
+        let lowers = self.lowers(&chain)?;
+        Ok(self.show(&record, &lowers))
+    }
+
+    pub fn commit(
+        &self,
+        name: &str,
+        key: &str,
+        parent: &str,
+        labels: HashMap<String, String>,
+    ) -> Result<(), SnapshotsError> {
+        check_key("name", name)?;
+        check_key("key", key)?;
+        let record = self.store.snapshot(key)?;
+        rules::check_commit(key, record.as_ref(), parent)?;
+        let id = record.map(|record| record.id).unwrap_or_default();
+        // Outside of the transaction, because it may take a while.
+        let usage = usage(&self.dirs.own(id))?;
+        self.store.write_snapshots(|snapshots| {
+            rules::commit(snapshots, (name, key, parent), kept_labels(labels), usage, now())
+        })
+    }
+
+    pub fn remove(&self, key: &str) -> Result<Removed, SnapshotsError> {
+        let record = self.store.write_snapshots(|snapshots| rules::remove(snapshots, key))?;
+        // It is removed, whatever becomes of its directory: without a record, the next Cleanup finds it.
+        let trash = self.dirs.discard(record.id).unwrap_or_else(|error| {
+            tracing::warn!(key, %error, "a removed snapshot stays where it is until the next cleanup");
+            None
+        });
+        Ok(Removed {
+            trash,
+            remote: record.layer.is_some(),
+        })
+    }
+
+    /// Deletes what [`Core::remove`] left.
+    pub fn delete(&self, trash: &Path) {
+        delete(trash);
+    }
+
+    pub fn stat(&self, key: &str) -> Result<Info, SnapshotsError> {
+        match self.store.snapshot(key)? {
+            Some(record) => Ok(info(key.to_owned(), record)),
+            None => Err(SnapshotsError::not_found(key)),
+        }
+    }
+
+    pub fn update(&self, key: &str, labels: HashMap<String, String>, paths: &[String]) -> Result<Info, SnapshotsError> {
+        let record = self
+            .store
+            .write_snapshots(|snapshots| rules::update(snapshots, key, labels, paths, now()))?;
+        Ok(info(key.to_owned(), record))
+    }
+
+    /// All snapshots that match, at one moment, ordered by key.
+    pub fn list(&self, filters: &[String]) -> Result<Vec<Info>, SnapshotsError> {
+        let filters = Filters::parse(filters)?;
+        let listed = match filters.equals("parent") {
+            Some(parent) => self.store.children(parent)?,
+            None => self.store.snapshots()?,
+        };
+        let readable = listed.into_iter().filter_map(|(key, record)| match record {
+            Ok(record) => Some((key, record)),
+            Err(error) => {
+                // containerd's collection of garbage walks this list; it must not stop at one bad record for ever.
+                tracing::error!(%error, "a snapshot is left out of a list");
+                None
+            }
+        });
+        let matching = readable.filter(|(key, record)| filters.matches(&Named(key, record)));
+        Ok(matching.map(|(key, record)| info(key, record)).collect())
+    }
+
+    /// What a snapshot takes of the disk without its parents.
+    pub fn usage(&self, key: &str) -> Result<Usage, SnapshotsError> {
+        let record = self
+            .store
+            .snapshot(key)?
+            .ok_or_else(|| SnapshotsError::not_found(key))?;
+        match (record.kind, record.layer) {
+            (Kind::Active, _) => usage(&self.dirs.own(record.id)),
+            (_, Some(layer)) => Ok(self
+                .layers
+                .usage(&layer)
+                .map_or(record.usage, |(bytes, inodes)| Usage { bytes, inodes })),
+            (_, None) => Ok(record.usage),
+        }
+    }
+
+    /// Deletes everything that belongs to no snapshot.
+    pub fn cleanup(&self) -> Result<(), SnapshotsError> {
+        // Within a transaction no snapshot can come or go.
+        let swept = self.store.write_snapshots(|snapshots| {
+            let ids = snapshots.ids()?;
+            self.dirs.discard_all_but(&ids)
+        });
+        match swept {
+            // Better to keep too much than to delete a snapshot whose record someone may still repair.
+            Err(SnapshotsError::Store(error @ StoreError::Damaged { .. })) => {
+                tracing::error!(%error, "left-over directories are not cleaned up");
+            }
+            swept => swept?,
+        }
+        self.dirs.empty_trash()
+    }
+
+    /// Layers that snapshots refer to.
+    pub fn referenced(&self) -> Result<Vec<Digest>, SnapshotsError> {
+        let mut layers = BTreeSet::new();
+        for (_, record) in self.store.snapshots()? {
+            layers.extend(record?.layer);
+        }
+        Ok(layers.into_iter().collect())
+    }
+
+    /// The committed snapshot `parent` (empty for none) and its ancestors.
+    fn parents(&self, parent: &str) -> Result<Chain, SnapshotsError> {
+        if parent.is_empty() {
+            return Ok(Vec::new());
+        }
+        let chain = self.store.chain(parent)?;
+        rules::check_parent(parent, chain.first().map(|(_, record)| record))?;
+        Ok(chain)
+    }
+
+    /// The directories of a chain, topmost first.
+    ///
+    /// A layer that occurs twice (empty layers often do) is shown once, where it is topmost: all that it has below is hidden by itself, and
+    /// overlayfs refuses the same directory twice.
+    fn lowers(&self, chain: &Chain) -> Result<Vec<PathBuf>, SnapshotsError> {
+        let mut seen = HashSet::new();
+        let mut lowers = Vec::with_capacity(chain.len());
+        for (key, record) in chain {
+            let Some(layer) = record.layer else {
+                lowers.push(self.dirs.own(record.id));
+                continue;
+            };
+            if !seen.insert(layer) {
+                continue;
+            }
+            let path = self.layers.path(&layer).ok_or_else(|| SnapshotsError::NotLive {
+                layer,
+                key: super::error::quoted(key),
+            })?;
+            self.dirs.link(record.id, &path)?;
+            lowers.push(self.dirs.linked(record.id));
+        }
+        Ok(lowers)
+    }
+
+    fn show(&self, record: &SnapshotRecord, lowers: &[PathBuf]) -> Vec<Mount> {
+        let (own, work) = (self.dirs.own(record.id), self.dirs.work(record.id));
+        self.overlay.mounts(record.kind, &own, &work, lowers)
+    }
+}

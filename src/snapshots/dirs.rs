@@ -1,0 +1,265 @@
+//! Directories of snapshots.
+//!
+//! ```text
+//! <root>/                       0700
+//!   snapshots/<id>/             0700
+//!     fs/                       a local snapshot's own files: the upper directory, and later a lower one
+//!     work/                     overlayfs' work directory, of an active snapshot
+//!     fs -> <layer directory>   of a remote snapshot, in place of a directory
+//!   new/<random>/               being made, before its id is known; moved to snapshots/<id> within the transaction
+//!   trash/<id>.<n>/             removed, to be deleted
+//! ```
+//!
+//! Ids, not keys, are names: keys hold slashes and blanks. All lower directories are `snapshots/<id>/fs` (with `/.` behind it if remote), so that
+//! containerd, which changes into their common directory when the option string is too long for one page, can mount 128 of them.
+//!
+//! The `/.` makes a program that looks at a lower directory without following symlinks, as BuildKit's overlay differ does, see a directory.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, lchown, symlink};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use tempfile::TempDir;
+
+use super::SnapshotsError;
+use crate::store::Kind;
+
+/// Mode of everything that holds snapshots: other users of the host have no business with images.
+const PRIVATE: u32 = 0o700;
+/// Mode of the root of an empty snapshot.
+const ROOT_MODE: u32 = 0o755;
+/// Mode of overlayfs' work directory.
+const WORK_MODE: u32 = 0o711;
+/// Bits of a mode that belong to its directory, without the file type.
+const MODE_BITS: u32 = 0o7777;
+
+/// Owner and mode that the root of a new snapshot takes over from its parent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct RootAttributes {
+    uid: u32,
+    gid: u32,
+    mode: u32,
+}
+
+/// What a new snapshot's directory holds.
+pub(super) enum Content<'a> {
+    /// A directory of its own, and a work directory if it is active.
+    Local(Kind, Option<RootAttributes>),
+    /// The directory of a layer.
+    Remote(&'a Path),
+}
+
+/// A snapshot's directory that has no id yet; deleted unless it is placed.
+pub(super) struct Built(TempDir);
+
+/// The directories below one root.
+#[derive(Debug)]
+pub(super) struct Dirs {
+    snapshots: PathBuf,
+    new: PathBuf,
+    trash: PathBuf,
+    /// Tells the entries of the trash apart that come from one id.
+    trashed: AtomicU64,
+}
+
+impl Dirs {
+    /// Makes the directories, and deletes what an earlier process left unfinished.
+    pub fn open(root: &Path) -> Result<Self, SnapshotsError> {
+        // They go into mount options, which are text with these separators.
+        if root.to_str().is_none_or(|text| text.contains([',', ':', '\\', '"'])) || !root.is_absolute() {
+            return Err(SnapshotsError::Root {
+                path: root.to_owned(),
+                problem: "it has to be an absolute path in UTF-8 without comma, colon, backslash and quote, \
+                          because overlayfs is told of it in mount options"
+                    .to_owned(),
+            });
+        }
+        let dirs = Dirs {
+            snapshots: root.join("snapshots"),
+            new: root.join("new"),
+            trash: root.join("trash"),
+            trashed: AtomicU64::new(0),
+        };
+        for path in [root, &dirs.snapshots, &dirs.new, &dirs.trash] {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(PRIVATE)
+                .create(path)
+                .map_err(SnapshotsError::io("create", path))?;
+            set_mode(path, PRIVATE)?;
+        }
+        for name in names(&dirs.new)? {
+            delete(&dirs.new.join(name));
+        }
+        dirs.check_file_types()?;
+        Ok(dirs)
+    }
+
+    /// overlayfs needs directory entries with types, which old XFS file systems do not have.
+    fn check_file_types(&self) -> Result<(), SnapshotsError> {
+        let probe = self.build(&Content::Local(Kind::View, None))?;
+        let path = probe.0.path();
+        let io = |error: rustix::io::Errno| SnapshotsError::io("list", path)(error.into());
+        let listed = rustix::fs::Dir::read_from(fs::File::open(path).map_err(SnapshotsError::io("open", path))?);
+        for entry in listed.map_err(io)? {
+            if entry.map_err(io)?.file_type() == rustix::fs::FileType::Unknown {
+                return Err(SnapshotsError::Root {
+                    path: self.snapshots.clone(),
+                    problem: "its file system has no types in directory entries, which overlayfs needs \
+                              (XFS: make it with ftype=1)"
+                        .to_owned(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the directory of a new snapshot.
+    pub fn build(&self, content: &Content<'_>) -> Result<Built, SnapshotsError> {
+        // Its mode is 0700 whatever the umask.
+        let dir = TempDir::new_in(&self.new).map_err(SnapshotsError::io("create a directory in", &self.new))?;
+        let own = dir.path().join("fs");
+        match content {
+            Content::Remote(target) => symlink(target, &own).map_err(SnapshotsError::io("create", &own))?,
+            Content::Local(kind, attributes) => {
+                make(&own, attributes.map_or(ROOT_MODE, |attributes| attributes.mode))?;
+                if let Some(attributes) = attributes {
+                    lchown(&own, Some(attributes.uid), Some(attributes.gid))
+                        .map_err(SnapshotsError::io("change the owner of", &own))?;
+                    // A change of owner may clear set-user-id and set-group-id bits.
+                    set_mode(&own, attributes.mode)?;
+                }
+                if *kind == Kind::Active {
+                    make(&dir.path().join("work"), WORK_MODE)?;
+                }
+            }
+        }
+        Ok(Built(dir))
+    }
+
+    /// Gives a directory its id, durably. Call it within the transaction that allocated `id`, as its last step.
+    pub fn place(&self, built: Built, id: u64) -> Result<(), SnapshotsError> {
+        let path = self.dir(id);
+        // Nothing can have this id, unless a commit failed after the directory was placed.
+        if path.symlink_metadata().is_ok() {
+            self.discard(id)?;
+        }
+        fs::rename(built.0.path(), &path).map_err(SnapshotsError::io("move into place", &path))?;
+        // It has another name now, under which it stays.
+        let _ = built.0.keep();
+        // The record must not outlive a power cut without its directory.
+        fs::File::open(&self.snapshots)
+            .and_then(|snapshots| snapshots.sync_all())
+            .map_err(SnapshotsError::io("sync", &self.snapshots))
+    }
+
+    /// Moves a snapshot's directory to the trash, and returns where it is now; `None` if there is no such directory.
+    pub fn discard(&self, id: u64) -> Result<Option<PathBuf>, SnapshotsError> {
+        let path = self.dir(id);
+        loop {
+            let number = self.trashed.fetch_add(1, Ordering::Relaxed);
+            let trash = self.trash.join(format!("{id}.{number}"));
+            match fs::rename(&path, &trash) {
+                Ok(()) => return Ok(Some(trash)),
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+                // From an earlier process, which counted from 0 too.
+                Err(error) if matches!(error.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {}
+                Err(error) => return Err(SnapshotsError::io("move to the trash", &path)(error)),
+            }
+        }
+    }
+
+    /// Moves directories without a snapshot to the trash. Call it while no snapshot can be made or removed.
+    pub fn discard_all_but(&self, ids: &HashSet<u64>) -> Result<(), SnapshotsError> {
+        for name in names(&self.snapshots)? {
+            if let Some(id) = name.to_str().and_then(|name| name.parse().ok())
+                && !ids.contains(&id)
+            {
+                self.discard(id)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes everything in the trash.
+    pub fn empty_trash(&self) -> Result<(), SnapshotsError> {
+        for name in names(&self.trash)? {
+            delete(&self.trash.join(name));
+        }
+        Ok(())
+    }
+
+    /// Points the directory of a remote snapshot at its layer, if it does not yet.
+    pub fn link(&self, id: u64, target: &Path) -> Result<(), SnapshotsError> {
+        let link = self.own(id);
+        if fs::read_link(&link).is_ok_and(|now| now == target) {
+            return Ok(());
+        }
+        let built = self.build(&Content::Remote(target))?;
+        if self.dir(id).is_dir() {
+            fs::rename(built.0.path().join("fs"), &link).map_err(SnapshotsError::io("replace", &link))
+        } else {
+            self.place(built, id)
+        }
+    }
+
+    /// The directory of a snapshot's own files.
+    pub fn own(&self, id: u64) -> PathBuf {
+        self.dir(id).join("fs")
+    }
+
+    /// The directory of overlayfs' own.
+    pub fn work(&self, id: u64) -> PathBuf {
+        self.dir(id).join("work")
+    }
+
+    /// A remote snapshot's layer, as a path in this tree.
+    pub fn linked(&self, id: u64) -> PathBuf {
+        self.own(id).join(".")
+    }
+
+    fn dir(&self, id: u64) -> PathBuf {
+        self.snapshots.join(id.to_string())
+    }
+}
+
+impl RootAttributes {
+    /// Those of the directory at `path`.
+    pub fn of(path: &Path) -> Result<Self, SnapshotsError> {
+        let metadata = fs::metadata(path).map_err(SnapshotsError::io("look at", path))?;
+        Ok(RootAttributes {
+            uid: metadata.uid(),
+            gid: metadata.gid(),
+            mode: metadata.mode() & MODE_BITS,
+        })
+    }
+}
+
+/// Deletes a tree that nothing refers to any more. What cannot be deleted stays for the next Cleanup.
+pub(super) fn delete(path: &Path) {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            tracing::warn!(path = %path.display(), %error, "cannot delete a removed snapshot; it is tried again later");
+        }
+        _ => {}
+    }
+}
+
+fn make(path: &Path, mode: u32) -> Result<(), SnapshotsError> {
+    fs::create_dir(path).map_err(SnapshotsError::io("create", path))?;
+    set_mode(path, mode)
+}
+
+/// Sets a mode that no umask can change.
+fn set_mode(path: &Path, mode: u32) -> Result<(), SnapshotsError> {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(SnapshotsError::io("set the mode of", path))
+}
+
+fn names(path: &Path) -> Result<Vec<std::ffi::OsString>, SnapshotsError> {
+    fs::read_dir(path)
+        .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect())
+        .map_err(SnapshotsError::io("list", path))
+}

@@ -1,0 +1,306 @@
+//! The ten RPCs: messages in, messages out; what blocks goes to a thread where it may.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use futures::stream::{self, BoxStream};
+use prost::Message as _;
+use tonic::metadata::MetadataMap;
+use tonic::{Code, Request, Response, Status};
+
+use super::core::Core;
+use super::rules::REF_LABEL;
+use super::{Service, SnapshotsError};
+use crate::catalog::{LayerRequest, Resolution};
+use crate::proto::snapshots::v1::snapshots_server::Snapshots;
+use crate::proto::snapshots::v1::{
+    CleanupRequest, CommitSnapshotRequest, Info, ListSnapshotsRequest, ListSnapshotsResponse, MountsRequest,
+    MountsResponse, PrepareSnapshotRequest, PrepareSnapshotResponse, RemoveSnapshotRequest, StatSnapshotRequest,
+    StatSnapshotResponse, UpdateSnapshotRequest, UpdateSnapshotResponse, UsageRequest, UsageResponse,
+    ViewSnapshotRequest, ViewSnapshotResponse,
+};
+use crate::store::Kind;
+
+/// Most snapshots in one message of a list, as containerd's own server does it.
+const LIST_BATCH: usize = 100;
+
+/// Size in bytes from which on a message of a list takes no more snapshots: labels may be large, and a message may have 16 MiB.
+const LIST_BATCH_BYTES: usize = 1 << 20;
+
+/// How often a layer that was released right after it was resolved is resolved anew. Each time takes a release just in between.
+const PUBLISH_ATTEMPTS: usize = 3;
+
+/// Header with the namespace, which not every client and version sends.
+const NAMESPACE_HEADER: &str = "containerd-namespace";
+
+/// containerd's own default.
+const DEFAULT_NAMESPACE: &str = "default";
+
+impl Service {
+    /// Runs what blocks on a thread where it may. It is finished even if the client goes away.
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Core) -> Result<T, SnapshotsError> + Send + 'static,
+    ) -> Result<T, SnapshotsError> {
+        let core = Arc::clone(&self.core);
+        tokio::task::spawn_blocking(move || work(&core)).await?
+    }
+
+    /// Counts and times an RPC, and turns its error into a status.
+    async fn answer<T>(
+        &self,
+        rpc: &'static str,
+        work: impl Future<Output = Result<T, SnapshotsError>>,
+    ) -> Result<Response<T>, Status> {
+        let timer = self.metrics.rpc_seconds.with_label_values(&[rpc]).start_timer();
+        let result = work.await;
+        timer.observe_duration();
+        let code = result.as_ref().err().map_or(Code::Ok, SnapshotsError::code);
+        self.metrics
+            .rpc_total
+            .with_label_values(&[rpc, &format!("{code:?}")])
+            .inc();
+        match &result {
+            Err(error) if matches!(code, Code::Internal | Code::DataLoss | Code::ResourceExhausted) => {
+                tracing::error!(rpc, %error, "a snapshots request failed");
+            }
+            Err(error) => tracing::debug!(rpc, %error, "a snapshots request was refused"),
+            Ok(_) => tracing::trace!(rpc, "a snapshots request was answered"),
+        }
+        Ok(Response::new(result?))
+    }
+
+    async fn do_prepare(
+        &self,
+        metadata: MetadataMap,
+        request: PrepareSnapshotRequest,
+    ) -> Result<PrepareSnapshotResponse, SnapshotsError> {
+        let chain_id = request.labels.get(REF_LABEL).filter(|chain_id| !chain_id.is_empty());
+        if let Some(chain_id) = chain_id.cloned()
+            && let Some(name) = self.prepare_remote(&metadata, &request, &chain_id).await?
+        {
+            return Err(SnapshotsError::TargetExists { chain_id, name });
+        }
+        let PrepareSnapshotRequest {
+            key, parent, labels, ..
+        } = request;
+        let mounts = self
+            .blocking(move |core| core.create(Kind::Active, &key, &parent, labels))
+            .await?;
+        Ok(PrepareSnapshotResponse { mounts })
+    }
+
+    /// The name of the committed snapshot of a layer that Lazuli serves; `None` if containerd has to unpack it.
+    async fn prepare_remote(
+        &self,
+        metadata: &MetadataMap,
+        request: &PrepareSnapshotRequest,
+        chain_id: &str,
+    ) -> Result<Option<String>, SnapshotsError> {
+        let (key, parent) = (request.key.clone(), request.parent.clone());
+        self.blocking(move |core| core.check_new(&key, &parent)).await?;
+        let mut refusal = "it was released again and again".to_owned();
+        for _ in 0..PUBLISH_ATTEMPTS {
+            let wish = LayerRequest {
+                namespace: namespace(&request.key, metadata),
+                chain_id: chain_id.to_owned(),
+                labels: request.labels.clone(),
+            };
+            let layer = match self.layers.resolve(wish).await {
+                Resolution::Live(layer) => layer,
+                Resolution::Refused(reason) => {
+                    refusal = reason;
+                    break;
+                }
+            };
+            let (parent, chain_id, labels) = (request.parent.clone(), chain_id.to_owned(), request.labels.clone());
+            // The lock goes with the work, which goes on if this future is dropped.
+            let lock = Arc::clone(&self.references).lock_owned().await;
+            let published = self.blocking(move |core| {
+                let published = core.publish(&parent, &chain_id, labels, layer);
+                drop(lock);
+                published
+            });
+            if let Some(name) = published.await? {
+                return Ok(Some(name));
+            }
+        }
+        let (parent, wanted) = (request.parent.clone(), chain_id.to_owned());
+        if let Some(name) = self.blocking(move |core| core.published(&parent, &wanted)).await? {
+            tracing::debug!(
+                chain_id,
+                reason = refusal,
+                "a layer could not be resolved, but is live already"
+            );
+            return Ok(Some(name));
+        }
+        tracing::info!(
+            key = request.key,
+            chain_id,
+            reason = refusal,
+            "a layer is left to containerd"
+        );
+        Ok(None)
+    }
+
+    /// Lets go of layers that no snapshot refers to, in the background.
+    pub(super) fn release_layers(&self) {
+        if self.release_due.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let service = self.clone();
+        tokio::spawn(async move {
+            let _lock = service.references.lock().await;
+            // What is removed from here on needs another release.
+            service.release_due.store(false, Ordering::Release);
+            match service.blocking(Core::referenced).await {
+                Ok(layers) => service.layers.retain(layers).await,
+                Err(error) => tracing::error!(%error, "layers without snapshots are not released"),
+            }
+        });
+    }
+
+    async fn do_remove(&self, key: String) -> Result<(), SnapshotsError> {
+        let removed = self.blocking(move |core| core.remove(&key)).await?;
+        if removed.remote {
+            self.release_layers();
+        }
+        if let Some(trash) = removed.trash {
+            let core = Arc::clone(&self.core);
+            // Large trees take long; containerd waits only for the record.
+            tokio::task::spawn_blocking(move || core.delete(&trash));
+        }
+        Ok(())
+    }
+
+    async fn do_usage(&self, key: String) -> Result<UsageResponse, SnapshotsError> {
+        // The semaphore is never closed.
+        let permit = Arc::clone(&self.measuring).acquire_owned().await.ok();
+        let usage = self.blocking(move |core| {
+            let usage = core.usage(&key);
+            drop(permit);
+            usage
+        });
+        let usage = usage.await?;
+        Ok(UsageResponse {
+            size: i64::try_from(usage.bytes).unwrap_or(i64::MAX),
+            inodes: i64::try_from(usage.inodes).unwrap_or(i64::MAX),
+        })
+    }
+}
+
+/// The namespace of a request: keys come as `<namespace>/<number>/<key>`, and the header is missing on some paths.
+fn namespace(key: &str, metadata: &MetadataMap) -> String {
+    let mut parts = key.splitn(3, '/');
+    if let (Some(namespace), Some(number), Some(_)) = (parts.next(), parts.next(), parts.next())
+        && !namespace.is_empty()
+        && number.parse::<u64>().is_ok()
+    {
+        return namespace.to_owned();
+    }
+    let header = metadata.get(NAMESPACE_HEADER).and_then(|value| value.to_str().ok());
+    header.unwrap_or(DEFAULT_NAMESPACE).to_owned()
+}
+
+/// Messages of a list.
+fn batches(infos: Vec<Info>) -> impl Iterator<Item = ListSnapshotsResponse> {
+    let mut infos = infos.into_iter().peekable();
+    std::iter::from_fn(move || {
+        let mut batch = Vec::new();
+        let mut bytes = 0;
+        while batch.len() < LIST_BATCH
+            && bytes < LIST_BATCH_BYTES
+            && let Some(info) = infos.next()
+        {
+            bytes += info.encoded_len();
+            batch.push(info);
+        }
+        (!batch.is_empty()).then_some(ListSnapshotsResponse { info: batch })
+    })
+}
+
+#[tonic::async_trait]
+impl Snapshots for Service {
+    type ListStream = BoxStream<'static, Result<ListSnapshotsResponse, Status>>;
+
+    async fn prepare(
+        &self,
+        request: Request<PrepareSnapshotRequest>,
+    ) -> Result<Response<PrepareSnapshotResponse>, Status> {
+        let (metadata, _, request) = request.into_parts();
+        self.answer("Prepare", self.do_prepare(metadata, request)).await
+    }
+
+    async fn view(&self, request: Request<ViewSnapshotRequest>) -> Result<Response<ViewSnapshotResponse>, Status> {
+        let ViewSnapshotRequest {
+            key, parent, labels, ..
+        } = request.into_inner();
+        let work = self.blocking(move |core| {
+            let mounts = core.create(Kind::View, &key, &parent, labels)?;
+            Ok(ViewSnapshotResponse { mounts })
+        });
+        self.answer("View", work).await
+    }
+
+    async fn mounts(&self, request: Request<MountsRequest>) -> Result<Response<MountsResponse>, Status> {
+        let key = request.into_inner().key;
+        let work = self.blocking(move |core| {
+            let mounts = core.mounts(&key)?;
+            Ok(MountsResponse { mounts })
+        });
+        self.answer("Mounts", work).await
+    }
+
+    async fn commit(&self, request: Request<CommitSnapshotRequest>) -> Result<Response<()>, Status> {
+        let request = request.into_inner();
+        let work = self.blocking(move |core| core.commit(&request.name, &request.key, &request.parent, request.labels));
+        self.answer("Commit", work).await
+    }
+
+    async fn remove(&self, request: Request<RemoveSnapshotRequest>) -> Result<Response<()>, Status> {
+        self.answer("Remove", self.do_remove(request.into_inner().key)).await
+    }
+
+    async fn stat(&self, request: Request<StatSnapshotRequest>) -> Result<Response<StatSnapshotResponse>, Status> {
+        let key = request.into_inner().key;
+        let work = self.blocking(move |core| {
+            let info = core.stat(&key)?;
+            Ok(StatSnapshotResponse { info: Some(info) })
+        });
+        self.answer("Stat", work).await
+    }
+
+    async fn update(
+        &self,
+        request: Request<UpdateSnapshotRequest>,
+    ) -> Result<Response<UpdateSnapshotResponse>, Status> {
+        let UpdateSnapshotRequest { info, update_mask, .. } = request.into_inner();
+        // Of the info only name and labels mean anything: containerd leaves junk in the other fields.
+        let info = info.unwrap_or_default();
+        let paths = update_mask.unwrap_or_default().paths;
+        let work = self.blocking(move |core| {
+            let info = core.update(&info.name, info.labels, &paths)?;
+            Ok(UpdateSnapshotResponse { info: Some(info) })
+        });
+        self.answer("Update", work).await
+    }
+
+    async fn list(&self, request: Request<ListSnapshotsRequest>) -> Result<Response<Self::ListStream>, Status> {
+        let filters = request.into_inner().filters;
+        // All matching snapshots of one moment; nothing is locked while the client reads them.
+        let work = async {
+            let infos = self.blocking(move |core| core.list(&filters)).await?;
+            let stream: Self::ListStream = Box::pin(stream::iter(batches(infos).map(Ok)));
+            Ok(stream)
+        };
+        self.answer("List", work).await
+    }
+
+    async fn usage(&self, request: Request<UsageRequest>) -> Result<Response<UsageResponse>, Status> {
+        self.answer("Usage", self.do_usage(request.into_inner().key)).await
+    }
+
+    async fn cleanup(&self, _: Request<CleanupRequest>) -> Result<Response<()>, Status> {
+        self.answer("Cleanup", self.blocking(Core::cleanup)).await
+    }
+}

@@ -1,0 +1,231 @@
+//! What each change of the snapshots' records may do, within a transaction: containerd's semantics, without file systems.
+//!
+//! One space of names holds keys and names. A parent has to be committed; only an active snapshot can be committed; one with children cannot
+//! be removed. Labels with empty values are not kept: that is how containerd deletes a label.
+
+use std::collections::{BTreeMap, HashMap};
+
+use sha2::{Digest as _, Sha256};
+
+use super::SnapshotsError;
+use super::error::quoted;
+use crate::layer::Digest;
+use crate::store::{Kind, SnapshotRecord, SnapshotsWrite, Usage};
+
+/// Label of the chain id that a snapshot holds, or is asked for.
+pub(super) const REF_LABEL: &str = "containerd.io/snapshot.ref";
+
+/// Prefix of the names of remote snapshots. containerd's own keys have three parts, so that they never look like this.
+const REMOTE_PREFIX: &str = "lazuli/";
+
+/// Labels as they are kept.
+pub(super) fn kept_labels(labels: HashMap<String, String>) -> BTreeMap<String, String> {
+    labels.into_iter().filter(|(_, value)| !value.is_empty()).collect()
+}
+
+/// Refuses the empty text as a key or name.
+pub(super) fn check_key(what: &str, key: &str) -> Result<(), SnapshotsError> {
+    if key.is_empty() {
+        return Err(SnapshotsError::invalid(format!("the {what} is empty")));
+    }
+    Ok(())
+}
+
+/// Refuses a parent that is not there or not committed.
+pub(super) fn check_parent(parent: &str, record: Option<&SnapshotRecord>) -> Result<(), SnapshotsError> {
+    match record {
+        None => Err(SnapshotsError::parent_not_found(parent)),
+        Some(record) if record.kind != Kind::Committed => Err(SnapshotsError::parent_not_committed(parent)),
+        Some(_) => Ok(()),
+    }
+}
+
+/// A snapshot that is to be.
+pub(super) struct NewSnapshot<'a> {
+    pub kind: Kind,
+    pub key: &'a str,
+    /// Empty for none.
+    pub parent: &'a str,
+    pub labels: BTreeMap<String, String>,
+    pub layer: Option<Digest>,
+}
+
+/// Adds a snapshot.
+pub(super) fn create(
+    snapshots: &SnapshotsWrite<'_>,
+    new: NewSnapshot<'_>,
+    now: i64,
+) -> Result<SnapshotRecord, SnapshotsError> {
+    if !new.parent.is_empty() {
+        check_parent(new.parent, snapshots.get(new.parent)?.as_ref())?;
+    }
+    if snapshots.get(new.key)?.is_some() {
+        return Err(SnapshotsError::already_exists(new.key));
+    }
+    let record = SnapshotRecord {
+        id: snapshots.allocate_id()?,
+        kind: new.kind,
+        parent: (!new.parent.is_empty()).then(|| new.parent.to_owned()),
+        labels: new.labels,
+        created: now,
+        updated: now,
+        layer: new.layer,
+        usage: Usage::default(),
+    };
+    snapshots.put(new.key, &record)?;
+    Ok(record)
+}
+
+/// Name of the remote snapshot with `chain_id` on `parent`: one for each pair, because containerd looks for it with that very parent, and the
+/// same chain id may stand on the parent of another namespace too.
+pub(super) fn remote_name(parent: &str, chain_id: &str) -> String {
+    let mut hash = Sha256::new();
+    hash.update(parent);
+    // Not part of any key.
+    hash.update([0]);
+    hash.update(chain_id);
+    format!("{REMOTE_PREFIX}{}", Digest::from_bytes(hash.finalize().into()).hex())
+}
+
+/// What became of a wish for a remote snapshot.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Published {
+    /// It is new; its directory has to be placed.
+    New(SnapshotRecord),
+    /// It was there, and shows this layer.
+    Present(SnapshotRecord),
+}
+
+/// Makes sure that there is a remote snapshot of `layer` with `chain_id` on `parent`. `is_live` tells which layers can be shown.
+pub(super) fn publish(
+    snapshots: &SnapshotsWrite<'_>,
+    parent: &str,
+    mut labels: BTreeMap<String, String>,
+    (chain_id, layer): (&str, Digest),
+    is_live: impl Fn(&Digest) -> bool,
+    now: i64,
+) -> Result<(String, Published), SnapshotsError> {
+    let name = remote_name(parent, chain_id);
+    labels.insert(REF_LABEL.to_owned(), chain_id.to_owned());
+    let Some(mut record) = snapshots.get(&name)? else {
+        let new = NewSnapshot {
+            kind: Kind::Committed,
+            key: &name,
+            parent,
+            labels,
+            layer: Some(layer),
+        };
+        let record = create(snapshots, new, now)?;
+        return Ok((name, Published::New(record)));
+    };
+    let Some(present) = record
+        .layer
+        .filter(|_| record.parent.as_deref().unwrap_or("") == parent)
+    else {
+        return Err(SnapshotsError::already_exists(&name));
+    };
+    // The same chain id may come with other blobs of the same content; one that can be shown is as good as another.
+    let replaced = present != layer && !is_live(&present);
+    // Without its label containerd would not find it.
+    let labelled = record.labels.get(REF_LABEL).is_some_and(|label| label == chain_id);
+    if replaced || !labelled {
+        record.layer = Some(if replaced { layer } else { present });
+        record.labels.insert(REF_LABEL.to_owned(), chain_id.to_owned());
+        record.updated = now;
+        snapshots.put(&name, &record)?;
+    }
+    Ok((name, Published::Present(record)))
+}
+
+/// Checks that `key` can be committed as a child of `parent` (empty: of the parent it has).
+pub(super) fn check_commit(key: &str, record: Option<&SnapshotRecord>, parent: &str) -> Result<(), SnapshotsError> {
+    let Some(record) = record else {
+        return Err(SnapshotsError::not_found(key));
+    };
+    if record.kind != Kind::Active {
+        return Err(SnapshotsError::precondition(format!(
+            "snapshot {:?} is not active, and only an active one can be committed",
+            quoted(key)
+        )));
+    }
+    let present = record.parent.as_deref().unwrap_or("");
+    if !parent.is_empty() && parent != present {
+        return Err(SnapshotsError::precondition(format!(
+            "snapshot {:?} has parent {:?} and cannot be committed on {:?}: this snapshotter does not rebase",
+            quoted(key),
+            quoted(present),
+            quoted(parent),
+        )));
+    }
+    Ok(())
+}
+
+/// Turns the active snapshot `key` into the committed `name`.
+pub(super) fn commit(
+    snapshots: &SnapshotsWrite<'_>,
+    (name, key, parent): (&str, &str, &str),
+    labels: BTreeMap<String, String>,
+    usage: Usage,
+    now: i64,
+) -> Result<(), SnapshotsError> {
+    if snapshots.get(name)?.is_some() {
+        return Err(SnapshotsError::already_exists(name));
+    }
+    check_commit(key, snapshots.get(key)?.as_ref(), parent)?;
+    let record = snapshots.remove(key)?.ok_or_else(|| SnapshotsError::not_found(key))?;
+    // Its labels are those of the commit; the active snapshot's own are not inherited.
+    let record = SnapshotRecord {
+        kind: Kind::Committed,
+        labels,
+        created: now,
+        updated: now,
+        usage,
+        ..record
+    };
+    Ok(snapshots.put(name, &record)?)
+}
+
+/// Takes a snapshot away.
+pub(super) fn remove(snapshots: &SnapshotsWrite<'_>, key: &str) -> Result<SnapshotRecord, SnapshotsError> {
+    if snapshots.has_children(key)? {
+        return Err(SnapshotsError::precondition(format!(
+            "cannot remove snapshot {:?}: it has children",
+            quoted(key)
+        )));
+    }
+    snapshots.remove(key)?.ok_or_else(|| SnapshotsError::not_found(key))
+}
+
+/// Changes the labels of a snapshot: all of them, or those that `paths` (a field mask) names.
+pub(super) fn update(
+    snapshots: &SnapshotsWrite<'_>,
+    key: &str,
+    labels: HashMap<String, String>,
+    paths: &[String],
+    now: i64,
+) -> Result<SnapshotRecord, SnapshotsError> {
+    let mut record = snapshots.get(key)?.ok_or_else(|| SnapshotsError::not_found(key))?;
+    if paths.is_empty() {
+        record.labels = kept_labels(labels);
+    } else {
+        for path in paths {
+            if path == "labels" {
+                record.labels = kept_labels(labels.clone());
+            } else if let Some(label) = path.strip_prefix("labels.") {
+                match labels.get(label).filter(|value| !value.is_empty()) {
+                    Some(value) => record.labels.insert(label.to_owned(), value.clone()),
+                    None => record.labels.remove(label),
+                };
+            } else {
+                return Err(SnapshotsError::invalid(format!(
+                    "cannot update field {:?} of snapshot {:?}, only labels",
+                    quoted(path),
+                    quoted(key)
+                )));
+            }
+        }
+    }
+    record.updated = now;
+    snapshots.put(key, &record)?;
+    Ok(record)
+}

@@ -1,0 +1,236 @@
+//! Snapshot records, and the index of children.
+
+use std::collections::BTreeMap;
+
+use redb::{
+    MultimapTableDefinition, ReadableMultimapTable as _, ReadableTable as _, TableDefinition, WriteTransaction,
+};
+use serde::{Deserialize, Serialize};
+
+use super::schema::next_number;
+use super::{Store, StoreError, decode, encode};
+use crate::layer::Digest;
+
+const TABLE: &str = "snapshots";
+const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new(TABLE);
+const CHILDREN: MultimapTableDefinition<&str, &str> = MultimapTableDefinition::new("children");
+const NEXT_ID: &str = "next_snapshot_id";
+
+/// Longest chain of parents that is followed. overlayfs takes 500 layers; more than this is a circle.
+const MAX_CHAIN: usize = 10_000;
+
+/// What a snapshot is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Read-only, under a key.
+    View,
+    /// Writable, under a key.
+    Active,
+    /// Unchangeable, under a name; may have children.
+    Committed,
+}
+
+/// What a snapshot itself, without its parents, takes of the disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Allocated bytes.
+    pub bytes: u64,
+    /// Inodes.
+    pub inodes: u64,
+}
+
+/// A snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRecord {
+    /// Number of the snapshot, of which its directory is named; never used again for another.
+    pub id: u64,
+    /// What it is.
+    pub kind: Kind,
+    /// Name of the committed snapshot below it.
+    pub parent: Option<String>,
+    /// Labels, as the client gave them.
+    pub labels: BTreeMap<String, String>,
+    /// When it came to be what it is, in nanoseconds since 1970 (UTC).
+    pub created: i64,
+    /// Last change of its labels, in nanoseconds since 1970 (UTC).
+    pub updated: i64,
+    /// The layer that Lazuli shows in its place: only of a committed remote snapshot, which has no bytes of its own.
+    #[serde(default)]
+    pub layer: Option<Digest>,
+    /// Size at the time of its commit.
+    #[serde(default)]
+    pub usage: Usage,
+}
+
+/// Records with their keys; the error of one does not hide the others.
+pub(super) type Listed = Vec<(String, Result<SnapshotRecord, StoreError>)>;
+
+pub(super) fn create_tables(transaction: &WriteTransaction) -> Result<(), StoreError> {
+    transaction.open_table(SNAPSHOTS)?;
+    transaction.open_multimap_table(CHILDREN)?;
+    Ok(())
+}
+
+impl Store {
+    /// The snapshot with this key or name.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] if its record cannot be decoded, or an error of the database.
+    pub fn snapshot(&self, key: &str) -> Result<Option<SnapshotRecord>, StoreError> {
+        let transaction = self.read()?;
+        let table = transaction.open_table(SNAPSHOTS)?;
+        let bytes = table.get(key)?;
+        bytes.map(|bytes| decode(TABLE, &key, bytes.value())).transpose()
+    }
+
+    /// All snapshots at one moment, ordered by key.
+    ///
+    /// # Errors
+    /// An error of the database. A record that cannot be decoded is an error in its place in the list.
+    pub fn snapshots(&self) -> Result<Listed, StoreError> {
+        let transaction = self.read()?;
+        let table = transaction.open_table(SNAPSHOTS)?;
+        let mut list = Vec::new();
+        for entry in table.iter()? {
+            let (key, bytes) = entry?;
+            list.push((key.value().to_owned(), decode(TABLE, &key.value(), bytes.value())));
+        }
+        Ok(list)
+    }
+
+    /// The snapshots whose parent is `parent` (empty: those without one) at one moment, ordered by key.
+    ///
+    /// # Errors
+    /// As [`Store::snapshots`].
+    pub fn children(&self, parent: &str) -> Result<Listed, StoreError> {
+        let transaction = self.read()?;
+        let table = transaction.open_table(SNAPSHOTS)?;
+        let children = transaction.open_multimap_table(CHILDREN)?;
+        let mut list = Vec::new();
+        for key in children.get(parent)? {
+            let key = key?;
+            let key = key.value();
+            let record = match table.get(key)? {
+                Some(bytes) => decode(TABLE, &key, bytes.value()),
+                None => Err(StoreError::damaged(TABLE, &key, "it is indexed, but not there")),
+            };
+            list.push((key.to_owned(), record));
+        }
+        Ok(list)
+    }
+
+    /// The snapshot `key` and all its ancestors at one moment, nearest first; empty if there is no such snapshot.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] if a record cannot be decoded or an ancestor is missing, or an error of the database.
+    pub fn chain(&self, key: &str) -> Result<Vec<(String, SnapshotRecord)>, StoreError> {
+        let transaction = self.read()?;
+        let table = transaction.open_table(SNAPSHOTS)?;
+        let mut chain: Vec<(String, SnapshotRecord)> = Vec::new();
+        let mut next = Some(key.to_owned());
+        while let Some(key) = next {
+            let Some(bytes) = table.get(key.as_str())? else {
+                return match chain.last() {
+                    None => Ok(chain),
+                    Some((child, _)) => Err(StoreError::damaged(TABLE, child, "its parent is missing")),
+                };
+            };
+            let record: SnapshotRecord = decode(TABLE, &key, bytes.value())?;
+            if chain.len() == MAX_CHAIN {
+                return Err(StoreError::damaged(TABLE, &key, "its parents form a circle"));
+            }
+            next = record.parent.clone();
+            chain.push((key, record));
+        }
+        Ok(chain)
+    }
+
+    /// Runs `change` on the snapshots in one transaction. An error of `change`, or of the commit, changes nothing. Other writers wait
+    /// meanwhile, so `change` must be short.
+    ///
+    /// # Errors
+    /// What `change` answers, or an error of the database.
+    pub fn write_snapshots<T, E: From<StoreError>>(
+        &self,
+        change: impl FnOnce(&SnapshotsWrite<'_>) -> Result<T, E>,
+    ) -> Result<T, E> {
+        self.write(|transaction| change(&SnapshotsWrite { transaction }))
+    }
+}
+
+/// The snapshots within a write transaction.
+pub struct SnapshotsWrite<'t> {
+    transaction: &'t WriteTransaction,
+}
+
+impl SnapshotsWrite<'_> {
+    /// The snapshot with this key or name.
+    ///
+    /// # Errors
+    /// As [`Store::snapshot`].
+    pub fn get(&self, key: &str) -> Result<Option<SnapshotRecord>, StoreError> {
+        let table = self.transaction.open_table(SNAPSHOTS)?;
+        let bytes = table.get(key)?;
+        bytes.map(|bytes| decode(TABLE, &key, bytes.value())).transpose()
+    }
+
+    /// Writes a record, in the place of the one that has the key.
+    ///
+    /// # Errors
+    /// [`StoreError`]; the transaction has to be given up then.
+    pub fn put(&self, key: &str, record: &SnapshotRecord) -> Result<(), StoreError> {
+        let before = self.get(key)?;
+        let mut children = self.transaction.open_multimap_table(CHILDREN)?;
+        if let Some(before) = before {
+            children.remove(before.parent.as_deref().unwrap_or(""), key)?;
+        }
+        children.insert(record.parent.as_deref().unwrap_or(""), key)?;
+        let bytes = encode(TABLE, &key, record)?;
+        self.transaction.open_table(SNAPSHOTS)?.insert(key, bytes.as_slice())?;
+        Ok(())
+    }
+
+    /// Takes a record away, and returns it.
+    ///
+    /// # Errors
+    /// As [`Store::snapshot`]; a damaged record stays.
+    pub fn remove(&self, key: &str) -> Result<Option<SnapshotRecord>, StoreError> {
+        let Some(record) = self.get(key)? else { return Ok(None) };
+        let mut children = self.transaction.open_multimap_table(CHILDREN)?;
+        children.remove(record.parent.as_deref().unwrap_or(""), key)?;
+        self.transaction.open_table(SNAPSHOTS)?.remove(key)?;
+        Ok(Some(record))
+    }
+
+    /// Whether a snapshot has `name` as its parent.
+    ///
+    /// # Errors
+    /// An error of the database.
+    pub fn has_children(&self, name: &str) -> Result<bool, StoreError> {
+        let children = self.transaction.open_multimap_table(CHILDREN)?;
+        Ok(children.get(name)?.next().transpose()?.is_some())
+    }
+
+    /// Ids of all snapshots.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] if any record cannot be decoded: the set would be incomplete.
+    pub fn ids(&self) -> Result<std::collections::HashSet<u64>, StoreError> {
+        let table = self.transaction.open_table(SNAPSHOTS)?;
+        let mut ids = std::collections::HashSet::new();
+        for entry in table.iter()? {
+            let (key, bytes) = entry?;
+            ids.insert(decode::<SnapshotRecord>(TABLE, &key.value(), bytes.value())?.id);
+        }
+        Ok(ids)
+    }
+
+    /// A number that no snapshot has, or ever had (in a committed transaction).
+    ///
+    /// # Errors
+    /// An error of the database.
+    pub fn allocate_id(&self) -> Result<u64, StoreError> {
+        next_number(self.transaction, NEXT_ID, "snapshot id")
+    }
+}

@@ -133,7 +133,7 @@ impl Loader {
             .cache
             .get(&spec.digest)
             .map_err(|error| Refusal::of_cache(&error))?;
-        Ok(cached.map(|cached| self.open(spec, cached, blob)))
+        Ok(cached.map(|cached| self.fetcher.open(cached, blob)))
     }
 
     /// A readable layer: from the stored index, else from its eStargz table of contents, else streamed. Waits for the network.
@@ -152,7 +152,7 @@ impl Loader {
                         .cache
                         .insert(&spec.digest, index)
                         .map_err(|error| Refusal::of_cache(&error))?;
-                    return Ok(self.open(spec, cached, blob));
+                    return Ok(self.fetcher.open(cached, blob));
                 }
                 // The registry cannot deliver; streaming would ask the same registry for more.
                 Err(TocError::Registry(error)) => return Err(Refusal::of_registry(&error)),
@@ -166,19 +166,14 @@ impl Loader {
             blob: Arc::clone(&blob),
             compression,
             diff_id: spec.diff_id,
+            what: blob.describe(),
         };
         let cached = self
             .fetcher
             .stream(request)
             .await
             .map_err(|error| Refusal::of_fetch(&error))?;
-        Ok(self.open(spec, cached, blob))
-    }
-
-    fn open(&self, spec: &LayerSpec, cached: Arc<CachedLayer>, blob: Arc<dyn Blob>) -> Arc<Layer> {
-        // A layer whose index is stored was supported once; its compression is sniffed again from the bytes anyway.
-        let compression = supported(spec).unwrap_or(Compression::Gzip);
-        self.fetcher.open(spec.digest, cached, blob, compression)
+        Ok(self.fetcher.open(cached, blob))
     }
 
     async fn estargz(&self, spec: &LayerSpec, blob: &Arc<dyn Blob>, expected: &Digest) -> Result<LayerIndex, TocError> {

@@ -1,5 +1,6 @@
 //! One layer on disk: the hit path, stores, verification after a crash, eviction of chunks.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -172,27 +173,43 @@ impl CachedLayer {
         (self.evictions.load(Ordering::SeqCst) == evictions).then_some(Ok(()))
     }
 
-    /// Like [`CachedLayer::read_ready`], but waits for evictions to pass, and verifies chunks that were written before a crash. `false`:
-    /// some bytes are missing. It can take as long as hashing the chunks does: not for threads that must not wait.
-    pub fn read_verified(&self, offset: u64, buf: &mut [u8]) -> bool {
+    /// Whether the bytes of a chunk may be on disk, and have to be verified before anyone gets them.
+    pub fn is_suspect(&self, chunk: usize) -> bool {
+        self.suspect.get(chunk)
+    }
+
+    /// Like [`CachedLayer::read_ready`], but takes the chunks in `arrived` from there, waits for evictions to pass, and verifies chunks
+    /// that were written before a crash. Returns the positions of the chunks that are missing; if there are any, `buf` is not filled.
+    ///
+    /// It takes as long as hashing the suspect chunks does: not for threads that must not wait.
+    pub fn read_present(&self, offset: u64, buf: &mut [u8], arrived: &BTreeMap<usize, Bytes>) -> Vec<usize> {
         let len = buf.len() as u64;
-        let _shared = self.mutation.read().unwrap_or_else(PoisonError::into_inner);
-        let mut present = true;
-        for at in self.missing(offset, len) {
-            present &= self.verify(at);
-        }
-        if !present {
-            return false;
-        }
-        self.note_use(offset, len);
-        match self.pread(offset, buf) {
-            Ok(()) => true,
-            Err(error) => {
-                drop(_shared);
-                self.distrust(offset, len, &error);
-                false
+        buf.fill(0);
+        let mut missing = Vec::new();
+        let mut failed = None;
+        let shared = self.mutation.read().unwrap_or_else(PoisonError::into_inner);
+        for at in self.positions(offset, len) {
+            let Some(record) = self.index.chunks().get(at) else { break };
+            let (from, to) = (record.data_offset.max(offset), record.data_end().min(offset.saturating_add(len)));
+            let (skip, count) = ((from - record.data_offset) as usize, (to - from) as usize);
+            let Some(place) = buf.get_mut((from - offset) as usize..).and_then(|b| b.get_mut(..count)) else {
+                continue;
+            };
+            if let Some(bytes) = arrived.get(&at).and_then(|b| b.get(skip..skip + count)) {
+                place.copy_from_slice(bytes);
+            } else if !self.verify(at) {
+                missing.push(at);
+            } else if let Err(error) = self.data.read_exact_at(place, from) {
+                missing.push(at);
+                failed = Some(error);
             }
         }
+        drop(shared);
+        self.note_use(offset, len);
+        if let Some(error) = failed {
+            self.distrust(offset, len, &error);
+        }
+        missing
     }
 
     /// Stores the bytes of the chunk at position `chunk`, after verifying them. If there is no room, others are evicted; if that does not

@@ -3,6 +3,15 @@
 //! A [`LayerData`] is a live layer: its index and its bytes. Ready bytes are read on the caller's thread; missing ones are fetched
 //! (coalesced into requests of about a megabyte, on-demand before background), verified by `cache`, and then all waiters are
 //! answered. No waiter is ever lost: every read ends by its deadline, with bytes or with an error.
+//!
+//! # How a read that misses travels
+//! [`Layer::read`] puts the missing chunks into the layer's queue (queue.rs) and waits for their bytes. A *dispatcher* waits at the gate
+//! that limits requests over all layers, and plans a request only when it is let in (window.rs): what was asked for meanwhile goes
+//! into the same request. The request (request.rs) hands members of the body to a blocking thread as they are complete, which decodes,
+//! verifies and stores their chunks and answers who waits for each, while the body still arrives.
+//!
+//! Streams (stream.rs, pipeline.rs) are for layers that cannot be read in ranges: one pass over the whole blob makes index and data.
+//! When such a layer has been evicted, the first read that misses streams it again (refill.rs), chunk by chunk against its index.
 
 use std::io;
 use std::time::Duration;
@@ -13,8 +22,23 @@ use futures::future::BoxFuture;
 use crate::layer::{Digest, LayerIndex};
 
 pub mod error;
+mod fetcher;
+mod layer;
+mod pieces;
+mod pipeline;
+mod queue;
+mod refill;
+mod request;
+mod stream;
+#[cfg(test)]
+mod tests;
+pub mod window;
 
 pub use error::FetchError;
+pub use fetcher::Fetcher;
+pub use layer::{Layer, LayerStats};
+pub use pipeline::Progress;
+pub use stream::StreamRequest;
 
 /// A layer that can be read: what the faces in `fs` serve from.
 ///

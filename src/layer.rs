@@ -4,10 +4,15 @@
 //! overlayfs makes of whiteouts. It never does I/O, never panics on any input, and never allocates more than its input (or a
 //! stated limit) justifies: everything here is fed with bytes that an image author chose.
 
+pub mod compression;
 pub mod digest;
 pub mod error;
 pub mod index;
+pub mod tar;
+pub mod tree;
 
+pub use compression::{Compression, decode_member, decoder};
 pub use digest::Digest;
 pub use error::LayerError;
-pub use index::{Access, Chunk, Codec, Dirent, Ino, Inode, LayerIndex, ROOT_INO};
+pub use index::{Access, Chunk, Codec, Dirent, IndexParts, Ino, Inode, LayerIndex, ROOT_INO};
+pub use tar::{Copy, TarIndexer, TarLayout};

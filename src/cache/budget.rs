@@ -1,0 +1,179 @@
+//! The budget: how many bytes the cache takes, and what goes when there is no room.
+//!
+//! Every byte is reserved before it is written, so that the limit holds whatever happens at once; the count starts from the blocks that
+//! are really allocated and is set right by them whenever something is evicted. `min_free` is asked of the file system each time.
+//!
+//! In this order, until there is room: layers that no container uses, least recently used first (those that nobody has open vanish, of
+//! the others the index stays); then the least recently used groups of chunks of layers in use that can be fetched in ranges; then, as
+//! the last resort, streamed layers in use as a whole, but never the one that is being written: a miss in such a layer downloads
+//! all of it again, so it is cheaper to serve others past the disk, and dropping is only for when not even that would go on.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+
+use super::{Cache, CacheError, CachedLayer};
+use crate::layer::{Access, Digest};
+
+/// More than what is needed is freed at once, by this part of `max_size`, so that the next store does not have to evict again.
+const SLACK_PART: u64 = 32;
+/// Most that is freed beyond what is needed, in bytes.
+const MAX_SLACK: u64 = 256 << 20;
+
+impl Cache {
+    /// Counts `bytes` as taken, after evicting others if need be. `writer` is the layer that they are for.
+    ///
+    /// # Errors
+    /// The limit that stands in the way; nothing is counted then.
+    pub(super) fn reserve(&self, bytes: u64, writer: Option<&Digest>) -> Result<(), String> {
+        self.occupy(bytes);
+        let Some((missing, _)) = self.shortfall(0) else {
+            return Ok(());
+        };
+        self.make_room_for(missing, writer);
+        match self.shortfall(0) {
+            None => Ok(()),
+            Some((_, reason)) => {
+                self.release(bytes);
+                Err(reason)
+            }
+        }
+    }
+
+    /// Counts `bytes` as taken.
+    pub(super) fn occupy(&self, bytes: u64) {
+        self.used.fetch_add(bytes, Ordering::Relaxed);
+        self.show_use();
+    }
+
+    /// Counts `bytes` as free again.
+    pub(super) fn release(&self, bytes: u64) {
+        let free = |used: u64| Some(used.saturating_sub(bytes));
+        let _ = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, free);
+        self.show_use();
+    }
+
+    /// Bytes of the disk that the cache takes, with those that are about to be written.
+    pub fn used_bytes(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+
+    fn show_use(&self) {
+        let used = i64::try_from(self.used_bytes()).unwrap_or(i64::MAX);
+        self.metrics().cache_bytes.set(used);
+    }
+
+    /// By how many bytes a limit is exceeded if `more` are written, and which.
+    fn shortfall(&self, more: u64) -> Option<(u64, String)> {
+        let (max, min_free) = (self.config.max_size, self.config.min_free);
+        let over = self.used_bytes().saturating_add(more).saturating_sub(max.0);
+        if max.0 > 0 && over > 0 {
+            return Some((over, format!("the cache's limit of {max} is reached (cache.max_size)")));
+        }
+        let stat = rustix::fs::fstatvfs(&self.lock).ok()?;
+        let available = stat.f_bavail.saturating_mul(stat.f_frsize);
+        let short = min_free.0.saturating_add(more).saturating_sub(available);
+        (short > 0).then(|| {
+            let reason = format!("only {available} bytes are free on the disk, and {min_free} shall stay free (cache.min_free)");
+            (short, reason)
+        })
+    }
+
+    /// Evicts until about `bytes` are freed, although the budget is not exceeded: the disk is full earlier than its numbers say.
+    pub(super) fn make_room(&self, bytes: u64, writer: Option<&Digest>) {
+        self.make_room_for(bytes, writer);
+    }
+
+    fn make_room_for(&self, bytes: u64, writer: Option<&Digest>) {
+        // One at a time: others that wait here will mostly find that there is room.
+        let before = self.freed.load(Ordering::Relaxed);
+        let _one = self.evicting.lock().unwrap_or_else(PoisonError::into_inner);
+        let meanwhile = self.freed.load(Ordering::Relaxed).wrapping_sub(before);
+        if meanwhile >= bytes {
+            return;
+        }
+        let slack = (self.config.max_size.0 / SLACK_PART).min(MAX_SLACK);
+        let mut need = bytes.saturating_add(slack);
+        let mut freed = 0;
+        let mut free = |bytes: u64| {
+            freed += bytes;
+            need = need.saturating_sub(bytes);
+            need > 0
+        };
+        if self.evict_unused(writer, &mut free) && self.evict_groups(&mut free) {
+            self.evict_streamed(writer, &mut free);
+        }
+        if freed > 0 {
+            self.freed.fetch_add(freed, Ordering::Relaxed);
+            self.metrics().cache_evicted_bytes_total.inc_by(freed);
+            tracing::debug!(freed, used = self.used_bytes(), "evicted from the cache");
+        }
+    }
+
+    /// Layers that no container uses. Whether more has to be freed, as all of these.
+    fn evict_unused(&self, writer: Option<&Digest>, free: &mut impl FnMut(u64) -> bool) -> bool {
+        let candidates: Vec<Digest> = self.known().iter().rev().map(|(digest, _)| *digest).collect();
+        for digest in candidates.iter().filter(|digest| Some(*digest) != writer) {
+            let open = {
+                let mut known = self.known();
+                match known.peek(digest).map(|entry| entry.open.upgrade()) {
+                    None => continue,
+                    Some(None) => {
+                        // Moved away under the lock, so that nobody opens it any more; deleted after.
+                        let bytes = known.pop(digest).map_or(0, |e| e.allocated.load(Ordering::Relaxed));
+                        let trash = self.discard(digest);
+                        drop(known);
+                        if let Some(trash) = trash
+                            && let Err(error) = std::fs::remove_dir_all(&trash)
+                        {
+                            tracing::error!("cannot delete {}: {error}", trash.display());
+                        }
+                        self.release(bytes);
+                        if !free(bytes) {
+                            return false;
+                        }
+                        continue;
+                    }
+                    Some(Some(open)) => open,
+                }
+            };
+            if !open.is_pinned() && open.present_bytes() > 0 && !free(open.evict_all()) {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Groups of chunks of layers in use.
+    fn evict_groups(&self, free: &mut impl FnMut(u64) -> bool) -> bool {
+        let mut groups: Vec<(u64, usize, u64)> = Vec::new();
+        let layers = self.open_layers(Access::Ranges);
+        for (at, layer) in layers.iter().enumerate() {
+            groups.extend(layer.groups().into_iter().map(|(used, group)| (used, at, group)));
+        }
+        groups.sort_unstable();
+        groups.iter().all(|(_, at, group)| free(layers[*at].evict_group(*group)))
+    }
+
+    /// Streamed layers in use.
+    fn evict_streamed(&self, writer: Option<&Digest>, free: &mut impl FnMut(u64) -> bool) -> bool {
+        let mut layers = self.open_layers(Access::Stream);
+        layers.retain(|layer| Some(layer.digest()) != writer && layer.present_bytes() > 0);
+        layers.sort_by_cached_key(|layer| layer.last_used());
+        layers.iter().all(|layer| free(layer.evict_all()))
+    }
+
+    fn open_layers(&self, access: Access) -> Vec<Arc<CachedLayer>> {
+        let known = self.known();
+        let open = known.iter().filter_map(|(_, entry)| entry.open.upgrade());
+        open.filter(|layer| layer.index().access() == access).collect()
+    }
+}
+
+/// The error for bytes that found no room.
+pub(super) fn full(layer: &Digest, bytes: u64, reason: String) -> CacheError {
+    CacheError::Full {
+        layer: *layer,
+        bytes,
+        reason,
+    }
+}

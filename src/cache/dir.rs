@@ -1,0 +1,347 @@
+//! The directory of all layers: opening, finding, adding, closing.
+
+use std::fs::{self, DirBuilder, File, TryLockError};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::SystemTime;
+
+use lru::LruCache;
+
+use super::hot::HotChunks;
+use super::layer::{BLOCK, Files};
+use super::map::{self, MapFile};
+use super::staging::{Staging, sync_dir};
+use super::{CacheError, CachedLayer};
+use crate::config::CacheConfig;
+use crate::layer::{Digest, LayerIndex};
+use crate::metrics::Metrics;
+
+/// Mode of the cache's directories: for nobody else.
+const DIR_MODE: u32 = 0o700;
+
+/// The cache on disk. There is one per root; it is open as long as anything of it is.
+pub struct Cache {
+    /// `<root>/layers`.
+    layers: PathBuf,
+    pub(super) config: CacheConfig,
+    metrics: Arc<Metrics>,
+    /// The lock file, locked.
+    pub(super) lock: File,
+    /// All layers on disk, most recently used first.
+    known: Mutex<LruCache<Digest, Entry>>,
+    /// Bytes on disk and reserved.
+    pub(super) used: AtomicU64,
+    /// Bytes ever freed by evictions.
+    pub(super) freed: AtomicU64,
+    /// Held while something is evicted.
+    pub(super) evicting: Mutex<()>,
+    /// Counts up with every store: the time by which uses are ordered.
+    clock: AtomicU64,
+    hot: HotChunks,
+    me: Weak<Cache>,
+}
+
+/// A layer on disk.
+pub(super) struct Entry {
+    /// Bytes of its files.
+    pub allocated: Arc<AtomicU64>,
+    /// The layer, while someone has it.
+    pub open: Weak<CachedLayer>,
+}
+
+impl Cache {
+    /// Opens the cache under `root`, or makes one there. What an earlier run left unfinished is removed.
+    ///
+    /// # Errors
+    /// [`CacheError::InUse`] if another process has it, [`CacheError::Io`] if the directory cannot be used.
+    pub fn open(root: &Path, config: &CacheConfig, metrics: Arc<Metrics>) -> Result<Arc<Cache>, CacheError> {
+        let layers = root.join("layers");
+        let mut builder = DirBuilder::new();
+        builder
+            .recursive(true)
+            .mode(DIR_MODE)
+            .create(&layers)
+            .and_then(|()| fs::set_permissions(&layers, fs::Permissions::from_mode(DIR_MODE)))
+            .map_err(CacheError::io("create", &layers))?;
+        let lock = lock(&layers.join(".lock"))?;
+        let incoming = layers.join(".incoming");
+        match fs::remove_dir_all(&incoming) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(CacheError::io("empty", &incoming)(error));
+            }
+            _ => builder.create(&incoming).map_err(CacheError::io("create", &incoming))?,
+        }
+        let mut known = LruCache::unbounded();
+        let mut used = 0;
+        for (_, digest, bytes) in scan(&layers)? {
+            used += bytes;
+            let entry = Entry {
+                allocated: Arc::new(AtomicU64::new(bytes)),
+                open: Weak::new(),
+            };
+            known.put(digest, entry);
+        }
+        tracing::info!(layers = known.len(), bytes = used, "opened the cache {}", layers.display());
+        let cache = Arc::new_cyclic(|me| Cache {
+            layers,
+            config: config.clone(),
+            metrics,
+            lock,
+            known: Mutex::new(known),
+            used: AtomicU64::new(0),
+            freed: AtomicU64::new(0),
+            evicting: Mutex::new(()),
+            clock: AtomicU64::new(1),
+            hot: HotChunks::new(),
+            me: me.clone(),
+        });
+        cache.occupy(used);
+        Ok(cache)
+    }
+
+    /// The layer whose blob has this digest, if its index is here; always the same one while anyone has it. A layer that is damaged
+    /// is removed, and is not here.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`] if it cannot be told whether the layer is here.
+    pub fn get(&self, digest: &Digest) -> Result<Option<Arc<CachedLayer>>, CacheError> {
+        let mut known = self.known();
+        let Some(entry) = known.get_mut(digest) else {
+            return Ok(None);
+        };
+        if let Some(layer) = entry.open.upgrade() {
+            return Ok(Some(layer));
+        }
+        let allocated = Arc::clone(&entry.allocated);
+        if let Some(layer) = self.load(digest, allocated)? {
+            layer.touch();
+            let layer = Arc::new(layer);
+            entry.open = Arc::downgrade(&layer);
+            return Ok(Some(layer));
+        }
+        if let Some(entry) = known.pop(digest) {
+            self.release(entry.allocated.load(Ordering::Relaxed));
+        }
+        if let Some(trash) = self.discard(digest) {
+            fs::remove_dir_all(&trash).map_err(CacheError::io("delete", &trash))?;
+        }
+        Ok(None)
+    }
+
+    /// Adds a layer of which no byte is here yet. If it is already here, that one is returned.
+    ///
+    /// # Errors
+    /// [`CacheError`] if it cannot be written.
+    pub fn insert(&self, digest: &Digest, index: LayerIndex) -> Result<Arc<CachedLayer>, CacheError> {
+        match self.get(digest)? {
+            Some(layer) => Ok(layer),
+            None => self.stage(digest)?.commit(index, false),
+        }
+    }
+
+    /// Begins a layer that becomes visible when it is complete.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`].
+    pub fn stage(&self, digest: &Digest) -> Result<Staging, CacheError> {
+        let me = self.me.upgrade().ok_or_else(|| CacheError::InUse {
+            path: self.layers.clone(),
+        })?;
+        Staging::new(me, *digest)
+    }
+
+    /// Makes everything durable, so that the next start need not verify anything. Called at the end of the daemon, when nothing is
+    /// stored any more. A layer that cannot be sealed is only verified again later.
+    pub fn close(&self) {
+        let open: Vec<_> = self.known().iter().filter_map(|(_, e)| e.open.upgrade()).collect();
+        for layer in open {
+            if let Err(error) = layer.seal() {
+                tracing::error!("{error}");
+            }
+        }
+    }
+
+    pub(super) fn known(&self) -> MutexGuard<'_, LruCache<Digest, Entry>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    pub(super) fn hot(&self) -> &HotChunks {
+        &self.hot
+    }
+
+    pub(super) fn now(&self) -> u64 {
+        self.clock.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn tick(&self) {
+        self.clock.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(super) fn used_now(&self, digest: &Digest) {
+        self.known().promote(digest);
+    }
+
+    pub(super) fn layer_dir(&self, digest: &Digest) -> PathBuf {
+        self.layers.join(digest.hex())
+    }
+
+    pub(super) fn incoming(&self) -> PathBuf {
+        self.layers.join(".incoming")
+    }
+
+    /// Moves a layer out of sight; where it is then, to be deleted. The caller holds the list of layers.
+    pub(super) fn discard(&self, digest: &Digest) -> Option<PathBuf> {
+        let unique = self.clock.fetch_add(1, Ordering::Relaxed);
+        let trash = self.incoming().join(format!("{}-old-{unique}", digest.hex()));
+        match fs::rename(self.layer_dir(digest), &trash) {
+            Ok(()) => Some(trash),
+            Err(error) => {
+                if error.kind() != io::ErrorKind::NotFound {
+                    tracing::error!(layer = %digest, "cannot move the layer out of the cache: {error}");
+                }
+                None
+            }
+        }
+    }
+
+    /// Makes a new layer visible, whose files are in `from`. If the same layer has become visible meanwhile, that one is returned.
+    pub(super) fn publish(&self, layer: CachedLayer, from: &Path) -> Result<Arc<CachedLayer>, CacheError> {
+        let digest = *layer.digest();
+        let target = self.layer_dir(&digest);
+        let mut known = self.known();
+        if let Some(entry) = known.get(&digest) {
+            if let Some(open) = entry.open.upgrade() {
+                return Ok(open);
+            }
+            self.release(entry.allocated.load(Ordering::Relaxed));
+        }
+        // An old one that nobody has open gives way.
+        if let Some(trash) = self.discard(&digest)
+            && let Err(error) = fs::remove_dir_all(&trash)
+        {
+            tracing::error!("cannot delete {}: {error}", trash.display());
+        }
+        known.pop(&digest);
+        fs::rename(from, &target).map_err(CacheError::io("create", &target))?;
+        sync_dir(&self.layers)?;
+        let layer = Arc::new(layer);
+        let entry = Entry {
+            allocated: layer.allocated_handle(),
+            open: Arc::downgrade(&layer),
+        };
+        known.put(digest, entry);
+        Ok(layer)
+    }
+
+    /// Opens a layer from the disk. `None`: it is damaged.
+    fn load(&self, digest: &Digest, allocated: Arc<AtomicU64>) -> Result<Option<CachedLayer>, CacheError> {
+        let Some(me) = self.me.upgrade() else { return Ok(None) };
+        let dir = self.layer_dir(digest);
+        let path = dir.join("index");
+        let encoded = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(CacheError::io("read", &path)(error)),
+        };
+        let index = match LayerIndex::decode(&encoded) {
+            Ok(index) => index,
+            Err(error) => {
+                tracing::warn!(layer = %digest, "the layer is removed from the cache, its index cannot be used: {error}");
+                return Ok(None);
+            }
+        };
+        let (id, chunks) = (Digest::of(&encoded), index.chunks());
+        let (path, map_path) = (dir.join("data"), dir.join("map"));
+        let mut options = File::options();
+        options.read(true).write(true).create(true).truncate(false);
+        let data = options.open(&path).map_err(CacheError::io("open", &path))?;
+        let map = options.open(&map_path).map_err(CacheError::io("open", &map_path))?;
+        let saved = fs::read(&map_path).map_err(CacheError::io("read", &map_path))?;
+        let len = data.metadata().map_err(CacheError::io("read", &path))?.len();
+        let (sealed, words) = match map::decode(&saved, chunks.len(), &id) {
+            Ok(saved) if len == index.data_size() => (saved.sealed, saved.words),
+            Ok(saved) => {
+                tracing::warn!(layer = %digest, len, "the data in the cache has the wrong length, its chunks are verified again");
+                write_map(&map, &map_path, chunks.len(), &id, &saved.words)?;
+                data.set_len(index.data_size()).map_err(CacheError::io("resize", &path))?;
+                (false, saved.words)
+            }
+            Err(what) => {
+                tracing::warn!(layer = %digest, "the data in the cache is dropped, its map cannot be used: {what}");
+                data.set_len(0)
+                    .and_then(|()| data.set_len(index.data_size()))
+                    .map_err(CacheError::io("empty", &path))?;
+                let words = vec![0; chunks.len().div_ceil(64)];
+                write_map(&map, &map_path, chunks.len(), &id, &words)?;
+                (false, words)
+            }
+        };
+        let blocks = data.metadata().map_err(CacheError::io("read", &path))?.blocks();
+        let before = allocated.swap(blocks.saturating_mul(BLOCK), Ordering::Relaxed);
+        self.occupy(blocks.saturating_mul(BLOCK));
+        self.release(before);
+        let files = Files {
+            dir,
+            data,
+            map: MapFile::new(map, chunks.len(), id, sealed),
+            words,
+            allocated,
+        };
+        Ok(Some(CachedLayer::new(me, *digest, index, files)))
+    }
+}
+
+fn write_map(file: &File, path: &Path, chunks: usize, index: &Digest, words: &[u64]) -> Result<(), CacheError> {
+    use std::os::unix::fs::FileExt;
+    let bytes = map::encode(false, chunks, index, words);
+    file.set_len(bytes.len() as u64)
+        .and_then(|()| file.write_all_at(&bytes, 0))
+        .and_then(|()| file.sync_data())
+        .map_err(CacheError::io("write", path))
+}
+
+fn lock(path: &Path) -> Result<File, CacheError> {
+    let mut options = File::options();
+    let file = options
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .map_err(CacheError::io("open", path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(CacheError::InUse { path: path.to_owned() }),
+        Err(TryLockError::Error(error)) => Err(CacheError::io("lock", path)(error)),
+    }
+}
+
+/// All layers on disk with the time of their last use and their bytes, oldest first. Directories without an index are removed.
+fn scan(layers: &Path) -> Result<Vec<(SystemTime, Digest, u64)>, CacheError> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(layers).map_err(CacheError::io("list", layers))? {
+        let entry = entry.map_err(CacheError::io("list", layers))?;
+        let name = entry.file_name();
+        let Some(digest) = name.to_str().and_then(Digest::from_hex) else {
+            continue;
+        };
+        let path = entry.path();
+        if !path.join("index").exists() {
+            tracing::warn!("{} has no index and is removed", path.display());
+            fs::remove_dir_all(&path).map_err(CacheError::io("delete", &path))?;
+            continue;
+        }
+        let blocks = fs::metadata(path.join("data")).map_or(0, |m| m.blocks());
+        let used = fs::metadata(path.join("map")).and_then(|m| m.modified());
+        let used = used.unwrap_or(SystemTime::UNIX_EPOCH);
+        found.push((used, digest, blocks.saturating_mul(BLOCK)));
+    }
+    found.sort_unstable();
+    Ok(found)
+}

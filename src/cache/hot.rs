@@ -1,0 +1,73 @@
+//! Chunks in memory, for reads that had to go past a full disk: without them, every small read of such a chunk would fetch it again.
+
+use std::sync::{Mutex, PoisonError};
+
+use bytes::Bytes;
+use lru::LruCache;
+
+use crate::layer::Digest;
+
+/// Most bytes of chunks kept in memory. A few chunks of every container that starts while the disk is full.
+const MAX_BYTES: usize = 64 << 20;
+
+/// The most recently used chunks that could not be stored.
+pub(super) struct HotChunks {
+    chunks: Mutex<(LruCache<(Digest, usize), Bytes>, usize)>,
+}
+
+impl HotChunks {
+    pub fn new() -> Self {
+        HotChunks {
+            chunks: Mutex::new((LruCache::unbounded(), 0)),
+        }
+    }
+
+    /// Keeps a verified chunk, and forgets the least recently used ones if it is too much.
+    pub fn put(&self, layer: Digest, chunk: usize, bytes: Bytes) {
+        let mut guard = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
+        let (chunks, size) = &mut *guard;
+        *size += bytes.len();
+        if let Some(old) = chunks.put((layer, chunk), bytes) {
+            *size -= old.len();
+        }
+        while *size > MAX_BYTES {
+            let Some((_, old)) = chunks.pop_lru() else { break };
+            *size -= old.len();
+        }
+    }
+
+    /// The bytes of a chunk, if they are here.
+    pub fn get(&self, layer: Digest, chunk: usize) -> Option<Bytes> {
+        let mut guard = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
+        guard.0.get(&(layer, chunk)).cloned()
+    }
+
+    /// Forgets a chunk that is on disk now.
+    pub fn remove(&self, layer: Digest, chunk: usize) {
+        let mut guard = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
+        let (chunks, size) = &mut *guard;
+        if let Some(old) = chunks.pop(&(layer, chunk)) {
+            *size -= old.len();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_least_recently_used_chunk_goes_first() {
+        let (hot, layer) = (HotChunks::new(), Digest::of(b"layer"));
+        let half = Bytes::from(vec![7; MAX_BYTES / 2]);
+        hot.put(layer, 1, half.clone());
+        hot.put(layer, 2, half.clone());
+        assert!(hot.get(layer, 1).is_some(), "used last");
+        hot.put(layer, 3, half.clone());
+        assert!(hot.get(layer, 2).is_none());
+        assert!(hot.get(layer, 1).is_some() && hot.get(layer, 3).is_some());
+        hot.remove(layer, 1);
+        hot.put(layer, 4, half);
+        assert!(hot.get(layer, 3).is_some(), "removed bytes are not counted");
+    }
+}

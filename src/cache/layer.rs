@@ -1,0 +1,546 @@
+//! One layer on disk: the hit path, stores, verification after a crash, eviction of chunks.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use bytes::Bytes;
+use rustix::fs::FallocateFlags;
+
+use super::bitmap::{Bitmap, WORD};
+use super::error::is_full;
+use super::map::MapFile;
+use super::{Cache, CacheError};
+use crate::layer::{Chunk, Digest, LayerError, LayerIndex};
+
+/// Unit in which the use of a layer is noted and in which parts of it are evicted, in bytes of the data space: large enough that a
+/// hole is worth its system call, small enough that the hot part of a large layer survives.
+pub(super) const GROUP: u64 = 4 << 20;
+
+/// What became of the bytes given to [`CachedLayer::store`]. They are verified in either case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stored {
+    /// They are on disk.
+    Cached,
+    /// There is no room for them: they can be served, but not found again.
+    Bypassed,
+}
+
+/// A layer in the cache. All offsets are bytes of its data space.
+pub struct CachedLayer {
+    digest: Digest,
+    index: LayerIndex,
+    /// Directory of the layer, for messages.
+    dir: PathBuf,
+    data: File,
+    map: Mutex<MapFile>,
+    /// Chunks whose bytes are on disk and have been verified.
+    ready: Bitmap,
+    /// Chunks whose bytes may be on disk, and have to be verified before they are ready.
+    suspect: Bitmap,
+    /// Chunks that are not ready. 0 saves the hit path from looking at the chunks.
+    unready: AtomicUsize,
+    /// Bytes of the chunks that are ready or suspect.
+    present: AtomicU64,
+    /// Times that chunks were evicted; see the readers' protocol in `cache`.
+    evictions: AtomicU64,
+    /// Shared by stores, verifications and locked reads; exclusive for evictions and seals.
+    mutation: RwLock<()>,
+    /// When each group was used last, in ticks of the cache's clock.
+    used: Box<[AtomicU64]>,
+    pins: AtomicU32,
+    /// Bytes on disk, shared with the cache's list of layers.
+    allocated: Arc<AtomicU64>,
+    cache: Arc<Cache>,
+}
+
+/// The files of a layer that is being opened.
+pub(super) struct Files {
+    pub dir: PathBuf,
+    pub data: File,
+    pub map: MapFile,
+    /// Bits of the chunks that are there.
+    pub words: Vec<u64>,
+    pub allocated: Arc<AtomicU64>,
+}
+
+impl CachedLayer {
+    pub(super) fn new(cache: Arc<Cache>, digest: Digest, index: LayerIndex, files: Files) -> Self {
+        let chunks = index.chunks();
+        let (known, empty) = (
+            Bitmap::from_words(chunks.len(), &files.words),
+            Bitmap::new(chunks.len()),
+        );
+        let (count, present) = known.ones().fold((0, 0), |(count, bytes), at| {
+            (count + 1, bytes + u64::from(chunks[at].data_len))
+        });
+        let (ready, suspect, unready) = if files.map.is_sealed() {
+            (known, empty, chunks.len() - count)
+        } else {
+            (empty, known, chunks.len())
+        };
+        let groups = index.data_size().div_ceil(GROUP);
+        CachedLayer {
+            digest,
+            dir: files.dir,
+            data: files.data,
+            map: Mutex::new(files.map),
+            ready,
+            suspect,
+            unready: AtomicUsize::new(unready),
+            present: AtomicU64::new(present),
+            evictions: AtomicU64::new(0),
+            mutation: RwLock::new(()),
+            used: (0..groups).map(|_| AtomicU64::new(0)).collect(),
+            pins: AtomicU32::new(0),
+            allocated: files.allocated,
+            index,
+            cache,
+        }
+    }
+
+    /// Digest of the layer's blob.
+    pub fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
+    /// Names, attributes and chunks.
+    pub fn index(&self) -> &LayerIndex {
+        &self.index
+    }
+
+    /// Bytes of the data space that are on disk.
+    pub fn present_bytes(&self) -> u64 {
+        self.present.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of the disk that the layer's files take.
+    pub fn allocated_bytes(&self) -> u64 {
+        self.allocated.load(Ordering::Relaxed)
+    }
+
+    /// Whether every byte is on disk and verified.
+    pub fn is_complete(&self) -> bool {
+        self.unready.load(Ordering::SeqCst) == 0
+    }
+
+    /// Whether the chunk at position `chunk` is on disk and verified.
+    pub fn is_chunk_ready(&self, chunk: usize) -> bool {
+        self.ready.get(chunk)
+    }
+
+    /// Whether all of the `len` bytes at `offset` are on disk and verified.
+    pub fn is_ready(&self, offset: u64, len: u64) -> bool {
+        self.is_complete() || self.missing(offset, len).next().is_none()
+    }
+
+    /// Positions of the chunks among the `len` bytes at `offset` that are not ready: not there, or not verified since a crash.
+    pub fn missing(&self, offset: u64, len: u64) -> impl Iterator<Item = usize> {
+        self.positions(offset, len).filter(|&at| !self.ready.get(at))
+    }
+
+    /// Positions of the chunks that hold any of the `len` bytes at `offset`.
+    fn positions(&self, offset: u64, len: u64) -> impl Iterator<Item = usize> {
+        let chunks = self.index.chunks();
+        let end = offset.saturating_add(len);
+        let first = chunks.partition_point(|chunk| chunk.data_end() <= offset);
+        // One chunk or two, nearly always: walking is faster than a second search.
+        (first..chunks.len()).take_while(move |&at| chunks[at].data_offset < end)
+    }
+
+    /// Fills `buf` from `offset` if all those bytes are ready; bytes that no chunk holds are zeros, and so are bytes after the end of the
+    /// data space. `None`: some are not ready, were evicted meanwhile, or cannot be read from the disk (which makes them absent).
+    ///
+    /// This is the hit path: it takes no lock, allocates nothing, and waits for nothing but the disk.
+    pub fn read_ready(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {
+        let len = buf.len() as u64;
+        let evictions = self.evictions.load(Ordering::SeqCst);
+        if !self.is_ready(offset, len) {
+            return None;
+        }
+        self.note_use(offset, len);
+        if let Err(error) = self.pread(offset, buf) {
+            self.distrust(offset, len, &error);
+            return None;
+        }
+        // The pread has to be over before the count is loaded again.
+        std::sync::atomic::fence(Ordering::SeqCst);
+        (self.evictions.load(Ordering::SeqCst) == evictions).then_some(Ok(()))
+    }
+
+    /// Whether the bytes of a chunk may be on disk, and have to be verified before anyone gets them.
+    pub fn is_suspect(&self, chunk: usize) -> bool {
+        self.suspect.get(chunk)
+    }
+
+    /// Like [`CachedLayer::read_ready`], but takes the chunks in `arrived` from there, waits for evictions to pass, and verifies chunks
+    /// that were written before a crash. Returns the positions of the chunks that are missing; if there are any, `buf` is not filled.
+    ///
+    /// It takes as long as hashing the suspect chunks does: not for threads that must not wait.
+    pub fn read_present(&self, offset: u64, buf: &mut [u8], arrived: &BTreeMap<usize, Bytes>) -> Vec<usize> {
+        let len = buf.len() as u64;
+        buf.fill(0);
+        let mut missing = Vec::new();
+        let mut failed = None;
+        let shared = self.mutation.read().unwrap_or_else(PoisonError::into_inner);
+        for at in self.positions(offset, len) {
+            let Some(record) = self.index.chunks().get(at) else { break };
+            let (from, to) = (record.data_offset.max(offset), record.data_end().min(offset.saturating_add(len)));
+            let (skip, count) = ((from - record.data_offset) as usize, (to - from) as usize);
+            let Some(place) = buf.get_mut((from - offset) as usize..).and_then(|b| b.get_mut(..count)) else {
+                continue;
+            };
+            if let Some(bytes) = arrived.get(&at).and_then(|b| b.get(skip..skip + count)) {
+                place.copy_from_slice(bytes);
+            } else if !self.verify(at) {
+                missing.push(at);
+            } else if let Err(error) = self.data.read_exact_at(place, from) {
+                missing.push(at);
+                failed = Some(error);
+            }
+        }
+        drop(shared);
+        self.note_use(offset, len);
+        if let Some(error) = failed {
+            self.distrust(offset, len, &error);
+        }
+        missing
+    }
+
+    /// Stores the bytes of the chunk at position `chunk`, after verifying them. If there is no room, others are evicted; if that does not
+    /// help, the bytes are bypassed. It blocks for as long as the disk does.
+    ///
+    /// # Errors
+    /// [`CacheError::Corrupt`] if they are not the chunk's bytes, [`CacheError::Io`] if the disk fails.
+    pub fn store(&self, chunk: usize, bytes: &[u8]) -> Result<Stored, CacheError> {
+        let record = self.check(chunk, bytes)?;
+        if self.ready.get(chunk) {
+            return Ok(Stored::Cached);
+        }
+        let len = bytes.len() as u64;
+        // Once more after making room: the disk may be full although the budget is not.
+        for attempt in 0..2 {
+            if self.cache.reserve(len, Some(&self.digest)).is_err() {
+                break;
+            }
+            match self.write(chunk, record, bytes) {
+                Ok(true) => {
+                    self.cache.hot().remove(self.digest, chunk);
+                    return Ok(Stored::Cached);
+                }
+                Ok(false) => {
+                    self.cache.release(len);
+                    return Ok(Stored::Cached);
+                }
+                Err(source) => {
+                    self.cache.release(len);
+                    if !is_full(&source) {
+                        return Err(CacheError::Io {
+                            action: "write the data of",
+                            path: self.dir.clone(),
+                            source,
+                        });
+                    }
+                    if attempt == 0 {
+                        self.cache.make_room(len, Some(&self.digest));
+                    }
+                }
+            }
+        }
+        self.cache.metrics().cache_bypassed_bytes_total.inc_by(len);
+        Ok(Stored::Bypassed)
+    }
+
+    /// Keeps verified bytes that could not be stored in memory for a while.
+    pub fn keep_hot(&self, chunk: usize, bytes: Bytes) {
+        self.cache.hot().put(self.digest, chunk, bytes);
+    }
+
+    /// Bytes of a chunk that [`CachedLayer::keep_hot`] was given, if they are still there.
+    pub fn hot(&self, chunk: usize) -> Option<Bytes> {
+        self.cache.hot().get(self.digest, chunk)
+    }
+
+    /// Marks the layer as used by a container for as long as the guard lives: it is evicted after those that are not.
+    pub fn pin(self: &Arc<Self>) -> InUse {
+        self.pins.fetch_add(1, Ordering::Relaxed);
+        InUse {
+            layer: Arc::clone(self),
+        }
+    }
+
+    /// Whether a container uses the layer.
+    pub fn is_pinned(&self) -> bool {
+        self.pins.load(Ordering::Relaxed) > 0
+    }
+
+    /// Checks bytes against the digest of a chunk.
+    fn check(&self, chunk: usize, bytes: &[u8]) -> Result<&Chunk, CacheError> {
+        let corrupt = |source| CacheError::Corrupt {
+            layer: self.digest,
+            chunk,
+            source,
+        };
+        let Some(record) = self.index.chunks().get(chunk) else {
+            return Err(corrupt(LayerError::malformed(
+                "layer index",
+                chunk as u64,
+                "there is no such chunk",
+            )));
+        };
+        if bytes.len() as u64 != u64::from(record.data_len) {
+            return Err(corrupt(LayerError::Truncated {
+                format: "chunk",
+                length: bytes.len() as u64,
+                what: format!("{} bytes", record.data_len),
+            }));
+        }
+        let actual = Digest::of(bytes);
+        if actual != record.digest {
+            return Err(corrupt(LayerError::DigestMismatch {
+                what: "chunk",
+                expected: record.digest,
+                actual,
+            }));
+        }
+        Ok(record)
+    }
+
+    /// Writes a chunk, then sets its bit. `false`: another thread was faster.
+    fn write(&self, chunk: usize, record: &Chunk, bytes: &[u8]) -> io::Result<bool> {
+        let _shared = self.mutation.read().unwrap_or_else(PoisonError::into_inner);
+        if self.ready.get(chunk) {
+            return Ok(false);
+        }
+        self.map().unseal()?;
+        self.data.write_all_at(bytes, record.data_offset)?;
+        let was_suspect = self.suspect.clear(chunk);
+        if !self.ready.set(chunk) {
+            return Ok(false);
+        }
+        self.unready.fetch_sub(1, Ordering::SeqCst);
+        if !was_suspect {
+            self.present.fetch_add(u64::from(record.data_len), Ordering::Relaxed);
+        }
+        self.allocated.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.cache.tick();
+        self.note_use(record.data_offset, record.data_len.into());
+        self.write_map(chunk..chunk + 1)?;
+        Ok(true)
+    }
+
+    /// Verifies a chunk that is suspect; whether it is ready then. The caller holds `mutation`.
+    fn verify(&self, chunk: usize) -> bool {
+        if !self.suspect.get(chunk) {
+            return self.ready.get(chunk);
+        }
+        let Some(record) = self.index.chunks().get(chunk) else {
+            return false;
+        };
+        let mut bytes = vec![0; record.data_len as usize];
+        let read = self.data.read_exact_at(&mut bytes, record.data_offset);
+        if read.is_ok() && Digest::of(&bytes) == record.digest {
+            if self.ready.set(chunk) {
+                self.unready.fetch_sub(1, Ordering::SeqCst);
+            }
+            self.suspect.clear(chunk);
+            return true;
+        }
+        if self.suspect.clear(chunk) {
+            self.present.fetch_sub(u64::from(record.data_len), Ordering::Relaxed);
+            self.cache
+                .metrics()
+                .verify_failures_total
+                .with_label_values(&["disk"])
+                .inc();
+            let why = read.err().map_or_else(|| "other bytes".to_owned(), |e| e.to_string());
+            tracing::warn!(layer = %self.digest, chunk, "a chunk in the cache is damaged and will be fetched again: {why}");
+        }
+        self.ready.get(chunk)
+    }
+
+    /// After an error of the disk: what it should have read has to be verified before it is used.
+    fn distrust(&self, offset: u64, len: u64, error: &io::Error) {
+        tracing::error!(layer = %self.digest, offset, len, "cannot read {}: {error}", self.dir.display());
+        let _exclusive = self.mutation.write().unwrap_or_else(PoisonError::into_inner);
+        for chunk in self.positions(offset, len) {
+            if self.ready.clear(chunk) {
+                self.unready.fetch_add(1, Ordering::SeqCst);
+                self.suspect.set(chunk);
+            }
+        }
+    }
+
+    /// Removes the chunks at `chunks` from the disk; the bytes that were freed.
+    fn evict(&self, chunks: Range<usize>) -> u64 {
+        let records = self.index.chunks();
+        let (Some(first), Some(last)) = (records.get(chunks.start), records.get(chunks.end.wrapping_sub(1))) else {
+            return 0;
+        };
+        let _exclusive = self.mutation.write().unwrap_or_else(PoisonError::into_inner);
+        if let Err(error) = self.map().unseal() {
+            // Bits under a seal must not outlive their bytes.
+            tracing::error!(layer = %self.digest, "cannot write the map in {}: {error}", self.dir.display());
+            return 0;
+        }
+        for chunk in chunks.clone() {
+            let was_ready = self.ready.clear(chunk);
+            if was_ready {
+                self.unready.fetch_add(1, Ordering::SeqCst);
+            }
+            if self.suspect.clear(chunk) || was_ready {
+                self.present
+                    .fetch_sub(u64::from(records[chunk].data_len), Ordering::Relaxed);
+            }
+        }
+        self.evictions.fetch_add(1, Ordering::SeqCst);
+        let whole = chunks.len() == records.len();
+        let result = self.write_map(chunks).and_then(|()| {
+            if whole {
+                // Also frees what no bit tells of, and works where holes do not.
+                self.data.set_len(0)?;
+                return self.data.set_len(self.index.data_size());
+            }
+            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            let len = last.data_end() - first.data_offset;
+            Ok(rustix::fs::fallocate(&self.data, flags, first.data_offset, len)?)
+        });
+        if let Err(error) = result {
+            tracing::error!(layer = %self.digest, "cannot evict from {}: {error}", self.dir.display());
+        }
+        self.account()
+    }
+
+    /// Brings the count of bytes on disk up to date; the bytes that are less than before. The caller holds `mutation` exclusively.
+    fn account(&self) -> u64 {
+        let Ok(metadata) = self.data.metadata() else { return 0 };
+        let now = metadata.blocks() * BLOCK;
+        let before = self.allocated.swap(now, Ordering::Relaxed);
+        let freed = before.saturating_sub(now);
+        self.cache.release(freed);
+        self.cache.occupy(now.saturating_sub(before));
+        freed
+    }
+
+    /// Removes everything but the index from the disk; the bytes that were freed.
+    pub(super) fn evict_all(&self) -> u64 {
+        self.evict(0..self.index.chunks().len())
+    }
+
+    /// Removes the chunks that begin in a group; the bytes that were freed.
+    pub(super) fn evict_group(&self, group: u64) -> u64 {
+        self.evict(self.group_chunks(group))
+    }
+
+    /// Groups that hold any bytes, and when they were used last.
+    pub(super) fn groups(&self) -> Vec<(u64, u64)> {
+        let chunks = self.index.chunks();
+        let mut groups: Vec<u64> = self
+            .ready
+            .ones()
+            .chain(self.suspect.ones())
+            .filter_map(|at| Some(chunks.get(at)?.data_offset / GROUP))
+            .collect();
+        groups.sort_unstable();
+        groups.dedup();
+        let used = |group: &u64| self.used.get(*group as usize).map_or(0, |t| t.load(Ordering::Relaxed));
+        groups.iter().map(|group| (used(group), *group)).collect()
+    }
+
+    /// When any of the layer was used last.
+    pub(super) fn last_used(&self) -> u64 {
+        self.used.iter().map(|t| t.load(Ordering::Relaxed)).max().unwrap_or(0)
+    }
+
+    fn group_chunks(&self, group: u64) -> Range<usize> {
+        let chunks = self.index.chunks();
+        let start = chunks.partition_point(|chunk| chunk.data_offset < group.saturating_mul(GROUP));
+        let end = chunks.partition_point(|chunk| chunk.data_offset < group.saturating_add(1).saturating_mul(GROUP));
+        start..end
+    }
+
+    /// Makes everything durable and believed after the next start.
+    pub(super) fn seal(&self) -> Result<(), CacheError> {
+        let _exclusive = self.mutation.write().unwrap_or_else(PoisonError::into_inner);
+        // Chunks that nobody asked for since a crash are still suspect, and under a seal they would not be.
+        if self.map().is_sealed() || self.suspect.ones().next().is_some() {
+            return Ok(());
+        }
+        self.data
+            .sync_all()
+            .and_then(|()| self.map().seal(&self.ready))
+            .map_err(CacheError::io("write", &self.dir))
+    }
+
+    pub(super) fn allocated_handle(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.allocated)
+    }
+
+    pub(super) fn touch(&self) {
+        // Only the order of eviction after the next start depends on it.
+        let _ = self.map().touch();
+    }
+
+    fn map(&self) -> MutexGuard<'_, MapFile> {
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes the bits of `chunks` to the map. The words are loaded under the lock, so that an older one never replaces a newer one.
+    fn write_map(&self, chunks: Range<usize>) -> io::Result<()> {
+        let map = self.map();
+        for word in chunks.start / WORD..chunks.end.div_ceil(WORD) {
+            map.write_word(word, self.ready.word(word) | self.suspect.word(word))?;
+        }
+        Ok(())
+    }
+
+    fn note_use(&self, offset: u64, len: u64) {
+        let now = self.cache.now();
+        let (first, last) = (offset / GROUP, offset.saturating_add(len.saturating_sub(1)) / GROUP);
+        for group in first..=last {
+            match self.used.get(group as usize) {
+                // Most of the time it is the same: no write, no cache line taken from other readers.
+                Some(used) if used.load(Ordering::Relaxed) != now => used.store(now, Ordering::Relaxed),
+                Some(_) => {}
+                None => break,
+            }
+        }
+    }
+
+    fn pread(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        let inside = self.index.data_size().saturating_sub(offset).min(buf.len() as u64) as usize;
+        let (inside, outside) = buf.split_at_mut(inside);
+        outside.fill(0);
+        self.data.read_exact_at(inside, offset)
+    }
+}
+
+/// Bytes of the unit in which `st_blocks` counts.
+pub(super) const BLOCK: u64 = 512;
+
+impl std::fmt::Debug for CachedLayer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CachedLayer")
+            .field("digest", &self.digest)
+            .field("present", &self.present_bytes())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A layer in use: see [`CachedLayer::pin`].
+pub struct InUse {
+    layer: Arc<CachedLayer>,
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        if self.layer.pins.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.layer.cache.used_now(&self.layer.digest);
+        }
+    }
+}

@@ -1,0 +1,308 @@
+//! A live layer: reads of it, and the ends of their waiting.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::queue::{Answer, Queue, Ranks, View};
+use super::{FetchError, Fetcher, LayerData};
+use crate::cache::{CacheError, CachedLayer};
+use crate::layer::{Access, Digest, LayerIndex};
+use crate::registry::Blob;
+use crate::sync::Class;
+
+/// Times that a damaged chunk is fetched before its readers get an error: damage on the way is rare, and damage at the source stays.
+pub(super) const DAMAGE_LIMIT: u32 = 3;
+
+/// A live layer.
+pub struct Layer {
+    pub(super) fetcher: Arc<Fetcher>,
+    pub(super) cached: Arc<CachedLayer>,
+    pub(super) ranks: Ranks,
+    blob: RwLock<Arc<dyn Blob>>,
+    queue: Mutex<Queue>,
+    /// Ends the requests under way when the layer is closed.
+    pub(super) closing: CancellationToken,
+    pub(super) requests: AtomicU64,
+    pub(super) fetched: AtomicU64,
+    me: Weak<Layer>,
+}
+
+/// Counts for `lazuli status`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerStats {
+    /// Requests made since the layer was opened.
+    pub requests: u64,
+    /// Bytes of the blob that arrived since the layer was opened.
+    pub fetched_bytes: u64,
+    /// Bytes of the data space that are on disk.
+    pub present_bytes: u64,
+    /// Bytes of the data space that would be on disk if all were.
+    pub total_bytes: u64,
+}
+
+impl Layer {
+    pub(super) fn new(fetcher: Arc<Fetcher>, cached: Arc<CachedLayer>, blob: Arc<dyn Blob>) -> Arc<Layer> {
+        Arc::new_cyclic(|me| Layer {
+            ranks: Ranks::new(cached.index().chunks()),
+            fetcher,
+            cached,
+            blob: RwLock::new(blob),
+            queue: Mutex::default(),
+            closing: CancellationToken::new(),
+            requests: AtomicU64::new(0),
+            fetched: AtomicU64::new(0),
+            me: me.clone(),
+        })
+    }
+
+    /// Where the bytes come from now.
+    pub fn blob(&self) -> Arc<dyn Blob> {
+        Arc::clone(&self.blob.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Takes the bytes from another source from the next request on.
+    pub fn set_blob(&self, blob: Arc<dyn Blob>) {
+        *self.blob.write().unwrap_or_else(PoisonError::into_inner) = blob;
+    }
+
+    /// The layer in the cache.
+    pub fn cached(&self) -> &Arc<CachedLayer> {
+        &self.cached
+    }
+
+    /// Counts since the layer was opened.
+    pub fn stats(&self) -> LayerStats {
+        LayerStats {
+            requests: self.requests.load(Ordering::Relaxed),
+            fetched_bytes: self.fetched.load(Ordering::Relaxed),
+            present_bytes: self.cached.present_bytes(),
+            total_bytes: self.cached.index().stored_size(),
+        }
+    }
+
+    /// Ends all requests; everyone who waits gets [`FetchError::Closed`], and so does everyone who asks from now on. Bytes on disk can
+    /// still be read.
+    pub fn close(&self) {
+        let waiters = {
+            let mut queue = self.queue();
+            queue.closed = true;
+            queue.drain()
+        };
+        self.closing.cancel();
+        for waiter in waiters {
+            let _ = waiter.send(Err(self.closed()));
+        }
+    }
+
+    /// Has the chunks of `len` bytes at `offset` fetched after everything that someone waits for. Nobody is told of errors.
+    pub fn prefetch(&self, offset: u64, len: u64) {
+        if self.cached.index().access() == Access::Stream {
+            return;
+        }
+        {
+            let mut queue = self.queue();
+            for chunk in self.cached.missing(offset, len).filter(|&chunk| !self.cached.is_suspect(chunk)) {
+                queue.want(chunk, self.ranks.rank(chunk), Class::Background, None);
+            }
+        }
+        self.dispatch(Class::Background);
+    }
+
+    pub(super) fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn closed(&self) -> FetchError {
+        FetchError::Closed {
+            layer: *self.cached.digest(),
+        }
+    }
+
+    pub(super) fn disk(&self, error: io::Error) -> FetchError {
+        FetchError::Disk {
+            layer: *self.cached.digest(),
+            source: Arc::new(error),
+        }
+    }
+
+    /// Starts a dispatcher if one is needed: it waits at the gate, makes one request, and hands over to the next.
+    pub(super) fn dispatch(&self, class: Class) {
+        if !self.queue().needs_dispatcher(class) {
+            return;
+        }
+        let Some(me) = self.me.upgrade() else { return };
+        self.fetcher.runtime.spawn(async move {
+            let pass = tokio::select! {
+                pass = me.fetcher.gate.enter(class) => pass,
+                () = me.closing.cancelled() => return,
+            };
+            let job = me.queue().next(class, &me.ranks, &*me, me.fetcher.max_request);
+            me.dispatch(class);
+            if let Some(job) = job {
+                me.request(job, class, pass).await;
+            }
+        });
+    }
+
+    /// Takes a chunk that has arrived, verifies and stores it, and answers who waits for it.
+    ///
+    /// # Errors
+    /// What is wrong with the bytes; nobody is answered then.
+    pub(super) fn deliver(&self, chunk: usize, bytes: Bytes) -> Result<(), crate::layer::LayerError> {
+        match self.cached.store(chunk, &bytes) {
+            Ok(crate::cache::Stored::Cached) => {}
+            Ok(crate::cache::Stored::Bypassed) => self.keep_hot(chunk, &bytes),
+            Err(CacheError::Corrupt { source, .. }) => return Err(source),
+            Err(error) => {
+                // The bytes are good: a failing disk is no reason to fail the reader.
+                tracing::error!("{error}");
+                self.keep_hot(chunk, &bytes);
+            }
+        }
+        self.answer(chunk, Ok(bytes));
+        Ok(())
+    }
+
+    fn keep_hot(&self, chunk: usize, bytes: &Bytes) {
+        // What nobody waits for would push out what somebody did.
+        if self.queue().is_awaited(chunk) {
+            self.cached.keep_hot(chunk, bytes.clone());
+        }
+    }
+
+    /// Answers everyone who waits for a chunk.
+    pub(super) fn answer(&self, chunk: usize, answer: Answer) {
+        let waiters = self.queue().take(chunk, self.ranks.rank(chunk));
+        for waiter in waiters {
+            let _ = waiter.send(answer.clone());
+        }
+    }
+
+    /// Asks for chunks; where to wait for each. A chunk that has become ready meanwhile is left out.
+    fn want(self: &Arc<Self>, chunks: &[usize]) -> Result<Vec<(usize, oneshot::Receiver<Answer>)>, FetchError> {
+        let streamed = self.cached.index().access() == Access::Stream;
+        let mut waits = Vec::with_capacity(chunks.len());
+        {
+            let mut queue = self.queue();
+            if queue.closed {
+                return Err(self.closed());
+            }
+            for &chunk in chunks {
+                // Under the lock: a chunk leaves the queue after it is ready (or hot).
+                if self.cached.is_chunk_ready(chunk) {
+                    continue;
+                }
+                let (waiter, wait) = oneshot::channel();
+                waits.push((chunk, wait));
+                if let Some(bytes) = self.cached.hot(chunk) {
+                    let _ = waiter.send(Ok(bytes));
+                } else if streamed {
+                    queue.want_streamed(chunk, waiter);
+                } else {
+                    queue.want(chunk, self.ranks.rank(chunk), Class::Demand, Some(waiter));
+                }
+            }
+        }
+        if streamed {
+            self.refill();
+        } else {
+            self.dispatch(Class::Demand);
+        }
+        Ok(waits)
+    }
+
+    /// The bytes, without a deadline.
+    async fn fill(self: Arc<Self>, offset: u64, len: u32) -> Result<Bytes, FetchError> {
+        // Bytes of chunks that were waited for. They are kept until the end: an eviction in the meantime costs nothing, and every turn
+        // of the loop adds some, so that it ends.
+        let mut arrived: BTreeMap<usize, Bytes> = BTreeMap::new();
+        let mut missing: Vec<usize> = self
+            .cached
+            .missing(offset, len.into())
+            .filter(|&chunk| !self.cached.is_suspect(chunk))
+            .collect();
+        loop {
+            if !missing.is_empty() {
+                for (chunk, wait) in self.want(&missing)? {
+                    let bytes = wait.await.unwrap_or_else(|_| Err(self.closed()))?;
+                    arrived.insert(chunk, bytes);
+                }
+            }
+            let me = Arc::clone(&self);
+            let assemble = move || {
+                let mut buf = vec![0; len as usize];
+                let missing = me.cached.read_present(offset, &mut buf, &arrived);
+                (buf, missing, arrived)
+            };
+            let (buf, still, back) = tokio::task::spawn_blocking(assemble)
+                .await
+                .map_err(|error| self.disk(io::Error::other(error)))?;
+            if still.is_empty() {
+                return Ok(buf.into());
+            }
+            (missing, arrived) = (still, back);
+        }
+    }
+}
+
+impl View for Layer {
+    fn len(&self) -> usize {
+        self.cached.index().chunks().len()
+    }
+
+    fn blob(&self, chunk: usize) -> Range<u64> {
+        let record = self.cached.index().chunks().get(chunk);
+        record.map_or(0..0, |record| record.blob_offset..record.blob_end())
+    }
+
+    fn is_ready(&self, chunk: usize) -> bool {
+        // What only has to be verified is not fetched ahead either.
+        self.cached.is_chunk_ready(chunk) || self.cached.is_suspect(chunk)
+    }
+}
+
+impl LayerData for Layer {
+    fn digest(&self) -> &Digest {
+        self.cached.digest()
+    }
+
+    fn index(&self) -> &LayerIndex {
+        self.cached.index()
+    }
+
+    fn read_ready(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {
+        self.cached.read_ready(offset, buf)
+    }
+
+    fn read(&self, offset: u64, len: u32, deadline: Duration) -> BoxFuture<'static, Result<Bytes, FetchError>> {
+        let Some(me) = self.me.upgrade() else {
+            return futures::future::ready(Err(self.closed())).boxed();
+        };
+        async move {
+            let (digest, metrics) = (*me.cached.digest(), Arc::clone(&me.fetcher.metrics));
+            let begin = Instant::now();
+            let result = tokio::time::timeout(deadline, me.fill(offset, len)).await;
+            metrics.cold_read_seconds.observe(begin.elapsed().as_secs_f64());
+            result.unwrap_or(Err(FetchError::Deadline {
+                layer: digest,
+                after: deadline,
+            }))
+        }
+        .boxed()
+    }
+
+    fn present_bytes(&self) -> u64 {
+        self.cached.present_bytes()
+    }
+}

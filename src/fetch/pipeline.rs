@@ -1,0 +1,297 @@
+//! The stages that a whole blob passes through, each on a thread of its own so that they overlap:
+//!
+//! ```text
+//! download (task) -> hash the blob, decompress (thread) -> what the sink does with the tar (thread)
+//! ```
+//!
+//! The first arrow carries what the registry sends, and is bounded by `fetch.stream_memory` over all streams; the second carries
+//! [`DEPTH`] buffers of [`BUFFER`] bytes per stream. The blob is hashed to its very end, also what follows the compressed data.
+//! Bytes that do not decode, or make no tar, are read to their end all the same: if the blob has another digest than it should, it was
+//! damaged on its way and may be good the next time; otherwise the layer itself is malformed.
+
+use std::collections::VecDeque;
+use std::io::{self, Read};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc as threads};
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+use futures::StreamExt;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::timeout;
+
+use crate::layer::compression::{Compression, MAGIC_LEN, decoder};
+use crate::layer::digest::Hasher;
+use crate::layer::{Digest, LayerError};
+use crate::registry::{Blob, RegistryError};
+
+/// Uncompressed bytes handed on at a time: enough that the threads rarely wait for each other.
+const BUFFER: usize = 256 << 10;
+/// Buffers between decompression and sink.
+const DEPTH: usize = 8;
+/// Pieces of the download in the first channel; their bytes are bounded by the memory limit, not by this.
+const PIECES: usize = 1024;
+
+/// Takes the tar, on a thread of its own.
+pub(super) trait Sink: Send + 'static {
+    /// The next bytes of the tar.
+    ///
+    /// # Errors
+    /// What ends the stream.
+    fn push(&mut self, bytes: &[u8]) -> Result<(), Fault>;
+}
+
+/// What passed through.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sums {
+    pub blob_size: u64,
+    pub compression: Compression,
+}
+
+/// Why a stream ended.
+#[derive(Debug)]
+pub(super) enum Fault {
+    Source(RegistryError),
+    Layer(LayerError),
+    Disk(io::Error),
+    /// The source was silent for that long.
+    Silence(Duration),
+    Closed,
+}
+
+/// What a stream uses of the fetcher.
+pub(super) struct Resources {
+    /// Bytes that may be between download and decompression, over all streams.
+    pub memory: Arc<Semaphore>,
+    /// How many those are.
+    pub memory_size: usize,
+    /// Longest silence of the source.
+    pub patience: Duration,
+    /// Counts the bytes of the blob that arrive.
+    pub progress: Box<dyn Fn(u64) + Send + Sync>,
+}
+
+/// A piece of the download, with the memory it takes.
+struct Piece {
+    bytes: Bytes,
+    _memory: OwnedSemaphorePermit,
+}
+
+/// Runs a whole blob through the stages, and verifies its digest; the sink comes back with what it made of it.
+pub(super) async fn run<S: Sink>(
+    blob: &dyn Blob,
+    expected: Digest,
+    sink: S,
+    resources: Resources,
+) -> Result<(S, Sums), Fault> {
+    let (pieces, download) = mpsc::channel(PIECES);
+    let (full, buffers) = threads::sync_channel::<Vec<u8>>(DEPTH);
+    // Buffers go round.
+    let (spent, empty) = threads::channel::<Vec<u8>>();
+    // Set when the sink cannot go on for a reason that has nothing to do with the bytes.
+    let gone = Arc::new(AtomicBool::new(false));
+    let input = Input::new(download);
+    let (consume_gone, gone) = (Arc::clone(&gone), gone);
+    let decompress = tokio::task::spawn_blocking(move || decompress(input, expected, full, &empty, &gone));
+    let consume = tokio::task::spawn_blocking(move || consume(sink, &buffers, &spent, &consume_gone));
+    let downloaded = fetch(blob, pieces, &resources).await;
+    // Both end on their own: the download has dropped its end of the channel.
+    let (decompressed, consumed) = tokio::join!(decompress, consume);
+    let join = |error| Fault::Disk(io::Error::other(error));
+    let (decompressed, consumed) = (decompressed.map_err(join)?, consumed.map_err(join)?);
+    // The first cause counts. A cut download looks like a damaged blob to the decoder, and a damaged blob like a malformed tar to
+    // the sink; a sink that fails on its own closes the channel, which is no cause.
+    downloaded?;
+    match (decompressed, consumed) {
+        (Ok(sums), Ok(sink)) => Ok((sink, sums)),
+        (Err(Fault::Closed) | Ok(_), Err(fault)) | (Err(fault), _) => Err(fault),
+    }
+}
+
+/// Ends when the whole blob is handed on, or nobody takes it any more (whose error it is then).
+async fn fetch(blob: &dyn Blob, pieces: mpsc::Sender<Piece>, resources: &Resources) -> Result<(), Fault> {
+    let silence = |_| Fault::Silence(resources.patience);
+    let body = timeout(resources.patience, blob.read(0..blob.size()));
+    let mut body = body.await.map_err(silence)?.map_err(Fault::Source)?;
+    while let Some(piece) = timeout(resources.patience, body.next()).await.map_err(silence)? {
+        let mut bytes = piece.map_err(Fault::Source)?;
+        (resources.progress)(bytes.len() as u64);
+        while !bytes.is_empty() {
+            // More at once than the limit could never be let in.
+            let part = bytes.split_to(bytes.len().min(resources.memory_size));
+            let permits = u32::try_from(part.len()).unwrap_or(u32::MAX);
+            let memory = Arc::clone(&resources.memory).acquire_many_owned(permits);
+            let memory = memory.await.map_err(|_| Fault::Closed)?;
+            let piece = Piece {
+                bytes: part,
+                _memory: memory,
+            };
+            if pieces.send(piece).await.is_err() {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The download as the decoder reads it.
+#[derive(Clone)]
+struct Input(Arc<Mutex<InputState>>);
+
+struct InputState {
+    download: mpsc::Receiver<Piece>,
+    /// Pieces that were received and not yet read to their end.
+    pieces: VecDeque<Piece>,
+    hasher: Hasher,
+    size: u64,
+}
+
+impl Input {
+    fn new(download: mpsc::Receiver<Piece>) -> Self {
+        Input(Arc::new(Mutex::new(InputState {
+            download,
+            pieces: VecDeque::new(),
+            hasher: Hasher::new(),
+            size: 0,
+        })))
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&mut InputState) -> T) -> T {
+        act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl InputState {
+    fn receive(&mut self) -> bool {
+        let Some(piece) = self.download.blocking_recv() else {
+            return false;
+        };
+        self.hasher.update(&piece.bytes);
+        self.size += piece.bytes.len() as u64;
+        self.pieces.push_back(piece);
+        true
+    }
+
+    /// The first bytes, without taking them.
+    fn head(&mut self) -> Vec<u8> {
+        loop {
+            let head: Vec<u8> = self.pieces.iter().flat_map(|p| p.bytes.iter().copied()).take(MAGIC_LEN).collect();
+            if head.len() >= MAGIC_LEN || !self.receive() {
+                return head;
+            }
+        }
+    }
+}
+
+impl Read for Input {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        self.with(|state| {
+            loop {
+                if let Some(piece) = state.pieces.front_mut() {
+                    let count = piece.bytes.len().min(buf.len());
+                    piece.bytes.copy_to_slice(&mut buf[..count]);
+                    if piece.bytes.is_empty() {
+                        state.pieces.pop_front();
+                    }
+                    if count > 0 || buf.is_empty() {
+                        return Ok(count);
+                    }
+                } else if !state.receive() {
+                    return Ok(0);
+                }
+            }
+        })
+    }
+}
+
+/// Decompresses the blob into buffers, reads it to its end, and verifies its digest.
+fn decompress(
+    input: Input,
+    expected: Digest,
+    full: threads::SyncSender<Vec<u8>>,
+    empty: &threads::Receiver<Vec<u8>>,
+    gone: &AtomicBool,
+) -> Result<Sums, Fault> {
+    let head = input.with(InputState::head);
+    // A blob that short is no layer of any kind; as a tar it gets the clearest error.
+    let compression = Compression::sniff(&head).unwrap_or(Compression::None);
+    let mut reader = decoder(compression, input.clone());
+    let decoded = loop {
+        let mut buffer = empty.try_recv().unwrap_or_else(|_| Vec::with_capacity(BUFFER));
+        buffer.clear();
+        match (&mut reader).take(BUFFER as u64).read_to_end(&mut buffer) {
+            Ok(0) => break Ok(()),
+            Ok(_) => {}
+            Err(error) => break Err(broken(&error, input.with(|state| state.size))),
+        }
+        if full.send(buffer).is_err() {
+            // The sink has failed. If the disk is why, the rest is of no use.
+            break Err(Fault::Closed);
+        }
+    };
+    drop((reader, full));
+    if matches!(decoded, Err(Fault::Closed)) && gone.load(Ordering::Acquire) {
+        return Err(Fault::Closed);
+    }
+    // What follows the compressed data belongs to the blob, and to its digest.
+    let (actual, blob_size) = input.with(|state| {
+        state.pieces.clear();
+        while state.receive() {
+            state.pieces.clear();
+        }
+        (std::mem::take(&mut state.hasher).finish(), state.size)
+    });
+    if actual != expected {
+        return Err(Fault::Layer(LayerError::DigestMismatch {
+            what: "blob",
+            expected,
+            actual,
+        }));
+    }
+    decoded.map(|()| Sums { blob_size, compression })
+}
+
+/// A decoder's error, as one of the layer: the input itself never fails.
+fn broken(error: &io::Error, length: u64) -> Fault {
+    Fault::Layer(match error.kind() {
+        io::ErrorKind::UnexpectedEof => LayerError::Truncated {
+            format: "compressed layer",
+            length,
+            what: "its compressed data".to_owned(),
+        },
+        _ => LayerError::malformed("compressed layer", length, error.to_string()),
+    })
+}
+
+fn consume<S: Sink>(
+    mut sink: S,
+    buffers: &threads::Receiver<Vec<u8>>,
+    spent: &threads::Sender<Vec<u8>>,
+    gone: &AtomicBool,
+) -> Result<S, Fault> {
+    for buffer in buffers {
+        sink.push(&buffer)
+            .inspect_err(|fault| gone.store(!matches!(fault, Fault::Layer(_)), Ordering::Release))?;
+        let _ = spent.send(buffer);
+    }
+    Ok(sink)
+}
+
+/// How far a stream is, in bytes of the blob.
+#[derive(Debug, Default)]
+pub struct Progress {
+    pub(super) done: AtomicU64,
+    pub(super) total: AtomicU64,
+}
+
+impl Progress {
+    /// Bytes that have arrived.
+    pub fn done(&self) -> u64 {
+        self.done.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of the blob.
+    pub fn total(&self) -> u64 {
+        self.total.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,265 @@
+//! One ranged request: body in, chunks out, while it arrives.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::{Bytes, BytesMut};
+use futures::StreamExt;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use super::layer::DAMAGE_LIMIT;
+use super::queue::{Job, View};
+use super::{FetchError, Layer};
+use crate::layer::compression::decode_member;
+use crate::layer::index::MAX_CHUNK_LEN;
+use crate::layer::{Chunk, LayerError};
+use crate::sync::{Class, Pass};
+
+/// A compressed member of the blob, with the chunks of the request that are in it.
+struct Member {
+    blob: Range<u64>,
+    chunks: Vec<usize>,
+}
+
+/// Members whose compressed bytes are complete.
+type Batch = Vec<(Member, Bytes)>;
+
+/// A chunk whose bytes are not what they should be.
+struct Damage {
+    chunk: usize,
+    error: LayerError,
+}
+
+/// Why a body ended before it should.
+enum Cut {
+    /// The source gave up, or the layer is closed: whoever waits is told so.
+    Failed(FetchError),
+    /// It just ended: the same as damage.
+    Short(u64),
+}
+
+impl Layer {
+    /// Makes a request, and sees to it that each of its chunks is answered or queued again.
+    pub(super) async fn request(self: &Arc<Self>, job: Job, class: Class, pass: Pass) {
+        let kind = match class {
+            Class::Demand => "demand",
+            Class::Background => "background",
+        };
+        self.fetcher.metrics.fetches_total.with_label_values(&[kind]).inc();
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        let chunks: Vec<usize> = job.plan.ranks.iter().map(|&rank| self.ranks.chunk(rank)).collect();
+        let members = self.members(&chunks);
+        tracing::debug!(layer = %self.cached.digest(), range = ?job.plan.range, chunks = chunks.len(), kind, "fetch");
+        let blob = self.blob();
+        let (cut, mut damaged) = self.transfer(&*blob, job.plan.range.clone(), members, kind).await;
+        drop(pass);
+        if let Some(Cut::Short(length)) = cut {
+            let seen: Vec<usize> = damaged.iter().map(|d| d.chunk).collect();
+            let lost = chunks.iter().filter(|c| self.queue().is_flying(**c, job.id) && !seen.contains(c));
+            let lost: Vec<Damage> = lost.map(|&chunk| Damage { chunk, error: short(length, &job) }).collect();
+            damaged.extend(lost);
+        }
+        let error = match cut {
+            Some(Cut::Failed(error)) => error,
+            // Nothing should be left then; a panic in a decoder could leave something.
+            _ => self.disk(std::io::Error::other("the request ended without its bytes")),
+        };
+        self.settle_damage(&damaged, &blob.describe());
+        for chunk in chunks {
+            if self.queue().is_flying(chunk, job.id) {
+                self.answer(chunk, Err(error.clone()));
+            }
+        }
+        self.dispatch(Class::Demand);
+    }
+
+    /// Chunks by the members that hold them, in order of the members' ends: the order in which they become complete.
+    fn members(&self, chunks: &[usize]) -> Vec<Member> {
+        let mut members: Vec<Member> = Vec::new();
+        for &chunk in chunks {
+            let blob = View::blob(self, chunk);
+            match members.last_mut() {
+                Some(member) if member.blob == blob => member.chunks.push(chunk),
+                _ => members.push(Member {
+                    blob,
+                    chunks: vec![chunk],
+                }),
+            }
+        }
+        members.sort_by_key(|member| member.blob.end);
+        members
+    }
+
+    /// Moves the body; how it was cut, and which chunks were damaged.
+    async fn transfer(
+        self: &Arc<Self>,
+        blob: &dyn crate::registry::Blob,
+        range: Range<u64>,
+        members: Vec<Member>,
+        kind: &str,
+    ) -> (Option<Cut>, Vec<Damage>) {
+        let len = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
+        // The plan is bounded by `max_request`, or is one chunk, which is bounded by the index.
+        let mut buf = BytesMut::with_capacity(len.min(MAX_CHUNK_LEN as usize));
+        let mut members = members.into_iter().peekable();
+        let mut worker: Option<JoinHandle<Vec<Damage>>> = None;
+        let mut damaged = Vec::new();
+        let patience = self.fetcher.patience;
+        let cut = async {
+            let fail = |source| {
+                Some(Cut::Failed(FetchError::Source {
+                    layer: *self.cached.digest(),
+                    source,
+                }))
+            };
+            let silence = || {
+                Some(Cut::Failed(FetchError::Deadline {
+                    layer: *self.cached.digest(),
+                    after: patience,
+                }))
+            };
+            let mut body = match timeout(patience, blob.read(range.clone())).await {
+                Ok(Ok(body)) => body,
+                Ok(Err(source)) => return fail(source),
+                Err(_) => return silence(),
+            };
+            while buf.len() < len {
+                let piece = match timeout(patience, body.next()).await {
+                    Ok(Some(Ok(piece))) => piece,
+                    Ok(Some(Err(source))) => return fail(source),
+                    Ok(None) => return Some(Cut::Short(buf.len() as u64)),
+                    Err(_) => return silence(),
+                };
+                let piece = piece.get(..len - buf.len()).unwrap_or(&piece);
+                let count = piece.len() as u64;
+                self.fetched.fetch_add(count, Ordering::Relaxed);
+                self.fetcher.metrics.fetched_bytes_total.with_label_values(&[kind]).inc_by(count);
+                buf.extend_from_slice(piece);
+                // One blocking job at a time: what completes meanwhile goes into the next one.
+                if worker.as_ref().is_none_or(JoinHandle::is_finished) {
+                    let batch = complete(&mut members, &buf, range.start);
+                    if !batch.is_empty() {
+                        collect(worker.take(), &mut damaged).await;
+                        worker = Some(self.decode(batch));
+                    }
+                }
+            }
+            None
+        };
+        let cut = tokio::select! {
+            cut = cut => cut,
+            () = self.closing.cancelled() => Some(Cut::Failed(self.closed())),
+        };
+        collect(worker.take(), &mut damaged).await;
+        let batch = complete(&mut members, &buf, range.start);
+        if !batch.is_empty() {
+            collect(Some(self.decode(batch)), &mut damaged).await;
+        }
+        (cut, damaged)
+    }
+
+    /// Decodes, verifies and delivers a batch on a blocking thread.
+    fn decode(self: &Arc<Self>, batch: Batch) -> JoinHandle<Vec<Damage>> {
+        let me = Arc::clone(self);
+        tokio::task::spawn_blocking(move || {
+            let mut damaged = Vec::new();
+            for (member, compressed) in batch {
+                me.deliver_member(&member.chunks, &compressed, &mut damaged);
+            }
+            damaged
+        })
+    }
+
+    fn deliver_member(&self, chunks: &[usize], compressed: &[u8], damaged: &mut Vec<Damage>) {
+        let index = self.cached.index();
+        let record = |chunk: &usize| index.chunks().get(*chunk);
+        let records: Vec<(usize, &Chunk)> = chunks.iter().filter_map(|c| Some((*c, record(c)?))).collect();
+        // A member with several chunks is decoded once, if that is not too much at once.
+        let from = records.iter().map(|(_, r)| r.skip).min().unwrap_or(0);
+        let to = records.iter().map(|(_, r)| r.skip.saturating_add(r.data_len)).max().unwrap_or(0);
+        let whole = (records.len() > 1 && to - from <= MAX_CHUNK_LEN)
+            .then(|| decode_member(index.codec(), compressed, from, to - from).ok())
+            .flatten()
+            .map(Bytes::from);
+        for (chunk, record) in records {
+            let bytes = match &whole {
+                Some(whole) => {
+                    let at = (record.skip - from) as usize;
+                    Ok(whole.slice(at..at + record.data_len as usize))
+                }
+                None => decode_member(index.codec(), compressed, record.skip, record.data_len).map(Bytes::from),
+            };
+            if let Err(error) = bytes.and_then(|bytes| self.deliver(chunk, bytes)) {
+                damaged.push(Damage { chunk, error });
+            }
+        }
+    }
+
+    /// Has damaged chunks fetched again, or tells their readers.
+    fn settle_damage(&self, damaged: &[Damage], from: &str) {
+        let (Some(first), Some(lowest), Some(highest)) = (
+            damaged.first(),
+            damaged.iter().map(|d| d.chunk).min(),
+            damaged.iter().map(|d| d.chunk).max(),
+        ) else {
+            return;
+        };
+        self.fetcher
+            .metrics
+            .verify_failures_total
+            .with_label_values(&["source"])
+            .inc_by(damaged.len() as u64);
+        tracing::warn!(
+            layer = %self.cached.digest(),
+            source = from,
+            chunks = %format_args!("{lowest}..={highest}"),
+            damaged = damaged.len(),
+            "the source sent bytes that are not the layer's: {}",
+            first.error
+        );
+        for Damage { chunk, error } in damaged {
+            let again = self.queue().again(*chunk, self.ranks.rank(*chunk), DAMAGE_LIMIT);
+            if !again {
+                let error = FetchError::Corrupt {
+                    layer: *self.cached.digest(),
+                    from: from.to_owned(),
+                    source: error.clone(),
+                };
+                self.answer(*chunk, Err(error));
+            }
+        }
+    }
+}
+
+/// The members that are complete in `buf`, which begins at `start` of the blob.
+fn complete(members: &mut std::iter::Peekable<std::vec::IntoIter<Member>>, buf: &[u8], start: u64) -> Batch {
+    let end = start + buf.len() as u64;
+    let mut batch = Vec::new();
+    while let Some(member) = members.next_if(|member| member.blob.end <= end) {
+        // Never outside, as a plan covers its chunks; and if it were, the digest would tell.
+        let from = member.blob.start.saturating_sub(start) as usize;
+        let to = member.blob.end.saturating_sub(start) as usize;
+        let compressed = Bytes::copy_from_slice(buf.get(from..to).unwrap_or_default());
+        batch.push((member, compressed));
+    }
+    batch
+}
+
+async fn collect(worker: Option<JoinHandle<Vec<Damage>>>, damaged: &mut Vec<Damage>) {
+    if let Some(worker) = worker {
+        match worker.await {
+            Ok(found) => damaged.extend(found),
+            Err(error) => tracing::error!("decoding of chunks ended early: {error}"),
+        }
+    }
+}
+
+fn short(length: u64, job: &Job) -> LayerError {
+    LayerError::Truncated {
+        format: "body",
+        length,
+        what: format!("the {} bytes asked for", job.plan.range.end - job.plan.range.start),
+    }
+}

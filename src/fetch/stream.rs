@@ -1,0 +1,278 @@
+//! The first pass over a layer that has no index: it makes index and data in one go.
+//!
+//! Nothing is visible before the blob's digest, the tar's digest (the diff id) and the tar itself have been found right, and everything
+//! is durable. What fails leaves nothing behind.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::pieces::{PieceDigests, chunk, digest, is_zero, late_pieces, span};
+use super::pipeline::{self, Fault, Progress, Resources, Sink, Sums};
+use super::{FetchError, Fetcher};
+use crate::cache::{CacheError, CachedLayer, Staging};
+use crate::layer::compression::Compression;
+use crate::layer::digest::Hasher;
+use crate::layer::tar::TarIndexer;
+use crate::layer::{Access, Chunk, Digest, LayerError};
+use crate::registry::Blob;
+use crate::sync::Class;
+
+/// Times that a whole blob is downloaded when it arrives damaged.
+pub(super) const PASSES: u32 = 2;
+/// Bytes copied at a time when sparse files are expanded.
+const COPY_BUFFER: u64 = 1 << 20;
+
+/// A layer to be streamed.
+#[derive(Clone)]
+pub struct StreamRequest {
+    /// Digest of the blob.
+    pub digest: Digest,
+    /// Where the blob is.
+    pub blob: Arc<dyn Blob>,
+    /// What the media type says. The bytes decide, as they do for containerd.
+    pub compression: Compression,
+    /// Digest of the uncompressed tar, from the image's configuration.
+    pub diff_id: Option<Digest>,
+    /// Name for logs: the image and the position of the layer in it.
+    pub what: String,
+}
+
+impl Fetcher {
+    /// Downloads, verifies, indexes and stores a whole layer. If it is in the cache already, that one is returned, though some of its bytes
+    /// may have been evicted. Whoever asks for a layer that is being streamed waits for the same stream, which goes on even if
+    /// nobody waits any more.
+    ///
+    /// # Errors
+    /// [`FetchError`]; nothing is left behind then.
+    pub async fn stream(self: &Arc<Self>, request: StreamRequest) -> Result<Arc<CachedLayer>, FetchError> {
+        let (me, layer) = (Arc::clone(self), request.digest);
+        let job = async move { me.stream_once(request).await };
+        let result = self.streaming.run(&self.runtime, layer, job).await;
+        result.unwrap_or_else(|| {
+            Err(FetchError::Disk {
+                layer,
+                source: Arc::new(io::Error::other("the stream ended early")),
+            })
+        })
+    }
+
+    /// How far the stream of a layer is, if it is being streamed.
+    pub fn progress(&self, layer: &Digest) -> Option<Arc<Progress>> {
+        self.progresses().get(layer).cloned()
+    }
+
+    async fn stream_once(self: &Arc<Self>, request: StreamRequest) -> Result<Arc<CachedLayer>, FetchError> {
+        let (layer, from) = (request.digest, request.blob.describe());
+        if let Some(cached) = self.cached(layer).await? {
+            return Ok(cached);
+        }
+        let shown = Shown::new(self, layer, request.blob.size());
+        let _pass = self.streams.enter(Class::Background).await;
+        let begin = std::time::Instant::now();
+        let mut pass = 1;
+        loop {
+            match self.pass(&request, &shown.progress).await {
+                Ok(cached) => {
+                    tracing::info!(
+                        layer = %layer,
+                        what = request.what,
+                        bytes = request.blob.size(),
+                        seconds = begin.elapsed().as_secs_f64(),
+                        "streamed"
+                    );
+                    return Ok(cached);
+                }
+                Err(fault) => {
+                    if self.damaged(&fault, layer, &from) && pass < PASSES {
+                        pass += 1;
+                        continue;
+                    }
+                    return Err(fault.into_error(layer, from));
+                }
+            }
+        }
+    }
+
+    /// The layer in the cache. Loading an index takes a while.
+    async fn cached(self: &Arc<Self>, layer: Digest) -> Result<Option<Arc<CachedLayer>>, FetchError> {
+        let me = Arc::clone(self);
+        let found = tokio::task::spawn_blocking(move || me.cache.get(&layer).map_err(CacheError::into_io));
+        let found = found.await.unwrap_or_else(|error| Err(io::Error::other(error)));
+        found.map_err(|source| FetchError::Disk {
+            layer,
+            source: Arc::new(source),
+        })
+    }
+
+    /// One download of the blob.
+    async fn pass(self: &Arc<Self>, request: &StreamRequest, progress: &Arc<Progress>) -> Result<Arc<CachedLayer>, Fault> {
+        progress.done.store(0, Ordering::Relaxed);
+        let staging = self.cache.stage(&request.digest).map_err(Fault::from)?;
+        let sink = Indexing {
+            staging,
+            indexer: TarIndexer::new(),
+            tar: Hasher::new(),
+            digests: PieceDigests::default(),
+            offset: 0,
+        };
+        let shown = Arc::clone(progress);
+        let resources = self.resources(move |bytes| {
+            shown.done.fetch_add(bytes, Ordering::Relaxed);
+        });
+        let (sink, sums) = pipeline::run(&*request.blob, request.digest, sink, resources).await?;
+        if sums.compression != request.compression {
+            tracing::debug!(layer = %request.digest, "is {:?}, though its type says {:?}", sums.compression, request.compression);
+        }
+        let diff_id = request.diff_id;
+        let finish = tokio::task::spawn_blocking(move || sink.finish(sums, diff_id));
+        finish.await.unwrap_or_else(|error| Err(Fault::Disk(io::Error::other(error))))
+    }
+
+    /// What a stream may use; `arrived` is told of bytes.
+    pub(super) fn resources(&self, arrived: impl Fn(u64) + Send + Sync + 'static) -> Resources {
+        self.metrics.fetches_total.with_label_values(&["stream"]).inc();
+        let fetched = self.metrics.fetched_bytes_total.with_label_values(&["stream"]);
+        Resources {
+            memory: Arc::clone(&self.memory),
+            memory_size: self.memory_size,
+            patience: self.patience,
+            progress: Box::new(move |bytes| {
+                fetched.inc_by(bytes);
+                arrived(bytes);
+            }),
+        }
+    }
+
+    /// Whether another download may help; notes that the source sent damaged bytes.
+    pub(super) fn damaged(&self, fault: &Fault, layer: Digest, from: &str) -> bool {
+        let Fault::Layer(error) = fault else { return false };
+        if error.retry_helps() {
+            self.metrics.verify_failures_total.with_label_values(&["source"]).inc();
+            tracing::warn!(layer = %layer, source = from, "the source sent bytes that are not the layer's: {error}");
+        }
+        error.retry_helps()
+    }
+}
+
+impl Fault {
+    /// The fault as those who wait see it.
+    pub(super) fn into_error(self, layer: Digest, from: String) -> FetchError {
+        match self {
+            Fault::Source(source) => FetchError::Source { layer, source },
+            Fault::Layer(source) => FetchError::Corrupt { layer, from, source },
+            Fault::Disk(source) => FetchError::Disk {
+                layer,
+                source: Arc::new(source),
+            },
+            Fault::Silence(after) => FetchError::Deadline { layer, after },
+            Fault::Closed => FetchError::Closed { layer },
+        }
+    }
+}
+
+impl From<CacheError> for Fault {
+    fn from(error: CacheError) -> Fault {
+        match error {
+            CacheError::Corrupt { source, .. } => Fault::Layer(source),
+            other => Fault::Disk(other.into_io()),
+        }
+    }
+}
+
+impl From<LayerError> for Fault {
+    fn from(error: LayerError) -> Fault {
+        Fault::Layer(error)
+    }
+}
+
+/// The entry of a stream in the list of those under way.
+struct Shown {
+    fetcher: Arc<Fetcher>,
+    layer: Digest,
+    progress: Arc<Progress>,
+}
+
+impl Shown {
+    fn new(fetcher: &Arc<Fetcher>, layer: Digest, total: u64) -> Self {
+        let progress = Arc::new(Progress::default());
+        progress.total.store(total, Ordering::Relaxed);
+        fetcher.progresses().insert(layer, Arc::clone(&progress));
+        Shown {
+            fetcher: Arc::clone(fetcher),
+            layer,
+            progress,
+        }
+    }
+}
+
+impl Drop for Shown {
+    fn drop(&mut self) {
+        self.fetcher.progresses().remove(&self.layer);
+    }
+}
+
+/// Writes and indexes the tar.
+struct Indexing {
+    staging: Staging,
+    indexer: TarIndexer,
+    tar: Hasher,
+    digests: PieceDigests,
+    offset: u64,
+}
+
+impl Sink for Indexing {
+    fn push(&mut self, bytes: &[u8]) -> Result<(), Fault> {
+        self.tar.update(bytes);
+        self.indexer.push(bytes)?;
+        self.digests.push(bytes);
+        if !is_zero(bytes) {
+            self.staging.write(self.offset, bytes)?;
+        }
+        self.offset += bytes.len() as u64;
+        Ok(())
+    }
+}
+
+impl Indexing {
+    /// Verifies the tar, expands sparse files, and makes the layer visible.
+    fn finish(mut self, sums: Sums, diff_id: Option<Digest>) -> Result<Arc<CachedLayer>, Fault> {
+        let actual = self.tar.finish();
+        if let Some(expected) = diff_id.filter(|expected| *expected != actual) {
+            // The blob was right: the image contradicts itself, and will the next time. Not a mismatch that a retry may heal.
+            let what = format!("the tar has digest {actual}, and the image says its diff id is {expected}");
+            return Err(LayerError::malformed("layer", 0, what).into());
+        }
+        let layout = self.indexer.finish()?;
+        let mut buf = Vec::new();
+        for copy in &layout.copies {
+            let mut done = 0;
+            while done < copy.len {
+                let count = (copy.len - done).min(COPY_BUFFER);
+                buf.resize(count as usize, 0);
+                self.staging.read(copy.from.saturating_add(done), &mut buf)?;
+                if !is_zero(&buf) {
+                    self.staging.write(copy.to.saturating_add(done), &buf)?;
+                }
+                done += count;
+            }
+        }
+        let data_size = layout.data_size;
+        let late = late_pieces(layout.tar_size, data_size, &layout.copies);
+        let early = self.digests.into_digests();
+        let first = late.first().copied().unwrap_or(u64::MAX);
+        let mut chunks: Vec<Chunk> = (0..)
+            .zip(early)
+            .take_while(|(piece, _)| *piece < first)
+            .filter_map(|(piece, digest)| Some(chunk(piece, data_size, digest?)))
+            .collect();
+        for piece in late {
+            let span = span(piece, data_size);
+            buf.resize((span.end - span.start) as usize, 0);
+            self.staging.read(span.start, &mut buf)?;
+            chunks.extend(digest(&buf).map(|digest| chunk(piece, data_size, digest)));
+        }
+        let index = layout.into_index(Access::Stream, sums.compression.into(), chunks, sums.blob_size)?;
+        Ok(self.staging.commit(index, true)?)
+    }
+}

@@ -1,0 +1,626 @@
+//! A tar, read as a stream, into names, attributes and the places of contents.
+//!
+//! [`TarIndexer`] takes the uncompressed bytes of a layer in pieces of any size. It keeps no content: a file's place is its offset
+//! in the tar, so that the tar itself, byte for byte, is the layer's data space ([`super::index`]). Only files that a tar stores in
+//! pieces (sparse ones) get a place of their own, behind the tar:
+//!
+//! ```text
+//! 0 ........................ tar_size ... 4096-aligned ........................ data_size
+//! the tar, with all contents  (zeros)    sparse files, expanded: 4096-aligned
+//!                                        (512 if smaller than 4096)
+//! ```
+//!
+//! [`TarLayout::copies`] says which bytes of the tar belong where there; all others are holes.
+//!
+//! Read are v7, ustar, star, PAX and GNU archives: long names and numbers, extended attributes, all four forms of sparse files. What
+//! Go's reader, and so containerd, tolerates is tolerated: no end marker, no padding after the last content, anything after
+//! the end marker, global PAX headers (ignored). Types that containerd does not unpack are refused, except for contiguous files.
+
+mod header;
+mod pax;
+mod sparse;
+
+#[cfg(test)]
+mod tests;
+
+use std::borrow::Cow;
+
+use super::index::MAX_DATA_SIZE;
+use super::tree::{Entry, EntryKind, Tree, TreeBuilder, quoted};
+use super::{Access, Chunk, Codec, LayerError, LayerIndex};
+use header::{BLOCK, Block, Header};
+use pax::Pax;
+use sparse::{BadMap, Segment, TextMap};
+
+const FORMAT: &str = "tar";
+/// Longest extended header, in bytes, as in Go's reader.
+const MAX_EXTENDED: u64 = 1 << 20;
+/// Most pieces of sparse files that a layer may have.
+const MAX_COPIES: usize = 4 << 20;
+/// Alignment, in bytes, of expanded files of at least that size: what a page cache maps.
+const PAGE: u64 = 4096;
+/// A place marked with this bit is relative to the area of expanded files, whose beginning is known at the end.
+const IN_AREA: u64 = 1 << 63;
+
+/// Bytes of the tar that have to be copied to another place in the data space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Copy {
+    /// Where they are in the tar.
+    pub from: u64,
+    /// Where they belong in the data space, behind the tar.
+    pub to: u64,
+    /// How many there are.
+    pub len: u64,
+}
+
+/// What is known of a tar at its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TarLayout {
+    /// Names and attributes.
+    pub tree: Tree,
+    /// Bytes of the tar.
+    pub tar_size: u64,
+    /// Bytes of the data space.
+    pub data_size: u64,
+    /// What makes the area of expanded files, in order of `from` and of `to`.
+    pub copies: Vec<Copy>,
+}
+
+impl TarLayout {
+    /// The index of a layer with this tar. `chunks` are those of the whole data space, `blob_size` is in bytes.
+    ///
+    /// # Errors
+    /// [`LayerError`] when the chunks do not fit the data space or the blob.
+    pub fn into_index(
+        self,
+        access: Access,
+        codec: Codec,
+        chunks: Vec<Chunk>,
+        blob_size: u64,
+    ) -> Result<LayerIndex, LayerError> {
+        let mut parts = self.tree.into_parts(access, codec);
+        parts.data_size = self.data_size;
+        parts.blob_size = blob_size;
+        parts.chunks = chunks;
+        LayerIndex::new(parts)
+    }
+}
+
+/// Reads a tar that comes in pieces.
+///
+/// How the tar is cut into pieces makes no difference. After an error every further call fails with the same error.
+pub struct TarIndexer {
+    /// Bytes taken in.
+    offset: u64,
+    state: State,
+    /// The block being filled, and how much of it is there.
+    block: Block,
+    filled: usize,
+    /// Body of the extended header being read.
+    body: Vec<u8>,
+    pending: Pending,
+    tree: TreeBuilder,
+    copies: Vec<Copy>,
+    /// Bytes of the area of expanded files so far.
+    area: u64,
+    failed: Option<LayerError>,
+}
+
+/// What the next bytes are.
+#[derive(Debug)]
+enum State {
+    /// A header.
+    Header,
+    /// The block after a block of zeros.
+    SecondZero,
+    /// The body of an extended header, and its padding.
+    Extended { kind: u8, left: u64, padding: u64 },
+    /// An extension block of a sparse file's header.
+    Extension(Box<SparseFile>),
+    /// The map in front of a sparse file's data.
+    Map(Box<SparseFile>, TextMap),
+    /// Content that need not be looked at, and its padding.
+    Content { left: u64, padding: u64 },
+    /// Anything: the archive has ended.
+    End,
+}
+
+/// What extended headers say of the entry to come.
+#[derive(Debug, Default)]
+struct Pending {
+    pax: Pax,
+    name: Option<Vec<u8>>,
+    link: Option<Vec<u8>>,
+}
+
+/// A sparse file whose map is being read.
+#[derive(Debug)]
+struct SparseFile {
+    /// Offset of its header.
+    at: u64,
+    member: Member,
+    /// Size with holes.
+    size: u64,
+    /// Bytes that the tar stores, with a map in front of the data.
+    stored: u64,
+    map: Vec<Segment>,
+}
+
+/// An entry with its extended headers applied.
+#[derive(Debug)]
+struct Member {
+    kind: u8,
+    name: Vec<u8>,
+    link: Vec<u8>,
+    mode: u32,
+    uid: u32,
+    gid: u32,
+    mtime: i64,
+    mtime_nsec: u32,
+    major: i64,
+    minor: i64,
+    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
+}
+
+impl Default for TarIndexer {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl TarIndexer {
+    /// At the beginning of a tar.
+    pub fn new() -> Self {
+        TarIndexer {
+            offset: 0,
+            state: State::Header,
+            block: [0; BLOCK],
+            filled: 0,
+            body: Vec::new(),
+            pending: Pending::default(),
+            tree: TreeBuilder::new(FORMAT),
+            copies: Vec::new(),
+            area: 0,
+            failed: None,
+        }
+    }
+
+    /// Takes in the next bytes.
+    ///
+    /// # Errors
+    /// [`LayerError`] when they are not those of a tar that can be read; it says where, and names the entry.
+    pub fn push(&mut self, bytes: &[u8]) -> Result<(), LayerError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        self.take(bytes).inspect_err(|error| self.failed = Some(error.clone()))
+    }
+
+    fn take(&mut self, mut bytes: &[u8]) -> Result<(), LayerError> {
+        if self.offset + bytes.len() as u64 > MAX_DATA_SIZE {
+            return Err(LayerError::TooLarge {
+                what: "uncompressed size of the layer",
+                value: self.offset + bytes.len() as u64,
+                limit: MAX_DATA_SIZE,
+            });
+        }
+        while !bytes.is_empty() {
+            let taken = match &mut self.state {
+                State::End => bytes.len(),
+                State::Content { left, padding } => {
+                    let taken = (*left + *padding).min(bytes.len() as u64);
+                    let content = taken.min(*left);
+                    *left -= content;
+                    *padding -= taken - content;
+                    if *left + *padding == 0 {
+                        self.state = State::Header;
+                    }
+                    taken as usize
+                }
+                State::Extended { left, .. } => {
+                    let taken = (*left).min(bytes.len() as u64);
+                    *left -= taken;
+                    self.body.extend_from_slice(&bytes[..taken as usize]);
+                    taken as usize
+                }
+                _ => {
+                    let taken = (BLOCK - self.filled).min(bytes.len());
+                    self.block[self.filled..self.filled + taken].copy_from_slice(&bytes[..taken]);
+                    self.filled += taken;
+                    taken
+                }
+            };
+            self.offset += taken as u64;
+            bytes = &bytes[taken..];
+            if self.filled == BLOCK {
+                self.filled = 0;
+                self.block_complete()?;
+            }
+            // An extended header may be empty: its end comes with no byte of its own.
+            if let State::Extended { kind, left: 0, padding } = self.state {
+                self.extended_complete(kind)?;
+                self.skip(0, padding);
+            }
+        }
+        Ok(())
+    }
+
+    fn skip(&mut self, left: u64, padding: u64) {
+        self.state = match left + padding {
+            0 => State::Header,
+            _ => State::Content { left, padding },
+        };
+    }
+
+    fn block_complete(&mut self) -> Result<(), LayerError> {
+        let at = self.offset - BLOCK as u64;
+        match std::mem::replace(&mut self.state, State::Header) {
+            State::SecondZero => {
+                if self.block.iter().any(|&c| c != 0) {
+                    return Err(malformed(at, "a single block of zeros is in the middle"));
+                }
+                self.state = State::End;
+                Ok(())
+            }
+            State::Extension(mut file) => {
+                let more = sparse::from_extension(&self.block, &mut file.map);
+                match more.map_err(|problem| file.error(problem))? {
+                    true => self.state = State::Extension(file),
+                    false => self.sparse_complete(*file, 0)?,
+                }
+                Ok(())
+            }
+            State::Map(file, mut map) => {
+                let done = map.push(&self.block).map_err(|problem| file.error(problem))?;
+                self.map_continues(file, map, done)
+            }
+            _ if self.block.iter().all(|&c| c == 0) => {
+                self.state = State::SecondZero;
+                Ok(())
+            }
+            _ => {
+                let header = header::parse(&self.block).map_err(|what| malformed(at, what))?;
+                self.header(at, header)
+            }
+        }
+    }
+
+    fn header(&mut self, at: u64, header: Header) -> Result<(), LayerError> {
+        if matches!(header.kind, b'x' | b'g' | b'L' | b'K') {
+            let left = checked_size(at, &header.name, header.size)?;
+            if left > MAX_EXTENDED {
+                return Err(LayerError::TooLarge {
+                    what: "length of an extended tar header",
+                    value: left,
+                    limit: MAX_EXTENDED,
+                });
+            }
+            self.body.clear();
+            self.state = State::Extended {
+                kind: header.kind,
+                left,
+                padding: padding(left),
+            };
+            return Ok(());
+        }
+        let pending = std::mem::take(&mut self.pending);
+        let (pax, gnu) = (pending.pax, header.gnu);
+        let name = pending.name.or(pax.path).unwrap_or(header.name);
+        let stored = match pax.size {
+            Some(size) => checked_size(at, &name, i64::try_from(size).unwrap_or(i64::MAX))?,
+            // The field means nothing for entries without content, and is not always 0.
+            None if matches!(header.kind, b'1'..=b'6') => 0,
+            None => checked_size(at, &name, header.size)?,
+        };
+        let id = |what: &str, id: i64| {
+            // The last number means "leave it" to chown(2).
+            u32::try_from(id)
+                .ok()
+                .filter(|id| *id != u32::MAX)
+                .ok_or_else(|| malformed(at, format!("entry {}: no {what} has the number {id}", quoted(&name))))
+        };
+        let (mtime, mtime_nsec) = pax.mtime.unwrap_or((header.mtime, 0));
+        let mut member = Member {
+            kind: header.kind,
+            link: pending.link.or(pax.link).unwrap_or(header.link),
+            mode: header.mode as u32,
+            uid: id("user", pax.uid.unwrap_or(header.uid))?,
+            gid: id("group", pax.gid.unwrap_or(header.gid))?,
+            mtime,
+            mtime_nsec,
+            major: header.major,
+            minor: header.minor,
+            xattrs: pax.xattrs,
+            name,
+        };
+        if member.kind == 0 && member.name.ends_with(b"/") {
+            member.kind = b'5';
+        }
+        match member.kind {
+            0 | b'0' | b'7' => match Sparseness::of(&pax.sparse) {
+                Sparseness::None => {
+                    let data = self.offset;
+                    self.add(at, &member, EntryKind::File { size: stored, data })?;
+                    self.skip(stored, padding(stored));
+                    Ok(())
+                }
+                sparseness => {
+                    if !pax.sparse.name.is_empty() {
+                        member.name = pax.sparse.name;
+                    }
+                    let mut file = Box::new(SparseFile {
+                        at,
+                        size: pax.sparse.size.or(pax.sparse.real_size).unwrap_or(stored),
+                        member,
+                        stored,
+                        map: Vec::new(),
+                    });
+                    if sparseness == Sparseness::MapInData {
+                        return self.map_continues(file, TextMap::default(), None);
+                    }
+                    let map = sparse::from_records(&pax.sparse.count, &pax.sparse.map);
+                    file.map = map.map_err(|problem| file.error(problem))?;
+                    self.sparse_complete(*file, 0)
+                }
+            },
+            b'S' => {
+                let mut file = Box::new(SparseFile {
+                    at,
+                    member,
+                    size: 0,
+                    stored,
+                    map: Vec::new(),
+                });
+                if !gnu {
+                    return Err(file.error("it is sparse in another way than GNU tar's".into()));
+                }
+                let (map, size, more) = sparse::from_header(&self.block).map_err(|problem| file.error(problem))?;
+                (file.map, file.size) = (map, size);
+                if more {
+                    self.state = State::Extension(file);
+                    return Ok(());
+                }
+                self.sparse_complete(*file, 0)
+            }
+            _ => {
+                let link = std::mem::take(&mut member.link);
+                let kind = special(&member, &link).map_err(|what| match what {
+                    Some(what) => malformed(at, format!("entry {}: {what}", quoted(&member.name))),
+                    None => LayerError::Unsupported {
+                        what: format!(
+                            "type '{}' of the tar entry {}",
+                            member.kind.escape_ascii(),
+                            quoted(&member.name)
+                        ),
+                    },
+                })?;
+                self.add(at, &member, kind)?;
+                let left = if matches!(member.kind, b'1'..=b'6') { 0 } else { stored };
+                self.skip(left, padding(left));
+                Ok(())
+            }
+        }
+    }
+
+    fn extended_complete(&mut self, kind: u8) -> Result<(), LayerError> {
+        let begin = self.offset - self.body.len() as u64;
+        match kind {
+            b'L' => self.pending.name = Some(header::text(&self.body).to_vec()).filter(|name| !name.is_empty()),
+            b'K' => self.pending.link = Some(header::text(&self.body).to_vec()).filter(|link| !link.is_empty()),
+            _ => {
+                let pax = pax::parse(&self.body).map_err(|(at, what)| malformed(begin + at as u64, what))?;
+                match kind {
+                    // A global header is an entry to Go's reader, and ends what came before it.
+                    b'g' => self.pending = Pending::default(),
+                    _ => self.pending.pax = pax,
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// After a block of the map in front of a sparse file's data: with the map if it is complete.
+    fn map_continues(
+        &mut self,
+        file: Box<SparseFile>,
+        map: TextMap,
+        done: Option<Vec<Segment>>,
+    ) -> Result<(), LayerError> {
+        let before = self.offset - file.at - BLOCK as u64;
+        if let Some(map) = done {
+            return self.sparse_complete(SparseFile { map, ..*file }, before);
+        }
+        if file.stored < before + BLOCK as u64 {
+            return Err(file.error("its map does not end".into()));
+        }
+        self.state = State::Map(file, map);
+        Ok(())
+    }
+
+    /// Adds a sparse file of which everything is known; its stored bytes come next, after `before` bytes of map.
+    fn sparse_complete(&mut self, mut file: SparseFile, before: u64) -> Result<(), LayerError> {
+        let stored = file.stored.saturating_sub(before);
+        if let Err(problem) = sparse::check(&mut file.map, file.size, stored) {
+            return Err(file.error(problem));
+        }
+        let size = file.size;
+        let whole = size == stored;
+        let data = if whole {
+            self.offset
+        } else {
+            IN_AREA | self.expand(&file)?
+        };
+        self.add(file.at, &file.member, EntryKind::File { size, data })?;
+        self.skip(stored, padding(stored));
+        Ok(())
+    }
+
+    /// Makes room for a sparse file; its place in the area of expanded files.
+    fn expand(&mut self, file: &SparseFile) -> Result<u64, LayerError> {
+        let align = if file.size < PAGE { BLOCK as u64 } else { PAGE };
+        let place = self.area.next_multiple_of(align);
+        let end = place.checked_add(file.size).filter(|end| *end <= MAX_DATA_SIZE);
+        self.area = end.ok_or(LayerError::TooLarge {
+            what: "size of all sparse files",
+            value: place.saturating_add(file.size),
+            limit: MAX_DATA_SIZE,
+        })?;
+        let copies = self.copies.len() + file.map.len();
+        if copies > MAX_COPIES {
+            return Err(LayerError::TooLarge {
+                what: "number of pieces of sparse files",
+                value: copies as u64,
+                limit: MAX_COPIES as u64,
+            });
+        }
+        let mut from = self.offset;
+        for segment in &file.map {
+            self.copies.push(Copy {
+                from,
+                to: place + segment.offset,
+                len: segment.len,
+            });
+            from += segment.len;
+        }
+        Ok(place)
+    }
+
+    fn add(&mut self, at: u64, member: &Member, kind: EntryKind<'_>) -> Result<(), LayerError> {
+        let borrow = |text| Cow::Borrowed(text);
+        let xattrs = member
+            .xattrs
+            .iter()
+            .map(|(name, value)| (borrow(&name[..]), borrow(&value[..])));
+        let entry = Entry {
+            path: &member.name,
+            kind,
+            mode: member.mode,
+            uid: member.uid,
+            gid: member.gid,
+            mtime: member.mtime,
+            mtime_nsec: member.mtime_nsec,
+            xattrs: xattrs.collect(),
+        };
+        self.tree.add(at, &entry)
+    }
+
+    /// At the end of the tar.
+    ///
+    /// # Errors
+    /// [`LayerError::Truncated`] when something is missing, [`LayerError::TooLarge`] when the data space is.
+    pub fn finish(self) -> Result<TarLayout, LayerError> {
+        if let Some(error) = self.failed {
+            return Err(error);
+        }
+        let missing = match &self.state {
+            State::Header | State::SecondZero if self.filled > 0 => Some("a header"),
+            State::Extended { .. } => Some("an extended header"),
+            State::Extension(_) | State::Map(..) => Some("the map of a sparse file"),
+            State::Content { left: 1.., .. } => Some("a file's content"),
+            _ => None,
+        };
+        if let Some(what) = missing {
+            return Err(LayerError::Truncated {
+                format: FORMAT,
+                length: self.offset,
+                what: what.to_owned(),
+            });
+        }
+        let (tar_size, mut copies) = (self.offset, self.copies);
+        let mut tree = self.tree.finish();
+        let mut data_size = tar_size;
+        if self.area > 0 {
+            let base = tar_size.next_multiple_of(PAGE);
+            data_size = base + self.area;
+            copies.iter_mut().for_each(|copy| copy.to += base);
+            for inode in tree.inodes.iter_mut().filter(|inode| inode.is_reg()) {
+                if inode.data & IN_AREA != 0 {
+                    inode.data = (inode.data & !IN_AREA) + base;
+                }
+            }
+        }
+        if data_size > MAX_DATA_SIZE {
+            return Err(LayerError::TooLarge {
+                what: "uncompressed size of the layer",
+                value: data_size,
+                limit: MAX_DATA_SIZE,
+            });
+        }
+        Ok(TarLayout {
+            tree,
+            tar_size,
+            data_size,
+            copies,
+        })
+    }
+}
+
+impl SparseFile {
+    fn error(&self, problem: BadMap) -> LayerError {
+        match problem {
+            BadMap::Wrong(what) => malformed(self.at, format!("entry {}: {what}", quoted(&self.member.name))),
+            BadMap::Limit(error) => error,
+        }
+    }
+}
+
+/// Where PAX records say that the map of a sparse file is.
+#[derive(PartialEq, Eq)]
+enum Sparseness {
+    None,
+    MapInRecords,
+    MapInData,
+}
+
+impl Sparseness {
+    fn of(records: &pax::SparseRecords) -> Self {
+        match (&records.major[..], &records.minor[..]) {
+            (b"0", b"0" | b"1") => Sparseness::MapInRecords,
+            (b"1", b"0") => Sparseness::MapInData,
+            // Version 0.0 does not say that it is one.
+            (b"", b"") if !records.map.is_empty() => Sparseness::MapInRecords,
+            _ => Sparseness::None,
+        }
+    }
+}
+
+/// What an entry without content is. The error is `None` for a type that is not known.
+fn special<'a>(member: &Member, link: &'a [u8]) -> Result<EntryKind<'a>, Option<String>> {
+    let device = || {
+        let number = |number: i64| u32::try_from(number).map_err(|_| format!("no device has the number {number}"));
+        Ok::<_, String>((number(member.major)?, number(member.minor)?))
+    };
+    match member.kind {
+        b'1' => Ok(EntryKind::Hardlink(link)),
+        b'2' => Ok(EntryKind::Symlink(link)),
+        b'3' => device()
+            .map(|(major, minor)| EntryKind::Char { major, minor })
+            .map_err(Some),
+        b'4' => device()
+            .map(|(major, minor)| EntryKind::Block { major, minor })
+            .map_err(Some),
+        b'5' => Ok(EntryKind::Dir),
+        b'6' => Ok(EntryKind::Fifo),
+        _ => Err(None),
+    }
+}
+
+fn malformed(at: u64, what: impl Into<String>) -> LayerError {
+    LayerError::malformed(FORMAT, at, what)
+}
+
+fn checked_size(at: u64, name: &[u8], size: i64) -> Result<u64, LayerError> {
+    let size = u64::try_from(size).map_err(|_| malformed(at, format!("entry {} has a negative size", quoted(name))))?;
+    if size > MAX_DATA_SIZE {
+        return Err(LayerError::TooLarge {
+            what: "size of a file",
+            value: size,
+            limit: MAX_DATA_SIZE,
+        });
+    }
+    Ok(size)
+}
+
+fn padding(size: u64) -> u64 {
+    size.next_multiple_of(BLOCK as u64) - size
+}

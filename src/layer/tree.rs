@@ -1,0 +1,765 @@
+//! From the entries of an archive to the inodes and names of a layer.
+//!
+//! [`TreeBuilder`] is fed with entries in archive order, and does to a tree in memory what containerd's unpacker, with its overlay
+//! conversion of whiteouts, does to an upper directory. What it leaves is what a container sees under the overlayfs snapshotter:
+//!
+//! - Names are bytes. They are cleaned lexically, and `..` stops at the root. Symlinks among an entry's *parents* are followed, inside
+//!   the root; its last component never is.
+//! - Missing parents become directories 0755 root:root of the epoch. (containerd leaves the time of the unpacking there, and copies
+//!   attributes from the layers below, which one layer alone does not know.)
+//! - A directory over a directory keeps the children and the extended attributes, and takes the new attributes. Anything else replaces
+//!   what had the name, with its whole subtree. The content of an inode lives as long as one of its names.
+//! - A hard link's own attributes go to the inode it links to, and take its `security.capability` away, as chown(2) does.
+//! - The entry of the root itself sets only the root's time: the unpacker leaves a root it did not make alone.
+//! - `.wh.NAME` becomes a character device 0:0 of mode 0; `.wh..wh..opq` marks its directory with `trusted.overlay.opaque`; other AUFS
+//!   names (`.wh..wh.plnk`) are whiteouts of `.wh.plnk`. A whiteout of a name that the layer already holds, where the unpacker gives up,
+//!   hides what is below (as the image specification says): a file stays as it is, a directory becomes opaque.
+//! - Extended attributes: `user.*` on files and directories, `security.*`, and POSIX ACLs. `trusted.*` and names that no Linux file system
+//!   takes are ignored, as the unpacker ignores them.
+//! - Times before 1970 or after 2262 become the epoch.
+//!
+//! Memory is arenas: about 150 bytes for an entry and its name, and no allocation of its own.
+
+use std::borrow::Cow;
+use std::hash::{BuildHasher, RandomState};
+
+use hashbrown::HashTable;
+
+use super::index::{Dirent, Ino, Inode, MAX_INODES, MAX_NAME_LEN, MAX_STRINGS, MAX_TARGET_LEN, ROOT_INO, Xattr, mode};
+use super::{IndexParts, LayerError};
+
+/// Prefix of a name that deletes the rest of the name from the layers below.
+const WHITEOUT_PREFIX: &[u8] = b".wh.";
+/// Name that hides everything that the layers below have in its directory.
+const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
+/// The attribute by which overlayfs knows an opaque directory, and its value.
+const OPAQUE_XATTR: (&[u8], &[u8]) = (b"trusted.overlay.opaque", b"y");
+/// The attribute that a change of owner removes.
+const CAPABILITY_XATTR: &[u8] = b"security.capability";
+/// Permissions of a directory that the archive implies but does not list.
+const IMPLIED_DIR_MODE: u32 = mode::DIR | 0o755;
+/// Permissions of every symlink on Linux.
+const SYMLINK_MODE: u32 = mode::LNK | 0o777;
+/// Permission, setuid, setgid and sticky bits.
+const PERMISSIONS: u32 = 0o7777;
+/// Longest path, in bytes (PATH_MAX of Linux, less its terminator): what an unpacker could create.
+const MAX_PATH_LEN: usize = 4095;
+/// Most symlinks on the way to one name (MAXSYMLINKS of Linux).
+const MAX_LINKS: u32 = 40;
+/// Most bytes of path that may be walked through symlinks in a layer, so that few bytes of archive cannot cost hours.
+const MAX_LINK_WALK: u64 = 1 << 30;
+/// Most extended attributes of one inode. File systems have room for far fewer.
+const MAX_XATTRS: usize = 1024;
+/// Longest value of an extended attribute, in bytes (XATTR_SIZE_MAX of Linux).
+const MAX_XATTR_VALUE: usize = 65536;
+/// Largest device major and minor numbers of Linux.
+const MAX_MAJOR: u32 = (1 << 12) - 1;
+const MAX_MINOR: u32 = (1 << 20) - 1;
+/// Last second of which every nanosecond fits into a signed 64-bit number.
+const LAST_SECOND: i64 = i64::MAX / 1_000_000_000;
+/// Longest part of a name that an error repeats, in bytes.
+const QUOTED_LEN: usize = 200;
+/// "No name" in the lists of [`Name`]s.
+const NO_NAME: u32 = u32::MAX;
+/// "No inode" in a [`Name`].
+const NO_INO: Ino = 0;
+
+/// One entry of an archive.
+#[derive(Debug, Clone)]
+pub struct Entry<'a> {
+    /// Its name as the archive has it.
+    pub path: &'a [u8],
+    /// What it is.
+    pub kind: EntryKind<'a>,
+    /// Permission, setuid, setgid and sticky bits; others are ignored.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Modification time: seconds since the epoch.
+    pub mtime: i64,
+    /// Modification time: nanoseconds after `mtime`, less than a second.
+    pub mtime_nsec: u32,
+    /// Extended attributes: full names and values. Of two with one name the last counts.
+    pub xattrs: Vec<(Cow<'a, [u8]>, Cow<'a, [u8]>)>,
+}
+
+/// What an [`Entry`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum EntryKind<'a> {
+    /// A directory.
+    Dir,
+    /// A regular file: its size, and where its content begins in the data space.
+    File {
+        /// Bytes of content.
+        size: u64,
+        /// Offset of the content in the data space.
+        data: u64,
+    },
+    /// A symbolic link, and its target.
+    Symlink(&'a [u8]),
+    /// Another name of the file with this path.
+    Hardlink(&'a [u8]),
+    /// A character device.
+    Char {
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
+    },
+    /// A block device.
+    Block {
+        /// Major number.
+        major: u32,
+        /// Minor number.
+        minor: u32,
+    },
+    /// A named pipe.
+    Fifo,
+}
+
+/// Inodes and names of a layer: those parts of [`IndexParts`] that do not depend on where the bytes are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tree {
+    /// See [`IndexParts::inodes`].
+    pub inodes: Vec<Inode>,
+    /// See [`IndexParts::dirents`].
+    pub dirents: Vec<Dirent>,
+    /// See [`IndexParts::xattrs`].
+    pub xattrs: Vec<Xattr>,
+    /// See [`IndexParts::strings`].
+    pub strings: Vec<u8>,
+}
+
+/// A name in a directory, while the tree is built.
+struct Name {
+    dir: Ino,
+    text: u32,
+    len: u32,
+    /// What it names, or [`NO_INO`] if it was removed.
+    ino: Ino,
+    /// The name that was added to the directory before this one.
+    next: u32,
+}
+
+/// An inode while the tree is built. Inodes keep the numbers by which they were added until the end; of those that lost their last
+/// name, `nlink` is 0.
+struct Node {
+    inode: Inode,
+    /// Of a directory: the name added last.
+    last_name: u32,
+}
+
+/// Why an entry cannot be applied: a text that completes "entry NAME: ...", or a limit.
+enum Fault {
+    Bad(String),
+    Limit(LayerError),
+}
+
+impl From<LayerError> for Fault {
+    fn from(error: LayerError) -> Self {
+        Fault::Limit(error)
+    }
+}
+
+fn bad<T>(what: impl Into<String>) -> Result<T, Fault> {
+    Err(Fault::Bad(what.into()))
+}
+
+/// Bytes of an archive as an error shows them: printable, and of limited length.
+pub(super) fn quoted(bytes: &[u8]) -> String {
+    match bytes.get(..QUOTED_LEN) {
+        Some(head) if bytes.len() > QUOTED_LEN => format!("\"{}...\"", head.escape_ascii()),
+        _ => format!("\"{}\"", bytes.escape_ascii()),
+    }
+}
+
+/// Builds a [`Tree`].
+pub struct TreeBuilder {
+    format: &'static str,
+    nodes: Vec<Node>,
+    names: Vec<Name>,
+    /// Positions in `names` by (directory, text). Names stay here when they are removed, so that they are found when they come back.
+    table: HashTable<u32>,
+    xattrs: Vec<Xattr>,
+    /// (offset, length) of texts of `xattrs` in `strings`: the same few names and labels come again and again.
+    interned: HashTable<(u32, u32)>,
+    strings: Vec<u8>,
+    hasher: RandomState,
+    link_walk: u64,
+}
+
+impl TreeBuilder {
+    /// An empty tree. `format` is the format whose entries will come, for errors.
+    pub fn new(format: &'static str) -> Self {
+        let root = Inode {
+            mode: IMPLIED_DIR_MODE,
+            nlink: 2,
+            parent: ROOT_INO,
+            ..Inode::default()
+        };
+        TreeBuilder {
+            format,
+            nodes: vec![Node {
+                inode: root,
+                last_name: NO_NAME,
+            }],
+            names: Vec::new(),
+            table: HashTable::new(),
+            xattrs: Vec::new(),
+            interned: HashTable::new(),
+            strings: Vec::new(),
+            hasher: RandomState::new(),
+            link_walk: 0,
+        }
+    }
+
+    /// Applies the next entry. `offset` says where it is in the archive, for errors. After an error the tree is not the archive's.
+    ///
+    /// # Errors
+    /// [`LayerError::Malformed`] naming the entry when it could not be unpacked, [`LayerError::TooLarge`] when a limit is exceeded.
+    pub fn add(&mut self, offset: u64, entry: &Entry<'_>) -> Result<(), LayerError> {
+        self.apply(entry).map_err(|fault| match fault {
+            Fault::Bad(what) => {
+                LayerError::malformed(self.format, offset, format!("entry {}: {what}", quoted(entry.path)))
+            }
+            Fault::Limit(error) => error,
+        })
+    }
+
+    fn apply(&mut self, entry: &Entry<'_>) -> Result<(), Fault> {
+        let path = clean(entry.path)?;
+        let (parents, base) = match path.iter().rposition(|&c| c == b'/') {
+            Some(at) => (&path[..at], &path[at + 1..]),
+            None => (&path[..0], &path[..]),
+        };
+        if base.is_empty() {
+            let (mtime, nsec) = bounded_time(entry);
+            let root = self.inode_mut(ROOT_INO);
+            (root.mtime, root.mtime_nsec) = (mtime, nsec);
+            return Ok(());
+        }
+        let Some(dir) = self.walk(parents, true)? else {
+            return bad("its parent directory cannot be made");
+        };
+        if base == OPAQUE_NAME {
+            return self.set_opaque(dir);
+        }
+        if let Some(hidden) = base.strip_prefix(WHITEOUT_PREFIX) {
+            return self.whiteout(dir, hidden, entry);
+        }
+        let old = self.find(dir, base);
+        if let Some(old) = old {
+            let ino = self.names[old as usize].ino;
+            if entry.kind == EntryKind::Dir && self.is_dir(ino) {
+                return self.set_attributes(ino, entry);
+            }
+            self.remove(old);
+        }
+        let ino = match entry.kind {
+            EntryKind::Hardlink(target) => {
+                let ino = self.hardlink_target(target)?;
+                self.drop_xattr(ino, CAPABILITY_XATTR);
+                ino
+            }
+            kind => self.make_node(dir, kind)?,
+        };
+        self.set_attributes(ino, entry)?;
+        self.link(dir, base, ino)
+    }
+
+    /// Adds an inode without a name.
+    fn make_node(&mut self, dir: Ino, kind: EntryKind<'_>) -> Result<Ino, Fault> {
+        let mut inode = Inode::default();
+        match kind {
+            EntryKind::Dir => {
+                inode.mode = mode::DIR;
+                inode.parent = dir;
+                inode.nlink = 1; // "."; its name in the parent comes with `link`.
+            }
+            EntryKind::File { size, data } => {
+                inode.mode = mode::REG;
+                (inode.size, inode.data) = (size, data);
+            }
+            EntryKind::Symlink(target) => {
+                if target.is_empty() || target.len() > MAX_TARGET_LEN || target.contains(&0) {
+                    return bad(format!(
+                        "a symlink's target has {} bytes (1 to {MAX_TARGET_LEN} are possible) or holds a NUL",
+                        target.len()
+                    ));
+                }
+                inode.mode = SYMLINK_MODE;
+                inode.size = target.len() as u64;
+                inode.data = self.store(target)?.into();
+            }
+            EntryKind::Char { major, minor } | EntryKind::Block { major, minor } => {
+                if major > MAX_MAJOR || minor > MAX_MINOR {
+                    return bad(format!("no device can have the number {major}:{minor}"));
+                }
+                inode.mode = match kind {
+                    EntryKind::Char { .. } => mode::CHR,
+                    _ => mode::BLK,
+                };
+                (inode.rdev_major, inode.rdev_minor) = (major, minor);
+            }
+            EntryKind::Fifo => inode.mode = mode::FIFO,
+            EntryKind::Hardlink(_) => return bad("a hard link has no inode of its own"),
+        }
+        limit("number of inodes", self.nodes.len() + 1, MAX_INODES)?;
+        self.nodes.push(Node {
+            inode,
+            last_name: NO_NAME,
+        });
+        Ok(self.nodes.len() as Ino)
+    }
+
+    fn hardlink_target(&mut self, target: &[u8]) -> Result<Ino, Fault> {
+        let (parents, base) = match target.iter().rposition(|&c| c == b'/') {
+            Some(at) => (&target[..at], &target[at + 1..]),
+            None => (&target[..0], target),
+        };
+        let dir = self.walk(parents, false)?;
+        let name = dir.and_then(|dir| self.find(dir, base));
+        let ino = match name {
+            Some(name) => self.names[name as usize].ino,
+            None if matches!(base, b"" | b"." | b"..") => ROOT_INO,
+            None => {
+                return bad(format!(
+                    "it is a hard link to {}, which no entry before it made",
+                    quoted(target)
+                ));
+            }
+        };
+        if self.is_dir(ino) {
+            return bad(format!("it is a hard link to {}, a directory", quoted(target)));
+        }
+        Ok(ino)
+    }
+
+    fn whiteout(&mut self, dir: Ino, hidden: &[u8], entry: &Entry<'_>) -> Result<(), Fault> {
+        if matches!(hidden, b"" | b"." | b"..") {
+            return bad("it is a whiteout of no name");
+        }
+        let ino = match self.find(dir, hidden).map(|name| self.names[name as usize].ino) {
+            Some(ino) if self.is_dir(ino) => return self.set_opaque(ino),
+            Some(ino) if !self.inode(ino).is_whiteout() => return Ok(()),
+            Some(ino) => ino,
+            None => {
+                let ino = self.make_node(dir, EntryKind::Char { major: 0, minor: 0 })?;
+                self.link(dir, hidden, ino)?;
+                ino
+            }
+        };
+        let (mtime, nsec) = bounded_time(entry);
+        let inode = self.inode_mut(ino);
+        (inode.uid, inode.gid) = (entry.uid, entry.gid);
+        (inode.mtime, inode.mtime_nsec) = (mtime, nsec);
+        Ok(())
+    }
+
+    /// The directory at `path`. Symlinks are followed inside the root. What is missing is made, or is the answer `None`.
+    fn walk(&mut self, path: &[u8], make: bool) -> Result<Option<Ino>, Fault> {
+        let mut dir = ROOT_INO;
+        let mut links = 0;
+        let mut path = Cow::Borrowed(path);
+        'path: loop {
+            let mut end = 0;
+            for part in path.split(|&c| c == b'/') {
+                end += part.len() + 1;
+                if matches!(part, b"" | b".") {
+                    continue;
+                }
+                if part == b".." {
+                    dir = self.inode(dir).parent;
+                    continue;
+                }
+                let Some(name) = self.find(dir, part) else {
+                    if !make {
+                        return Ok(None);
+                    }
+                    if !super::index::valid_name(part) {
+                        return bad(format!("no directory can be called {}", quoted(part)));
+                    }
+                    let made = self.make_node(dir, EntryKind::Dir)?;
+                    self.inode_mut(made).mode = IMPLIED_DIR_MODE;
+                    self.link(dir, part, made)?;
+                    dir = made;
+                    continue;
+                };
+                let ino = self.names[name as usize].ino;
+                if self.is_dir(ino) {
+                    dir = ino;
+                    continue;
+                }
+                if !self.inode(ino).is_symlink() {
+                    return bad(format!("{} on the way to it is not a directory", quoted(part)));
+                }
+                links += 1;
+                if links > MAX_LINKS {
+                    return bad(format!("more than {MAX_LINKS} symlinks are on the way to it"));
+                }
+                let mut next = self.target(ino).to_vec();
+                if next.first() == Some(&b'/') {
+                    dir = ROOT_INO;
+                }
+                next.push(b'/');
+                next.extend_from_slice(path.get(end..).unwrap_or_default());
+                self.link_walk += next.len() as u64;
+                if self.link_walk > MAX_LINK_WALK {
+                    return Err(Fault::Limit(LayerError::TooLarge {
+                        what: "length of all paths through symlinks",
+                        value: self.link_walk,
+                        limit: MAX_LINK_WALK,
+                    }));
+                }
+                path = Cow::Owned(next);
+                continue 'path;
+            }
+            return Ok(Some(dir));
+        }
+    }
+
+    /// Gives `ino` a name that is free in `dir`.
+    fn link(&mut self, dir: Ino, text: &[u8], ino: Ino) -> Result<(), Fault> {
+        if !super::index::valid_name(text) {
+            return bad(format!("no file can be called {}", quoted(text)));
+        }
+        let hash = self.hasher.hash_one((dir, text));
+        let removed = self.table.find(hash, |&at| self.is_name(at, dir, text)).copied();
+        match removed {
+            Some(at) => self.names[at as usize].ino = ino,
+            None => {
+                limit("number of names", self.names.len() + 1, 2 * MAX_INODES)?;
+                let at = self.names.len() as u32;
+                let offset = self.store(text)?;
+                let node = &mut self.nodes[dir as usize - 1];
+                self.names.push(Name {
+                    dir,
+                    text: offset,
+                    len: text.len() as u32,
+                    ino,
+                    next: std::mem::replace(&mut node.last_name, at),
+                });
+                let TreeBuilder {
+                    table,
+                    names,
+                    strings,
+                    hasher,
+                    ..
+                } = self;
+                table.insert_unique(hash, at, |&at| {
+                    let name = &names[at as usize];
+                    hasher.hash_one((name.dir, text_at(strings, name.text, name.len)))
+                });
+            }
+        }
+        self.inode_mut(ino).nlink += 1;
+        if self.is_dir(ino) {
+            self.inode_mut(dir).nlink += 1;
+        }
+        Ok(())
+    }
+
+    /// Removes a name, and all that is below it.
+    fn remove(&mut self, name: u32) {
+        let ino = std::mem::replace(&mut self.names[name as usize].ino, NO_INO);
+        if !self.is_dir(ino) {
+            self.inode_mut(ino).nlink -= 1;
+            return;
+        }
+        let parent = self.inode(ino).parent;
+        self.inode_mut(parent).nlink -= 1;
+        let mut dirs = vec![ino];
+        while let Some(dir) = dirs.pop() {
+            self.inode_mut(dir).nlink = 0;
+            let mut at = self.nodes[dir as usize - 1].last_name;
+            while let Some(name) = self.names.get_mut(at as usize) {
+                at = name.next;
+                let ino = std::mem::replace(&mut name.ino, NO_INO);
+                if ino == NO_INO {
+                    continue;
+                }
+                if self.is_dir(ino) {
+                    dirs.push(ino);
+                } else {
+                    self.inode_mut(ino).nlink -= 1;
+                }
+            }
+        }
+    }
+
+    fn set_attributes(&mut self, ino: Ino, entry: &Entry<'_>) -> Result<(), Fault> {
+        let (mtime, nsec) = bounded_time(entry);
+        let inode = self.inode_mut(ino);
+        if !inode.is_symlink() {
+            inode.mode = inode.file_type() | (entry.mode & PERMISSIONS);
+        }
+        (inode.uid, inode.gid) = (entry.uid, entry.gid);
+        (inode.mtime, inode.mtime_nsec) = (mtime, nsec);
+        let file_type = inode.file_type();
+        for (name, value) in &entry.xattrs {
+            if !takes_xattr(file_type, name) {
+                continue;
+            }
+            if name.len() > MAX_NAME_LEN || name.contains(&0) || matches!(&name[..], b"user." | b"security.") {
+                return bad(format!("no extended attribute can be called {}", quoted(name)));
+            }
+            if value.len() > MAX_XATTR_VALUE {
+                return bad(format!(
+                    "extended attribute {} has {} bytes, over the limit of {MAX_XATTR_VALUE}",
+                    quoted(name),
+                    value.len()
+                ));
+            }
+            self.set_xattr(ino, name, value)?;
+        }
+        Ok(())
+    }
+
+    fn set_opaque(&mut self, dir: Ino) -> Result<(), Fault> {
+        self.set_xattr(dir, OPAQUE_XATTR.0, OPAQUE_XATTR.1)
+    }
+
+    fn set_xattr(&mut self, ino: Ino, name: &[u8], value: &[u8]) -> Result<(), Fault> {
+        let (name, name_len) = self.intern(name)?;
+        let (value, value_len) = self.intern(value)?;
+        let xattr = Xattr {
+            name,
+            name_len,
+            value,
+            value_len,
+        };
+        let own = self.own_xattrs(ino);
+        // Interned, so that equal names are at equal places.
+        if let Some(same) = self.xattrs[own.clone()].iter_mut().find(|x| x.name == name) {
+            *same = xattr;
+            return Ok(());
+        }
+        if own.len() >= MAX_XATTRS {
+            return bad(format!("it has more than {MAX_XATTRS} extended attributes"));
+        }
+        let first = if own.end == self.xattrs.len() {
+            own.start
+        } else {
+            // The inode's attributes have to stay side by side: they move to the end.
+            let first = self.xattrs.len();
+            self.xattrs.extend_from_within(own.clone());
+            first
+        };
+        self.xattrs.push(xattr);
+        limit("number of extended attributes", self.xattrs.len(), 2 * MAX_INODES)?;
+        let inode = self.inode_mut(ino);
+        inode.xattr_first = first as u32;
+        inode.xattr_count = own.len() as u32 + 1;
+        Ok(())
+    }
+
+    fn drop_xattr(&mut self, ino: Ino, name: &[u8]) {
+        let own = self.own_xattrs(ino);
+        let same = |x: &Xattr| text_at(&self.strings, x.name, x.name_len) == name;
+        if let Some(at) = self.xattrs[own.clone()].iter().position(same) {
+            self.xattrs.copy_within(own.start + at + 1..own.end, own.start + at);
+            self.inode_mut(ino).xattr_count -= 1;
+        }
+    }
+
+    fn own_xattrs(&self, ino: Ino) -> std::ops::Range<usize> {
+        let inode = self.inode(ino);
+        let first = inode.xattr_first as usize;
+        first..first + inode.xattr_count as usize
+    }
+
+    fn intern(&mut self, text: &[u8]) -> Result<(u32, u32), Fault> {
+        let hash = self.hasher.hash_one(text);
+        let strings = &self.strings;
+        let known = self
+            .interned
+            .find(hash, |&(at, len)| text_at(strings, at, len) == text)
+            .copied();
+        if let Some(known) = known {
+            return Ok(known);
+        }
+        let place = (self.store(text)?, text.len() as u32);
+        let (strings, hasher) = (&self.strings, &self.hasher);
+        self.interned
+            .insert_unique(hash, place, |&(at, len)| hasher.hash_one(text_at(strings, at, len)));
+        Ok(place)
+    }
+
+    fn store(&mut self, text: &[u8]) -> Result<u32, Fault> {
+        limit(
+            "length of names and attributes",
+            self.strings.len() + text.len(),
+            MAX_STRINGS,
+        )?;
+        let at = self.strings.len() as u32;
+        self.strings.extend_from_slice(text);
+        Ok(at)
+    }
+
+    /// The name `text` in `dir`, unless it was removed.
+    fn find(&self, dir: Ino, text: &[u8]) -> Option<u32> {
+        let hash = self.hasher.hash_one((dir, text));
+        let at = *self.table.find(hash, |&at| self.is_name(at, dir, text))?;
+        (self.names[at as usize].ino != NO_INO).then_some(at)
+    }
+
+    fn is_name(&self, at: u32, dir: Ino, text: &[u8]) -> bool {
+        let name = &self.names[at as usize];
+        name.dir == dir && text_at(&self.strings, name.text, name.len) == text
+    }
+
+    fn inode(&self, ino: Ino) -> &Inode {
+        &self.nodes[ino as usize - 1].inode
+    }
+
+    fn inode_mut(&mut self, ino: Ino) -> &mut Inode {
+        &mut self.nodes[ino as usize - 1].inode
+    }
+
+    fn is_dir(&self, ino: Ino) -> bool {
+        self.inode(ino).is_dir()
+    }
+
+    fn target(&self, ino: Ino) -> &[u8] {
+        let inode = self.inode(ino);
+        text_at(&self.strings, inode.data as u32, inode.size as u32)
+    }
+
+    /// The finished tree. Inodes are numbered in the order in which the archive first held them.
+    pub fn finish(self) -> Tree {
+        let mut numbers = vec![NO_INO; self.nodes.len() + 1];
+        let mut inodes = Vec::with_capacity(self.nodes.len());
+        let mut xattrs = Vec::with_capacity(self.xattrs.len());
+        for (node, number) in self.nodes.iter().zip(&mut numbers[1..]) {
+            let mut inode = node.inode;
+            if inode.nlink == 0 {
+                continue;
+            }
+            let own = inode.xattr_first as usize..(inode.xattr_first + inode.xattr_count) as usize;
+            inode.xattr_first = xattrs.len() as u32;
+            xattrs.extend_from_slice(&self.xattrs[own]);
+            inodes.push(inode);
+            *number = inodes.len() as Ino;
+        }
+        for inode in &mut inodes {
+            // A parent is never younger than its child, but it may be replaced and come back: the map has all.
+            inode.parent = numbers[inode.parent as usize];
+        }
+        let strings = self.strings;
+        let mut names: Vec<(Ino, Dirent)> = Vec::with_capacity(self.names.len());
+        for name in self.names.iter().filter(|name| name.ino != NO_INO) {
+            let entry = Dirent {
+                name: name.text,
+                name_len: name.len,
+                ino: numbers[name.ino as usize],
+            };
+            names.push((numbers[name.dir as usize], entry));
+        }
+        let text = |entry: &Dirent| text_at(&strings, entry.name, entry.name_len);
+        names.sort_unstable_by(|(dir, name), (other_dir, other)| {
+            dir.cmp(other_dir).then_with(|| text(name).cmp(text(other)))
+        });
+        for (at, (dir, _)) in names.iter().enumerate() {
+            let inode = &mut inodes[*dir as usize - 1];
+            if inode.count == 0 {
+                inode.data = at as u64;
+            }
+            inode.count += 1;
+        }
+        Tree {
+            inodes,
+            dirents: names.into_iter().map(|(_, entry)| entry).collect(),
+            xattrs,
+            strings,
+        }
+    }
+}
+
+impl Tree {
+    /// The parts of an index, with everything about bytes still to be filled in by the caller.
+    pub(super) fn into_parts(self, access: super::Access, codec: super::Codec) -> IndexParts {
+        IndexParts {
+            access,
+            codec,
+            data_size: 0,
+            blob_size: 0,
+            inodes: self.inodes,
+            dirents: self.dirents,
+            xattrs: self.xattrs,
+            chunks: Vec::new(),
+            strings: self.strings,
+        }
+    }
+}
+
+fn text_at(strings: &[u8], at: u32, len: u32) -> &[u8] {
+    &strings[at as usize..at as usize + len as usize]
+}
+
+fn limit(what: &'static str, value: usize, limit: usize) -> Result<(), LayerError> {
+    if value > limit {
+        return Err(LayerError::TooLarge {
+            what,
+            value: value as u64,
+            limit: limit as u64,
+        });
+    }
+    Ok(())
+}
+
+/// The path relative to the root: without empty, `.` and `..` components. `..` goes up lexically, and stops at the root.
+fn clean(path: &[u8]) -> Result<Cow<'_, [u8]>, Fault> {
+    let mut parts: Vec<&[u8]> = Vec::new();
+    let mut plain = true;
+    for part in path.split(|&c| c == b'/') {
+        match part {
+            b"" | b"." => plain = false,
+            b".." => {
+                parts.pop();
+                plain = false;
+            }
+            _ => parts.push(part),
+        }
+    }
+    let cleaned = if plain {
+        Cow::Borrowed(path)
+    } else {
+        Cow::Owned(parts.join(&b'/'))
+    };
+    if cleaned.contains(&0) {
+        return bad("its name holds a NUL");
+    }
+    if cleaned.len() > MAX_PATH_LEN {
+        return bad(format!(
+            "its path has {} bytes, over the limit of {MAX_PATH_LEN}",
+            cleaned.len()
+        ));
+    }
+    if let Some(long) = parts.iter().find(|part| part.len() > MAX_NAME_LEN) {
+        return bad(format!(
+            "a component of its path has {} bytes, over the limit of {MAX_NAME_LEN}",
+            long.len()
+        ));
+    }
+    Ok(cleaned)
+}
+
+/// An entry's time within what the unpacker sets; the epoch if it is outside.
+fn bounded_time(entry: &Entry<'_>) -> (i64, u32) {
+    match (entry.mtime, entry.mtime_nsec) {
+        (0..LAST_SECOND, nsec @ 0..1_000_000_000) => (entry.mtime, nsec),
+        _ => (0, 0),
+    }
+}
+
+/// Whether a file of this type would take an extended attribute of this name from an unpacker; the others are ignored.
+fn takes_xattr(file_type: u32, name: &[u8]) -> bool {
+    match name {
+        b"system.posix_acl_access" => file_type != mode::LNK,
+        b"system.posix_acl_default" => file_type == mode::DIR,
+        _ if name.starts_with(b"user.") => matches!(file_type, mode::REG | mode::DIR),
+        _ => name.starts_with(b"security."),
+    }
+}

@@ -186,7 +186,8 @@ impl Catalog {
                 Ok(None) => {
                     missing += 1;
                     tracing::warn!(layer = %record.digest, "its index is not in the cache, will be loaded again");
-                    self.begin(spec, record.sources, record.images);
+                    // Nobody waits: who needs the layer joins the task.
+                    drop(self.begin(spec, record.sources, record.images));
                 }
                 Err(refusal) => tracing::error!(layer = %record.digest, reason = %refusal, "cannot be brought back"),
             }
@@ -215,7 +216,7 @@ impl Catalog {
         });
         let is_live = |digest: &str| layers.iter().any(|layer| layer.digest == digest);
         let images = images.into_iter().map(|image| image_status(image, is_live)).collect();
-        let loading = self.loader.fetcher().streams().into_iter();
+        let loading = self.loader.fetcher().streams_under_way().into_iter();
         let loading = loading.map(|(digest, received_bytes, blob_bytes)| status::LoadingStatus {
             digest: digest.to_string(),
             blob_bytes,
@@ -224,7 +225,7 @@ impl Catalog {
         status::Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             root: self.root.display().to_string(),
-            cache_bytes: self.loader.cache().bytes(),
+            cache_bytes: self.loader.cache().used_bytes(),
             cache_max_bytes: self.cache_max_bytes,
             images,
             loading: loading.collect(),
@@ -246,9 +247,12 @@ impl Catalog {
 
     /// All images whose records can be read.
     fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
-        let damaged = |digest: Digest, error: StoreError| tracing::warn!(%error, manifest = %digest, "image is passed over");
+        let damaged =
+            |digest: Digest, error: StoreError| tracing::warn!(%error, manifest = %digest, "image is passed over");
         let images = self.store.images()?.into_iter();
-        Ok(images.filter_map(|(digest, image)| image.map_err(|error| damaged(digest, error)).ok()).collect())
+        Ok(images
+            .filter_map(|(digest, image)| image.map_err(|error| damaged(digest, error)).ok())
+            .collect())
     }
 
     fn session(&self) -> RwLockReadGuard<'_, Option<Session>> {
@@ -367,13 +371,29 @@ impl Catalog {
         let format = loader::format_name(spec, layer.index());
         let in_use = layer.cached().pin();
         match &*self.session() {
-            Some(session) => session.attach(slot, Arc::clone(&layer) as Arc<dyn LayerData>).map_err(|error| {
-                Refusal { word: "closed", text: error.to_string(), retry_helps: false }
-            })?,
-            None => return Err(Refusal { word: "closed", text: "the daemon ends".to_owned(), retry_helps: true }),
+            Some(session) => session
+                .attach(slot, Arc::clone(&layer) as Arc<dyn LayerData>)
+                .map_err(|error| Refusal {
+                    word: "closed",
+                    text: error.to_string(),
+                    retry_helps: false,
+                })?,
+            None => {
+                return Err(Refusal {
+                    word: "closed",
+                    text: "the daemon ends".to_owned(),
+                    retry_helps: true,
+                });
+            }
         }
         let access = access_label(layer.index().access());
-        let live = Live { slot, layer, format: format.clone(), _in_use: in_use, wanted: Instant::now() };
+        let live = Live {
+            slot,
+            layer,
+            format: format.clone(),
+            _in_use: in_use,
+            wanted: Instant::now(),
+        };
         if self.write_live().insert(spec.digest, live).is_none() {
             self.metrics.layers_live.with_label_values(&[access]).inc();
         }

@@ -73,7 +73,8 @@ impl Cache {
         let available = stat.f_bavail.saturating_mul(stat.f_frsize);
         let short = min_free.0.saturating_add(more).saturating_sub(available);
         (short > 0).then(|| {
-            let reason = format!("only {available} bytes are free on the disk, and {min_free} shall stay free (cache.min_free)");
+            let reason =
+                format!("only {available} bytes are free on the disk, and {min_free} shall stay free (cache.min_free)");
             (short, reason)
         })
     }
@@ -151,7 +152,9 @@ impl Cache {
             groups.extend(layer.groups().into_iter().map(|(used, group)| (used, at, group)));
         }
         groups.sort_unstable();
-        groups.iter().all(|(_, at, group)| free(layers[*at].evict_group(*group)))
+        groups
+            .iter()
+            .all(|(_, at, group)| free(layers[*at].evict_group(*group)))
     }
 
     /// Streamed layers in use.

@@ -84,7 +84,12 @@ impl Cache {
             };
             known.put(digest, entry);
         }
-        tracing::info!(layers = known.len(), bytes = used, "opened the cache {}", layers.display());
+        tracing::info!(
+            layers = known.len(),
+            bytes = used,
+            "opened the cache {}",
+            layers.display()
+        );
         let cache = Arc::new_cyclic(|me| Cache {
             layers,
             config: config.clone(),
@@ -270,7 +275,8 @@ impl Cache {
             Ok(saved) => {
                 tracing::warn!(layer = %digest, len, "the data in the cache has the wrong length, its chunks are verified again");
                 write_map(&map, &map_path, chunks.len(), &id, &saved.words)?;
-                data.set_len(index.data_size()).map_err(CacheError::io("resize", &path))?;
+                data.set_len(index.data_size())
+                    .map_err(CacheError::io("resize", &path))?;
                 (false, saved.words)
             }
             Err(what) => {

@@ -189,8 +189,13 @@ impl CachedLayer {
         let mut failed = None;
         let shared = self.mutation.read().unwrap_or_else(PoisonError::into_inner);
         for at in self.positions(offset, len) {
-            let Some(record) = self.index.chunks().get(at) else { break };
-            let (from, to) = (record.data_offset.max(offset), record.data_end().min(offset.saturating_add(len)));
+            let Some(record) = self.index.chunks().get(at) else {
+                break;
+            };
+            let (from, to) = (
+                record.data_offset.max(offset),
+                record.data_end().min(offset.saturating_add(len)),
+            );
             let (skip, count) = ((from - record.data_offset) as usize, (to - from) as usize);
             let Some(place) = buf.get_mut((from - offset) as usize..).and_then(|b| b.get_mut(..count)) else {
                 continue;

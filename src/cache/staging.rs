@@ -79,7 +79,10 @@ impl Staging {
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), CacheError> {
         let mut filled = 0;
         while filled < buf.len() {
-            match self.data.read_at(&mut buf[filled..], offset.saturating_add(filled as u64)) {
+            match self
+                .data
+                .read_at(&mut buf[filled..], offset.saturating_add(filled as u64))
+            {
                 Ok(0) => {
                     buf[filled..].fill(0);
                     break;
@@ -116,7 +119,11 @@ impl Staging {
         write_durably(&dir.join("index"), &encoded)?;
         let map = write_durably(&dir.join("map"), &map::encode(true, chunks, &id, &words))?;
         sync_dir(dir)?;
-        let blocks = self.data.metadata().map_err(CacheError::io("read", &data_path))?.blocks();
+        let blocks = self
+            .data
+            .metadata()
+            .map_err(CacheError::io("read", &data_path))?
+            .blocks();
         let allocated = Arc::new(AtomicU64::new(blocks.saturating_mul(BLOCK)));
         let files = Files {
             dir: self.cache.layer_dir(&self.digest),

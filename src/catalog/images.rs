@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use lru::LruCache;
 
 use crate::layer::Digest;
-use crate::registry::image::{ImageConfig, Manifest, chain_ids};
 use crate::registry::image::MAX_CONFIG;
+use crate::registry::image::{ImageConfig, Manifest, chain_ids};
 use crate::registry::{Reference, Registry};
 use crate::store::LayerSource;
 

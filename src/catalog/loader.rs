@@ -7,7 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::TryStreamExt;
 
-use crate::cache::{Cache, CacheError, CachedLayer};
+use crate::cache::{Cache, CacheError};
 use crate::fetch::{FetchError, Fetcher, Layer, StreamRequest};
 use crate::layer::compression::{self, Compression};
 use crate::layer::estargz;
@@ -233,7 +233,11 @@ fn supported(spec: &LayerSpec) -> Result<Compression, Refusal> {
     match compression::media_type(&spec.media_type) {
         Ok(media) if media.nondistributable && spec.foreign => Err(refused(compression::Refusal::Foreign)),
         Ok(media) => Ok(media.compression.unwrap_or(Compression::None)),
-        Err(error) => Err(Refusal { word: "media-type", text: error.to_string(), retry_helps: false }),
+        Err(error) => Err(Refusal {
+            word: "media-type",
+            text: error.to_string(),
+            retry_helps: false,
+        }),
     }
 }
 

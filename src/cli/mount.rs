@@ -96,7 +96,8 @@ async fn show(lower_dirs: &[PathBuf], mountpoint: &Path, what: &str) -> anyhow::
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
-    crate::sys::mount::unmount(mountpoint, Unmount::Detach).with_context(|| format!("unmounting {}", mountpoint.display()))
+    crate::sys::mount::unmount(mountpoint, Unmount::Detach)
+        .with_context(|| format!("unmounting {}", mountpoint.display()))
 }
 
 /// The source that the text names, and the tag or digest to ask it for.

@@ -112,7 +112,11 @@ impl Layer {
         }
         {
             let mut queue = self.queue();
-            for chunk in self.cached.missing(offset, len).filter(|&chunk| !self.cached.is_suspect(chunk)) {
+            for chunk in self
+                .cached
+                .missing(offset, len)
+                .filter(|&chunk| !self.cached.is_suspect(chunk))
+            {
                 queue.want(chunk, self.ranks.rank(chunk), Class::Background, None);
             }
         }

@@ -7,9 +7,9 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 
+use super::Layer;
 use super::pipeline::{self, Fault, Sink};
 use super::stream::PASSES;
-use super::Layer;
 use crate::layer::tar::{Copy, TarIndexer, TarLayout};
 use crate::layer::{Chunk, LayerError};
 use crate::sync::Class;
@@ -77,7 +77,9 @@ impl Layer {
         let blob = self.blob();
         let (sink, _) = pipeline::run(&*blob, *self.cached.digest(), sink, resources).await?;
         let finish = tokio::task::spawn_blocking(move || sink.finish());
-        finish.await.unwrap_or_else(|error| Err(Fault::Disk(io::Error::other(error))))
+        finish
+            .await
+            .unwrap_or_else(|error| Err(Fault::Disk(io::Error::other(error))))
     }
 }
 
@@ -157,7 +159,12 @@ impl Refill {
         let source = copy.from.saturating_add(from - copy.to);
         let outside = || LayerError::malformed("tar", copy.from, "a piece of a sparse file lies outside");
         let place = self.partial.get_mut(place).ok_or_else(outside)?;
-        if !self.layer.cached.read_present(source, place, &Default::default()).is_empty() {
+        if !self
+            .layer
+            .cached
+            .read_present(source, place, &Default::default())
+            .is_empty()
+        {
             let what = "the disk is full, and the sparse files of a layer cannot be restored without it";
             return Err(Fault::Disk(io::Error::new(io::ErrorKind::StorageFull, what)));
         }

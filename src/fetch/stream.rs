@@ -62,6 +62,15 @@ impl Fetcher {
         self.progresses().get(layer).cloned()
     }
 
+    /// The streams under way: layer, bytes of the blob that have arrived, and bytes of the blob.
+    pub fn streams_under_way(&self) -> Vec<(Digest, u64, u64)> {
+        let progresses = self.progresses();
+        progresses
+            .iter()
+            .map(|(layer, progress)| (*layer, progress.done(), progress.total()))
+            .collect()
+    }
+
     async fn stream_once(self: &Arc<Self>, request: StreamRequest) -> Result<Arc<CachedLayer>, FetchError> {
         let (layer, from) = (request.digest, request.blob.describe());
         if let Some(cached) = self.cached(layer).await? {
@@ -106,7 +115,11 @@ impl Fetcher {
     }
 
     /// One download of the blob.
-    async fn pass(self: &Arc<Self>, request: &StreamRequest, progress: &Arc<Progress>) -> Result<Arc<CachedLayer>, Fault> {
+    async fn pass(
+        self: &Arc<Self>,
+        request: &StreamRequest,
+        progress: &Arc<Progress>,
+    ) -> Result<Arc<CachedLayer>, Fault> {
         progress.done.store(0, Ordering::Relaxed);
         let staging = self.cache.stage(&request.digest).map_err(Fault::from)?;
         let sink = Indexing {
@@ -126,7 +139,9 @@ impl Fetcher {
         }
         let diff_id = request.diff_id;
         let finish = tokio::task::spawn_blocking(move || sink.finish(sums, diff_id));
-        finish.await.unwrap_or_else(|error| Err(Fault::Disk(io::Error::other(error))))
+        finish
+            .await
+            .unwrap_or_else(|error| Err(Fault::Disk(io::Error::other(error))))
     }
 
     /// What a stream may use; `arrived` is told of bytes.

@@ -26,7 +26,14 @@ fn harness() {
         let reference = format!("{}/demo/app:1", proxy.host());
         println!("{}", containerd.pull(&reference, REFERENCE).expect_success().describe());
         println!("{:?}", proxy.exchanges());
-        println!("{}", containerd.sh(&reference, REFERENCE, "sha256sum app/data/*; ls -la /; cat /proc/self/mountinfo"));
+        println!(
+            "{}",
+            containerd.sh(
+                &reference,
+                REFERENCE,
+                "sha256sum app/data/*; ls -la /; cat /proc/self/mountinfo"
+            )
+        );
         let a = containerd.view(&reference, REFERENCE);
         let b = containerd.view(&reference, REFERENCE);
         println!("{:?}", compare(&a.path, &b.path, &Options::default()).expect_equal());

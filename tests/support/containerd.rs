@@ -140,10 +140,15 @@ impl Containerd {
     /// A `ctr` command in [`NAMESPACE`].
     pub fn ctr(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.generation.program("ctr"));
-        command.arg("--address").arg(&self.address).args(["--namespace", NAMESPACE]);
+        command
+            .arg("--address")
+            .arg(&self.address)
+            .args(["--namespace", NAMESPACE]);
         command.args(arguments);
         // A default that the caller's environment might have.
-        command.env_remove("CONTAINERD_SNAPSHOTTER").env_remove("CONTAINERD_NAMESPACE");
+        command
+            .env_remove("CONTAINERD_SNAPSHOTTER")
+            .env_remove("CONTAINERD_NAMESPACE");
         command
     }
 
@@ -167,13 +172,24 @@ impl Containerd {
 
     /// Runs a shell script in a new container, and returns its output; panics unless it succeeds.
     pub fn sh(&self, reference: &str, snapshotter: &str, script: &str) -> String {
-        self.run(reference, snapshotter, &["sh", "-c", script]).expect_success().text()
+        self.run(reference, snapshotter, &["sh", "-c", script])
+            .expect_success()
+            .text()
     }
 
     /// Starts a container that stays until [`Containerd::remove_container`].
     pub fn start_container(&self, reference: &str, snapshotter: &str) -> String {
         let id = self.new_id();
-        self.ctr_ok(&["run", "--detach", "--snapshotter", snapshotter, reference, &id, "sleep", "100000"]);
+        self.ctr_ok(&[
+            "run",
+            "--detach",
+            "--snapshotter",
+            snapshotter,
+            reference,
+            &id,
+            "sleep",
+            "100000",
+        ]);
         id
     }
 
@@ -199,7 +215,10 @@ impl Containerd {
     fn names(&self, arguments: &[&str]) -> Vec<String> {
         let listed = self.ctr_ok(arguments).text();
         let lines = listed.lines().skip(1);
-        lines.filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect()
+        lines
+            .filter_map(|line| line.split_whitespace().next())
+            .map(str::to_owned)
+            .collect()
     }
 
     /// References of all images.
@@ -257,7 +276,10 @@ impl Containerd {
 
     /// Mounts an image's file system read-only, as its containers see it, until the result is dropped.
     pub fn view(&self, reference: &str, snapshotter: &str) -> View<'_> {
-        let top = self.chain_ids(reference).pop().unwrap_or_else(|| panic!("{reference} has no layers"));
+        let top = self
+            .chain_ids(reference)
+            .pop()
+            .unwrap_or_else(|| panic!("{reference} has no layers"));
         let key = self.new_id();
         self.ctr_ok(&["snapshots", "--snapshotter", snapshotter, "view", &key, &top]);
         let view = View {
@@ -267,7 +289,9 @@ impl Containerd {
             key,
         };
         let target = view.path.display().to_string();
-        let mounts = self.ctr_ok(&["snapshots", "--snapshotter", snapshotter, "mounts", &target, &view.key]).text();
+        let mounts = self
+            .ctr_ok(&["snapshots", "--snapshotter", snapshotter, "mounts", &target, &view.key])
+            .text();
         assert!(mounts.starts_with("mount "), "not a mount command: {mounts}");
         run_ok(Command::new("sh").args(["-ec", &mounts]));
         view
@@ -277,8 +301,14 @@ impl Containerd {
     /// are `--estargz`, `--zstdchunked`, `--estargz-chunk-size N`, ...
     pub fn convert(&self, from: &str, to: &str, options: &[&str]) {
         let mut command = Command::new(require_program("ctr-remote"));
-        command.arg("--address").arg(&self.address).args(["--namespace", NAMESPACE]);
-        command.args(["images", "convert", "--oci"]).args(options).args([from, to]);
+        command
+            .arg("--address")
+            .arg(&self.address)
+            .args(["--namespace", NAMESPACE]);
+        command
+            .args(["images", "convert", "--oci"])
+            .args(options)
+            .args([from, to]);
         run(&mut command, 3 * COMMAND_TIMEOUT).expect_success();
     }
 
@@ -297,7 +327,8 @@ pub fn chain_ids<'a>(diff_ids: impl Iterator<Item = &'a str>) -> Vec<String> {
             None => diff_id.to_owned(),
             Some(parent) => {
                 let hash = Sha256::digest(format!("{parent} {diff_id}"));
-                hash.iter().fold("sha256:".to_owned(), |text, byte| format!("{text}{byte:02x}"))
+                hash.iter()
+                    .fold("sha256:".to_owned(), |text, byte| format!("{text}{byte:02x}"))
             }
         };
         chain.push(next);

@@ -125,7 +125,12 @@ pub fn seal(block: &mut [u8; BLOCK]) {
 }
 
 fn put(field: &mut [u8], bytes: &[u8]) {
-    assert!(bytes.len() <= field.len(), "{} bytes do not fit into {}", bytes.len(), field.len());
+    assert!(
+        bytes.len() <= field.len(),
+        "{} bytes do not fit into {}",
+        bytes.len(),
+        field.len()
+    );
     field[..bytes.len()].copy_from_slice(bytes);
 }
 
@@ -438,7 +443,10 @@ impl<'a> Tar<'a> {
                     }
                 }
                 if nanoseconds.is_some() || header.mtime < 0 {
-                    pax.push((b"mtime".to_vec(), decimal(header.mtime, nanoseconds.unwrap_or(0)).into_bytes()));
+                    pax.push((
+                        b"mtime".to_vec(),
+                        decimal(header.mtime, nanoseconds.unwrap_or(0)).into_bytes(),
+                    ));
                     header.mtime = header.mtime.max(0);
                 }
                 if !pax.is_empty() {
@@ -493,7 +501,10 @@ impl<'a> Tar<'a> {
 
 /// A name for the header of an entry whose real name stands in a PAX record.
 fn shortened(path: &[u8]) -> Vec<u8> {
-    let mut bytes: Vec<u8> = path.iter().map(|byte| if byte.is_ascii() { *byte } else { b'_' }).collect();
+    let mut bytes: Vec<u8> = path
+        .iter()
+        .map(|byte| if byte.is_ascii() { *byte } else { b'_' })
+        .collect();
     bytes.truncate(100);
     bytes
 }
@@ -529,8 +540,10 @@ mod tests {
         let mut tar = Tar::new(&mut bytes);
         let long = "d/".repeat(90) + "file";
         tar.add(Entry::file(&long, "pax")).unwrap();
-        tar.add(Entry::file(long.clone() + "2", "gnu").dialect(Dialect::Gnu)).unwrap();
-        tar.add(Entry::file(long.clone() + "3", "ustar").dialect(Dialect::Ustar)).unwrap();
+        tar.add(Entry::file(long.clone() + "2", "gnu").dialect(Dialect::Gnu))
+            .unwrap();
+        tar.add(Entry::file(long.clone() + "3", "ustar").dialect(Dialect::Ustar))
+            .unwrap();
         tar.add(Entry::file("v7", "v7").dialect(Dialect::V7).mtime(-5)).unwrap();
         tar.finish().unwrap();
         let dir = tempfile::tempdir().unwrap();

@@ -1,0 +1,110 @@
+# The images of the cold-start demo, in the storage directory of a registry that is kept between runs. Sourced by run.
+# shellcheck shell=bash
+
+# Changes whenever the recipe below changes, so that kept images are built anew.
+RECIPE=1
+
+# The file that every image tool writes its progress to.
+build_log() { echo "$WORK/build.log"; }
+
+# has REPOSITORY:TAG: whether the registry holds it.
+has() {
+    curl -fsS -o /dev/null -H 'Accept: application/vnd.oci.image.manifest.v1+json' \
+        -H 'Accept: application/vnd.docker.distribution.manifest.v2+json' \
+        "http://$REGISTRY/v2/${1%:*}/manifests/${1##*:}" 2>/dev/null
+}
+
+# Python with numpy the way people build it: a base system, Python, tools that only the build needed, numpy, an app.
+# Packages of this machine's own release, from its own mirror.
+build_python() {
+    local suite mirror bundle=$WORK/build/bundle layout=$WORK/build/oci
+    suite=${DEMO_SUITE:-$(. /etc/os-release && echo "$VERSION_CODENAME")}
+    # shellcheck disable=SC2016  # apt's own variables
+    mirror=${DEMO_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' "Codename: $suite" |
+        sed -n 's,/*$,,; /^http/p' | head -n 1)}
+    say "building the image from $suite packages of ${mirror:-the default mirror} (once; takes about two minutes)"
+
+    mkdir -p "$WORK/build"
+    umoci init --layout "$layout"
+    umoci new --image "$layout:python"
+    umoci unpack --image "$layout:python" "$bundle"
+    say "  layer 1: Debian's minimal base system"
+    debootstrap --variant=minbase --include=ca-certificates "$suite" "$bundle/rootfs" ${mirror:+"$mirror"}
+    # debootstrap has /proc mounted while it works, and may leave it so.
+    unmount_below "$bundle/rootfs"
+    pack_layer "$layout" "$bundle" "debootstrap"
+    say "  layer 2: Python"
+    add_packages "$bundle/rootfs" python3
+    pack_layer "$layout" "$bundle" "python3"
+    say "  layer 3: tools that only the build needed"
+    add_packages "$bundle/rootfs" python3-dev python3-pip git binutils make
+    pack_layer "$layout" "$bundle" "python3-dev python3-pip git binutils make"
+    say "  layer 4: numpy"
+    add_packages "$bundle/rootfs" python3-numpy
+    pack_layer "$layout" "$bundle" "python3-numpy"
+    say "  layer 5: the application"
+    mkdir -p "$bundle/rootfs/app"
+    cat >"$bundle/rootfs/app/main.py" <<'EOF'
+import numpy
+print("numpy", numpy.__version__, "sum", int(numpy.arange(1000).sum()))
+EOF
+    pack_layer "$layout" "$bundle" "app"
+    umoci config --image "$layout:python" --config.cmd python3 --config.cmd /app/main.py --config.env PATH=/usr/sbin:/usr/bin:/sbin:/bin
+    skopeo copy --dest-tls-verify=false "oci:$layout:python" "docker://$REGISTRY/demo/python:plain"
+    rm -rf --one-file-system "$WORK/build"
+}
+
+# pack_layer LAYOUT BUNDLE COMMENT: what changed in the bundle's tree becomes a layer.
+pack_layer() {
+    rm -rf "$2/rootfs/var/cache/apt"/*.bin "$2/rootfs/var/cache/apt/archives"/*.deb "$2/rootfs/var/log/apt" "$2/rootfs/var/lib/apt/lists"/*
+    umoci repack --refresh-bundle --image "$1:python" --history.created_by "$3" "$2"
+}
+
+# add_packages ROOT PACKAGE...
+add_packages() {
+    local root=$1
+    shift
+    cp /etc/resolv.conf "$root/etc/resolv.conf"
+    chroot "$root" apt-get -qq update
+    DEBIAN_FRONTEND=noninteractive LC_ALL=C chroot "$root" apt-get -qq install -y --no-install-recommends "$@"
+    rm -f "$root/etc/resolv.conf"
+}
+
+# convert REPOSITORY: its tag "plain" becomes eStargz under the tag "estargz".
+convert() {
+    local dir=$WORK/convert path=$PATH
+    say "converting $1 to eStargz (once)"
+    start_containerd "$dir" "$path" overlayfs
+    "${CTR[@]}" images pull --plain-http --all-platforms=false "$REGISTRY/$1:plain"
+    ctr-remote --address "$dir/containerd.sock" images convert --estargz --oci "$REGISTRY/$1:plain" "$REGISTRY/$1:estargz"
+    "${CTR[@]}" images push --plain-http "$REGISTRY/$1:estargz"
+    clear_dir "$dir"
+}
+
+# prepare_images: sets REPOSITORY and FORMATS.
+prepare_images() {
+    if [ -n "${IMAGE:-}" ]; then
+        REPOSITORY=user/$(printf '%s' "$IMAGE" | sha256sum | cut -c 1-16)
+        # Always asked for, since a tag can move; layers that are there already are not copied again.
+        say "copying $IMAGE into the throw-away registry"
+        skopeo copy --dest-tls-verify=false "docker://$IMAGE" "docker://$REGISTRY/$REPOSITORY:plain" >>"$(build_log)" 2>&1 ||
+            { tail -n 3 "$(build_log)" >&2; die "$IMAGE cannot be copied; for a private image log in with 'skopeo login' first"; }
+    else
+        REPOSITORY=demo/python
+        has $REPOSITORY:plain || build_python >>"$(build_log)" 2>&1
+    fi
+    FORMATS=(plain)
+    if command -v ctr-remote >/dev/null; then
+        has "$REPOSITORY:estargz" || convert "$REPOSITORY" >>"$(build_log)" 2>&1
+        FORMATS+=(estargz)
+    else
+        say "ATTENTION: ctr-remote is not installed; the eStargz part is skipped"
+    fi
+}
+
+# Prints the layers and the size of the image.
+describe_image() {
+    curl -fsS -H 'Accept: application/vnd.oci.image.manifest.v1+json' -H 'Accept: application/vnd.docker.distribution.manifest.v2+json' \
+        "http://$REGISTRY/v2/$REPOSITORY/manifests/$1" |
+        jq -r --arg tag "$1" '"  \($tag): \(.layers | length) layers, \([.layers[].size] | add / 1e6 | round) MB compressed"'
+}

@@ -79,7 +79,7 @@ impl Registry {
             shared: Arc::new(Shared {
                 attempts: config.attempts.max(1),
                 hosts: HostTable::new(config),
-                gates: Gates::new(Credentials::new(config)),
+                gates: Gates::new(Credentials::new(config), metrics.clone()),
                 health: Health::default(),
                 metrics,
             }),

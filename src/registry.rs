@@ -62,6 +62,9 @@ pub trait Blob: Send + Sync {
 
     /// Name for logs and errors: `registry.example/repo@sha256:...`.
     fn describe(&self) -> String;
+
+    /// What was read last did not have its digest: ask another host next, if there is one.
+    fn distrust(&self) {}
 }
 
 /// One repository: manifests and blobs by name and digest.

@@ -32,6 +32,8 @@ const DEFAULT_EXPIRY: Duration = Duration::from_secs(60);
 const RENEW_BEFORE: Duration = Duration::from_secs(15);
 /// Longest validity that is believed.
 const MAX_EXPIRY: Duration = Duration::from_secs(24 * 3600);
+/// Longest wait for a token in all: every reader of the repository waits for it.
+const TOKEN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Largest answer of a token service, in bytes.
 const MAX_TOKEN_ANSWER: usize = 1 << 20;
 /// Name of this program towards OAuth 2 token services.
@@ -291,7 +293,7 @@ impl TokenRequest<'_> {
             host: host.clone(),
             what: super::hosts::transport::chain(&error.without_url()),
         };
-        let outcome = request.send().await;
+        let outcome = request.timeout(TOKEN_TIMEOUT).send().await;
         super::count_request(self.metrics, outcome.as_ref().ok().map(|answer| answer.status()));
         let mut answer = outcome.map_err(unreachable)?;
         let what = format!("a token for {}", self.scope);

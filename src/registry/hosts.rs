@@ -4,6 +4,9 @@
 //! `_default`; the first that exists is taken. Its `hosts.toml` gives the endpoints in the order in which they are asked; without
 //! one, docker's certificate files there (`*.crt`, `*.cert` with `*.key`) apply to the registry itself. Files are read again when
 //! they change, so nothing has to be restarted. Endpoints with the same TLS identity share one connection pool.
+//!
+//! Two differences from containerd: a broken `hosts.toml` is an error instead of being passed over, and a loopback registry without
+//! certificates is asked with plain HTTP only, not with TLS first.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -159,7 +162,9 @@ impl HostTable {
                 None => {
                     // As containerd does: what is said of capabilities does not hold for the registry itself.
                     (spec.pull, spec.resolve) = (true, true);
-                    self.own_address(host)?
+                    // Who gives certificates means TLS, even on loopback.
+                    let tls = !spec.ca.is_empty() || !spec.client.is_empty();
+                    self.own_address(host, tls)?
                 }
             };
             endpoints.push(Arc::new(self.endpoint(host, base, spec, stamps)?));
@@ -186,12 +191,12 @@ impl HostTable {
         None
     }
 
-    fn own_address(&self, host: &str) -> Result<Url, RegistryError> {
+    fn own_address(&self, host: &str, tls: bool) -> Result<Url, RegistryError> {
         let address = match host {
             "docker.io" => "registry-1.docker.io",
             other => other,
         };
-        let plain = is_loopback(address) || self.plain_http.iter().any(|name| name == host);
+        let plain = (is_loopback(address) && !tls) || self.plain_http.iter().any(|name| name == host);
         let scheme = if plain { "http" } else { "https" };
         Url::parse(&format!("{scheme}://{address}/v2"))
             .ok()

@@ -134,6 +134,24 @@ async fn a_mirror_behind_a_dead_port_costs_nothing_but_time() {
 }
 
 #[tokio::test]
+async fn a_bad_copy_at_a_mirror_does_not_hide_a_good_one() {
+    let m = Mirrored::new().await;
+    let source = m.source();
+    let size = m.bytes.len() as u64;
+    m.mirror.fail(On::Blob, 99, Fault::Corrupt(20));
+    assert!(source.read_small(m.digest, size, size).await.unwrap() == m.bytes);
+    assert_eq!(m.asked(), (1, 1));
+    // Who verifies on his own says so, too.
+    let m = Mirrored::new().await;
+    m.mirror.fail(On::Blob, 99, Fault::Corrupt(20));
+    let blob = m.source().blob(m.digest, size);
+    assert!(read(&blob, 0..100).await.unwrap() != m.bytes[..100]);
+    blob.distrust();
+    assert!(read(&blob, 0..100).await.unwrap() == m.bytes[..100]);
+    assert_eq!(m.asked(), (1, 1));
+}
+
+#[tokio::test]
 async fn options_of_a_mirror_count() {
     let m = Mirrored::new().await;
     m.write("capabilities = [\"pull\"]\n[host.\"http://MIRROR\".header]\nx-mirror = [\"a\", \"b\"]\n");

@@ -244,4 +244,8 @@ async fn a_real_registry_behind_tls() {
         write(options);
         check_image(tls_source(), &layers).await;
     }
+    // Docker's form: certificates beside each other, and no hosts.toml.
+    std::fs::remove_file(hosts.join("hosts.toml")).unwrap();
+    std::fs::rename(hosts.join("ca.pem"), hosts.join("ca.crt")).unwrap();
+    check_image(tls_source(), &layers).await;
 }

@@ -129,6 +129,11 @@ impl Operation {
             .map_or_else(|| self.repository.host.clone(), |endpoint| endpoint.name.clone())
     }
 
+    /// Address of the endpoint at `place`: its name in [`crate::registry::attempts::Health`].
+    pub(super) fn address(&self, place: usize) -> Option<String> {
+        self.endpoints.get(place).map(|endpoint| endpoint.base.to_string())
+    }
+
     /// An error about what the endpoint at `place` sent.
     pub(super) fn protocol(&self, place: usize, problem: String) -> RegistryError {
         RegistryError::Protocol {

@@ -58,6 +58,8 @@ pub struct HostTable {
     known: BTreeMap<String, Vec<String>>,
     clients: Clients,
     cached: Mutex<HashMap<String, Cached>>,
+    /// Held by the one caller that looks at files, so that many first readers do not build a connection pool each.
+    looking: Mutex<()>,
 }
 
 #[derive(Clone)]
@@ -92,6 +94,19 @@ impl HostTable {
             known: config.hosts.clone(),
             clients: Clients::new(config.connect_timeout, config.idle_timeout),
             cached: Mutex::new(HashMap::new()),
+            looking: Mutex::new(()),
+        }
+    }
+
+    /// The endpoints of `host` as of at most a second ago; otherwise as [`HostTable::endpoints`].
+    ///
+    /// # Errors
+    /// As [`HostTable::endpoints`].
+    pub fn fresh(&self, host: &str) -> Result<Arc<Vec<Arc<Endpoint>>>, RegistryError> {
+        let _looking = lock(&self.looking);
+        match self.recent(host) {
+            Some(endpoints) => Ok(endpoints),
+            None => self.endpoints(host),
         }
     }
 
@@ -476,6 +491,18 @@ mod tests {
         );
         table.endpoints("r.example").unwrap();
         assert_eq!(table.clients.len(), 2);
+    }
+
+    #[test]
+    fn readers_that_come_at_once_share_one_look_up() {
+        let table = table(&[Path::new("/nonexistent")]);
+        let found: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8)
+                .map(|_| scope.spawn(|| table.fresh("r.example").unwrap()))
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(found.iter().all(|endpoints| Arc::ptr_eq(endpoints, &found[0])));
     }
 
     #[test]

@@ -28,7 +28,7 @@ impl Operation {
             Some(endpoints) => endpoints,
             None => {
                 let state = repository.clone();
-                tokio::task::spawn_blocking(move || state.shared.hosts.endpoints(&state.host))
+                tokio::task::spawn_blocking(move || state.shared.hosts.fresh(&state.host))
                     .await
                     .map_err(|error| RegistryError::Unreachable {
                         host: repository.host.clone(),

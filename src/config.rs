@@ -130,7 +130,7 @@ pub struct FetchConfig {
 }
 
 /// FUSE.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FuseConfig {
     /// Threads that answer the kernel; each holds a buffer of 16 MiB of address space. 0 means one per processor, at most 8.
@@ -195,12 +195,6 @@ impl Default for FetchConfig {
             stream_memory: ByteSize(64 << 20),
             read_deadline: Duration::from_secs(120),
         }
-    }
-}
-
-impl Default for FuseConfig {
-    fn default() -> Self {
-        FuseConfig { threads: 0 }
     }
 }
 

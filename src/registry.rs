@@ -24,6 +24,7 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 
 use crate::layer::Digest;
+use crate::metrics::Metrics;
 
 pub mod attempts;
 pub mod auth;
@@ -61,6 +62,9 @@ pub trait Blob: Send + Sync {
 
     /// Name for logs and errors: `registry.example/repo@sha256:...`.
     fn describe(&self) -> String;
+
+    /// What was read last did not have its digest: ask another host next, if there is one.
+    fn distrust(&self) {}
 }
 
 /// One repository: manifests and blobs by name and digest.
@@ -101,7 +105,7 @@ pub struct ManifestBytes {
 /// Counters of one [`Source`], for `lazuli status`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct SourceStats {
-    /// HTTP requests sent (redirects, tokens and repetitions included), or files read.
+    /// HTTP requests sent (redirects and repetitions included, tokens not: several sources may share one), or files read.
     pub requests: u64,
     /// Bytes of answers that were received.
     pub bytes: u64,
@@ -112,4 +116,17 @@ pub struct SourceStats {
 /// Locks a mutex whose data stays valid even if a holder panicked.
 pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Counts a request in the metrics, by the class of its answer.
+fn count_request(metrics: &Metrics, status: Option<http::StatusCode>) {
+    let class = match status.map(|status| status.as_u16() / 100) {
+        Some(1) => "1xx",
+        Some(2) => "2xx",
+        Some(3) => "3xx",
+        Some(4) => "4xx",
+        Some(_) => "5xx",
+        None => "error",
+    };
+    metrics.registry_requests_total.with_label_values(&[class]).inc();
 }

@@ -112,6 +112,9 @@ impl Attempts {
         if failure.passing {
             if std::mem::take(&mut self.progress) >= PROGRESS {
                 self.left = self.limit;
+                for backoff_of_host in self.hosts.iter_mut().filter_map(|host| host.backoff.as_mut()) {
+                    *backoff_of_host = backoff();
+                }
             }
             self.left = self.left.saturating_sub(1);
         }
@@ -264,7 +267,8 @@ mod tests {
         attempts.failed(0, passing(), now);
         attempts.progressed(PROGRESS);
         attempts.failed(0, passing(), now);
-        assert!(attempts.next(now).is_some());
+        // The wait begins anew too: at most the first delay and as much jitter.
+        assert!(attempts.next(now).is_some_and(|(_, wait)| wait <= FIRST_DELAY * 2));
         attempts.progressed(PROGRESS - 1);
         attempts.failed(0, passing(), now);
         assert!(attempts.next(now).is_none());

@@ -16,6 +16,7 @@ use url::Url;
 
 use super::hosts::Endpoint;
 use super::{RegistryError, lock};
+use crate::metrics::Metrics;
 
 pub mod challenge;
 pub mod credentials;
@@ -31,6 +32,8 @@ const DEFAULT_EXPIRY: Duration = Duration::from_secs(60);
 const RENEW_BEFORE: Duration = Duration::from_secs(15);
 /// Longest validity that is believed.
 const MAX_EXPIRY: Duration = Duration::from_secs(24 * 3600);
+/// Longest wait for a token in all: every reader of the repository waits for it.
+const TOKEN_TIMEOUT: Duration = Duration::from_secs(30);
 /// Largest answer of a token service, in bytes.
 const MAX_TOKEN_ANSWER: usize = 1 << 20;
 /// Name of this program towards OAuth 2 token services.
@@ -39,6 +42,7 @@ const CLIENT_ID: &str = "lazuli";
 /// All gates of a daemon.
 pub struct Gates {
     credentials: Credentials,
+    metrics: Arc<Metrics>,
     gates: Mutex<LruCache<(String, String), Arc<Gate>>>,
 }
 
@@ -76,10 +80,11 @@ pub struct Authorization {
 }
 
 impl Gates {
-    /// Gates that take credentials from `credentials`.
-    pub fn new(credentials: Credentials) -> Self {
+    /// Gates that take credentials from `credentials`, and count their requests in `metrics`.
+    pub fn new(credentials: Credentials, metrics: Arc<Metrics>) -> Self {
         Gates {
             credentials,
+            metrics,
             gates: Mutex::new(LruCache::new(MAX_GATES)),
         }
     }
@@ -162,6 +167,7 @@ impl Gates {
             match (challenge, &secret) {
                 (Challenge::Bearer { realm, service, scope }, secret) => {
                     let request = TokenRequest {
+                        metrics: &self.metrics,
                         endpoint,
                         realm,
                         service: service.as_deref(),
@@ -216,6 +222,7 @@ fn sensitive(text: &str) -> Result<HeaderValue, RegistryError> {
 }
 
 struct TokenRequest<'a> {
+    metrics: &'a Metrics,
     endpoint: &'a Endpoint,
     realm: &'a str,
     service: Option<&'a str>,
@@ -286,7 +293,9 @@ impl TokenRequest<'_> {
             host: host.clone(),
             what: super::hosts::transport::chain(&error.without_url()),
         };
-        let mut answer = request.send().await.map_err(unreachable)?;
+        let outcome = request.timeout(TOKEN_TIMEOUT).send().await;
+        super::count_request(self.metrics, outcome.as_ref().ok().map(|answer| answer.status()));
+        let mut answer = outcome.map_err(unreachable)?;
         let what = format!("a token for {}", self.scope);
         let status = answer.status();
         match status {

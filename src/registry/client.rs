@@ -34,6 +34,8 @@ use operation::Operation;
 
 /// Repositories whose state is kept; the one unused longest is forgotten first (its handles go on working).
 const MAX_REPOSITORIES: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+/// Times that a small blob is read until its bytes are right: two mirrors with a bad copy do not hide a registry with a good one.
+const MAX_UNVERIFIED: u32 = 3;
 /// What is understood in answer to a request for a manifest.
 const ACCEPT_MANIFEST: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
                                application/vnd.docker.distribution.manifest.list.v2+json, \
@@ -79,7 +81,7 @@ impl Registry {
             shared: Arc::new(Shared {
                 attempts: config.attempts.max(1),
                 hosts: HostTable::new(config),
-                gates: Gates::new(Credentials::new(config)),
+                gates: Gates::new(Credentials::new(config), metrics.clone()),
                 health: Health::default(),
                 metrics,
             }),
@@ -186,7 +188,7 @@ impl Repository {
             });
         }
         let host = self.host.clone();
-        let attempts = self.shared.attempts;
+        let attempts = self.shared.attempts.min(MAX_UNVERIFIED);
         let blob = RemoteBlob::new(self, digest, size);
         let mut attempt = 0;
         loop {
@@ -202,10 +204,10 @@ impl Repository {
             if actual == digest {
                 return Ok(bytes);
             }
-            // Damaged on its way, or a bad copy behind one of several hosts: once more is worth it, for ever is not.
+            // Damaged on its way, or a bad copy at one of several hosts.
             attempt += 1;
             blob.distrust();
-            if attempt >= attempts.min(2) {
+            if attempt >= attempts {
                 let error = RegistryError::Protocol {
                     host,
                     what: format!("blob {digest}"),

@@ -4,6 +4,9 @@
 //! `_default`; the first that exists is taken. Its `hosts.toml` gives the endpoints in the order in which they are asked; without
 //! one, docker's certificate files there (`*.crt`, `*.cert` with `*.key`) apply to the registry itself. Files are read again when
 //! they change, so nothing has to be restarted. Endpoints with the same TLS identity share one connection pool.
+//!
+//! Two differences from containerd: a broken `hosts.toml` is an error instead of being passed over, and a loopback registry without
+//! certificates is asked with plain HTTP only, not with TLS first.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -55,6 +58,8 @@ pub struct HostTable {
     known: BTreeMap<String, Vec<String>>,
     clients: Clients,
     cached: Mutex<HashMap<String, Cached>>,
+    /// Held by the one caller that looks at files, so that many first readers do not build a connection pool each.
+    looking: Mutex<()>,
 }
 
 #[derive(Clone)]
@@ -89,6 +94,19 @@ impl HostTable {
             known: config.hosts.clone(),
             clients: Clients::new(config.connect_timeout, config.idle_timeout),
             cached: Mutex::new(HashMap::new()),
+            looking: Mutex::new(()),
+        }
+    }
+
+    /// The endpoints of `host` as of at most a second ago; otherwise as [`HostTable::endpoints`].
+    ///
+    /// # Errors
+    /// As [`HostTable::endpoints`].
+    pub fn fresh(&self, host: &str) -> Result<Arc<Vec<Arc<Endpoint>>>, RegistryError> {
+        let _looking = lock(&self.looking);
+        match self.recent(host) {
+            Some(endpoints) => Ok(endpoints),
+            None => self.endpoints(host),
         }
     }
 
@@ -159,7 +177,9 @@ impl HostTable {
                 None => {
                     // As containerd does: what is said of capabilities does not hold for the registry itself.
                     (spec.pull, spec.resolve) = (true, true);
-                    self.own_address(host)?
+                    // Who gives certificates means TLS, even on loopback.
+                    let tls = !spec.ca.is_empty() || !spec.client.is_empty();
+                    self.own_address(host, tls)?
                 }
             };
             endpoints.push(Arc::new(self.endpoint(host, base, spec, stamps)?));
@@ -186,12 +206,12 @@ impl HostTable {
         None
     }
 
-    fn own_address(&self, host: &str) -> Result<Url, RegistryError> {
+    fn own_address(&self, host: &str, tls: bool) -> Result<Url, RegistryError> {
         let address = match host {
             "docker.io" => "registry-1.docker.io",
             other => other,
         };
-        let plain = is_loopback(address) || self.plain_http.iter().any(|name| name == host);
+        let plain = (is_loopback(address) && !tls) || self.plain_http.iter().any(|name| name == host);
         let scheme = if plain { "http" } else { "https" };
         Url::parse(&format!("{scheme}://{address}/v2"))
             .ok()
@@ -471,6 +491,18 @@ mod tests {
         );
         table.endpoints("r.example").unwrap();
         assert_eq!(table.clients.len(), 2);
+    }
+
+    #[test]
+    fn readers_that_come_at_once_share_one_look_up() {
+        let table = table(&[Path::new("/nonexistent")]);
+        let found: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8)
+                .map(|_| scope.spawn(|| table.fresh("r.example").unwrap()))
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(found.iter().all(|endpoints| Arc::ptr_eq(endpoints, &found[0])));
     }
 
     #[test]

@@ -110,7 +110,7 @@ pub struct ImageConfig {
 }
 
 #[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
+#[serde(rename_all = "camelCase", expecting = "a manifest or an index")]
 struct RawDocument {
     schema_version: Option<u64>,
     #[serde(default)]
@@ -125,6 +125,7 @@ struct RawDocument {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "an image config")]
 struct RawConfig {
     #[serde(flatten)]
     platform: Platform,

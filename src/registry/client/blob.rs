@@ -1,7 +1,8 @@
 //! A blob behind HTTP, and the body that resumes.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -27,6 +28,8 @@ pub(super) struct RemoteBlob {
     repository: Arc<Repository>,
     digest: Digest,
     size: u64,
+    /// Address of the endpoint that bytes came from last.
+    served_by: Arc<Mutex<Option<String>>>,
 }
 
 impl RemoteBlob {
@@ -35,12 +38,8 @@ impl RemoteBlob {
             repository,
             digest,
             size,
+            served_by: Arc::default(),
         }
-    }
-
-    /// The bytes were bad: do not go back to where they came from.
-    pub(super) fn distrust(&self) {
-        self.repository.locations.forget_all(self.digest);
     }
 
     async fn open(&self, range: Range<u64>) -> Result<Body, RegistryError> {
@@ -64,6 +63,7 @@ impl RemoteBlob {
             position: range.start,
             end: range.end,
             answer: None,
+            served_by: self.served_by.clone(),
         };
         // Wait for the first good answer here, so that a blob that cannot be had fails before its body is used.
         reader.connect().await?;
@@ -86,6 +86,13 @@ impl Blob for RemoteBlob {
 
     fn describe(&self) -> String {
         format!("{}@{}", self.repository.describe(), self.digest)
+    }
+
+    fn distrust(&self) {
+        self.repository.locations.forget_all(self.digest);
+        if let Some(endpoint) = lock(&self.served_by).take() {
+            self.repository.shared.health.failed(&endpoint, Instant::now());
+        }
     }
 }
 
@@ -120,6 +127,7 @@ struct Reader {
     /// Offset after the last byte wanted.
     end: u64,
     answer: Option<Answer>,
+    served_by: Arc<Mutex<Option<String>>>,
 }
 
 struct Answer {
@@ -139,6 +147,7 @@ impl Reader {
             let (place, response) = self.operation.respond().await?;
             match self.check(place, &response) {
                 Ok(skip) => {
+                    *lock(&self.served_by) = self.operation.address(place);
                     self.answer = Some(Answer { place, response, skip });
                     return Ok(());
                 }

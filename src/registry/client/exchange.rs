@@ -9,11 +9,11 @@ use url::Url;
 
 use super::Repository;
 use crate::layer::Digest;
-use crate::registry::RegistryError;
 use crate::registry::attempts::{Failure, retry_after};
 use crate::registry::hosts::transport::chain;
 use crate::registry::hosts::{Endpoint, authority};
 use crate::registry::range::range_header;
+use crate::registry::{RegistryError, count_request};
 
 /// Renewals of authentication within one exchange: one for what has ended, one for what another request renewed meanwhile.
 const MAX_RENEWALS: u32 = 2;
@@ -155,21 +155,10 @@ impl Repository {
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
         let outcome = endpoint.client.execute(request).await;
-        let class = match &outcome {
-            Ok(answer) => match answer.status().as_u16() / 100 {
-                1 => "1xx",
-                2 => "2xx",
-                3 => "3xx",
-                4 => "4xx",
-                _ => "5xx",
-            },
-            Err(_) => "error",
-        };
-        self.shared
-            .metrics
-            .registry_requests_total
-            .with_label_values(&[class])
-            .inc();
+        count_request(
+            &self.shared.metrics,
+            outcome.as_ref().ok().map(|answer| answer.status()),
+        );
         let answer = outcome.map_err(|error| {
             // The address is left out: a signed one would be a secret in a log.
             let what = chain(&error.without_url());

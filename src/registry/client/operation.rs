@@ -28,7 +28,7 @@ impl Operation {
             Some(endpoints) => endpoints,
             None => {
                 let state = repository.clone();
-                tokio::task::spawn_blocking(move || state.shared.hosts.endpoints(&state.host))
+                tokio::task::spawn_blocking(move || state.shared.hosts.fresh(&state.host))
                     .await
                     .map_err(|error| RegistryError::Unreachable {
                         host: repository.host.clone(),
@@ -127,6 +127,11 @@ impl Operation {
         self.endpoints
             .get(place)
             .map_or_else(|| self.repository.host.clone(), |endpoint| endpoint.name.clone())
+    }
+
+    /// Address of the endpoint at `place`: its name in [`crate::registry::attempts::Health`].
+    pub(super) fn address(&self, place: usize) -> Option<String> {
+        self.endpoints.get(place).map(|endpoint| endpoint.base.to_string())
     }
 
     /// An error about what the endpoint at `place` sent.

@@ -75,7 +75,7 @@ fn malformed_documents_are_named() {
     let entry = json!({"digest": digest("m"), "size": 1});
     for (document, part) in [
         (json!({}), "neither"),
-        (json!([]), "invalid type"),
+        (json!("x"), "expected a manifest"),
         (json!({"manifests": [entry], "config": entry}), "both"),
         (json!({"manifests": [entry]}), "index of manifests"),
         (

@@ -428,7 +428,7 @@ impl CachedLayer {
     }
 
     /// Removes everything but the index from the disk; the bytes that were freed.
-    pub(super) fn evict_all(&self) -> u64 {
+    pub(crate) fn evict_all(&self) -> u64 {
         self.evict(0..self.index.chunks().len())
     }
 

@@ -20,7 +20,7 @@ use crate::layer::{Digest, LayerIndex};
 use crate::metrics::Metrics;
 
 /// Mode of the cache's directories: for nobody else.
-const DIR_MODE: u32 = 0o700;
+pub(super) const DIR_MODE: u32 = 0o700;
 
 /// The cache on disk. There is one per root; it is open as long as anything of it is.
 pub struct Cache {
@@ -84,7 +84,12 @@ impl Cache {
             };
             known.put(digest, entry);
         }
-        tracing::info!(layers = known.len(), bytes = used, "opened the cache {}", layers.display());
+        tracing::info!(
+            layers = known.len(),
+            bytes = used,
+            "opened the cache {}",
+            layers.display()
+        );
         let cache = Arc::new_cyclic(|me| Cache {
             layers,
             config: config.clone(),
@@ -270,7 +275,8 @@ impl Cache {
             Ok(saved) => {
                 tracing::warn!(layer = %digest, len, "the data in the cache has the wrong length, its chunks are verified again");
                 write_map(&map, &map_path, chunks.len(), &id, &saved.words)?;
-                data.set_len(index.data_size()).map_err(CacheError::io("resize", &path))?;
+                data.set_len(index.data_size())
+                    .map_err(CacheError::io("resize", &path))?;
                 (false, saved.words)
             }
             Err(what) => {

@@ -147,7 +147,8 @@ impl CachedLayer {
     /// Positions of the chunks that hold any of the `len` bytes at `offset`.
     fn positions(&self, offset: u64, len: u64) -> impl Iterator<Item = usize> {
         let chunks = self.index.chunks();
-        let end = offset.saturating_add(len);
+        // No bytes are in no chunk, also within one.
+        let end = if len == 0 { 0 } else { offset.saturating_add(len) };
         let first = chunks.partition_point(|chunk| chunk.data_end() <= offset);
         // One chunk or two, nearly always: walking is faster than a second search.
         (first..chunks.len()).take_while(move |&at| chunks[at].data_offset < end)
@@ -189,8 +190,13 @@ impl CachedLayer {
         let mut failed = None;
         let shared = self.mutation.read().unwrap_or_else(PoisonError::into_inner);
         for at in self.positions(offset, len) {
-            let Some(record) = self.index.chunks().get(at) else { break };
-            let (from, to) = (record.data_offset.max(offset), record.data_end().min(offset.saturating_add(len)));
+            let Some(record) = self.index.chunks().get(at) else {
+                break;
+            };
+            let (from, to) = (
+                record.data_offset.max(offset),
+                record.data_end().min(offset.saturating_add(len)),
+            );
             let (skip, count) = ((from - record.data_offset) as usize, (to - from) as usize);
             let Some(place) = buf.get_mut((from - offset) as usize..).and_then(|b| b.get_mut(..count)) else {
                 continue;
@@ -281,10 +287,10 @@ impl CachedLayer {
 
     /// Checks bytes against the digest of a chunk.
     fn check(&self, chunk: usize, bytes: &[u8]) -> Result<&Chunk, CacheError> {
-        let corrupt = |source| CacheError::Corrupt {
+        let corrupt = |error| CacheError::Corrupt {
             layer: self.digest,
             chunk,
-            source,
+            source: Box::new(error),
         };
         let Some(record) = self.index.chunks().get(chunk) else {
             return Err(corrupt(LayerError::malformed(

@@ -190,8 +190,20 @@ mod tests {
         let read = || decode(&std::fs::read(file.path()).unwrap(), 3, &index).unwrap();
         map.unseal().unwrap();
         map.write_word(0, 2).unwrap();
-        assert_eq!(read(), Saved { sealed: false, words: vec![2] });
+        assert_eq!(
+            read(),
+            Saved {
+                sealed: false,
+                words: vec![2]
+            }
+        );
         map.seal(&Bitmap::from_words(3, &[6])).unwrap();
-        assert_eq!(read(), Saved { sealed: true, words: vec![6] });
+        assert_eq!(
+            read(),
+            Saved {
+                sealed: true,
+                words: vec![6]
+            }
+        );
     }
 }

@@ -1,7 +1,7 @@
 //! A layer in the making, in a directory of its own: nobody sees it before it is complete and durable.
 
-use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::fs::{File, Permissions};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -10,6 +10,7 @@ use tempfile::TempDir;
 
 use super::bitmap::Bitmap;
 use super::budget::full;
+use super::dir::DIR_MODE;
 use super::error::is_full;
 use super::layer::{BLOCK, Files};
 use super::map::{self, MapFile};
@@ -31,6 +32,7 @@ impl Staging {
         let parent = cache.incoming();
         let dir = tempfile::Builder::new()
             .prefix(&format!("{}-", digest.hex()))
+            .permissions(Permissions::from_mode(DIR_MODE))
             .tempdir_in(&parent)
             .map_err(CacheError::io("create a directory in", &parent))?;
         let path = dir.path().join("data");
@@ -79,7 +81,10 @@ impl Staging {
     pub fn read(&self, offset: u64, buf: &mut [u8]) -> Result<(), CacheError> {
         let mut filled = 0;
         while filled < buf.len() {
-            match self.data.read_at(&mut buf[filled..], offset.saturating_add(filled as u64)) {
+            match self
+                .data
+                .read_at(&mut buf[filled..], offset.saturating_add(filled as u64))
+            {
                 Ok(0) => {
                     buf[filled..].fill(0);
                     break;
@@ -116,7 +121,11 @@ impl Staging {
         write_durably(&dir.join("index"), &encoded)?;
         let map = write_durably(&dir.join("map"), &map::encode(true, chunks, &id, &words))?;
         sync_dir(dir)?;
-        let blocks = self.data.metadata().map_err(CacheError::io("read", &data_path))?.blocks();
+        let blocks = self
+            .data
+            .metadata()
+            .map_err(CacheError::io("read", &data_path))?
+            .blocks();
         let allocated = Arc::new(AtomicU64::new(blocks.saturating_mul(BLOCK)));
         let files = Files {
             dir: self.cache.layer_dir(&self.digest),

@@ -112,7 +112,11 @@ impl Layer {
         }
         {
             let mut queue = self.queue();
-            for chunk in self.cached.missing(offset, len).filter(|&chunk| !self.cached.is_suspect(chunk)) {
+            for chunk in self
+                .cached
+                .missing(offset, len)
+                .filter(|&chunk| !self.cached.is_suspect(chunk))
+            {
                 queue.want(chunk, self.ranks.rank(chunk), Class::Background, None);
             }
         }
@@ -163,7 +167,7 @@ impl Layer {
         match self.cached.store(chunk, &bytes) {
             Ok(crate::cache::Stored::Cached) => {}
             Ok(crate::cache::Stored::Bypassed) => self.keep_hot(chunk, &bytes),
-            Err(CacheError::Corrupt { source, .. }) => return Err(source),
+            Err(CacheError::Corrupt { source, .. }) => return Err(*source),
             Err(error) => {
                 // The bytes are good: a failing disk is no reason to fail the reader.
                 tracing::error!("{error}");

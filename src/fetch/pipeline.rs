@@ -175,7 +175,12 @@ impl InputState {
     /// The first bytes, without taking them.
     fn head(&mut self) -> Vec<u8> {
         loop {
-            let head: Vec<u8> = self.pieces.iter().flat_map(|p| p.bytes.iter().copied()).take(MAGIC_LEN).collect();
+            let head: Vec<u8> = self
+                .pieces
+                .iter()
+                .flat_map(|p| p.bytes.iter().copied())
+                .take(MAGIC_LEN)
+                .collect();
             if head.len() >= MAGIC_LEN || !self.receive() {
                 return head;
             }

@@ -57,8 +57,15 @@ impl Layer {
         drop(pass);
         if let Some(Cut::Short(length)) = cut {
             let seen: Vec<usize> = damaged.iter().map(|d| d.chunk).collect();
-            let lost = chunks.iter().filter(|c| self.queue().is_flying(**c, job.id) && !seen.contains(c));
-            let lost: Vec<Damage> = lost.map(|&chunk| Damage { chunk, error: short(length, &job) }).collect();
+            let lost = chunks
+                .iter()
+                .filter(|c| self.queue().is_flying(**c, job.id) && !seen.contains(c));
+            let lost: Vec<Damage> = lost
+                .map(|&chunk| Damage {
+                    chunk,
+                    error: short(length, &job),
+                })
+                .collect();
             damaged.extend(lost);
         }
         let error = match cut {
@@ -135,7 +142,11 @@ impl Layer {
                 let piece = piece.get(..len - buf.len()).unwrap_or(&piece);
                 let count = piece.len() as u64;
                 self.fetched.fetch_add(count, Ordering::Relaxed);
-                self.fetcher.metrics.fetched_bytes_total.with_label_values(&[kind]).inc_by(count);
+                self.fetcher
+                    .metrics
+                    .fetched_bytes_total
+                    .with_label_values(&[kind])
+                    .inc_by(count);
                 buf.extend_from_slice(piece);
                 // One blocking job at a time: what completes meanwhile goes into the next one.
                 if worker.as_ref().is_none_or(JoinHandle::is_finished) {
@@ -178,7 +189,11 @@ impl Layer {
         let records: Vec<(usize, &Chunk)> = chunks.iter().filter_map(|c| Some((*c, record(c)?))).collect();
         // A member with several chunks is decoded once, if that is not too much at once.
         let from = records.iter().map(|(_, r)| r.skip).min().unwrap_or(0);
-        let to = records.iter().map(|(_, r)| r.skip.saturating_add(r.data_len)).max().unwrap_or(0);
+        let to = records
+            .iter()
+            .map(|(_, r)| r.skip.saturating_add(r.data_len))
+            .max()
+            .unwrap_or(0);
         let whole = (records.len() > 1 && to - from <= MAX_CHUNK_LEN)
             .then(|| decode_member(index.codec(), compressed, from, to - from).ok())
             .flatten()
@@ -225,7 +240,7 @@ impl Layer {
                 let error = FetchError::Corrupt {
                     layer: *self.cached.digest(),
                     from: from.to_owned(),
-                    source: error.clone(),
+                    source: Box::new(error.clone()),
                 };
                 self.answer(*chunk, Err(error));
             }

@@ -106,7 +106,11 @@ impl Fetcher {
     }
 
     /// One download of the blob.
-    async fn pass(self: &Arc<Self>, request: &StreamRequest, progress: &Arc<Progress>) -> Result<Arc<CachedLayer>, Fault> {
+    async fn pass(
+        self: &Arc<Self>,
+        request: &StreamRequest,
+        progress: &Arc<Progress>,
+    ) -> Result<Arc<CachedLayer>, Fault> {
         progress.done.store(0, Ordering::Relaxed);
         let staging = self.cache.stage(&request.digest).map_err(Fault::from)?;
         let sink = Indexing {
@@ -126,7 +130,9 @@ impl Fetcher {
         }
         let diff_id = request.diff_id;
         let finish = tokio::task::spawn_blocking(move || sink.finish(sums, diff_id));
-        finish.await.unwrap_or_else(|error| Err(Fault::Disk(io::Error::other(error))))
+        finish
+            .await
+            .unwrap_or_else(|error| Err(Fault::Disk(io::Error::other(error))))
     }
 
     /// What a stream may use; `arrived` is told of bytes.
@@ -160,7 +166,11 @@ impl Fault {
     pub(super) fn into_error(self, layer: Digest, from: String) -> FetchError {
         match self {
             Fault::Source(source) => FetchError::Source { layer, source },
-            Fault::Layer(source) => FetchError::Corrupt { layer, from, source },
+            Fault::Layer(error) => FetchError::Corrupt {
+                layer,
+                from,
+                source: Box::new(error),
+            },
             Fault::Disk(source) => FetchError::Disk {
                 layer,
                 source: Arc::new(source),
@@ -174,7 +184,7 @@ impl Fault {
 impl From<CacheError> for Fault {
     fn from(error: CacheError) -> Fault {
         match error {
-            CacheError::Corrupt { source, .. } => Fault::Layer(source),
+            CacheError::Corrupt { source, .. } => Fault::Layer(*source),
             other => Fault::Disk(other.into_io()),
         }
     }

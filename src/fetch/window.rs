@@ -81,7 +81,8 @@ impl Window {
             if chunks.state(rank) == State::Wanted {
                 // What is bridged is fetched anyway: it may as well be kept.
                 let bridged = plan.ranks.last().map_or(rank, |last| last + 1);
-                plan.ranks.extend((bridged..rank).filter(|&r| chunks.state(r) == State::Absent));
+                plan.ranks
+                    .extend((bridged..rank).filter(|&r| chunks.state(r) == State::Absent));
                 plan.ranks.push(rank);
                 plan.range.end = plan.range.end.max(blob.end);
             }
@@ -204,7 +205,11 @@ mod tests {
     fn wanted_chunks_are_merged_over_small_gaps_only() {
         let chunks = Fake::new([300 * K, 60 * K, 300 * K, 80 * K, 300 * K]).want(&[0, 2, 4]);
         let plan = Window::default().plan(&chunks, 0, MAX, true);
-        assert_eq!(plan.ranks, [0, 1, 2], "the gap of 60 KiB is bridged and kept, the one of 80 is not");
+        assert_eq!(
+            plan.ranks,
+            [0, 1, 2],
+            "the gap of 60 KiB is bridged and kept, the one of 80 is not"
+        );
         assert_eq!(plan.range, 0..660 * K);
     }
 
@@ -242,7 +247,11 @@ mod tests {
         assert!(sizes.is_sorted(), "{sizes:?}");
         assert_eq!(*sizes.last().unwrap(), AHEAD_MAX);
         let plan = window.plan(&chunks, 3500, MAX, false);
-        assert_eq!(plan.range.end - plan.range.start, 16 * K + AHEAD_START, "elsewhere it starts small");
+        assert_eq!(
+            plan.range.end - plan.range.start,
+            16 * K + AHEAD_START,
+            "elsewhere it starts small"
+        );
     }
 
     #[test]

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use crate::cache::{Cache, CachedLayer};
 use crate::config::{ByteSize, CacheConfig, FetchConfig};
 use crate::fetch::{Fetcher, Layer};
-use crate::layer::index::{Inode, IndexParts, mode};
+use crate::layer::index::{IndexParts, Inode, mode};
 use crate::layer::{Access, Chunk, Codec, Digest, LayerIndex};
 use crate::metrics::Metrics;
 use crate::registry::{Blob, Body, RegistryError};
@@ -117,8 +117,10 @@ impl Blob for FakeBlob {
                 }
                 None => {}
             }
-            let mut pieces: Vec<Result<Bytes, RegistryError>> =
-                data.chunks(PIECE).map(|piece| Ok(Bytes::copy_from_slice(piece))).collect();
+            let mut pieces: Vec<Result<Bytes, RegistryError>> = data
+                .chunks(PIECE)
+                .map(|piece| Ok(Bytes::copy_from_slice(piece)))
+                .collect();
             if broken {
                 pieces.push(Err(self.error()));
             }
@@ -183,7 +185,11 @@ pub fn ranged(sizes: &[usize]) -> (LayerIndex, Vec<u8>, Vec<u8>) {
         blob.extend(member);
     }
     blob.extend(b"tail");
-    (index(chunks, data.len() as u64, blob.len() as u64, Access::Ranges), data, blob)
+    (
+        index(chunks, data.len() as u64, blob.len() as u64, Access::Ranges),
+        data,
+        blob,
+    )
 }
 
 /// An index without files.

@@ -82,10 +82,17 @@ fn small() -> FetchConfig {
 async fn a_layer_is_streamed_whatever_its_compression_is() {
     let tar = tar(&[10, 3 << 20, 0, 700_000]);
     let zstd = zstd::encode_all(&tar[..], 1).unwrap();
-    for (bytes, codec) in [(tar.clone(), Codec::None), (gzip(&tar), Codec::Gzip), (zstd, Codec::Zstd)] {
+    for (bytes, codec) in [
+        (tar.clone(), Codec::None),
+        (gzip(&tar), Codec::Gzip),
+        (zstd, Codec::Zstd),
+    ] {
         let (bench, blob) = (Bench::with(0, small()), FakeBlob::new(bytes.clone()));
         let cached = bench.fetcher.stream(request(&blob, &bytes, &tar)).await.unwrap();
-        assert_eq!((cached.index().access(), cached.index().codec()), (Access::Stream, codec));
+        assert_eq!(
+            (cached.index().access(), cached.index().codec()),
+            (Access::Stream, codec)
+        );
         assert!(cached.is_complete());
         let mut buf = vec![1; tar.len()];
         cached.read_ready(0, &mut buf).unwrap().unwrap();
@@ -96,7 +103,11 @@ async fn a_layer_is_streamed_whatever_its_compression_is() {
         cached.read_ready(inode.data, &mut buf).unwrap().unwrap();
         assert!(buf == sparse());
         assert!(bench.fetcher.progress(cached.digest()).is_none());
-        assert_eq!(bench.fetcher.memory.available_permits(), 64 << 10, "all memory is given back");
+        assert_eq!(
+            bench.fetcher.memory.available_permits(),
+            64 << 10,
+            "all memory is given back"
+        );
     }
 }
 
@@ -132,8 +143,14 @@ async fn all_who_ask_share_one_stream() {
 /// Nothing of a failed stream is left.
 fn assert_clean(bench: &Bench) {
     let layers = bench.dir.path().join("layers");
-    let names: Vec<_> = std::fs::read_dir(&layers).unwrap().map(|e| e.unwrap().file_name()).collect();
-    assert!(names.iter().all(|name| name == ".lock" || name == ".incoming"), "{names:?}");
+    let names: Vec<_> = std::fs::read_dir(&layers)
+        .unwrap()
+        .map(|e| e.unwrap().file_name())
+        .collect();
+    assert!(
+        names.iter().all(|name| name == ".lock" || name == ".incoming"),
+        "{names:?}"
+    );
     assert_eq!(std::fs::read_dir(layers.join(".incoming")).unwrap().count(), 0);
     assert_eq!(bench.cache.used_bytes(), 0);
 }
@@ -142,7 +159,12 @@ fn assert_clean(bench: &Bench) {
 async fn damage_on_the_way_is_healed_by_another_pass() {
     let tar = tar(&[900_000]);
     let bytes = gzip(&tar);
-    for fault in [Fault::Flipped(500_000), Fault::Flipped(3), Fault::Short(400_000), Fault::Short(2)] {
+    for fault in [
+        Fault::Flipped(500_000),
+        Fault::Flipped(3),
+        Fault::Short(400_000),
+        Fault::Short(2),
+    ] {
         let (bench, blob) = (Bench::new(), FakeBlob::new(bytes.clone()));
         blob.fail([fault]);
         bench.fetcher.stream(request(&blob, &bytes, &tar)).await.unwrap();
@@ -171,7 +193,10 @@ async fn what_fails_leaves_nothing() {
     // The blob is right, but not what the image's configuration says.
     let blob = FakeBlob::new(bytes.clone());
     let result = bench.fetcher.stream(request(&blob, &bytes, b"another")).await;
-    assert!(result.as_ref().is_err_and(|e| e.to_string().contains("diff id")), "{result:?}");
+    assert!(
+        result.as_ref().is_err_and(|e| e.to_string().contains("diff id")),
+        "{result:?}"
+    );
     assert_eq!(blob.requests(), 1, "another pass would not help");
     assert_clean(&bench);
 
@@ -210,7 +235,10 @@ async fn an_evicted_layer_is_streamed_again_for_its_readers() {
     let mut buf = vec![0; 10];
     assert!(layer.read_ready(600, &mut buf).is_none());
 
-    let inode = *layer.index().inode(layer.index().lookup_path(b"sparse").unwrap()).unwrap();
+    let inode = *layer
+        .index()
+        .inode(layer.index().lookup_path(b"sparse").unwrap())
+        .unwrap();
     let reads = [(600, 1000), (2 << 20, 4096), (inode.data, inode.size as u32)];
     let answers = reads.map(|(offset, len)| layer.read(offset, len, LONG));
     let answers = futures::future::join_all(answers).await;
@@ -236,5 +264,8 @@ async fn a_refill_that_fails_tells_its_readers_and_can_be_tried_again() {
     assert!(matches!(late, Err(FetchError::Source { .. })), "{late:?}");
     let late = layer.read(3 << 20, 10, LONG).await;
     assert!(matches!(late, Err(FetchError::Corrupt { .. })), "{late:?}");
-    assert_eq!(layer.read(3 << 20, 10, LONG).await.unwrap()[..], tar[3 << 20..(3 << 20) + 10]);
+    assert_eq!(
+        layer.read(3 << 20, 10, LONG).await.unwrap()[..],
+        tar[3 << 20..(3 << 20) + 10]
+    );
 }

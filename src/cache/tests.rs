@@ -401,7 +401,7 @@ fn what_has_to_stay_free_stays_free() {
 fn readers_never_see_a_hole() {
     const CHUNKS: usize = 12;
     /// Reads that have to succeed while chunks come and go.
-    const READS: u64 = 20_000;
+    const READS: u64 = 5_000;
     let dir = tempfile::tempdir().unwrap();
     let cache = open(dir.path(), 0);
     // Half of the chunks begin in the first group, half in the second.

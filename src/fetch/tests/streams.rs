@@ -259,7 +259,11 @@ async fn a_refill_that_fails_tells_its_readers_and_can_be_tried_again() {
     let layer = bench.fetcher.open(Arc::clone(&cached), blob.clone());
     cached.evict_all();
     blob.fail([Fault::Broken(1_500_000), Fault::Flipped(10), Fault::Flipped(2_500_000)]);
-    let (early, late) = tokio::join!(layer.read(0, 10, LONG), layer.read(3 << 20, 10, LONG));
+    blob.flowing.send_replace(false);
+    let (mut early, mut late) = (layer.read(0, 10, LONG), layer.read(3 << 20, 10, LONG));
+    assert!(futures::poll!(&mut early).is_pending() && futures::poll!(&mut late).is_pending());
+    blob.flowing.send_replace(true);
+    let (early, late) = tokio::join!(early, late);
     assert_eq!(early.unwrap()[..], tar[..10], "it had passed before the source broke");
     assert!(matches!(late, Err(FetchError::Source { .. })), "{late:?}");
     let late = layer.read(3 << 20, 10, LONG).await;

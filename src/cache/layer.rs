@@ -336,7 +336,10 @@ impl CachedLayer {
         self.allocated.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.cache.tick();
         self.note_use(record.data_offset, record.data_len.into());
-        self.write_map(chunk..chunk + 1)?;
+        if let Err(error) = self.write_map(chunk..chunk + 1) {
+            // The chunk is there; after a crash it is fetched again.
+            tracing::warn!(layer = %self.digest, chunk, "cannot write the map in {}: {error}", self.dir.display());
+        }
         Ok(true)
     }
 

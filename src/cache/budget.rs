@@ -25,18 +25,28 @@ impl Cache {
     /// # Errors
     /// The limit that stands in the way; nothing is counted then.
     pub(super) fn reserve(&self, bytes: u64, writer: Option<&Digest>) -> Result<(), String> {
-        self.occupy(bytes);
-        let Some((missing, _)) = self.shortfall(0) else {
+        let Some((missing, _)) = self.take(bytes) else {
             return Ok(());
         };
-        self.make_room_for(missing, writer);
-        match self.shortfall(0) {
-            None => Ok(()),
-            Some((_, reason)) => {
-                self.release(bytes);
-                Err(reason)
-            }
+        self.make_room(missing, writer);
+        self.take(bytes).map_or(Ok(()), |(_, reason)| Err(reason))
+    }
+
+    /// Counts `bytes` as taken if there is room for them; otherwise tells how many bytes of room are missing, and which limit is reached.
+    fn take(&self, bytes: u64) -> Option<(u64, String)> {
+        let max = self.config.max_size;
+        let limit = if max.0 == 0 { u64::MAX } else { max.0 };
+        let take = |used: u64| used.checked_add(bytes).filter(|used| *used <= limit);
+        if let Err(used) = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
+            let reason = format!("the cache's limit of {max} is reached (cache.max_size)");
+            return Some((used.saturating_add(bytes).saturating_sub(limit), reason));
         }
+        let short = self.shortfall(bytes);
+        match short {
+            Some(_) => self.release(bytes),
+            None => self.show_use(),
+        }
+        short
     }
 
     /// Counts `bytes` as taken.
@@ -62,13 +72,9 @@ impl Cache {
         self.metrics().cache_bytes.set(used);
     }
 
-    /// By how many bytes a limit is exceeded if `more` are written, and which.
+    /// How many bytes too few are free on the disk if `more` are written.
     fn shortfall(&self, more: u64) -> Option<(u64, String)> {
-        let (max, min_free) = (self.config.max_size, self.config.min_free);
-        let over = self.used_bytes().saturating_add(more).saturating_sub(max.0);
-        if max.0 > 0 && over > 0 {
-            return Some((over, format!("the cache's limit of {max} is reached (cache.max_size)")));
-        }
+        let min_free = self.config.min_free;
         let stat = rustix::fs::fstatvfs(&self.lock).ok()?;
         let available = stat.f_bavail.saturating_mul(stat.f_frsize);
         let short = min_free.0.saturating_add(more).saturating_sub(available);
@@ -79,12 +85,8 @@ impl Cache {
         })
     }
 
-    /// Evicts until about `bytes` are freed, although the budget is not exceeded: the disk is full earlier than its numbers say.
+    /// Evicts until about `bytes` are freed.
     pub(super) fn make_room(&self, bytes: u64, writer: Option<&Digest>) {
-        self.make_room_for(bytes, writer);
-    }
-
-    fn make_room_for(&self, bytes: u64, writer: Option<&Digest>) {
         // One at a time: others that wait here will mostly find that there is room.
         let before = self.freed.load(Ordering::Relaxed);
         let _one = self.evicting.lock().unwrap_or_else(PoisonError::into_inner);

@@ -20,7 +20,7 @@ use crate::layer::{Digest, LayerIndex};
 use crate::metrics::Metrics;
 
 /// Mode of the cache's directories: for nobody else.
-const DIR_MODE: u32 = 0o700;
+pub(super) const DIR_MODE: u32 = 0o700;
 
 /// The cache on disk. There is one per root; it is open as long as anything of it is.
 pub struct Cache {

@@ -42,7 +42,7 @@ pub enum CacheError {
         /// Position of the chunk in the index.
         chunk: usize,
         /// What is wrong.
-        source: LayerError,
+        source: Box<LayerError>,
     },
 }
 

@@ -1,6 +1,6 @@
 //! Chunks in memory, for reads that had to go past a full disk: without them, every small read of such a chunk would fetch it again.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use lru::LruCache;
@@ -11,44 +11,50 @@ use crate::layer::Digest;
 const MAX_BYTES: usize = 64 << 20;
 
 /// The most recently used chunks that could not be stored.
-pub(super) struct HotChunks {
-    chunks: Mutex<(LruCache<(Digest, usize), Bytes>, usize)>,
+pub(super) struct HotChunks(Mutex<State>);
+
+struct State {
+    chunks: LruCache<(Digest, usize), Bytes>,
+    /// Bytes of all of them.
+    size: usize,
 }
 
 impl HotChunks {
     pub fn new() -> Self {
-        HotChunks {
-            chunks: Mutex::new((LruCache::unbounded(), 0)),
-        }
+        HotChunks(Mutex::new(State {
+            chunks: LruCache::unbounded(),
+            size: 0,
+        }))
     }
 
     /// Keeps a verified chunk, and forgets the least recently used ones if it is too much.
     pub fn put(&self, layer: Digest, chunk: usize, bytes: Bytes) {
-        let mut guard = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
-        let (chunks, size) = &mut *guard;
-        *size += bytes.len();
-        if let Some(old) = chunks.put((layer, chunk), bytes) {
-            *size -= old.len();
+        let mut state = self.lock();
+        state.size += bytes.len();
+        if let Some(old) = state.chunks.put((layer, chunk), bytes) {
+            state.size -= old.len();
         }
-        while *size > MAX_BYTES {
-            let Some((_, old)) = chunks.pop_lru() else { break };
-            *size -= old.len();
+        while state.size > MAX_BYTES {
+            let Some((_, old)) = state.chunks.pop_lru() else { break };
+            state.size -= old.len();
         }
     }
 
     /// The bytes of a chunk, if they are here.
     pub fn get(&self, layer: Digest, chunk: usize) -> Option<Bytes> {
-        let mut guard = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
-        guard.0.get(&(layer, chunk)).cloned()
+        self.lock().chunks.get(&(layer, chunk)).cloned()
     }
 
     /// Forgets a chunk that is on disk now.
     pub fn remove(&self, layer: Digest, chunk: usize) {
-        let mut guard = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
-        let (chunks, size) = &mut *guard;
-        if let Some(old) = chunks.pop(&(layer, chunk)) {
-            *size -= old.len();
+        let mut state = self.lock();
+        if let Some(old) = state.chunks.pop(&(layer, chunk)) {
+            state.size -= old.len();
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -147,7 +147,8 @@ impl CachedLayer {
     /// Positions of the chunks that hold any of the `len` bytes at `offset`.
     fn positions(&self, offset: u64, len: u64) -> impl Iterator<Item = usize> {
         let chunks = self.index.chunks();
-        let end = offset.saturating_add(len);
+        // No bytes are in no chunk, also within one.
+        let end = if len == 0 { 0 } else { offset.saturating_add(len) };
         let first = chunks.partition_point(|chunk| chunk.data_end() <= offset);
         // One chunk or two, nearly always: walking is faster than a second search.
         (first..chunks.len()).take_while(move |&at| chunks[at].data_offset < end)
@@ -286,10 +287,10 @@ impl CachedLayer {
 
     /// Checks bytes against the digest of a chunk.
     fn check(&self, chunk: usize, bytes: &[u8]) -> Result<&Chunk, CacheError> {
-        let corrupt = |source| CacheError::Corrupt {
+        let corrupt = |error| CacheError::Corrupt {
             layer: self.digest,
             chunk,
-            source,
+            source: Box::new(error),
         };
         let Some(record) = self.index.chunks().get(chunk) else {
             return Err(corrupt(LayerError::malformed(
@@ -335,7 +336,10 @@ impl CachedLayer {
         self.allocated.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.cache.tick();
         self.note_use(record.data_offset, record.data_len.into());
-        self.write_map(chunk..chunk + 1)?;
+        if let Err(error) = self.write_map(chunk..chunk + 1) {
+            // The chunk is there; after a crash it is fetched again.
+            tracing::warn!(layer = %self.digest, chunk, "cannot write the map in {}: {error}", self.dir.display());
+        }
         Ok(true)
     }
 
@@ -433,7 +437,7 @@ impl CachedLayer {
     }
 
     /// Removes everything but the index from the disk; the bytes that were freed.
-    pub(super) fn evict_all(&self) -> u64 {
+    pub(crate) fn evict_all(&self) -> u64 {
         self.evict(0..self.index.chunks().len())
     }
 

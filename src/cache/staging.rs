@@ -1,7 +1,7 @@
 //! A layer in the making, in a directory of its own: nobody sees it before it is complete and durable.
 
-use std::fs::File;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::fs::{File, Permissions};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
@@ -10,6 +10,7 @@ use tempfile::TempDir;
 
 use super::bitmap::Bitmap;
 use super::budget::full;
+use super::dir::DIR_MODE;
 use super::error::is_full;
 use super::layer::{BLOCK, Files};
 use super::map::{self, MapFile};
@@ -31,6 +32,7 @@ impl Staging {
         let parent = cache.incoming();
         let dir = tempfile::Builder::new()
             .prefix(&format!("{}-", digest.hex()))
+            .permissions(Permissions::from_mode(DIR_MODE))
             .tempdir_in(&parent)
             .map_err(CacheError::io("create a directory in", &parent))?;
         let path = dir.path().join("data");

@@ -25,7 +25,7 @@ pub enum FetchError {
         /// Where the bytes came from.
         from: String,
         /// The cause.
-        source: LayerError,
+        source: Box<LayerError>,
     },
     /// The local disk failed.
     #[error("layer {layer}: the cache on disk fails: {source}")]

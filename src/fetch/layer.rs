@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::queue::{Answer, Queue, Ranks, View};
+use super::queue::{Answer, Queue, Ranks, View, families};
 use super::{FetchError, Fetcher, LayerData};
 use crate::cache::{CacheError, CachedLayer};
 use crate::layer::{Access, Digest, LayerIndex};
@@ -29,6 +29,8 @@ pub struct Layer {
     pub(super) fetcher: Arc<Fetcher>,
     pub(super) cached: Arc<CachedLayer>,
     pub(super) ranks: Ranks,
+    /// The directory of each chunk.
+    families: Vec<u32>,
     blob: RwLock<Arc<dyn Blob>>,
     queue: Mutex<Queue>,
     /// Ends the requests under way when the layer is closed.
@@ -55,6 +57,10 @@ impl Layer {
     pub(super) fn new(fetcher: Arc<Fetcher>, cached: Arc<CachedLayer>, blob: Arc<dyn Blob>) -> Arc<Layer> {
         Arc::new_cyclic(|me| Layer {
             ranks: Ranks::new(cached.index().chunks()),
+            families: match cached.index().access() {
+                Access::Ranges => families(cached.index()),
+                Access::Stream => Vec::new(),
+            },
             fetcher,
             cached,
             blob: RwLock::new(blob),
@@ -167,7 +173,7 @@ impl Layer {
         match self.cached.store(chunk, &bytes) {
             Ok(crate::cache::Stored::Cached) => {}
             Ok(crate::cache::Stored::Bypassed) => self.keep_hot(chunk, &bytes),
-            Err(CacheError::Corrupt { source, .. }) => return Err(source),
+            Err(CacheError::Corrupt { source, .. }) => return Err(*source),
             Err(error) => {
                 // The bytes are good: a failing disk is no reason to fail the reader.
                 tracing::error!("{error}");
@@ -268,6 +274,10 @@ impl View for Layer {
     fn blob(&self, chunk: usize) -> Range<u64> {
         let record = self.cached.index().chunks().get(chunk);
         record.map_or(0..0, |record| record.blob_offset..record.blob_end())
+    }
+
+    fn family(&self, chunk: usize) -> u32 {
+        self.families.get(chunk).copied().unwrap_or(0)
     }
 
     fn is_ready(&self, chunk: usize) -> bool {

@@ -112,7 +112,7 @@ mod tests {
         let copy = |to, len| Copy { from: 0, to, len };
         let copies = [copy(PIECE + 600, 10), copy(5 * PIECE - 1, 2), copy(9 * PIECE, 0)];
         assert_eq!(late_pieces(PIECE + 512, 20 * PIECE, &copies), [1, 4, 5]);
-        assert_eq!(late_pieces(2 * PIECE, 2 * PIECE, &[]), []);
+        assert!(late_pieces(2 * PIECE, 2 * PIECE, &[]).is_empty());
         assert_eq!(late_pieces(10, 10, &[]), [0]);
         assert_eq!(span(1, PIECE + 3), PIECE..PIECE + 3);
     }

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 
 use super::FetchError;
 use super::window::{Chunks, Plan, State, Window};
+use crate::layer::{LayerIndex, ROOT_INO};
 use crate::sync::Class;
 
 /// What a waiter gets: the bytes of the chunk.
@@ -83,6 +84,21 @@ impl Ranks {
             None => chunk,
         }
     }
+}
+
+/// The directory of each chunk: that of a file whose content is in it.
+pub(super) fn families(index: &LayerIndex) -> Vec<u32> {
+    let chunks = index.chunks();
+    let mut families = vec![0; chunks.len()];
+    for (dir, inode) in (ROOT_INO..).zip(index.inodes()) {
+        for file in index.entries(inode).iter().filter_map(|entry| index.inode(entry.ino)) {
+            if file.is_reg() {
+                let places = families.get_mut(index.chunks_at(file.data, file.size));
+                places.into_iter().for_each(|places| places.fill(dir));
+            }
+        }
+    }
+    families
 }
 
 /// A request that is to be made.
@@ -218,6 +234,8 @@ pub(super) trait View {
     fn len(&self) -> usize;
     /// Bytes of the blob that hold a chunk.
     fn blob(&self, chunk: usize) -> std::ops::Range<u64>;
+    /// The directory that a chunk belongs to.
+    fn family(&self, chunk: usize) -> u32;
     /// Whether a chunk is on disk.
     fn is_ready(&self, chunk: usize) -> bool;
 }
@@ -235,6 +253,10 @@ impl<V: View> Chunks for Asked<'_, V> {
 
     fn blob(&self, rank: usize) -> std::ops::Range<u64> {
         self.view.blob(self.ranks.chunk(rank))
+    }
+
+    fn family(&self, rank: usize) -> u32 {
+        self.view.family(self.ranks.chunk(rank))
     }
 
     fn state(&self, rank: usize) -> State {

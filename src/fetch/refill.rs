@@ -1,6 +1,7 @@
 //! Another pass over a streamed layer whose bytes were evicted. Its index is known, so each chunk is verified, stored and handed to who
 //! waits for it as it passes.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -151,23 +152,40 @@ impl Refill {
         Ok(())
     }
 
-    /// Copies what a chunk holds of a piece of a sparse file. The piece is taken from the chunks that have just been stored.
+    /// Copies what a chunk holds of a piece of a sparse file. The piece is taken from the chunks that have just been stored, and from
+    /// this one, in which the tar may end.
     fn expand(&mut self, chunk: &Chunk, copy: &Copy) -> Result<(), Fault> {
         let from = copy.to.max(chunk.data_offset);
         let to = copy.to.saturating_add(copy.len).min(chunk.data_end());
-        let place = (from - chunk.data_offset) as usize..(to - chunk.data_offset) as usize;
         let source = copy.from.saturating_add(from - copy.to);
+<<<<<<< HEAD
         let outside = || LayerError::malformed("tar", copy.from, "a piece of a sparse file lies outside");
         let place = self.partial.get_mut(place).ok_or_else(outside)?;
         if !self
             .layer
             .cached
             .read_present(source, place, &Default::default())
+=======
+        let mut bytes = vec![0; (to - from) as usize];
+        let (stored, here) = bytes.split_at_mut(chunk.data_offset.saturating_sub(source).min(to - from) as usize);
+        if !self
+            .layer
+            .cached
+            .read_present(source, stored, &BTreeMap::new())
+>>>>>>> cache
             .is_empty()
         {
             let what = "the disk is full, and the sparse files of a layer cannot be restored without it";
             return Err(Fault::Disk(io::Error::new(io::ErrorKind::StorageFull, what)));
         }
+        let outside = || LayerError::malformed("tar", copy.from, "a piece of a sparse file lies outside");
+        if !here.is_empty() {
+            let at = source.saturating_add(stored.len() as u64) - chunk.data_offset;
+            let there = self.partial.get(at as usize..).and_then(|b| b.get(..here.len()));
+            here.copy_from_slice(there.ok_or_else(outside)?);
+        }
+        let place = (from - chunk.data_offset) as usize..(to - chunk.data_offset) as usize;
+        self.partial.get_mut(place).ok_or_else(outside)?.copy_from_slice(&bytes);
         Ok(())
     }
 }

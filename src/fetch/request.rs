@@ -240,7 +240,7 @@ impl Layer {
                 let error = FetchError::Corrupt {
                     layer: *self.cached.digest(),
                     from: from.to_owned(),
-                    source: error.clone(),
+                    source: Box::new(error.clone()),
                 };
                 self.answer(*chunk, Err(error));
             }

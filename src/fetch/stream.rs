@@ -175,7 +175,11 @@ impl Fault {
     pub(super) fn into_error(self, layer: Digest, from: String) -> FetchError {
         match self {
             Fault::Source(source) => FetchError::Source { layer, source },
-            Fault::Layer(source) => FetchError::Corrupt { layer, from, source },
+            Fault::Layer(error) => FetchError::Corrupt {
+                layer,
+                from,
+                source: Box::new(error),
+            },
             Fault::Disk(source) => FetchError::Disk {
                 layer,
                 source: Arc::new(source),
@@ -189,7 +193,7 @@ impl Fault {
 impl From<CacheError> for Fault {
     fn from(error: CacheError) -> Fault {
         match error {
-            CacheError::Corrupt { source, .. } => Fault::Layer(source),
+            CacheError::Corrupt { source, .. } => Fault::Layer(*source),
             other => Fault::Disk(other.into_io()),
         }
     }

@@ -1,1 +1,5 @@
+//! The scheduler over a source with faults.
 
+mod fake;
+mod ranges;
+mod streams;

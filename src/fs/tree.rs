@@ -295,7 +295,7 @@ mod tests {
     #[test]
     fn a_generation_fits_into_what_the_kernel_keeps() {
         let digest = Digest::from_bytes([0xff; Digest::LEN]);
-        assert_eq!(generation(&digest).0, u32::MAX.into());
+        assert_eq!(generation(&digest), Generation(u64::from(u32::MAX)));
         assert_ne!(generation(&Digest::of(b"a")), generation(&Digest::of(b"b")));
     }
 

@@ -158,21 +158,12 @@ impl Refill {
         let from = copy.to.max(chunk.data_offset);
         let to = copy.to.saturating_add(copy.len).min(chunk.data_end());
         let source = copy.from.saturating_add(from - copy.to);
-<<<<<<< HEAD
-        let outside = || LayerError::malformed("tar", copy.from, "a piece of a sparse file lies outside");
-        let place = self.partial.get_mut(place).ok_or_else(outside)?;
-        if !self
-            .layer
-            .cached
-            .read_present(source, place, &Default::default())
-=======
         let mut bytes = vec![0; (to - from) as usize];
         let (stored, here) = bytes.split_at_mut(chunk.data_offset.saturating_sub(source).min(to - from) as usize);
         if !self
             .layer
             .cached
             .read_present(source, stored, &BTreeMap::new())
->>>>>>> cache
             .is_empty()
         {
             let what = "the disk is full, and the sparse files of a layer cannot be restored without it";

@@ -220,3 +220,56 @@ fn path(index: &LayerIndex, ino: Ino) -> String {
     path.truncate(LOGGED_PATH_MAX);
     path.escape_ascii().to_string()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::index::{Dirent, IndexParts, mode};
+    use crate::layer::{Access, Codec};
+
+    #[test]
+    fn a_read_ends_where_its_file_ends() {
+        let file = Inode {
+            mode: mode::REG,
+            size: 1000,
+            data: 512,
+            ..Inode::default()
+        };
+        assert_eq!(extent(&file, 0, 4096), (512, 1000));
+        assert_eq!(extent(&file, 999, 4096), (1511, 1));
+        assert_eq!(extent(&file, 10, 20), (522, 20));
+        assert_eq!(extent(&file, 1000, 1).1, 0);
+        assert_eq!(extent(&file, u64::MAX, u32::MAX).1, 0);
+    }
+
+    #[test]
+    fn a_log_line_names_the_file() {
+        let dir = |parent, data| Inode {
+            mode: mode::DIR,
+            parent,
+            data,
+            count: 1,
+            ..Inode::default()
+        };
+        let file = Inode {
+            mode: mode::REG,
+            ..Inode::default()
+        };
+        let dirent = |name, name_len, ino| Dirent { name, name_len, ino };
+        let index = LayerIndex::new(IndexParts {
+            access: Access::Stream,
+            codec: Codec::None,
+            data_size: 0,
+            blob_size: 0,
+            inodes: vec![dir(1, 0), dir(1, 1), file],
+            dirents: vec![dirent(0, 3, 2), dirent(3, 3, 3)],
+            xattrs: Vec::new(),
+            chunks: Vec::new(),
+            strings: b"usrx\n\xff".to_vec(),
+        })
+        .expect("the parts are an index");
+        assert_eq!(path(&index, 3), r"/usr/x\n\xff");
+        assert_eq!(path(&index, 2), "/usr");
+        assert_eq!(path(&index, 9), "inode 9");
+    }
+}

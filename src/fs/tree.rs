@@ -277,3 +277,38 @@ fn parse_slot(name: &[u8]) -> Option<u32> {
     let slot = text.parse::<u32>().ok()?;
     (slot.to_string() == text).then_some(slot)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slot_has_one_name() {
+        assert_eq!(parse_slot(b"7"), Some(7));
+        assert_eq!(parse_slot(b"4294967295"), Some(u32::MAX));
+        for name in ["", "07", "+7", "-7", "7 ", "4294967296", "x"] {
+            assert_eq!(parse_slot(name.as_bytes()), None, "{name:?}");
+        }
+        assert_eq!(parse_slot(b"\xff"), None);
+    }
+
+    #[test]
+    fn a_generation_fits_into_what_the_kernel_keeps() {
+        let digest = Digest::from_bytes([0xff; Digest::LEN]);
+        assert_eq!(generation(&digest), Generation(u64::from(u32::MAX)));
+        assert_ne!(generation(&Digest::of(b"a")), generation(&Digest::of(b"b")));
+    }
+
+    #[test]
+    fn an_empty_tree_has_only_its_root() {
+        let tree = Tree::new();
+        assert_eq!(tree.attr(INodeNo(FUSE_ROOT)).map(|attr| attr.perm), Ok(0o700));
+        assert_eq!(tree.attr(INodeNo(1 << SLOT_SHIFT | 1)).err(), Some(Errno::ESTALE));
+        // Number 0 and the numbers of slot 0 mean nothing.
+        assert_eq!(tree.attr(INodeNo(0)).err(), Some(Errno::ESTALE));
+        assert_eq!(tree.attr(INodeNo(2)).err(), Some(Errno::ESTALE));
+        assert_eq!(tree.lookup(INodeNo(FUSE_ROOT), b"1").err(), Some(Errno::ENOENT));
+        assert_eq!(tree.totals(), Totals::default());
+        assert!(!tree.detach(1));
+    }
+}

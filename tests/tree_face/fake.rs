@@ -334,3 +334,24 @@ impl LayerData for FakeLayer {
         self.data.len() as u64
     }
 }
+
+/// A layer with a cold file `slow-<i>` for each `i` below `slow`, and a ready file `fast`.
+pub fn slow_and_fast(slow: usize, cold: &Cold) -> Arc<FakeLayer> {
+    let mut layout = Layout::new();
+    layout.file("fast", 0o644, &content(200_000, 5));
+    for i in 0..slow {
+        layout.file(format!("slow-{i}"), 0o644, &content(5000, i as u32));
+    }
+    let layer = layout.build("slow");
+    for i in 0..slow {
+        layer.set_cold(&format!("slow-{i}"), Some(cold.clone()));
+    }
+    layer
+}
+
+/// Bytes that differ from one `seed` and place to the next.
+pub fn content(len: usize, seed: u32) -> Vec<u8> {
+    (0..len as u32)
+        .map(|i| (i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 13) as u8)
+        .collect()
+}

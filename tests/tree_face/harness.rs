@@ -1,5 +1,9 @@
 //! A session mounted in a temporary directory, and a watchdog: a bug must make a test fail, not hang where even SIGKILL cannot reach.
 
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -29,11 +33,21 @@ impl Mounted {
     }
 
     pub fn with(threads: usize, read_deadline: Duration) -> Self {
+        Self::mount(tempfile::tempdir().unwrap(), "", threads, read_deadline)
+    }
+
+    /// Mounts below the directory `parent` of the temporary directory.
+    pub fn below(parent: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(dir.path().join(parent)).unwrap();
+        Self::mount(dir, parent, 0, Duration::from_secs(30))
+    }
+
+    fn mount(dir: TempDir, parent: &str, threads: usize, read_deadline: Duration) -> Self {
         let metrics = Arc::new(Metrics::new());
         let runtime = runtime();
         let session = Session::mount(
-            &dir.path().join("layers"),
+            &dir.path().join(parent).join("layers"),
             options(threads, read_deadline),
             runtime.handle().clone(),
             Arc::clone(&metrics),
@@ -117,4 +131,37 @@ impl Drop for Overlay {
     fn drop(&mut self) {
         let _ = unmount(&self.0, Unmount::Detach);
     }
+}
+
+/// Names of a directory, as a set; fails if one comes twice.
+pub fn names(dir: &Path) -> io::Result<BTreeSet<Vec<u8>>> {
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(dir)? {
+        let name = entry?.file_name().as_bytes().to_vec();
+        assert!(names.insert(name), "a name comes twice");
+    }
+    Ok(names)
+}
+
+/// Value of an extended attribute, of a symbolic link as of anything else.
+pub fn getxattr(path: &Path, name: &str) -> io::Result<Vec<u8>> {
+    let mut value = vec![0; 64 << 10];
+    let len = rustix::fs::lgetxattr(path, name, &mut value[..])?;
+    value.truncate(len);
+    Ok(value)
+}
+
+/// Names of all extended attributes.
+pub fn listxattr(path: &Path) -> io::Result<BTreeSet<String>> {
+    let mut list = vec![0; 64 << 10];
+    let len = rustix::fs::llistxattr(path, &mut list[..])?;
+    let names = list[..len].split(|&c| c == 0).filter(|name| !name.is_empty());
+    Ok(names.map(|name| String::from_utf8_lossy(name).into_owned()).collect())
+}
+
+/// All bytes of a file. The first time, the kernel has to ask the session for them.
+pub fn read_file(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.read_to_end(&mut bytes)?;
+    Ok(bytes)
 }

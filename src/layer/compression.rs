@@ -206,6 +206,11 @@ pub fn decode_member(codec: Codec, compressed: &[u8], skip: u32, len: u32) -> Re
     })
 }
 
+/// The gzip members in `compressed`, uncompressed, as one stream.
+pub(super) fn gzip_members(compressed: &[u8]) -> impl Read {
+    GzipMembers::new(compressed)
+}
+
 fn take(mut stream: impl Read, skip: u32, len: u32) -> io::Result<Vec<u8>> {
     let mut left = skip as usize;
     let mut scratch = [0; SKIP_BUFFER];

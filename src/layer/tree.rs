@@ -763,3 +763,6 @@ fn takes_xattr(file_type: u32, name: &[u8]) -> bool {
         _ => name.starts_with(b"security."),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -240,7 +240,7 @@ struct GzipMembers<R> {
 enum Gzip<R> {
     /// The next byte belongs to a member's header, or to the padding.
     Between(R),
-    Member(GzDecoder<R>),
+    Member(Box<GzDecoder<R>>),
     End,
 }
 
@@ -293,7 +293,7 @@ impl<R: BufRead> Read for GzipMembers<R> {
                     };
                     if more {
                         self.begun = true;
-                        self.state = Gzip::Member(GzDecoder::new(input));
+                        self.state = Gzip::Member(Box::new(GzDecoder::new(input)));
                     }
                 }
                 Gzip::Member(member) => match member.read(buf)? {

@@ -317,10 +317,9 @@ pub(crate) fn sample_parts() -> IndexParts {
     tar.dir("d/", 0o755)
         .pax(&[("SCHILY.xattr.user.k", b"v"), ("mtime", b"7.5")]);
     tar.file("d/f", &[1; 5000])
-        .hardlink("g", "d/f")
-        .symlink("l", "d")
-        .file("h", b"x")
-        .end();
+        .pax(&[("mtime", b"7.5")])
+        .hardlink("g", "d/f");
+    tar.symlink("l", "d").file("h", b"x").end();
     let layout = tar.layout().unwrap();
     let chunk = super::Chunk {
         data_offset: 0,

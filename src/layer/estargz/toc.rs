@@ -9,7 +9,7 @@ use serde::Deserialize;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::layer::tree::{Entry, EntryKind, quoted};
+use crate::layer::tree::{Entry, EntryKind, EntryXattr, quoted};
 use crate::layer::{Digest, LayerError};
 
 /// What Go's JSON encoder writes for bytes that are not UTF-8.
@@ -124,8 +124,7 @@ impl TocEntry<'_> {
         Ok((time.unix_timestamp(), time.nanosecond()))
     }
 
-    #[allow(clippy::type_complexity)] // The type of `Entry::xattrs`.
-    fn decoded_xattrs(&self, at: usize) -> Result<Vec<(Cow<'_, [u8]>, Cow<'_, [u8]>)>, LayerError> {
+    fn decoded_xattrs(&self, at: usize) -> Result<Vec<EntryXattr<'_>>, LayerError> {
         let decode = |(name, value): (&'_ String, &Option<String>)| {
             let value = STANDARD.decode(value.as_deref().unwrap_or_default());
             value.map(Cow::Owned).map_err(|error| {

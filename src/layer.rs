@@ -7,8 +7,11 @@
 pub mod compression;
 pub mod digest;
 pub mod error;
+pub mod estargz;
 pub mod index;
 pub mod tar;
+#[cfg(test)]
+mod testing;
 pub mod tree;
 
 pub use compression::{Compression, decode_member, decoder};

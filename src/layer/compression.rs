@@ -206,6 +206,11 @@ pub fn decode_member(codec: Codec, compressed: &[u8], skip: u32, len: u32) -> Re
     })
 }
 
+/// The gzip members in `compressed`, uncompressed, as one stream.
+pub(super) fn gzip_members(compressed: &[u8]) -> impl Read {
+    GzipMembers::new(compressed)
+}
+
 fn take(mut stream: impl Read, skip: u32, len: u32) -> io::Result<Vec<u8>> {
     let mut left = skip as usize;
     let mut scratch = [0; SKIP_BUFFER];
@@ -235,7 +240,7 @@ struct GzipMembers<R> {
 enum Gzip<R> {
     /// The next byte belongs to a member's header, or to the padding.
     Between(R),
-    Member(GzDecoder<R>),
+    Member(Box<GzDecoder<R>>),
     End,
 }
 
@@ -288,7 +293,7 @@ impl<R: BufRead> Read for GzipMembers<R> {
                     };
                     if more {
                         self.begun = true;
-                        self.state = Gzip::Member(GzDecoder::new(input));
+                        self.state = Gzip::Member(Box::new(GzDecoder::new(input)));
                     }
                 }
                 Gzip::Member(member) => match member.read(buf)? {

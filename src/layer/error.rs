@@ -7,7 +7,7 @@ use super::Digest;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LayerError {
     /// The bytes break the rules of their format.
-    #[error("malformed {format} at byte {offset}: {what}")]
+    #[error("malformed {format} at {offset}: {what}")]
     Malformed {
         /// Which format: `tar`, `gzip`, `zstd`, `eStargz footer`, `eStargz TOC`, `layer index`.
         format: &'static str,

@@ -753,3 +753,6 @@ pub fn valid_name(name: &[u8]) -> bool {
         && !name.contains(&b'/')
         && !name.contains(&0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -605,6 +605,15 @@ fn special<'a>(member: &Member, link: &'a [u8]) -> Result<EntryKind<'a>, Option<
     }
 }
 
+/// Name and size of the one file in a tar whose header this is.
+pub(super) fn file_header(block: &[u8; 512]) -> Result<(Vec<u8>, u64), String> {
+    let header = header::parse(block)?;
+    match (header.kind, u64::try_from(header.size)) {
+        (0 | b'0', Ok(size)) => Ok((header.name, size)),
+        _ => Err("its tar does not begin with a file".to_owned()),
+    }
+}
+
 fn malformed(at: u64, what: impl Into<String>) -> LayerError {
     LayerError::malformed(FORMAT, at, what)
 }

@@ -64,6 +64,9 @@ const NO_NAME: u32 = u32::MAX;
 /// "No inode" in a [`Name`].
 const NO_INO: Ino = 0;
 
+/// An extended attribute of an [`Entry`]: its full name and its value.
+pub type EntryXattr<'a> = (Cow<'a, [u8]>, Cow<'a, [u8]>);
+
 /// One entry of an archive.
 #[derive(Debug, Clone)]
 pub struct Entry<'a> {
@@ -82,7 +85,7 @@ pub struct Entry<'a> {
     /// Modification time: nanoseconds after `mtime`, less than a second.
     pub mtime_nsec: u32,
     /// Extended attributes: full names and values. Of two with one name the last counts.
-    pub xattrs: Vec<(Cow<'a, [u8]>, Cow<'a, [u8]>)>,
+    pub xattrs: Vec<EntryXattr<'a>>,
 }
 
 /// What an [`Entry`] is.
@@ -763,3 +766,6 @@ fn takes_xattr(file_type: u32, name: &[u8]) -> bool {
         _ => name.starts_with(b"security."),
     }
 }
+
+#[cfg(test)]
+mod tests;

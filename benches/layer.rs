@@ -1,0 +1,143 @@
+//! How fast the pure formats are: building, writing and loading an index, and streaming a layer.
+
+use std::hint::black_box;
+use std::io::{Cursor, Read, Write};
+
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use lazuli::layer::digest::Hasher;
+use lazuli::layer::{Access, Chunk, Codec, Compression, Digest, LayerIndex, TarIndexer, decoder};
+
+/// Entries of the layer whose index is built: a large image.
+const ENTRIES: u64 = 100_000;
+/// Bytes of each file of that layer. Content costs the indexer next to nothing.
+const SMALL: usize = 100;
+/// Files of the layer that is streamed, and their size in bytes: 64 MiB together.
+const FILES: u64 = 256;
+const LARGE: usize = 256 << 10;
+/// What a download hands over at a time, in bytes.
+const PIECE: usize = 64 << 10;
+/// Bytes of data space per chunk of the benchmarked index.
+const CHUNK: u64 = 1 << 20;
+
+fn header(name: &str, size: usize) -> [u8; 512] {
+    let mut block = [0; 512];
+    let mut put = |at: usize, text: &str| block[at..at + text.len()].copy_from_slice(text.as_bytes());
+    put(0, name);
+    put(100, "0000644\0");
+    put(108, "0001750\0");
+    put(116, "0001750\0");
+    put(124, &format!("{size:011o}\0"));
+    put(136, "14500000000\0");
+    put(148, "        ");
+    put(156, "0");
+    put(257, "ustar\x0000");
+    let sum: u32 = block.iter().map(|&byte| u32::from(byte)).sum();
+    block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    block
+}
+
+/// A tar of `count` files of `size` bytes in directories of 50. Its content compresses about as well as programs do.
+fn tar(count: u64, size: usize) -> Vec<u8> {
+    let mut tar = Vec::new();
+    let mut random = 0x9e37_79b9_7f4a_7c15u64;
+    for i in 0..count {
+        tar.extend(header(
+            &format!("usr/lib/package-{:05}/module/file-{i}.py", i / 50),
+            size,
+        ));
+        let end = tar.len() + size;
+        while tar.len() < end {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            tar.extend(random.to_le_bytes());
+            tar.extend([0x48, 0x8b, 0x05, 0, 0, 0, 0, 0xe8]);
+        }
+        tar.truncate(end);
+        tar.resize(tar.len().next_multiple_of(512), 0);
+    }
+    tar.resize(tar.len() + 1024, 0);
+    tar
+}
+
+fn index(tar: &[u8]) -> LayerIndex {
+    let mut indexer = TarIndexer::new();
+    for piece in tar.chunks(PIECE) {
+        indexer.push(piece).unwrap();
+    }
+    let layout = indexer.finish().unwrap();
+    let size = layout.data_size;
+    let chunks = (0..size.div_ceil(CHUNK)).map(|i| Chunk {
+        data_offset: i * CHUNK,
+        data_len: CHUNK.min(size - i * CHUNK) as u32,
+        blob_offset: 0,
+        blob_len: 0,
+        skip: 0,
+        digest: Digest::from_bytes([0; 32]),
+    });
+    let chunks = chunks.collect();
+    layout.into_index(Access::Stream, Codec::Gzip, chunks, size).unwrap()
+}
+
+fn indexes(c: &mut Criterion) {
+    let tar = tar(ENTRIES, SMALL);
+    let built = index(&tar);
+    let encoded = built.encode();
+    let mut group = c.benchmark_group("index of 100,000 files");
+    group.sample_size(20);
+    group.throughput(Throughput::Elements(ENTRIES));
+    group.bench_function("build from a tar", |b| b.iter(|| index(black_box(&tar))));
+    group.bench_function("encode", |b| b.iter(|| black_box(&built).encode()));
+    group.bench_function("load", |b| b.iter(|| LayerIndex::decode(black_box(&encoded)).unwrap()));
+    let root = *built.inode(lazuli::layer::ROOT_INO).unwrap();
+    group.throughput(Throughput::Elements(1));
+    group.bench_function("look one path up", |b| {
+        b.iter(|| {
+            built
+                .lookup_path(black_box(b"usr/lib/package-01000/module/file-50007.py"))
+                .unwrap()
+        });
+    });
+    assert!(built.lookup(&root, b"usr").is_some());
+}
+
+/// One pass over a layer, as a plain gzip layer takes it: blob digest, decompression, diff id, tar.
+fn stream(compression: Compression, blob: Vec<u8>) -> (Digest, u64) {
+    let mut stream = decoder(compression, Cursor::new(blob));
+    let (mut hasher, mut indexer) = (Hasher::new(), TarIndexer::new());
+    let mut piece = vec![0; PIECE];
+    loop {
+        match stream.read(&mut piece).unwrap() {
+            0 => break,
+            len => {
+                hasher.update(&piece[..len]);
+                indexer.push(&piece[..len]).unwrap();
+            }
+        }
+    }
+    (hasher.finish(), indexer.finish().unwrap().data_size)
+}
+
+fn streams(c: &mut Criterion) {
+    let tar = tar(FILES, LARGE);
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
+    gzip.write_all(&tar).unwrap();
+    let gzip = gzip.finish().unwrap();
+    let zstd = zstd::encode_all(&tar[..], 3).unwrap();
+    let mut group = c.benchmark_group("stream of uncompressed bytes");
+    group.sample_size(10);
+    group.throughput(Throughput::Bytes(tar.len() as u64));
+    for (name, compression, blob) in [
+        ("gzip, sha256, tar", Compression::Gzip, gzip),
+        ("zstd, sha256, tar", Compression::Zstd, zstd),
+        ("sha256, tar", Compression::None, tar.clone()),
+    ] {
+        group.bench_function(name, |b| {
+            b.iter_batched(|| blob.clone(), |blob| stream(compression, blob), BatchSize::LargeInput);
+        });
+    }
+    group.bench_function("tar alone", |b| b.iter(|| index(black_box(&tar))));
+}
+
+criterion_group!(benches, indexes, streams);
+criterion_main!(benches);

@@ -1,0 +1,46 @@
+//! Any bytes as the end of an eStargz blob, and any bytes as its table of contents. An index that comes out has a chunk for each byte.
+
+#![no_main]
+
+use std::io::Write;
+
+use lazuli::layer::Digest;
+use lazuli::layer::estargz::{find_toc, index_from_toc};
+use libfuzzer_sys::fuzz_target;
+
+/// Size of the blob that the table is said to be in, in bytes, and where.
+const BLOB_SIZE: u64 = 1 << 20;
+const TOC_OFFSET: u64 = BLOB_SIZE / 2;
+
+fn member(json: &[u8]) -> Vec<u8> {
+    let mut header = [0; 512];
+    header[..17].copy_from_slice(b"stargz.index.json");
+    header[124..136].copy_from_slice(format!("{:011o}\0", json.len()).as_bytes());
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::none());
+    gzip.write_all(&header)
+        .and_then(|()| gzip.write_all(json))
+        .expect("a Vec takes all");
+    gzip.finish().expect("a Vec takes all")
+}
+
+fuzz_target!(|input: (u64, Vec<u8>)| {
+    let (blob_size, bytes) = input;
+    for legacy in [false, true] {
+        if let Ok(Some(toc)) = find_toc(&bytes, blob_size, legacy) {
+            assert!(toc.len > 0 && toc.offset + toc.len <= blob_size);
+        }
+    }
+    let digest = Digest::of(&bytes);
+    let _ = index_from_toc(&bytes, TOC_OFFSET, BLOB_SIZE, &digest);
+    if let Ok(index) = index_from_toc(&member(&bytes), TOC_OFFSET, BLOB_SIZE, &digest) {
+        for inode in index.inodes().iter().filter(|inode| inode.is_reg() && inode.size > 0) {
+            let chunks = &index.chunks()[index.chunks_at(inode.data, inode.size)];
+            let covered: u64 = chunks.iter().map(|chunk| u64::from(chunk.data_len)).sum();
+            assert_eq!(covered, inode.size);
+            assert!(chunks.iter().all(|chunk| chunk.blob_end() <= TOC_OFFSET));
+        }
+    }
+});

@@ -1,0 +1,36 @@
+//! Any bytes as a tar. However they are cut the result is the same, and a tree that comes out is a valid index.
+//!
+//! Checksums are made right before, or the fuzzer would have to guess them.
+
+#![no_main]
+
+use lazuli::layer::{Access, Codec, LayerError, TarIndexer, TarLayout};
+use libfuzzer_sys::fuzz_target;
+
+fn layout(bytes: &[u8], piece: usize) -> Result<TarLayout, LayerError> {
+    let mut indexer = TarIndexer::new();
+    for piece in bytes.chunks(piece) {
+        indexer.push(piece)?;
+    }
+    indexer.finish()
+}
+
+fuzz_target!(|input: (u16, Vec<u8>)| {
+    let (piece, mut tar) = input;
+    for block in tar.chunks_exact_mut(512).filter(|block| &block[257..262] == b"ustar") {
+        block[148..156].fill(b' ');
+        let sum: u32 = block.iter().map(|&byte| u32::from(byte)).sum();
+        block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    }
+    let whole = layout(&tar, tar.len().max(1));
+    assert_eq!(whole, layout(&tar, usize::from(piece) + 1));
+    if let Ok(layout) = whole {
+        let (tar_size, data_size) = (layout.tar_size, layout.data_size);
+        for copy in &layout.copies {
+            assert!(copy.from + copy.len <= tar_size && copy.to >= tar_size && copy.to + copy.len <= data_size);
+        }
+        layout
+            .into_index(Access::Stream, Codec::None, Vec::new(), 0)
+            .expect("a tree holds together");
+    }
+});

@@ -1,0 +1,208 @@
+//! Tests of the index: what `new` refuses, and what becomes of bytes on disk.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::layer::testing::sample_parts;
+
+fn sample() -> LayerIndex {
+    LayerIndex::new(sample_parts()).unwrap()
+}
+
+/// The bytes with a right checksum again.
+fn sealed(mut bytes: Vec<u8>) -> Vec<u8> {
+    let body = bytes.len() - Digest::LEN;
+    let digest = Digest::of(&bytes[..body]);
+    bytes[body..].copy_from_slice(digest.as_bytes());
+    bytes
+}
+
+#[test]
+fn names_are_found() {
+    let index = sample();
+    let root = index.inode(ROOT_INO).unwrap();
+    let names: Vec<&[u8]> = index.entries(root).iter().map(|entry| index.name(entry)).collect();
+    assert_eq!(names, [b"d", b"g", b"h", b"l"]);
+    let file = index.lookup_path(b"/d//f").unwrap();
+    assert_eq!(index.lookup(root, b"g"), Some(file));
+    assert_eq!(index.lookup_path(b"d/none"), None);
+    assert_eq!(index.lookup_path(b"g/none"), None);
+    let file = index.inode(file).unwrap();
+    assert_eq!(
+        (file.nlink, file.size, file.mtime, file.mtime_nsec),
+        (2, 5000, 7, 500_000_000)
+    );
+    assert_eq!(index.xattr(file, b"user.k"), Some(&b"v"[..]));
+    assert_eq!(index.xattr(file, b"user.other"), None);
+    let link = index.inode(index.lookup_path(b"l").unwrap()).unwrap();
+    assert_eq!(index.target(link), b"d");
+    assert!(index.entries(link).is_empty() && index.target(file).is_empty());
+    assert!(index.inode(0).is_none() && index.inode(99).is_none());
+}
+
+#[test]
+fn chunks_of_a_range() {
+    let mut parts = sample_parts();
+    let chunk = |data_offset, data_len| Chunk {
+        data_offset,
+        data_len,
+        ..parts.chunks[0]
+    };
+    parts.chunks = vec![chunk(0, 10), chunk(10, 10), chunk(30, 5)];
+    let index = LayerIndex::new(parts).unwrap();
+    for (offset, len, range) in [
+        (0, 1, 0..1),
+        (9, 2, 0..2),
+        (10, 10, 1..2),
+        (20, 10, 2..2),
+        (0, 100, 0..3),
+        (34, 1, 2..3),
+        (35, 9, 3..3),
+        (5, u64::MAX, 0..3),
+    ] {
+        assert_eq!(index.chunks_at(offset, len), range, "{offset}+{len}");
+    }
+    assert_eq!(index.stored_size(), 25);
+}
+
+#[test]
+fn parts_that_make_no_layer_are_refused() {
+    type Change = (&'static str, fn(&mut IndexParts));
+    let changes: [Change; 26] = [
+        ("the first inode is not a root directory", |p| p.inodes.clear()),
+        ("the first inode is not a root directory", |p| {
+            p.inodes[0].mode = mode::REG
+        }),
+        ("the first inode is not a root directory", |p| p.inodes[0].parent = 2),
+        ("an inode's extended attributes lie outside", |p| {
+            p.inodes[2].xattr_first = 1
+        }),
+        ("an inode's extended attributes lie outside", |p| {
+            p.inodes[2].xattr_count = u32::MAX
+        }),
+        ("an inode's nanoseconds are a second or more", |p| {
+            p.inodes[2].mtime_nsec = 1_000_000_000
+        }),
+        ("a directory's entries lie outside", |p| p.inodes[0].count = 99),
+        ("a directory's entries lie outside", |p| p.inodes[0].data = u64::MAX),
+        ("a name lies outside", |p| p.dirents[0].name = u32::MAX),
+        ("a directory entry has a name that no file can have", |p| {
+            p.dirents[0].name_len = 0
+        }),
+        ("a directory's names are not in order", |p| p.dirents.swap(0, 1)),
+        ("a directory entry names no inode", |p| p.dirents[1].ino = 0),
+        ("a directory entry names no inode", |p| p.dirents[1].ino = 99),
+        ("a directory has two parents", |p| p.dirents[1].ino = 2),
+        ("a directory has two parents", |p| p.inodes[1].parent = 2),
+        ("a directory has two parents", |p| p.dirents[4].ino = ROOT_INO),
+        ("a file's content lies outside the data space", |p| {
+            p.inodes[2].size = u64::MAX
+        }),
+        ("a symlink has no valid target", |p| p.inodes[3].size = 0),
+        ("a symlink has no valid target", |p| p.inodes[3].data = 1 << 40),
+        ("an inode has no file type", |p| p.inodes[2].mode = 0o644),
+        ("an inode has no name", |p| p.dirents[2].ino = 3),
+        ("an extended attribute has no valid name or value", |p| {
+            p.xattrs[0].name_len = 0
+        }),
+        ("a chunk's length is 0 or over the limit", |p| p.chunks[0].data_len = 0),
+        ("chunks overlap or are not in order", |p| p.chunks.push(p.chunks[0])),
+        ("a chunk lies outside the data space", |p| p.chunks[0].data_offset = 1),
+        ("a chunk's place in the blob does not fit", |p| {
+            p.access = Access::Ranges
+        }),
+    ];
+    for (i, (what, change)) in changes.iter().enumerate() {
+        let mut parts = sample_parts();
+        change(&mut parts);
+        let error = LayerIndex::new(parts).unwrap_err().to_string();
+        assert!(error.contains(what), "{i}: {error}\n{what}");
+    }
+    let mut parts = sample_parts();
+    parts.access = Access::Ranges;
+    parts.chunks[0].blob_len = 101;
+    assert!(
+        LayerIndex::new(parts)
+            .unwrap_err()
+            .to_string()
+            .contains("a chunk lies outside the blob")
+    );
+    let mut parts = sample_parts();
+    parts.data_size = MAX_DATA_SIZE + 1;
+    assert!(matches!(LayerIndex::new(parts), Err(LayerError::TooLarge { .. })));
+}
+
+#[test]
+fn the_disk_form_round_trips() {
+    let index = sample();
+    let bytes = index.encode();
+    assert_eq!(LayerIndex::decode(&bytes), Ok(index.clone()));
+    assert_eq!(LayerIndex::decode(&bytes).unwrap().encode(), bytes);
+    let mut parts = sample_parts();
+    (parts.access, parts.codec, parts.chunks[0].blob_len) = (Access::Ranges, Codec::Zstd, 99);
+    let index = LayerIndex::new(parts).unwrap();
+    assert_eq!(LayerIndex::decode(&index.encode()), Ok(index));
+}
+
+#[test]
+fn damage_is_noticed() {
+    let bytes = sample().encode();
+    for len in 0..bytes.len() {
+        assert!(LayerIndex::decode(&bytes[..len]).is_err(), "{len}");
+    }
+    for at in 0..bytes.len() {
+        let mut damaged = bytes.clone();
+        damaged[at] ^= 0x10;
+        assert!(LayerIndex::decode(&damaged).is_err(), "{at}");
+    }
+    let error = |at: usize, byte: u8| {
+        let mut other = bytes.clone();
+        other[at] = byte;
+        LayerIndex::decode(&sealed(other)).unwrap_err()
+    };
+    assert!(matches!(error(8, 2), LayerError::Unsupported { .. }));
+    assert_eq!(
+        error(12, 2).to_string(),
+        "malformed layer index at 12: unknown access kind 2"
+    );
+    assert_eq!(error(13, 3).to_string(), "malformed layer index at 13: unknown codec 3");
+    let longer = sealed([&bytes[..], &[0]].concat());
+    assert!(
+        LayerIndex::decode(&longer)
+            .unwrap_err()
+            .to_string()
+            .contains("after its strings")
+    );
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    #[test]
+    fn any_bytes_are_refused_without_a_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        prop_assert!(LayerIndex::decode(&bytes).is_err());
+        let with_head = sealed([&b"LZLINDEX\x01\0\0\0"[..], &bytes, &[0; 32]].concat());
+        let _ = LayerIndex::decode(&with_head);
+    }
+
+    #[test]
+    fn what_a_changed_index_decodes_to_is_valid(changes in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6)) {
+        let mut bytes = sample().encode();
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        if let Ok(index) = LayerIndex::decode(&sealed(bytes)) {
+            // Every accessor works on everything.
+            for inode in index.inodes() {
+                for entry in index.entries(inode) {
+                    prop_assert!(index.inode(entry.ino).is_some());
+                    prop_assert_eq!(index.lookup(inode, index.name(entry)), Some(entry.ino));
+                }
+                prop_assert_eq!(index.xattrs(inode).count() as u32, inode.xattr_count);
+                prop_assert_eq!(index.target(inode).is_empty(), !inode.is_symlink());
+            }
+            prop_assert_eq!(LayerIndex::decode(&index.encode()), Ok(index));
+        }
+    }
+}

@@ -1,4 +1,5 @@
-//! The snapshotter itself, without gRPC: records and directories kept in step. Every method blocks (disk, and the database's turn).
+//! The snapshotter itself, without gRPC: records and directories kept in step. Every method blocks (disk, and the
+//! database's turn).
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -110,7 +111,8 @@ impl Core {
         Ok(())
     }
 
-    /// Makes sure that there is a remote snapshot of a layer, and returns its name; `None` if the layer is not live any more.
+    /// Makes sure that there is a remote snapshot of a layer, and returns its name; `None` if the layer is not live any
+    /// more.
     pub fn publish(
         &self,
         parent: &str,
@@ -121,11 +123,13 @@ impl Core {
         let Some(path) = self.layers.path(&layer) else {
             return Ok(None);
         };
+        // Asked before the transaction: who answers may use the database too.
+        let present_is_live = self.published(parent, chain_id)?.is_some();
         let built = self.dirs.build(&Content::Remote(&path))?;
         let (name, record) = self.store.write_snapshots(|snapshots| {
-            let is_live = |layer: &Digest| self.layers.path(layer).is_some();
             let wish = (chain_id, layer);
-            let (name, published) = rules::publish(snapshots, parent, kept_labels(labels), wish, is_live, now())?;
+            let (name, published) =
+                rules::publish(snapshots, parent, kept_labels(labels), wish, present_is_live, now())?;
             let record = match published {
                 Published::New(record) => {
                     self.dirs.place(built, record.id)?;
@@ -288,8 +292,8 @@ impl Core {
 
     /// The directories of a chain, topmost first.
     ///
-    /// A layer that occurs twice (empty layers often do) is shown once, where it is topmost: all that it has below is hidden by itself, and
-    /// overlayfs refuses the same directory twice.
+    /// A layer that occurs twice (empty layers often do) is shown once, where it is topmost: all that it has below is
+    /// hidden by itself, and overlayfs refuses the same directory twice.
     fn lowers(&self, chain: &Chain) -> Result<Vec<PathBuf>, SnapshotsError> {
         let mut seen = HashSet::new();
         let mut lowers = Vec::with_capacity(chain.len());

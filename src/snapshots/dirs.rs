@@ -10,10 +10,12 @@
 //!   trash/<id>.<n>/             removed, to be deleted
 //! ```
 //!
-//! Ids, not keys, are names: keys hold slashes and blanks. All lower directories are `snapshots/<id>/fs` (with `/.` behind it if remote), so that
-//! containerd, which changes into their common directory when the option string is too long for one page, can mount 128 of them.
+//! Ids, not keys, are names: keys hold slashes and blanks. All lower directories are `snapshots/<id>/fs` (with `/.`
+//! behind it if remote), so that containerd, which changes into their common directory when the option string is too
+//! long for one page, can mount 128 of them.
 //!
-//! The `/.` makes a program that looks at a lower directory without following symlinks, as BuildKit's overlay differ does, see a directory.
+//! The `/.` makes a program that looks at a lower directory without following symlinks, as BuildKit's overlay differ
+//! does, see a directory.
 
 use std::collections::HashSet;
 use std::fs;

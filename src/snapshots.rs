@@ -16,10 +16,13 @@
 //! step takes a lock that a release takes too, and looks again.
 //!
 //! # Durability
-//! Records and the names of directories are on disk before an RPC is answered. Contents of files are not synced by
-//! Commit, as they are not by containerd's overlay snapshotter: Commit runs within a write transaction of containerd's
-//! own, and syncing a whole file system there would stall every client. CRI's `image_pull_with_sync_fs` does it where
-//! it is wanted.
+//! Records are on disk before an RPC is answered, and so is the name of the directory of a committed snapshot. The
+//! directories of the others, which hold nothing yet, and links to layers are made again at start if they are missing
+//! (after a power cut, on a file system that does not keep the order of changes).
+//!
+//! Contents of files are not synced by Commit, as they are not by containerd's overlay snapshotter: Commit runs within a
+//! write transaction of containerd's own, and syncing a whole file system there would stall every client. CRI's
+//! `image_pull_with_sync_fs` does it where it is wanted.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::SnapshotsError;
-use super::dirs::{Content, Dirs, RootAttributes, delete};
+use super::dirs::{Built, Content, Dirs, RootAttributes, delete};
 use super::filters::Filters;
 use super::info::{Named, info, now};
 use super::mounts::Overlay;
@@ -48,7 +48,9 @@ impl Core {
         core.cleanup()?;
         for (key, record) in core.store.snapshots()? {
             match record {
-                Ok(record) => core.restore(&key, &record)?,
+                Ok(record) => core.restore(&key, &record).unwrap_or_else(|error| {
+                    tracing::error!(key, %error, "a snapshot cannot be restored");
+                }),
                 Err(error) => tracing::error!(%error, "a snapshot is lost"),
             }
         }
@@ -62,10 +64,19 @@ impl Core {
                 Some(path) => self.dirs.link(record.id, &path)?,
                 None => tracing::warn!(key, %layer, "the layer of a snapshot is not available"),
             },
-            None if !self.dirs.own(record.id).is_dir() => {
-                tracing::error!(key, id = record.id, "the directory of a snapshot is missing");
+            None if self.dirs.own(record.id).is_dir() => {}
+            // Made right before a power cut, and never written to.
+            None if record.kind != Kind::Committed => {
+                let chain = self.parents(record.parent.as_deref().unwrap_or_default())?;
+                let built = self.build(record.kind, &self.lowers(&chain)?)?;
+                self.dirs.place(built, record.id)?;
+                tracing::warn!(
+                    key,
+                    id = record.id,
+                    "the directory of a snapshot was missing and is empty now"
+                );
             }
-            None => {}
+            None => tracing::error!(key, id = record.id, "the directory of a committed snapshot is missing"),
         }
         Ok(())
     }
@@ -81,9 +92,8 @@ impl Core {
         check_key("key", key)?;
         let chain = self.parents(parent)?;
         let lowers = self.lowers(&chain)?;
-        let attributes = lowers.first().map(|lower| RootAttributes::of(lower)).transpose()?;
         // What takes time is done before the transaction.
-        let built = self.dirs.build(&Content::Local(kind, attributes))?;
+        let built = self.build(kind, &lowers)?;
         let record = self.store.write_snapshots(|snapshots| {
             let new = NewSnapshot {
                 kind,
@@ -182,6 +192,7 @@ impl Core {
         let id = record.map(|record| record.id).unwrap_or_default();
         // Outside of the transaction, because it may take a while.
         let usage = usage(&self.dirs.own(id))?;
+        self.dirs.sync()?;
         self.store.write_snapshots(|snapshots| {
             rules::commit(snapshots, (name, key, parent), kept_labels(labels), usage, now())
         })
@@ -278,6 +289,12 @@ impl Core {
             layers.extend(record?.layer);
         }
         Ok(layers.into_iter().collect())
+    }
+
+    /// The directory of a new local snapshot over `lowers`.
+    fn build(&self, kind: Kind, lowers: &[PathBuf]) -> Result<Built, SnapshotsError> {
+        let attributes = lowers.first().map(|lower| RootAttributes::of(lower)).transpose()?;
+        self.dirs.build(&Content::Local(kind, attributes))
     }
 
     /// The committed snapshot `parent` (empty for none) and its ancestors.

@@ -142,7 +142,7 @@ impl Dirs {
         Ok(Built(dir))
     }
 
-    /// Gives a directory its id, durably. Call it within the transaction that allocated `id`, as its last step.
+    /// Gives a directory its id. Call it within the transaction that allocated `id`, as its last step.
     pub fn place(&self, built: Built, id: u64) -> Result<(), SnapshotsError> {
         let path = self.dir(id);
         // Nothing can have this id, unless a commit failed after the directory was placed.
@@ -152,7 +152,11 @@ impl Dirs {
         fs::rename(built.0.path(), &path).map_err(SnapshotsError::io("move into place", &path))?;
         // It has another name now, under which it stays.
         let _ = built.0.keep();
-        // The record must not outlive a power cut without its directory.
+        Ok(())
+    }
+
+    /// Makes the names of all directories durable.
+    pub fn sync(&self) -> Result<(), SnapshotsError> {
         fs::File::open(&self.snapshots)
             .and_then(|snapshots| snapshots.sync_all())
             .map_err(SnapshotsError::io("sync", &self.snapshots))

@@ -158,7 +158,7 @@ fn model_of(info: Info) -> (String, Model) {
     let model = Model {
         kind,
         parent: info.parent,
-        labels: kept(&info.labels),
+        labels: info.labels.into_iter().collect(),
     };
     (info.name, model)
 }

@@ -295,6 +295,26 @@ async fn leftovers_are_cleaned_up_and_nothing_else_is() {
 }
 
 #[tokio::test]
+async fn missing_directories_are_made_again_where_nothing_was_in_them() {
+    let daemon = Daemon::start().await;
+    daemon.layer("base", "", "file").await;
+    let active = daemon.prepare("active", "base").await.unwrap();
+    let view = daemon.view("view", "").await.unwrap();
+    for id in [2, 3] {
+        std::fs::remove_dir_all(daemon.root().join(format!("snapshots/{id}"))).unwrap();
+    }
+    let daemon = daemon.restart().await;
+    assert_eq!(daemon.mount(&active).names(), ["file"]);
+    assert!(daemon.mount(&view).names().is_empty());
+    // What was committed had content; an empty directory would be a lie.
+    std::fs::remove_dir_all(daemon.root().join("snapshots/1")).unwrap();
+    let daemon = daemon.restart().await;
+    assert!(!daemon.root().join("snapshots/1").exists());
+    let status = daemon.prepare("x", "base").await.unwrap_err();
+    assert_eq!(status.code(), Code::Internal, "{status}");
+}
+
+#[tokio::test]
 async fn a_damaged_record_is_kept_and_stops_nothing() {
     let daemon = Daemon::start().await;
     daemon.layer("bad", "", "file").await;

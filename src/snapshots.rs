@@ -1,21 +1,28 @@
 //! containerd's face: the snapshots gRPC service.
 //!
-//! This room owns what containerd sees: names, kinds, labels, filters, mounts, error classes; and the directories of local snapshots
-//! (`snapshots/dirs.rs` tells their layout). Which layers can be shown, and where, it asks of [`Layers`]. It never touches the bytes of a layer.
+//! This room owns what containerd sees: names, kinds, labels, filters, mounts, error classes; and the directories of
+//! local snapshots (`snapshots/dirs.rs` tells their layout). Which layers can be shown, and where, it asks of
+//! [`Layers`]. It never touches the bytes of a layer.
 //!
 //! # Remote snapshots
-//! A Prepare that names a chain id in the label `containerd.io/snapshot.ref` asks whether the snapshotter has, or can make, the committed snapshot
-//! of that layer by itself. If so it is recorded, durably, and the answer is AlreadyExists; containerd then lists the
-//! snapshots with that label and that parent, and takes the one it finds. Otherwise the Prepare is an ordinary one, and containerd
-//! downloads and unpacks the layer. The committed snapshot has no files of its own: its lower directory is a link to the layer's.
+//! A Prepare that names a chain id in the label `containerd.io/snapshot.ref` asks whether the snapshotter has, or can
+//! make, the committed snapshot of that layer by itself. If so it is recorded, durably, and the answer is
+//! AlreadyExists; containerd then lists the snapshots with that label and that parent, and takes the one it finds.
+//! Otherwise the Prepare is an ordinary one, and containerd downloads and unpacks the layer. The committed snapshot has
+//! no files of its own: its lower directory is a link to the layer's.
 //!
-//! No lock is held while a layer is being resolved, which may take minutes. Layers are released with [`Layers::retain`], and between "it is
-//! live" and "a snapshot refers to it" such a release could come; so the second step takes a lock that a release takes too, and looks again.
+//! No lock is held while a layer is being resolved, which may take minutes. Layers are released with
+//! [`Layers::retain`], and between "it is live" and "a snapshot refers to it" such a release could come; so the second
+//! step takes a lock that a release takes too, and looks again.
 //!
 //! # Durability
-//! Records and the names of directories are on disk before an RPC is answered. Contents of files are not synced by Commit, as they are not by
-//! containerd's overlay snapshotter: Commit runs within a write transaction of containerd's own, and syncing a whole file system there would stall
-//! every client. CRI's `image_pull_with_sync_fs` does it where it is wanted.
+//! Records are on disk before an RPC is answered, and so is the name of the directory of a committed snapshot. The
+//! directories of the others, which hold nothing yet, and links to layers are made again at start if they are missing
+//! (after a power cut, on a file system that does not keep the order of changes).
+//!
+//! Contents of files are not synced by Commit, as they are not by containerd's overlay snapshotter: Commit runs within a
+//! write transaction of containerd's own, and syncing a whole file system there would stall every client. CRI's
+//! `image_pull_with_sync_fs` does it where it is wanted.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -30,6 +37,8 @@ mod dirs;
 mod error;
 mod filters;
 mod info;
+#[cfg(test)]
+mod model;
 mod mounts;
 mod rpc;
 mod rules;
@@ -43,7 +52,8 @@ use self::core::Core;
 /// Largest message, in bytes: containerd's own limit for a proxy snapshotter.
 const MAX_MESSAGE: usize = 16 << 20;
 
-/// Active snapshots measured at once. CRI asks for all of them every ten seconds, and may not take all blocking threads.
+/// Active snapshots measured at once. CRI asks for all of them every ten seconds, and may not take all blocking
+/// threads.
 const MAX_MEASURED: usize = 4;
 
 /// The snapshots service.
@@ -61,8 +71,8 @@ pub struct Service {
 }
 
 impl Service {
-    /// The service over the directories below `root`. It brings directories and records in step, and lets go of layers that no snapshot
-    /// refers to; `layers` must have brought back its own before. Call it on a tokio runtime.
+    /// The service over the directories below `root`. It brings directories and records in step, and lets go of layers
+    /// that no snapshot refers to; `layers` must have brought back its own before. Call it on a tokio runtime.
     ///
     /// # Errors
     /// [`SnapshotsError`] if `root` cannot be used, or the database cannot be read.

@@ -10,15 +10,16 @@
 //! | `slots` | SHA-256 of the blob, 32 bytes | `u32`, given once and never taken back |
 //! | `images` | SHA-256 of the manifest, 32 bytes | [`ImageRecord`] as JSON |
 //!
-//! JSON, because a record is small, read rarely, and has to be readable by the next version: fields may be added with a default;
-//! anything else raises [`SCHEMA`] and adds a step to the migrations.
+//! JSON, because a record is small, read rarely, and has to be readable by the next version: fields may be added with a
+//! default; anything else raises [`SCHEMA`] and adds a step to the migrations.
 //!
 //! # Rules
-//! Every change is one transaction, on disk (fsync) before the call returns. Readers see the last committed state and never wait for
-//! a writer (MVCC); writers queue. Each call is short, but may wait for the disk: call it where blocking is allowed.
+//! Every change is one transaction, on disk (fsync) before the call returns. Readers see the last committed state and
+//! never wait for a writer (MVCC); writers queue. Each call is short, but may wait for the disk: call it where blocking
+//! is allowed.
 //!
-//! A record that cannot be decoded is an error that names it; all others stay readable. redb itself checks its pages' checksums
-//! and repairs an unclean stop when the file is opened.
+//! A record that cannot be decoded is an error that names it; all others stay readable. redb itself checks its pages'
+//! checksums and repairs an unclean stop when the file is opened.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -40,7 +41,8 @@ pub use layers::{LayerRecord, LayerSource};
 pub use schema::SCHEMA;
 pub use snapshots::{Kind, SnapshotRecord, SnapshotsWrite, Usage};
 
-/// Memory for pages of the database, in bytes. The whole database of a busy node is a few MiB; redb's default would be 1 GiB.
+/// Memory for pages of the database, in bytes. The whole database of a busy node is a few MiB; redb's default would be
+/// 1 GiB.
 const PAGE_CACHE: usize = 16 << 20;
 
 /// The open database. The file is locked: only one process can have it open.
@@ -137,3 +139,6 @@ fn decode<T: DeserializeOwned>(
 ) -> Result<T, StoreError> {
     serde_json::from_slice(bytes).map_err(|error| StoreError::damaged(table, key, error))
 }
+
+#[cfg(test)]
+mod tests;

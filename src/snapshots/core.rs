@@ -1,11 +1,12 @@
-//! The snapshotter itself, without gRPC: records and directories kept in step. Every method blocks (disk, and the database's turn).
+//! The snapshotter itself, without gRPC: records and directories kept in step. Every method blocks (disk, and the
+//! database's turn).
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::SnapshotsError;
-use super::dirs::{Content, Dirs, RootAttributes, delete};
+use super::dirs::{Built, Content, Dirs, RootAttributes, delete};
 use super::filters::Filters;
 use super::info::{Named, info, now};
 use super::mounts::Overlay;
@@ -47,7 +48,9 @@ impl Core {
         core.cleanup()?;
         for (key, record) in core.store.snapshots()? {
             match record {
-                Ok(record) => core.restore(&key, &record)?,
+                Ok(record) => core.restore(&key, &record).unwrap_or_else(|error| {
+                    tracing::error!(key, %error, "a snapshot cannot be restored");
+                }),
                 Err(error) => tracing::error!(%error, "a snapshot is lost"),
             }
         }
@@ -61,10 +64,19 @@ impl Core {
                 Some(path) => self.dirs.link(record.id, &path)?,
                 None => tracing::warn!(key, %layer, "the layer of a snapshot is not available"),
             },
-            None if !self.dirs.own(record.id).is_dir() => {
-                tracing::error!(key, id = record.id, "the directory of a snapshot is missing");
+            None if self.dirs.own(record.id).is_dir() => {}
+            // Made right before a power cut, and never written to.
+            None if record.kind != Kind::Committed => {
+                let chain = self.parents(record.parent.as_deref().unwrap_or_default())?;
+                let built = self.build(record.kind, &self.lowers(&chain)?)?;
+                self.dirs.place(built, record.id)?;
+                tracing::warn!(
+                    key,
+                    id = record.id,
+                    "the directory of a snapshot was missing and is empty now"
+                );
             }
-            None => {}
+            None => tracing::error!(key, id = record.id, "the directory of a committed snapshot is missing"),
         }
         Ok(())
     }
@@ -80,9 +92,8 @@ impl Core {
         check_key("key", key)?;
         let chain = self.parents(parent)?;
         let lowers = self.lowers(&chain)?;
-        let attributes = lowers.first().map(|lower| RootAttributes::of(lower)).transpose()?;
         // What takes time is done before the transaction.
-        let built = self.dirs.build(&Content::Local(kind, attributes))?;
+        let built = self.build(kind, &lowers)?;
         let record = self.store.write_snapshots(|snapshots| {
             let new = NewSnapshot {
                 kind,
@@ -110,7 +121,8 @@ impl Core {
         Ok(())
     }
 
-    /// Makes sure that there is a remote snapshot of a layer, and returns its name; `None` if the layer is not live any more.
+    /// Makes sure that there is a remote snapshot of a layer, and returns its name; `None` if the layer is not live any
+    /// more.
     pub fn publish(
         &self,
         parent: &str,
@@ -121,11 +133,13 @@ impl Core {
         let Some(path) = self.layers.path(&layer) else {
             return Ok(None);
         };
+        // Asked before the transaction: who answers may use the database too.
+        let present_is_live = self.published(parent, chain_id)?.is_some();
         let built = self.dirs.build(&Content::Remote(&path))?;
         let (name, record) = self.store.write_snapshots(|snapshots| {
-            let is_live = |layer: &Digest| self.layers.path(layer).is_some();
             let wish = (chain_id, layer);
-            let (name, published) = rules::publish(snapshots, parent, kept_labels(labels), wish, is_live, now())?;
+            let (name, published) =
+                rules::publish(snapshots, parent, kept_labels(labels), wish, present_is_live, now())?;
             let record = match published {
                 Published::New(record) => {
                     self.dirs.place(built, record.id)?;
@@ -178,6 +192,7 @@ impl Core {
         let id = record.map(|record| record.id).unwrap_or_default();
         // Outside of the transaction, because it may take a while.
         let usage = usage(&self.dirs.own(id))?;
+        self.dirs.sync()?;
         self.store.write_snapshots(|snapshots| {
             rules::commit(snapshots, (name, key, parent), kept_labels(labels), usage, now())
         })
@@ -276,6 +291,12 @@ impl Core {
         Ok(layers.into_iter().collect())
     }
 
+    /// The directory of a new local snapshot over `lowers`.
+    fn build(&self, kind: Kind, lowers: &[PathBuf]) -> Result<Built, SnapshotsError> {
+        let attributes = lowers.first().map(|lower| RootAttributes::of(lower)).transpose()?;
+        self.dirs.build(&Content::Local(kind, attributes))
+    }
+
     /// The committed snapshot `parent` (empty for none) and its ancestors.
     fn parents(&self, parent: &str) -> Result<Chain, SnapshotsError> {
         if parent.is_empty() {
@@ -288,8 +309,8 @@ impl Core {
 
     /// The directories of a chain, topmost first.
     ///
-    /// A layer that occurs twice (empty layers often do) is shown once, where it is topmost: all that it has below is hidden by itself, and
-    /// overlayfs refuses the same directory twice.
+    /// A layer that occurs twice (empty layers often do) is shown once, where it is topmost: all that it has below is
+    /// hidden by itself, and overlayfs refuses the same directory twice.
     fn lowers(&self, chain: &Chain) -> Result<Vec<PathBuf>, SnapshotsError> {
         let mut seen = HashSet::new();
         let mut lowers = Vec::with_capacity(chain.len());

@@ -10,10 +10,12 @@
 //!   trash/<id>.<n>/             removed, to be deleted
 //! ```
 //!
-//! Ids, not keys, are names: keys hold slashes and blanks. All lower directories are `snapshots/<id>/fs` (with `/.` behind it if remote), so that
-//! containerd, which changes into their common directory when the option string is too long for one page, can mount 128 of them.
+//! Ids, not keys, are names: keys hold slashes and blanks. All lower directories are `snapshots/<id>/fs` (with `/.`
+//! behind it if remote), so that containerd, which changes into their common directory when the option string is too
+//! long for one page, can mount 128 of them.
 //!
-//! The `/.` makes a program that looks at a lower directory without following symlinks, as BuildKit's overlay differ does, see a directory.
+//! The `/.` makes a program that looks at a lower directory without following symlinks, as BuildKit's overlay differ
+//! does, see a directory.
 
 use std::collections::HashSet;
 use std::fs;
@@ -140,7 +142,7 @@ impl Dirs {
         Ok(Built(dir))
     }
 
-    /// Gives a directory its id, durably. Call it within the transaction that allocated `id`, as its last step.
+    /// Gives a directory its id. Call it within the transaction that allocated `id`, as its last step.
     pub fn place(&self, built: Built, id: u64) -> Result<(), SnapshotsError> {
         let path = self.dir(id);
         // Nothing can have this id, unless a commit failed after the directory was placed.
@@ -150,7 +152,11 @@ impl Dirs {
         fs::rename(built.0.path(), &path).map_err(SnapshotsError::io("move into place", &path))?;
         // It has another name now, under which it stays.
         let _ = built.0.keep();
-        // The record must not outlive a power cut without its directory.
+        Ok(())
+    }
+
+    /// Makes the names of all directories durable.
+    pub fn sync(&self) -> Result<(), SnapshotsError> {
         fs::File::open(&self.snapshots)
             .and_then(|snapshots| snapshots.sync_all())
             .map_err(SnapshotsError::io("sync", &self.snapshots))

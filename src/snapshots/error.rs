@@ -1,7 +1,7 @@
 //! Why a snapshots RPC failed, and which gRPC status says so.
 //!
-//! containerd tells its error classes by the status code, and trims `": <class text>"` from the end of the message, so every message ends
-//! with the text of its class.
+//! containerd tells its error classes by the status code, and trims `": <class text>"` from the end of the message, so
+//! every message ends with the text of its class.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,8 @@ use super::filters::FilterError;
 use crate::layer::Digest;
 use crate::store::StoreError;
 
-/// Longest part of a key that an error repeats, in characters: a message travels in an HTTP/2 header, and keys have no limit.
+/// Longest part of a key that an error repeats, in characters: a message travels in an HTTP/2 header, and keys have no
+/// limit.
 const QUOTED_LEN: usize = 256;
 
 /// An error of the snapshots service.

@@ -12,9 +12,9 @@
 //!
 //! Of several filters one has to match; no filter at all matches everything. White space may stand before any token.
 //!
-//! An absent field compares as the empty text in `!=` and `~=`, and never equals anything in `==`, exactly as in containerd. Go's
-//! literals can hold any bytes, so texts are byte strings here. The one deliberate difference: a bad regular expression is an error, where containerd
-//! logs it and lets it match nothing.
+//! An absent field compares as the empty text in `!=` and `~=`, and never equals anything in `==`, exactly as in
+//! containerd. Go's literals can hold any bytes, so texts are byte strings here. The one deliberate difference: a bad
+//! regular expression is an error, where containerd logs it and lets it match nothing.
 
 use std::str::Chars;
 
@@ -223,7 +223,14 @@ impl<'a> Parser<'a> {
         RegexBuilder::new(pattern)
             .size_limit(REGEX_LIMIT)
             .build()
-            .map_err(|error| self.error(format!("bad regular expression: {error}")))
+            .map_err(|error| {
+                // Its last line says what is wrong; those before draw a picture of it.
+                let text = error.to_string();
+                self.error(format!(
+                    "bad regular expression: {}",
+                    text.lines().last().unwrap_or_default()
+                ))
+            })
     }
 
     /// A Go string literal; its first character, which is also its last, is next.
@@ -296,3 +303,6 @@ impl<'a> Parser<'a> {
 fn push(value: &mut Vec<u8>, c: char) {
     value.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes());
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,6 @@
-//! The mounts that show a snapshot: one bind or overlay mount, with exactly the options that containerd's own overlay snapshotter gives, because
-//! others parse them (BuildKit takes its fast way of comparing snapshots only if it knows every option).
+//! The mounts that show a snapshot: one bind or overlay mount, with exactly the options that containerd's own overlay
+//! snapshotter gives, because others parse them (BuildKit takes its fast way of comparing snapshots only if it knows
+//! every option).
 
 use std::path::{Path, PathBuf};
 
@@ -49,7 +50,8 @@ impl Overlay {
                     options.push(format!("workdir={}", work.display()));
                     options.push(format!("upperdir={}", own.display()));
                 }
-                // Without an upper directory overlayfs is read-only by itself; "ro" would be an option that BuildKit does not know.
+                // Without an upper directory overlayfs is read-only by itself; "ro" would be an option that BuildKit
+                // does not know.
                 let lowers: Vec<_> = lowers.iter().map(|lower| lower.to_string_lossy()).collect();
                 options.push(format!("lowerdir={}", lowers.join(":")));
                 mount("overlay", "overlay".to_owned(), options)

@@ -24,10 +24,12 @@ use crate::store::Kind;
 /// Most snapshots in one message of a list, as containerd's own server does it.
 const LIST_BATCH: usize = 100;
 
-/// Size in bytes from which on a message of a list takes no more snapshots: labels may be large, and a message may have 16 MiB.
+/// Size in bytes from which on a message of a list takes no more snapshots: labels may be large, and a message may have
+/// 16 MiB.
 const LIST_BATCH_BYTES: usize = 1 << 20;
 
-/// How often a layer that was released right after it was resolved is resolved anew. Each time takes a release just in between.
+/// How often a layer that was released right after it was resolved is resolved anew. Each time takes a release just in
+/// between.
 const PUBLISH_ATTEMPTS: usize = 3;
 
 /// Header with the namespace, which not every client and version sends.

@@ -1,7 +1,8 @@
-//! What each change of the snapshots' records may do, within a transaction: containerd's semantics, without file systems.
+//! What each change of the snapshots' records may do, within a transaction: containerd's semantics, without file
+//! systems.
 //!
-//! One space of names holds keys and names. A parent has to be committed; only an active snapshot can be committed; one with children cannot
-//! be removed. Labels with empty values are not kept: that is how containerd deletes a label.
+//! One space of names holds keys and names. A parent has to be committed; only an active snapshot can be committed; one
+//! with children cannot be removed. Labels with empty values are not kept: that is how containerd deletes a label.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -76,8 +77,8 @@ pub(super) fn create(
     Ok(record)
 }
 
-/// Name of the remote snapshot with `chain_id` on `parent`: one for each pair, because containerd looks for it with that very parent, and the
-/// same chain id may stand on the parent of another namespace too.
+/// Name of the remote snapshot with `chain_id` on `parent`: one for each pair, because containerd looks for it with
+/// that very parent, and the same chain id may stand on the parent of another namespace too.
 pub(super) fn remote_name(parent: &str, chain_id: &str) -> String {
     let mut hash = Sha256::new();
     hash.update(parent);
@@ -96,13 +97,14 @@ pub(super) enum Published {
     Present(SnapshotRecord),
 }
 
-/// Makes sure that there is a remote snapshot of `layer` with `chain_id` on `parent`. `is_live` tells which layers can be shown.
+/// Makes sure that there is a remote snapshot of `layer` with `chain_id` on `parent`. If there is one already,
+/// `present_is_live` tells whether its layer can be shown.
 pub(super) fn publish(
     snapshots: &SnapshotsWrite<'_>,
     parent: &str,
     mut labels: BTreeMap<String, String>,
     (chain_id, layer): (&str, Digest),
-    is_live: impl Fn(&Digest) -> bool,
+    present_is_live: bool,
     now: i64,
 ) -> Result<(String, Published), SnapshotsError> {
     let name = remote_name(parent, chain_id);
@@ -125,7 +127,7 @@ pub(super) fn publish(
         return Err(SnapshotsError::already_exists(&name));
     };
     // The same chain id may come with other blobs of the same content; one that can be shown is as good as another.
-    let replaced = present != layer && !is_live(&present);
+    let replaced = present != layer && !present_is_live;
     // Without its label containerd would not find it.
     let labelled = record.labels.get(REF_LABEL).is_some_and(|label| label == chain_id);
     if replaced || !labelled {

@@ -16,7 +16,8 @@ const BLOCK: u64 = 512;
 /// Deepest directory that is looked into: each level holds a file descriptor while the ones below it are counted.
 const MAX_DEPTH: usize = 512;
 
-/// Allocated bytes and inodes of the tree at `root`: hard links once, and no other file system. Its files may change meanwhile.
+/// Allocated bytes and inodes of the tree at `root`: hard links once, and no other file system. Its files may change
+/// meanwhile.
 pub(super) fn usage(root: &Path) -> Result<Usage, SnapshotsError> {
     walk(root).map_err(|error| SnapshotsError::io("measure", root)(error.into()))
 }

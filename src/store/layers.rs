@@ -82,7 +82,8 @@ impl Store {
     /// Writes a layer's record, in the place of the one it had.
     ///
     /// # Errors
-    /// [`StoreError::WrongSlot`] if its slot is not the one that [`Store::allocate_slot`] gave, or an error of the database.
+    /// [`StoreError::WrongSlot`] if its slot is not the one that [`Store::allocate_slot`] gave, or an error of the
+    /// database.
     pub fn put_layer(&self, record: &LayerRecord) -> Result<(), StoreError> {
         let key = record.digest.as_bytes();
         let bytes = encode(TABLE, &record.digest, record)?;

@@ -146,8 +146,8 @@ impl Store {
         Ok(chain)
     }
 
-    /// Runs `change` on the snapshots in one transaction. An error of `change`, or of the commit, changes nothing. Other writers wait
-    /// meanwhile, so `change` must be short.
+    /// Runs `change` on the snapshots in one transaction. An error of `change`, or of the commit, changes nothing.
+    /// Other writers wait meanwhile, so `change` must be short.
     ///
     /// # Errors
     /// What `change` answers, or an error of the database.

@@ -1,4 +1,5 @@
-//! The snapshots service alone, with no lazy layers: a plain overlay snapshotter. containerd's own test suite runs against it.
+//! The snapshots service alone, with no lazy layers: a plain overlay snapshotter. containerd's own test suite runs
+//! against it.
 //!
 //! `snapshots_only ROOT SOCKET`
 

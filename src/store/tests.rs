@@ -1,0 +1,316 @@
+//! Tests of the database as its users see it.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Barrier;
+
+use redb::TableDefinition;
+
+use super::*;
+use crate::layer::Digest;
+
+fn open(dir: &tempfile::TempDir) -> Store {
+    Store::open(&dir.path().join("metadata.redb")).unwrap()
+}
+
+fn snapshot(id: u64, parent: Option<&str>) -> SnapshotRecord {
+    SnapshotRecord {
+        id,
+        kind: Kind::Committed,
+        parent: parent.map(str::to_owned),
+        labels: [("l".to_owned(), "v".to_owned())].into(),
+        created: -5,
+        updated: i64::MAX,
+        layer: Some(Digest::of(b"layer")),
+        usage: Usage { bytes: 1, inodes: 2 },
+    }
+}
+
+fn put(store: &Store, key: &str, record: &SnapshotRecord) {
+    store.write_snapshots(|snapshots| snapshots.put(key, record)).unwrap();
+}
+
+fn keys<E>(listed: Vec<(String, Result<SnapshotRecord, E>)>) -> Vec<String> {
+    listed.into_iter().map(|(key, _)| key).collect()
+}
+
+fn layer(store: &Store, bytes: &[u8]) -> LayerRecord {
+    let digest = Digest::of(bytes);
+    LayerRecord {
+        digest,
+        diff_id: Some(Digest::of(b"tar")),
+        media_type: "application/vnd.oci.image.layer.v1.tar+gzip".to_owned(),
+        size: 7,
+        annotations: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
+        slot: store.allocate_slot(&digest).unwrap(),
+        sources: vec![LayerSource {
+            host: "registry.example:5000".to_owned(),
+            repository: "demo/app".to_owned(),
+        }],
+        images: vec!["sha256:m".to_owned()],
+    }
+}
+
+/// Writes bytes that are no record, as a fault of the disk or of a program would.
+fn damage(store: &Store, table: &str, key: &[u8; Digest::LEN]) {
+    let definition: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new(table);
+    store
+        .write(|transaction| {
+            transaction.open_table(definition)?.insert(key, b"{".as_slice())?;
+            Ok::<_, StoreError>(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn everything_is_there_after_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = ImageRecord {
+        manifest: Digest::of(b"manifest"),
+        namespace: "k8s.io".to_owned(),
+        names: vec!["registry.example/app:1".to_owned()],
+        host: "registry.example".to_owned(),
+        repository: "app".to_owned(),
+        layers: vec![ImageLayer {
+            digest: "sha512:ab".to_owned(),
+            size: 9,
+            media_type: "x".to_owned(),
+            diff_id: "sha256:d".to_owned(),
+            chain_id: "sha256:c".to_owned(),
+            live: false,
+            format: None,
+            refused: Some("digest algorithm".to_owned()),
+        }],
+    };
+    let store = open(&dir);
+    let layer = layer(&store, b"blob");
+    put(&store, "default/1/a b/c", &snapshot(1, None));
+    store.put_layer(&layer).unwrap();
+    store.put_image(&image).unwrap();
+    drop(store);
+
+    let store = open(&dir);
+    assert_eq!(store.snapshot("default/1/a b/c").unwrap(), Some(snapshot(1, None)));
+    assert_eq!(store.snapshot("default/1/a b").unwrap(), None);
+    assert_eq!(store.layer(&layer.digest).unwrap(), Some(layer.clone()));
+    assert_eq!(store.layers().unwrap().len(), 1);
+    assert_eq!(store.image(&image.manifest).unwrap(), Some(image.clone()));
+    assert_eq!(store.images().unwrap().len(), 1);
+    assert!(store.remove_layer(&layer.digest).unwrap());
+    assert!(!store.remove_layer(&layer.digest).unwrap());
+    assert!(store.remove_image(&image.manifest).unwrap());
+    assert_eq!(store.layer(&layer.digest).unwrap(), None);
+    assert_eq!(store.image(&image.manifest).unwrap(), None);
+    let mode = std::fs::metadata(store.path()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+}
+
+#[test]
+fn the_index_of_children_follows_every_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    put(&store, "base", &snapshot(1, None));
+    put(&store, "b", &snapshot(2, Some("base")));
+    put(&store, "a", &snapshot(3, Some("base")));
+    assert_eq!(keys(store.children("base").unwrap()), ["a", "b"]);
+    assert_eq!(keys(store.children("").unwrap()), ["base"]);
+    assert_eq!(keys(store.snapshots().unwrap()), ["a", "b", "base"]);
+    assert!(
+        store
+            .write_snapshots(|snapshots| snapshots.has_children("base"))
+            .unwrap()
+    );
+
+    put(&store, "b", &snapshot(2, None));
+    assert_eq!(keys(store.children("base").unwrap()), ["a"]);
+    let removed = store.write_snapshots(|snapshots| snapshots.remove("a")).unwrap();
+    assert_eq!(removed, Some(snapshot(3, Some("base"))));
+    assert_eq!(keys(store.children("base").unwrap()), [] as [&str; 0]);
+    assert!(
+        !store
+            .write_snapshots(|snapshots| snapshots.has_children("base"))
+            .unwrap()
+    );
+    assert_eq!(keys(store.children("").unwrap()), ["b", "base"]);
+}
+
+#[test]
+fn a_chain_is_nearest_first_and_never_endless() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    put(&store, "1", &snapshot(1, None));
+    put(&store, "2", &snapshot(2, Some("1")));
+    put(&store, "3", &snapshot(3, Some("2")));
+    let chain = store.chain("3").unwrap();
+    assert_eq!(
+        chain.iter().map(|(key, _)| key.as_str()).collect::<Vec<_>>(),
+        ["3", "2", "1"]
+    );
+    assert!(store.chain("none").unwrap().is_empty());
+
+    put(&store, "1", &snapshot(1, Some("3")));
+    assert!(matches!(store.chain("3"), Err(StoreError::Damaged { .. })));
+    put(&store, "1", &snapshot(1, Some("gone")));
+    let error = store.chain("3").unwrap_err();
+    assert!(error.to_string().contains("parent is missing"), "{error}");
+}
+
+#[test]
+fn a_failed_change_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    let failed: Result<(), StoreError> = store.write_snapshots(|snapshots| {
+        assert_eq!(snapshots.allocate_id()?, 1);
+        snapshots.put("a", &snapshot(1, None))?;
+        Err(StoreError::Exhausted { what: "patience" })
+    });
+    assert!(failed.is_err());
+    assert_eq!(store.snapshot("a").unwrap(), None);
+    assert!(store.children("").unwrap().is_empty());
+}
+
+#[test]
+fn ids_are_never_used_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let allocate = |store: &Store| store.write_snapshots(|snapshots| snapshots.allocate_id()).unwrap();
+    let store = open(&dir);
+    assert_eq!([allocate(&store), allocate(&store)], [1, 2]);
+    put(&store, "a", &snapshot(2, None));
+    store.write_snapshots(|snapshots| snapshots.remove("a")).unwrap();
+    drop(store);
+    assert_eq!(allocate(&open(&dir)), 3);
+}
+
+#[test]
+fn a_layer_keeps_its_slot_for_ever() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    let (a, b) = (layer(&store, b"a"), layer(&store, b"b"));
+    assert_eq!((a.slot, b.slot), (1, 2));
+    store.put_layer(&a).unwrap();
+    store.remove_layer(&a.digest).unwrap();
+    drop(store);
+    let store = open(&dir);
+    assert_eq!(store.allocate_slot(&a.digest).unwrap(), 1);
+    assert_eq!(store.allocate_slot(&Digest::of(b"c")).unwrap(), 3);
+
+    let stolen = LayerRecord { slot: 2, ..a };
+    let error = store.put_layer(&stolen).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            StoreError::WrongSlot {
+                claimed: 2,
+                actual: 1,
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
+
+#[test]
+fn slots_are_different_for_concurrent_callers() {
+    const THREADS: u8 = 8;
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    let start = Barrier::new(usize::from(THREADS));
+    let slots: Vec<u32> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS)
+            .map(|thread| {
+                let (store, start) = (&store, &start);
+                scope.spawn(move || {
+                    start.wait();
+                    // Two threads share each digest.
+                    store.allocate_slot(&Digest::of(&[thread / 2])).unwrap()
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let mut distinct: Vec<_> = slots.chunks(2).map(|pair| pair[0]).collect();
+    assert!(slots.chunks(2).all(|pair| pair[0] == pair[1]), "{slots:?}");
+    distinct.sort_unstable();
+    assert_eq!(distinct, [1, 2, 3, 4]);
+}
+
+#[test]
+fn a_damaged_record_is_an_error_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    let (bad, good) = (layer(&store, b"bad"), layer(&store, b"good"));
+    store.put_layer(&bad).unwrap();
+    store.put_layer(&good).unwrap();
+    damage(&store, "layers", bad.digest.as_bytes());
+    let error = store.layer(&bad.digest).unwrap_err();
+    assert!(error.to_string().contains(&bad.digest.to_string()), "{error}");
+    let readable: Vec<_> = store
+        .layers()
+        .unwrap()
+        .into_iter()
+        .filter_map(|(_, record)| record.ok())
+        .collect();
+    assert_eq!(readable, [good]);
+    assert!(store.remove_layer(&bad.digest).unwrap());
+    assert_eq!(store.layers().unwrap().len(), 1);
+
+    let manifest = Digest::of(b"manifest");
+    damage(&store, "images", manifest.as_bytes());
+    assert!(matches!(store.image(&manifest), Err(StoreError::Damaged { .. })));
+    assert!(store.remove_image(&manifest).unwrap());
+}
+
+#[test]
+fn a_damaged_snapshot_does_not_hide_others() {
+    const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new("snapshots");
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    put(&store, "good", &snapshot(1, None));
+    put(&store, "bad", &snapshot(2, None));
+    store
+        .write(|transaction| {
+            transaction.open_table(SNAPSHOTS)?.insert("bad", b"\xff".as_slice())?;
+            Ok::<_, StoreError>(())
+        })
+        .unwrap();
+    assert!(matches!(store.snapshot("bad"), Err(StoreError::Damaged { .. })));
+    let listed = store.snapshots().unwrap();
+    assert!(listed[0].1.is_err() && listed[1].1.is_ok(), "{listed:?}");
+    // The set of ids would be incomplete.
+    assert!(store.write_snapshots(|snapshots| snapshots.ids()).is_err());
+}
+
+#[test]
+fn only_one_process_can_have_it_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    let error = Store::open(store.path()).unwrap_err();
+    assert!(matches!(error, StoreError::InUse { .. }), "{error}");
+}
+
+#[test]
+fn what_is_no_database_is_refused_and_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("metadata.redb");
+    std::fs::write(&path, b"something else entirely").unwrap();
+    let error = Store::open(&path).unwrap_err();
+    assert!(matches!(error, StoreError::Open { .. }), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"something else entirely");
+    assert!(Store::open(&dir.path().join("missing/metadata.redb")).is_err());
+}
+
+#[test]
+fn readers_see_the_last_commit_and_do_not_wait_for_writers() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    put(&store, "a", &snapshot(1, None));
+    store
+        .write_snapshots(|snapshots| {
+            snapshots.remove("a")?;
+            // On this very thread: a reader that waited for the writer would never come back.
+            assert!(store.snapshot("a")?.is_some());
+            Ok::<_, StoreError>(())
+        })
+        .unwrap();
+    assert_eq!(store.snapshot("a").unwrap(), None);
+}

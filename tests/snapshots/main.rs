@@ -1,0 +1,5 @@
+//! The snapshots service as containerd drives it: over a unix socket, with real mounts. Needs root and overlayfs.
+
+mod local;
+mod remote;
+mod support;

@@ -143,7 +143,13 @@ fn forward(link: Arc<Link>, client: &TcpStream, server: SocketAddr) -> io::Resul
     let server = TcpStream::connect(server)?;
     client.set_nodelay(true)?;
     server.set_nodelay(true)?;
-    spawn_direction(&link, |link| &link.up, client.try_clone()?, server.try_clone()?, established);
+    spawn_direction(
+        &link,
+        |link| &link.up,
+        client.try_clone()?,
+        server.try_clone()?,
+        established,
+    );
     spawn_direction(&link, |link| &link.down, server, client.try_clone()?, established);
     Ok(())
 }

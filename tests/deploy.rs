@@ -107,6 +107,7 @@ impl Host {
         let exec = format!(
             r#"#!/bin/sh
 set -eu
+PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 root={root}
 case $1 in
     systemctl)
@@ -265,6 +266,35 @@ fn an_existing_configuration_survives_and_comes_back() {
         let told = host.told();
         assert!(told.contains(&"disable --quiet --now lazuli".to_owned()), "{told:?}");
     }
+}
+
+/// The image of the DaemonSet has no other tools.
+#[test]
+fn the_installer_needs_nothing_but_busybox() {
+    let (containerd, existing) = containerds().remove(0);
+    let host = Host::new(&containerd, Some(existing));
+    let tools = tempfile::tempdir().unwrap();
+    let installed = Command::new("busybox")
+        .args(["--install", "-s"])
+        .arg(tools.path())
+        .status();
+    assert!(installed.unwrap().success());
+    for arguments in [&[][..], &[], &["--remove"]] {
+        let output = Command::new(tools.path().join("sh"))
+            .arg(repository().join("deploy/install"))
+            .args(arguments)
+            .env("PATH", tools.path())
+            .env("HOST_ROOT", host.dir.path())
+            .env("HOST_EXEC", host.path("exec"))
+            .env("LAZULI_BINARY", env!("CARGO_BIN_EXE_lazuli"))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        assert!(!text(&output).contains("not found"), "{}", text(&output));
+    }
+    let restarts = host.told().iter().filter(|line| *line == "restart containerd").count();
+    assert_eq!(restarts, 2, "one for the installation, one for the removal");
+    assert_eq!(host.read("etc/containerd/config.toml"), existing);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 #[path = "../support/mod.rs"]
 mod support;
+mod torture;
 
 use support::containerd::{Containerd, Generation, REFERENCE};
 use support::image::{Compression, Flavour, ordinary};

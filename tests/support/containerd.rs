@@ -161,7 +161,8 @@ impl Containerd {
     /// Runs a command in a new container that is removed afterwards.
     pub fn run(&self, reference: &str, snapshotter: &str, arguments: &[&str]) -> Finished {
         let id = self.new_id();
-        let mut command = self.ctr(&["run", "--rm", "--snapshotter", snapshotter, reference, &id]);
+        let fifos = self.fifos();
+        let mut command = self.ctr(&["run", "--rm", "--fifo-dir", &fifos, "--snapshotter", snapshotter, reference, &id]);
         run(command.args(arguments), COMMAND_TIMEOUT)
     }
 
@@ -173,15 +174,23 @@ impl Containerd {
     /// Starts a container that stays until [`Containerd::remove_container`].
     pub fn start_container(&self, reference: &str, snapshotter: &str) -> String {
         let id = self.new_id();
-        self.ctr_ok(&["run", "--detach", "--snapshotter", snapshotter, reference, &id, "sleep", "100000"]);
+        let fifos = self.fifos();
+        let start = ["run", "--detach", "--fifo-dir", &fifos, "--snapshotter", snapshotter, reference, &id];
+        run_ok(self.ctr(&start).args(["sleep", "100000"]));
         id
     }
 
     /// Runs a shell script in a running container.
     pub fn exec(&self, id: &str, script: &str) -> Finished {
         let process = self.new_id();
-        let mut command = self.ctr(&["tasks", "exec", "--exec-id", &process, id, "sh", "-c", script]);
+        let fifos = self.fifos();
+        let mut command = self.ctr(&["tasks", "exec", "--fifo-dir", &fifos, "--exec-id", &process, id, "sh", "-c", script]);
         run(&mut command, COMMAND_TIMEOUT)
+    }
+
+    /// Where `ctr` makes the pipes of containers; by default it leaves directories in `/run`.
+    fn fifos(&self) -> String {
+        self.sandbox.dir("fifos").display().to_string()
     }
 
     /// Kills and removes a container, and with it its snapshot.
@@ -258,8 +267,7 @@ impl Containerd {
     /// Mounts an image's file system read-only, as its containers see it, until the result is dropped.
     pub fn view(&self, reference: &str, snapshotter: &str) -> View<'_> {
         let top = self.chain_ids(reference).pop().unwrap_or_else(|| panic!("{reference} has no layers"));
-        let key = self.new_id();
-        self.ctr_ok(&["snapshots", "--snapshotter", snapshotter, "view", &key, &top]);
+        let key = self.view_snapshot(snapshotter, &top);
         let view = View {
             containerd: self,
             snapshotter: snapshotter.to_owned(),
@@ -271,6 +279,21 @@ impl Containerd {
         assert!(mounts.starts_with("mount "), "not a mount command: {mounts}");
         run_ok(Command::new("sh").args(["-ec", &mounts]));
         view
+    }
+
+    /// Makes a view snapshot that the garbage collector leaves alone. `ctr` of 1.6 does not mark it when it makes it, so a collection
+    /// may come between the two commands.
+    fn view_snapshot(&self, snapshotter: &str, parent: &str) -> String {
+        const TRIES: usize = 5;
+        for _ in 0..TRIES {
+            let key = self.new_id();
+            self.ctr_ok(&["snapshots", "--snapshotter", snapshotter, "view", &key, parent]);
+            let mark = ["snapshots", "--snapshotter", snapshotter, "label", &key, "containerd.io/gc.root=test"];
+            if run(&mut self.ctr(&mark), COMMAND_TIMEOUT).success() {
+                return key;
+            }
+        }
+        panic!("a view of {parent} was collected {TRIES} times before it could be marked");
     }
 
     /// Converts an image that is in the content store with all its layers, by stargz's `ctr-remote images convert --oci`; `options`
@@ -348,7 +371,7 @@ disabled_plugins = [{disabled}]
 [ttrpc]
   address = "{dir}/t.sock"
 [debug]
-  level = "info"
+  level = "warn"
 [proxy_plugins.lazuli]
   type = "snapshot"
   address = "{lazuli}"

@@ -140,10 +140,15 @@ impl Containerd {
     /// A `ctr` command in [`NAMESPACE`].
     pub fn ctr(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.generation.program("ctr"));
-        command.arg("--address").arg(&self.address).args(["--namespace", NAMESPACE]);
+        command
+            .arg("--address")
+            .arg(&self.address)
+            .args(["--namespace", NAMESPACE]);
         command.args(arguments);
         // A default that the caller's environment might have.
-        command.env_remove("CONTAINERD_SNAPSHOTTER").env_remove("CONTAINERD_NAMESPACE");
+        command
+            .env_remove("CONTAINERD_SNAPSHOTTER")
+            .env_remove("CONTAINERD_NAMESPACE");
         command
     }
 
@@ -162,20 +167,40 @@ impl Containerd {
     pub fn run(&self, reference: &str, snapshotter: &str, arguments: &[&str]) -> Finished {
         let id = self.new_id();
         let fifos = self.fifos();
-        let mut command = self.ctr(&["run", "--rm", "--fifo-dir", &fifos, "--snapshotter", snapshotter, reference, &id]);
+        let mut command = self.ctr(&[
+            "run",
+            "--rm",
+            "--fifo-dir",
+            &fifos,
+            "--snapshotter",
+            snapshotter,
+            reference,
+            &id,
+        ]);
         run(command.args(arguments), COMMAND_TIMEOUT)
     }
 
     /// Runs a shell script in a new container, and returns its output; panics unless it succeeds.
     pub fn sh(&self, reference: &str, snapshotter: &str, script: &str) -> String {
-        self.run(reference, snapshotter, &["sh", "-c", script]).expect_success().text()
+        self.run(reference, snapshotter, &["sh", "-c", script])
+            .expect_success()
+            .text()
     }
 
     /// Starts a container that stays until [`Containerd::remove_container`].
     pub fn start_container(&self, reference: &str, snapshotter: &str) -> String {
         let id = self.new_id();
         let fifos = self.fifos();
-        let start = ["run", "--detach", "--fifo-dir", &fifos, "--snapshotter", snapshotter, reference, &id];
+        let start = [
+            "run",
+            "--detach",
+            "--fifo-dir",
+            &fifos,
+            "--snapshotter",
+            snapshotter,
+            reference,
+            &id,
+        ];
         run_ok(self.ctr(&start).args(["sleep", "100000"]));
         id
     }
@@ -184,7 +209,18 @@ impl Containerd {
     pub fn exec(&self, id: &str, script: &str) -> Finished {
         let process = self.new_id();
         let fifos = self.fifos();
-        let mut command = self.ctr(&["tasks", "exec", "--fifo-dir", &fifos, "--exec-id", &process, id, "sh", "-c", script]);
+        let mut command = self.ctr(&[
+            "tasks",
+            "exec",
+            "--fifo-dir",
+            &fifos,
+            "--exec-id",
+            &process,
+            id,
+            "sh",
+            "-c",
+            script,
+        ]);
         run(&mut command, COMMAND_TIMEOUT)
     }
 
@@ -208,7 +244,10 @@ impl Containerd {
     fn names(&self, arguments: &[&str]) -> Vec<String> {
         let listed = self.ctr_ok(arguments).text();
         let lines = listed.lines().skip(1);
-        lines.filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect()
+        lines
+            .filter_map(|line| line.split_whitespace().next())
+            .map(str::to_owned)
+            .collect()
     }
 
     /// References of all images.
@@ -266,42 +305,73 @@ impl Containerd {
 
     /// Mounts an image's file system read-only, as its containers see it, until the result is dropped.
     pub fn view(&self, reference: &str, snapshotter: &str) -> View<'_> {
-        let top = self.chain_ids(reference).pop().unwrap_or_else(|| panic!("{reference} has no layers"));
-        let key = self.view_snapshot(snapshotter, &top);
+        let top = self
+            .chain_ids(reference)
+            .pop()
+            .unwrap_or_else(|| panic!("{reference} has no layers"));
+        let key = self.marked_snapshot("view", snapshotter, &top);
         let view = View {
             containerd: self,
             snapshotter: snapshotter.to_owned(),
             path: self.sandbox.dir(format!("views/{key}")),
             key,
         };
-        let target = view.path.display().to_string();
-        let mounts = self.ctr_ok(&["snapshots", "--snapshotter", snapshotter, "mounts", &target, &view.key]).text();
-        assert!(mounts.starts_with("mount "), "not a mount command: {mounts}");
-        run_ok(Command::new("sh").args(["-ec", &mounts]));
+        self.mount_snapshot(snapshotter, &view.key, &view.path);
         view
     }
 
-    /// Makes a view snapshot that the garbage collector leaves alone. `ctr` of 1.6 does not mark it when it makes it, so a collection
-    /// may come between the two commands.
-    fn view_snapshot(&self, snapshotter: &str, parent: &str) -> String {
+    /// Makes a snapshot (`how`: `view` or `prepare`) that the garbage collector leaves alone. `ctr` of 1.6 does not mark it when it makes
+    /// it, so a collection may come between the two commands.
+    pub fn marked_snapshot(&self, how: &str, snapshotter: &str, parent: &str) -> String {
         const TRIES: usize = 5;
         for _ in 0..TRIES {
             let key = self.new_id();
-            self.ctr_ok(&["snapshots", "--snapshotter", snapshotter, "view", &key, parent]);
-            let mark = ["snapshots", "--snapshotter", snapshotter, "label", &key, "containerd.io/gc.root=test"];
-            if run(&mut self.ctr(&mark), COMMAND_TIMEOUT).success() {
+            self.ctr_ok(&["snapshots", "--snapshotter", snapshotter, how, &key, parent]);
+            if run(&mut self.ctr(&Self::mark(snapshotter, &key)), COMMAND_TIMEOUT).success() {
                 return key;
             }
         }
-        panic!("a view of {parent} was collected {TRIES} times before it could be marked");
+        panic!("a snapshot of {parent} was collected {TRIES} times before it could be marked");
+    }
+
+    /// Has the garbage collector leave a snapshot alone.
+    pub fn mark_snapshot(&self, snapshotter: &str, key: &str) {
+        self.ctr_ok(&Self::mark(snapshotter, key));
+    }
+
+    fn mark<'a>(snapshotter: &'a str, key: &'a str) -> [&'a str; 6] {
+        [
+            "snapshots",
+            "--snapshotter",
+            snapshotter,
+            "label",
+            key,
+            "containerd.io/gc.root=test",
+        ]
+    }
+
+    /// Mounts an active or view snapshot as containerd tells how.
+    pub fn mount_snapshot(&self, snapshotter: &str, key: &str, target: &Path) {
+        let target = target.display().to_string();
+        let mounts = self
+            .ctr_ok(&["snapshots", "--snapshotter", snapshotter, "mounts", &target, key])
+            .text();
+        assert!(mounts.starts_with("mount "), "not a mount command: {mounts}");
+        run_ok(Command::new("sh").args(["-ec", &mounts]));
     }
 
     /// Converts an image that is in the content store with all its layers, by stargz's `ctr-remote images convert --oci`; `options`
     /// are `--estargz`, `--zstdchunked`, `--estargz-chunk-size N`, ...
     pub fn convert(&self, from: &str, to: &str, options: &[&str]) {
         let mut command = Command::new(require_program("ctr-remote"));
-        command.arg("--address").arg(&self.address).args(["--namespace", NAMESPACE]);
-        command.args(["images", "convert", "--oci"]).args(options).args([from, to]);
+        command
+            .arg("--address")
+            .arg(&self.address)
+            .args(["--namespace", NAMESPACE]);
+        command
+            .args(["images", "convert", "--oci"])
+            .args(options)
+            .args([from, to]);
         run(&mut command, 3 * COMMAND_TIMEOUT).expect_success();
     }
 
@@ -320,7 +390,8 @@ pub fn chain_ids<'a>(diff_ids: impl Iterator<Item = &'a str>) -> Vec<String> {
             None => diff_id.to_owned(),
             Some(parent) => {
                 let hash = Sha256::digest(format!("{parent} {diff_id}"));
-                hash.iter().fold("sha256:".to_owned(), |text, byte| format!("{text}{byte:02x}"))
+                hash.iter()
+                    .fold("sha256:".to_owned(), |text, byte| format!("{text}{byte:02x}"))
             }
         };
         chain.push(next);

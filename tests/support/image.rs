@@ -91,12 +91,32 @@ impl Layer {
 
     /// A layer of these entries.
     pub fn of(compression: Compression, entries: impl IntoIterator<Item = Entry>) -> Self {
-        Self::build(compression, |tar| entries.into_iter().try_for_each(|entry| tar.add(entry)))
+        Self::build(compression, |tar| {
+            entries.into_iter().try_for_each(|entry| tar.add(entry))
+        })
     }
 
     /// A layer of a whole tar archive.
     pub fn from_tar(compression: Compression, tar: &[u8]) -> Self {
         Self::written(compression, |out| out.write_all(tar))
+    }
+
+    /// A layer of a blob that exists already.
+    pub fn from_blob(compression: Compression, blob: Vec<u8>) -> Self {
+        let mut reader: Box<dyn io::Read> = match compression {
+            Compression::None => Box::new(blob.as_slice()),
+            Compression::Gzip => Box::new(flate2::read::MultiGzDecoder::new(blob.as_slice())),
+            Compression::Zstd => Box::new(zstd::Decoder::new(blob.as_slice()).unwrap()),
+        };
+        let diff_id = hashed(&mut io::sink(), |out| io::copy(&mut reader, out).map(drop));
+        drop(reader);
+        Layer {
+            blob: Blob::new(blob),
+            diff_id,
+            compression,
+            media_type: None,
+            annotations: BTreeMap::new(),
+        }
     }
 
     fn written(compression: Compression, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Self {
@@ -252,7 +272,11 @@ impl Image {
         let blobs = dir.join("blobs/sha256");
         fs::create_dir_all(&blobs).unwrap();
         for blob in self.blobs().chain([&self.manifest]) {
-            fs::write(blobs.join(blob.digest.trim_start_matches("sha256:")), blob.bytes.as_slice()).unwrap();
+            fs::write(
+                blobs.join(blob.digest.trim_start_matches("sha256:")),
+                blob.bytes.as_slice(),
+            )
+            .unwrap();
         }
         fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
         let index = json!({
@@ -274,17 +298,46 @@ impl Image {
 pub fn base_entries() -> Vec<Entry> {
     let busybox = fs::read(require_program("busybox")).unwrap();
     let dynamic = busybox.windows(16).any(|bytes| bytes == b"/lib64/ld-linux-");
-    assert!(!dynamic, "busybox is not static; install it with: apt-get install busybox-static");
-    let mut entries: Vec<Entry> = ["bin", "dev", "etc", "proc", "root", "sys", "usr", "usr/bin"].map(Entry::dir).into();
+    assert!(
+        !dynamic,
+        "busybox is not static; install it with: apt-get install busybox-static"
+    );
+    let mut entries: Vec<Entry> = ["bin", "dev", "etc", "proc", "root", "sys", "usr", "usr/bin"]
+        .map(Entry::dir)
+        .into();
     entries.push(Entry::dir("tmp").mode(0o1777));
     entries.push(Entry::file("bin/busybox", busybox).mode(0o755));
     for name in [
-        "sh", "ls", "find", "cat", "sha256sum", "stat", "echo", "sleep", "mkdir", "rm", "mv", "ln", "wc", "head", "sort", "test", "touch", "id",
-        "chmod", "readlink", "dd", "sync", "true",
+        "sh",
+        "ls",
+        "find",
+        "cat",
+        "sha256sum",
+        "stat",
+        "echo",
+        "sleep",
+        "mkdir",
+        "rm",
+        "mv",
+        "ln",
+        "wc",
+        "head",
+        "sort",
+        "test",
+        "touch",
+        "id",
+        "chmod",
+        "readlink",
+        "dd",
+        "sync",
+        "true",
     ] {
         entries.push(Entry::symlink(format!("bin/{name}"), "busybox"));
     }
-    entries.push(Entry::file("etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n"));
+    entries.push(Entry::file(
+        "etc/passwd",
+        "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534::/:/bin/false\n",
+    ));
     entries.push(Entry::file("etc/group", "root:x:0:\nnogroup:x:65534:\n"));
     entries
 }
@@ -300,7 +353,11 @@ pub fn application_entries() -> Vec<Entry> {
             entries.push(Entry::file(format!("app/lib/p{dir}/m{file}.txt"), text).mtime(1_500_000_000 + seed as i64));
         }
     }
-    for (name, length) in [("small.bin", 70_000), ("middle.bin", 1_500_000), ("large.bin", 9_000_001)] {
+    for (name, length) in [
+        ("small.bin", 70_000),
+        ("middle.bin", 1_500_000),
+        ("large.bin", 9_000_001),
+    ] {
         entries.push(Entry::file(format!("app/data/{name}"), noise(length as u64, length)));
     }
     entries.push(Entry::symlink("app/current", "data/large.bin"));

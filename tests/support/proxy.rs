@@ -123,7 +123,10 @@ impl Proxy {
 }
 
 fn copies(exchanges: &[Arc<Mutex<Exchange>>]) -> Vec<Exchange> {
-    exchanges.iter().map(|exchange| exchange.lock().unwrap().clone()).collect()
+    exchanges
+        .iter()
+        .map(|exchange| exchange.lock().unwrap().clone())
+        .collect()
 }
 
 impl Drop for Proxy {
@@ -142,7 +145,12 @@ pub fn total_bytes(exchanges: &[Exchange]) -> u64 {
 /// Headers of one connection, which are not passed on.
 fn end_to_end(headers: &HeaderMap) -> HeaderMap {
     let mut headers = headers.clone();
-    for name in [header::CONNECTION, header::TRANSFER_ENCODING, header::TE, header::UPGRADE] {
+    for name in [
+        header::CONNECTION,
+        header::TRANSFER_ENCODING,
+        header::TE,
+        header::UPGRADE,
+    ] {
         headers.remove(name);
     }
     headers
@@ -187,7 +195,11 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Result<
         }
     });
     let empty = parts.method == http::Method::HEAD;
-    let mut response = Response::new(if empty { Body::empty() } else { Body::from_stream(stream) });
+    let mut response = Response::new(if empty {
+        Body::empty()
+    } else {
+        Body::from_stream(stream)
+    });
     *response.status_mut() = status;
     *response.headers_mut() = headers;
     Ok(response)
@@ -196,7 +208,9 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Result<
 impl Shared {
     /// Waits until the link has room for so many bytes.
     async fn pay(&self, bytes: u64) {
-        let Some(rate) = self.link.lock().unwrap().bytes_per_second.filter(|rate| *rate > 0) else { return };
+        let Some(rate) = self.link.lock().unwrap().bytes_per_second.filter(|rate| *rate > 0) else {
+            return;
+        };
         let until = {
             let mut free_at = self.free_at.lock().unwrap();
             *free_at = (*free_at).max(Instant::now()) + Duration::from_secs_f64(bytes as f64 / rate as f64);

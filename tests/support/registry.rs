@@ -113,7 +113,11 @@ pub fn push(address: SocketAddr, image: &Image, name: &str) {
             .await
             .unwrap_or_else(|error| panic!("PUT {url}: {error}"));
         let status = answer.status();
-        assert!(status.is_success(), "PUT {url}: {status} {}", answer.text().await.unwrap_or_default());
+        assert!(
+            status.is_success(),
+            "PUT {url}: {status} {}",
+            answer.text().await.unwrap_or_default()
+        );
     });
 }
 
@@ -124,7 +128,11 @@ async fn push_blob(client: &reqwest::Client, address: SocketAddr, repository: &s
         return;
     }
     let url = format!("{base}uploads/");
-    let answer = client.post(&url).send().await.unwrap_or_else(|error| panic!("POST {url}: {error}"));
+    let answer = client
+        .post(&url)
+        .send()
+        .await
+        .unwrap_or_else(|error| panic!("POST {url}: {error}"));
     assert_eq!(answer.status(), 202, "POST {url}");
     let location = answer.headers()["location"].to_str().unwrap();
     let mut upload = answer.url().join(location).unwrap();
@@ -152,5 +160,8 @@ pub fn client() -> reqwest::Client {
 }
 
 fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime can be built")
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime can be built")
 }

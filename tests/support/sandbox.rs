@@ -114,7 +114,10 @@ impl Drop for Inner {
         unmount_below(&self.root);
         let left = mounts_below(&self.root);
         if !left.is_empty() {
-            eprintln!("sandbox {}: still mounted, and left alone: {left:?}", self.root.display());
+            eprintln!(
+                "sandbox {}: still mounted, and left alone: {left:?}",
+                self.root.display()
+            );
             return;
         }
         if std::env::var_os("LAZULI_E2E_KEEP").is_some() {
@@ -197,6 +200,11 @@ impl Process {
         end
     }
 
+    /// Sends SIGKILL and does not wait.
+    pub fn send_kill(&self) {
+        signal(self.child.id(), rustix::process::Signal::KILL);
+    }
+
     /// Sends SIGKILL and waits for the end.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
@@ -233,7 +241,8 @@ impl Drop for Process {
         if thread::panicking() {
             eprintln!(
                 "---- {}: log of {} ----\n{}----",
-                self.sandbox.0.name, self.name,
+                self.sandbox.0.name,
+                self.name,
                 tail(&self.log, self.shown)
             );
         }
@@ -310,7 +319,11 @@ pub fn run(command: &mut Command, timeout: Duration) -> Finished {
         .stderr(Stdio::piped())
         .process_group(0);
     let mut child = command.spawn().unwrap_or_else(|error| {
-        panic!("{:?} cannot be started: {error}{}", command.get_program(), package_of(command.get_program()));
+        panic!(
+            "{:?} cannot be started: {error}{}",
+            command.get_program(),
+            package_of(command.get_program())
+        );
     });
     let mut stdout = child.stdout.take().unwrap();
     let mut stderr = child.stderr.take().unwrap();
@@ -378,7 +391,9 @@ fn package_of(program: &OsStr) -> String {
     PACKAGES
         .iter()
         .find(|(known, _)| *known == name)
-        .map_or(String::new(), |(_, package)| format!("; install it with: apt-get install {package}"))
+        .map_or(String::new(), |(_, package)| {
+            format!("; install it with: apt-get install {package}")
+        })
 }
 
 /// The path of a program that the tests cannot do without; panics with the name of its package if it is missing.
@@ -414,7 +429,9 @@ pub fn listens_unix(path: &Path) -> Option<()> {
 
 /// Whether something accepts connections on a TCP port.
 pub fn listens_tcp(address: SocketAddr) -> Option<()> {
-    TcpStream::connect_timeout(&address, Duration::from_secs(1)).ok().map(drop)
+    TcpStream::connect_timeout(&address, Duration::from_secs(1))
+        .ok()
+        .map(drop)
 }
 
 /// A port of 127.0.0.1 that was free a moment ago. Prefer port 0 wherever the program can tell which port it got.
@@ -491,7 +508,9 @@ struct Running {
 }
 
 fn processes() -> Vec<Running> {
-    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return Vec::new();
+    };
     entries
         .flatten()
         .filter_map(|entry| {
@@ -517,7 +536,12 @@ fn end_shims(root: &Path) {
     };
     let shims: Vec<&Running> = all
         .iter()
-        .filter(|process| process.arguments.first().is_some_and(|program| program.contains("containerd-shim")))
+        .filter(|process| {
+            process
+                .arguments
+                .first()
+                .is_some_and(|program| program.contains("containerd-shim"))
+        })
         .filter(|process| argument(process, "-address").is_some_and(|address| Path::new(&address).starts_with(root)))
         .collect();
     for shim in shims {
@@ -525,7 +549,11 @@ fn end_shims(root: &Path) {
         // Children before they lose their parent.
         let mut next = 0;
         while let Some(&parent) = family.get(next) {
-            family.extend(all.iter().filter(|process| process.parent == parent).map(|process| process.pid));
+            family.extend(
+                all.iter()
+                    .filter(|process| process.parent == parent)
+                    .map(|process| process.pid),
+            );
             next += 1;
         }
         for pid in family.iter().rev() {
@@ -533,16 +561,21 @@ fn end_shims(root: &Path) {
         }
         if let (Some(namespace), Some(id)) = (argument(shim, "-namespace"), argument(shim, "-id")) {
             let mut delete = Command::new("runc");
-            delete.arg("--root").arg(Path::new("/run/containerd/runc").join(namespace));
+            delete
+                .arg("--root")
+                .arg(Path::new("/run/containerd/runc").join(namespace));
             run(delete.args(["delete", "--force", &id]), UMOUNT_TIMEOUT);
         }
     }
     // A shim listens in a directory that all containerds share, and its bundle says where.
     for entry in fs::read_dir(root).into_iter().flatten().flatten() {
         let tasks = entry.path().join("state/io.containerd.runtime.v2.task");
-        for bundle in fs::read_dir(tasks).into_iter().flatten().flatten().flat_map(|namespace| {
-            fs::read_dir(namespace.path()).into_iter().flatten().flatten()
-        }) {
+        for bundle in fs::read_dir(tasks)
+            .into_iter()
+            .flatten()
+            .flatten()
+            .flat_map(|namespace| fs::read_dir(namespace.path()).into_iter().flatten().flatten())
+        {
             // 1.x writes the bare address, 2.x a JSON document with it.
             for name in ["address", "bootstrap.json"] {
                 let text = fs::read_to_string(bundle.path().join(name)).unwrap_or_default();

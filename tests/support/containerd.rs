@@ -163,70 +163,55 @@ impl Containerd {
         run(command.env("CONTAINERD_SNAPSHOTTER", snapshotter), 5 * COMMAND_TIMEOUT)
     }
 
-    /// Runs a command in a new container that is removed afterwards.
-    pub fn run(&self, reference: &str, snapshotter: &str, arguments: &[&str]) -> Finished {
+    /// Runs a shell script in a new container that is removed afterwards.
+    pub fn run(&self, reference: &str, snapshotter: &str, script: &str) -> Finished {
         let id = self.new_id();
-        let fifos = self.fifos();
-        let mut command = self.ctr(&[
+        let output = Output::new(&self.sandbox, &id);
+        let script = output.script(script);
+        let flags = [
             "run",
             "--rm",
-            "--fifo-dir",
-            &fifos,
+            "--null-io",
+            "--mount",
+            &output.mount,
             "--snapshotter",
             snapshotter,
-            reference,
-            &id,
-        ]);
-        run(command.args(arguments), COMMAND_TIMEOUT)
+        ];
+        let mut command = self.ctr(&flags);
+        command.args([reference, &id, "sh", "-c", &script]);
+        output.collect(run(&mut command, COMMAND_TIMEOUT))
     }
 
     /// Runs a shell script in a new container, and returns its output; panics unless it succeeds.
     pub fn sh(&self, reference: &str, snapshotter: &str, script: &str) -> String {
-        self.run(reference, snapshotter, &["sh", "-c", script])
-            .expect_success()
-            .text()
+        self.run(reference, snapshotter, script).expect_success().text()
     }
 
     /// Starts a container that stays until [`Containerd::remove_container`].
     pub fn start_container(&self, reference: &str, snapshotter: &str) -> String {
         let id = self.new_id();
-        let fifos = self.fifos();
-        let start = [
+        let output = Output::new(&self.sandbox, &id);
+        let flags = [
             "run",
             "--detach",
-            "--fifo-dir",
-            &fifos,
+            "--null-io",
+            "--mount",
+            &output.mount,
             "--snapshotter",
             snapshotter,
-            reference,
-            &id,
         ];
-        run_ok(self.ctr(&start).args(["sleep", "100000"]));
+        run_ok(self.ctr(&flags).args([reference, &id, "sleep", "100000"]));
         id
     }
 
     /// Runs a shell script in a running container.
     pub fn exec(&self, id: &str, script: &str) -> Finished {
-        let process = self.new_id();
-        let fifos = self.fifos();
-        let mut command = self.ctr(&[
-            "tasks",
-            "exec",
-            "--fifo-dir",
-            &fifos,
-            "--exec-id",
-            &process,
-            id,
-            "sh",
-            "-c",
-            script,
-        ]);
-        run(&mut command, COMMAND_TIMEOUT)
-    }
-
-    /// Where `ctr` makes the pipes of containers; by default it leaves directories in `/run`.
-    fn fifos(&self) -> String {
-        self.sandbox.dir("fifos").display().to_string()
+        let output = Output::new(&self.sandbox, id);
+        let (process, fifos) = (self.new_id(), self.sandbox.dir("fifos").display().to_string());
+        let flags = ["tasks", "exec", "--fifo-dir", &fifos, "--exec-id", &process];
+        let mut command = self.ctr(&flags);
+        command.args([id, "sh", "-c", &output.script(script)]);
+        output.collect(run(&mut command, COMMAND_TIMEOUT))
     }
 
     /// Kills and removes a container, and with it its snapshot.
@@ -407,6 +392,36 @@ impl Drop for Containerd {
         {
             process.terminate(Duration::from_secs(10));
         }
+    }
+}
+
+/// Where a container's output goes: files in a directory of the host that is mounted at `/run/out`, which is on a tmpfs of every container
+/// and so no part of the image. Not through `ctr`, which loses output of short commands when it closes its pipes before it has read them.
+struct Output {
+    dir: PathBuf,
+    mount: String,
+}
+
+impl Output {
+    fn new(sandbox: &Sandbox, id: &str) -> Self {
+        let dir = sandbox.dir(format!("output/{id}"));
+        let mount = format!("type=bind,src={},dst=/run/out,options=rbind:rw", dir.display());
+        Output { dir, mount }
+    }
+
+    fn script(&self, script: &str) -> String {
+        format!("exec >/run/out/stdout 2>/run/out/stderr\n{script}")
+    }
+
+    fn collect(self, mut finished: Finished) -> Finished {
+        let read = |name| std::fs::read(self.dir.join(name)).unwrap_or_default();
+        finished.stdout = read("stdout");
+        finished.stderr.push_str(&String::from_utf8_lossy(&read("stderr")));
+        for name in ["stdout", "stderr"] {
+            // The next command in the same container starts with empty ones.
+            let _ = std::fs::remove_file(self.dir.join(name));
+        }
+        finished
     }
 }
 

@@ -323,12 +323,10 @@ fn compare_file(left: &Path, right: &Path, (a, b): &mut (Vec<u8>, Vec<u8>)) -> R
     loop {
         let count = fill(&mut left, a).map_err(|error| format!("left read at {offset}: {error}"))?;
         let other = fill(&mut right, b).map_err(|error| format!("right read at {offset}: {error}"))?;
-        let same = a[..count].iter().zip(&b[..other]).take_while(|(a, b)| a == b).count();
         if a[..count] != b[..other] {
-            return Err(format!(
-                "contents differ at byte {} (read {count} and {other})",
-                offset + same as u64
-            ));
+            let same = a[..count].iter().zip(&b[..other]).take_while(|(a, b)| a == b).count();
+            let at = offset + same as u64;
+            return Err(format!("contents differ at byte {at} (read {count} and {other})"));
         }
         offset += count as u64;
         if count < a.len() {

@@ -1,47 +1,20 @@
-//! End-to-end tests.
+//! End-to-end tests: the `lazuli` program with real containerds, a real registry, real containers and the real kernel.
+//!
+//! They need root and Debian's packages containerd, runc, docker-registry, stargz-snapshotter (its `ctr-remote`), busybox-static, tar;
+//! whatever is missing is a failure that names the package. containerd 2.x is found through `LAZULI_CONTAINERD2`
+//! (`tests/support/get-containerd2`); without it the tests run with 1.x only, and say so.
+//!
+//! Environment: `LAZULI_E2E_SNAPSHOTTER=overlayfs` tests the harness instead of Lazuli, `LAZULI_E2E_KEEP=1` keeps directories,
+//! `LAZULI_BIN` names another program than the one that cargo built, `TMPDIR` must be on a file system that can hold upper directories.
+
 #![deny(unsafe_code)]
 
 #[path = "../support/mod.rs"]
 mod support;
 
-use support::containerd::{Containerd, Generation, REFERENCE};
-use support::image::{Compression, Flavour, ordinary};
-use support::lazuli;
-use support::proxy::{Link, Proxy};
-use support::registry::Registry;
-use support::sandbox::Sandbox;
-use support::tree::{Options, compare};
-
-#[test]
-fn harness() {
-    for generation in [Some(Generation::One), Generation::two()].into_iter().flatten() {
-        let sandbox = Sandbox::new("harness");
-        let registry = Registry::start(&sandbox);
-        let proxy = Proxy::start(registry.address, Link::default());
-        let containerd = Containerd::start(&sandbox, generation, &lazuli::address_in(&sandbox));
-        let image = ordinary(Flavour::Oci, Compression::Gzip);
-        support::registry::push(proxy.address, &image, "demo/app:1");
-        println!("{:?}", registry.requests());
-        proxy.take();
-        let reference = format!("{}/demo/app:1", proxy.host());
-        println!("{}", containerd.pull(&reference, REFERENCE).expect_success().describe());
-        println!("{:?}", proxy.exchanges());
-        println!(
-            "{}",
-            containerd.sh(
-                &reference,
-                REFERENCE,
-                "sha256sum app/data/*; ls -la /; cat /proc/self/mountinfo"
-            )
-        );
-        let a = containerd.view(&reference, REFERENCE);
-        let b = containerd.view(&reference, REFERENCE);
-        println!("{:?}", compare(&a.path, &b.path, &Options::default()).expect_equal());
-        drop((a, b));
-        let id = containerd.start_container(&reference, REFERENCE);
-        println!("{}", containerd.exec(&id, "echo x > /app/x; cat /app/x").describe());
-        containerd.remove_container(&id);
-        containerd.start_container(&reference, REFERENCE);
-        println!("{:?}", containerd.snapshots(REFERENCE));
-    }
-}
+mod commands;
+mod harness;
+mod pull;
+mod restart;
+mod stage;
+mod trees;

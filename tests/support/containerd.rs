@@ -163,41 +163,55 @@ impl Containerd {
         run(command.env("CONTAINERD_SNAPSHOTTER", snapshotter), 5 * COMMAND_TIMEOUT)
     }
 
-    /// Runs a command in a new container that is removed afterwards.
-    pub fn run(&self, reference: &str, snapshotter: &str, arguments: &[&str]) -> Finished {
+    /// Runs a shell script in a new container that is removed afterwards.
+    pub fn run(&self, reference: &str, snapshotter: &str, script: &str) -> Finished {
         let id = self.new_id();
-        let mut command = self.ctr(&["run", "--rm", "--snapshotter", snapshotter, reference, &id]);
-        run(command.args(arguments), COMMAND_TIMEOUT)
+        let output = Output::new(&self.sandbox, &id);
+        let script = output.script(script);
+        let flags = [
+            "run",
+            "--rm",
+            "--null-io",
+            "--mount",
+            &output.mount,
+            "--snapshotter",
+            snapshotter,
+        ];
+        let mut command = self.ctr(&flags);
+        command.args([reference, &id, "sh", "-c", &script]);
+        output.collect(run(&mut command, COMMAND_TIMEOUT))
     }
 
     /// Runs a shell script in a new container, and returns its output; panics unless it succeeds.
     pub fn sh(&self, reference: &str, snapshotter: &str, script: &str) -> String {
-        self.run(reference, snapshotter, &["sh", "-c", script])
-            .expect_success()
-            .text()
+        self.run(reference, snapshotter, script).expect_success().text()
     }
 
     /// Starts a container that stays until [`Containerd::remove_container`].
     pub fn start_container(&self, reference: &str, snapshotter: &str) -> String {
         let id = self.new_id();
-        self.ctr_ok(&[
+        let output = Output::new(&self.sandbox, &id);
+        let flags = [
             "run",
             "--detach",
+            "--null-io",
+            "--mount",
+            &output.mount,
             "--snapshotter",
             snapshotter,
-            reference,
-            &id,
-            "sleep",
-            "100000",
-        ]);
+        ];
+        run_ok(self.ctr(&flags).args([reference, &id, "sleep", "100000"]));
         id
     }
 
     /// Runs a shell script in a running container.
     pub fn exec(&self, id: &str, script: &str) -> Finished {
-        let process = self.new_id();
-        let mut command = self.ctr(&["tasks", "exec", "--exec-id", &process, id, "sh", "-c", script]);
-        run(&mut command, COMMAND_TIMEOUT)
+        let output = Output::new(&self.sandbox, id);
+        let (process, fifos) = (self.new_id(), self.sandbox.dir("fifos").display().to_string());
+        let flags = ["tasks", "exec", "--fifo-dir", &fifos, "--exec-id", &process];
+        let mut command = self.ctr(&flags);
+        command.args([id, "sh", "-c", &output.script(script)]);
+        output.collect(run(&mut command, COMMAND_TIMEOUT))
     }
 
     /// Kills and removes a container, and with it its snapshot.
@@ -280,21 +294,55 @@ impl Containerd {
             .chain_ids(reference)
             .pop()
             .unwrap_or_else(|| panic!("{reference} has no layers"));
-        let key = self.new_id();
-        self.ctr_ok(&["snapshots", "--snapshotter", snapshotter, "view", &key, &top]);
+        let key = self.marked_snapshot("view", snapshotter, &top);
         let view = View {
             containerd: self,
             snapshotter: snapshotter.to_owned(),
             path: self.sandbox.dir(format!("views/{key}")),
             key,
         };
-        let target = view.path.display().to_string();
+        self.mount_snapshot(snapshotter, &view.key, &view.path);
+        view
+    }
+
+    /// Makes a snapshot (`how`: `view` or `prepare`) that the garbage collector leaves alone. `ctr` of 1.6 does not mark it when it makes
+    /// it, so a collection may come between the two commands.
+    pub fn marked_snapshot(&self, how: &str, snapshotter: &str, parent: &str) -> String {
+        const TRIES: usize = 5;
+        for _ in 0..TRIES {
+            let key = self.new_id();
+            self.ctr_ok(&["snapshots", "--snapshotter", snapshotter, how, &key, parent]);
+            if run(&mut self.ctr(&Self::mark(snapshotter, &key)), COMMAND_TIMEOUT).success() {
+                return key;
+            }
+        }
+        panic!("a snapshot of {parent} was collected {TRIES} times before it could be marked");
+    }
+
+    /// Has the garbage collector leave a snapshot alone.
+    pub fn mark_snapshot(&self, snapshotter: &str, key: &str) {
+        self.ctr_ok(&Self::mark(snapshotter, key));
+    }
+
+    fn mark<'a>(snapshotter: &'a str, key: &'a str) -> [&'a str; 6] {
+        [
+            "snapshots",
+            "--snapshotter",
+            snapshotter,
+            "label",
+            key,
+            "containerd.io/gc.root=test",
+        ]
+    }
+
+    /// Mounts an active or view snapshot as containerd tells how.
+    pub fn mount_snapshot(&self, snapshotter: &str, key: &str, target: &Path) {
+        let target = target.display().to_string();
         let mounts = self
-            .ctr_ok(&["snapshots", "--snapshotter", snapshotter, "mounts", &target, &view.key])
+            .ctr_ok(&["snapshots", "--snapshotter", snapshotter, "mounts", &target, key])
             .text();
         assert!(mounts.starts_with("mount "), "not a mount command: {mounts}");
         run_ok(Command::new("sh").args(["-ec", &mounts]));
-        view
     }
 
     /// Converts an image that is in the content store with all its layers, by stargz's `ctr-remote images convert --oci`; `options`
@@ -347,6 +395,36 @@ impl Drop for Containerd {
     }
 }
 
+/// Where a container's output goes: files in a directory of the host that is mounted at `/run/out`, which is on a tmpfs of every container
+/// and so no part of the image. Not through `ctr`, which loses output of short commands when it closes its pipes before it has read them.
+struct Output {
+    dir: PathBuf,
+    mount: String,
+}
+
+impl Output {
+    fn new(sandbox: &Sandbox, id: &str) -> Self {
+        let dir = sandbox.dir(format!("output/{id}"));
+        let mount = format!("type=bind,src={},dst=/run/out,options=rbind:rw", dir.display());
+        Output { dir, mount }
+    }
+
+    fn script(&self, script: &str) -> String {
+        format!("exec >/run/out/stdout 2>/run/out/stderr\n{script}")
+    }
+
+    fn collect(self, mut finished: Finished) -> Finished {
+        let read = |name| std::fs::read(self.dir.join(name)).unwrap_or_default();
+        finished.stdout = read("stdout");
+        finished.stderr.push_str(&String::from_utf8_lossy(&read("stderr")));
+        for name in ["stdout", "stderr"] {
+            // The next command in the same container starts with empty ones.
+            let _ = std::fs::remove_file(self.dir.join(name));
+        }
+        finished
+    }
+}
+
 /// An image's file system, mounted until this is dropped.
 pub struct View<'a> {
     /// Where.
@@ -379,7 +457,7 @@ disabled_plugins = [{disabled}]
 [ttrpc]
   address = "{dir}/t.sock"
 [debug]
-  level = "info"
+  level = "warn"
 [proxy_plugins.lazuli]
   type = "snapshot"
   address = "{lazuli}"

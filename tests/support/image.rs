@@ -101,6 +101,24 @@ impl Layer {
         Self::written(compression, |out| out.write_all(tar))
     }
 
+    /// A layer of a blob that exists already.
+    pub fn from_blob(compression: Compression, blob: Vec<u8>) -> Self {
+        let mut reader: Box<dyn io::Read> = match compression {
+            Compression::None => Box::new(blob.as_slice()),
+            Compression::Gzip => Box::new(flate2::read::MultiGzDecoder::new(blob.as_slice())),
+            Compression::Zstd => Box::new(zstd::Decoder::new(blob.as_slice()).unwrap()),
+        };
+        let diff_id = hashed(&mut io::sink(), |out| io::copy(&mut reader, out).map(drop));
+        drop(reader);
+        Layer {
+            blob: Blob::new(blob),
+            diff_id,
+            compression,
+            media_type: None,
+            annotations: BTreeMap::new(),
+        }
+    }
+
     fn written(compression: Compression, fill: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Self {
         let mut bytes = Vec::new();
         let diff_id = match compression {

@@ -77,6 +77,13 @@ impl Lazuli {
         }
     }
 
+    /// `kill -9` while another thread uses its commands; [`Lazuli::restart`] collects it.
+    pub fn kill_shared(&self) {
+        if let Some(process) = &self.process {
+            process.send_kill();
+        }
+    }
+
     /// SIGTERM, and whether it ended by itself with 0.
     pub fn stop(&mut self) -> bool {
         let process = self.process.as_mut();
@@ -106,6 +113,15 @@ impl Lazuli {
         let finished = run(&mut self.command("status", &["--json"]), PATIENCE).expect_success();
         serde_json::from_slice(&finished.stdout)
             .unwrap_or_else(|error| panic!("lazuli status --json is not JSON: {error}\n{}", finished.describe()))
+    }
+}
+
+impl Drop for Lazuli {
+    fn drop(&mut self) {
+        // Politely, so that it unmounts by itself; what it leaves is the sandbox's to clear.
+        if let Some(process) = &mut self.process {
+            process.terminate(Duration::from_secs(10));
+        }
     }
 }
 

@@ -6,6 +6,9 @@ use std::process::Command;
 use super::image::{Blob, Image};
 use super::sandbox::{PATIENCE, Process, Sandbox, listens_tcp, require_program};
 
+/// Bytes of its log that are shown when a test fails: a few requests.
+const SHOWN_LOG: u64 = 1500;
+
 /// A registry of this test alone.
 pub struct Registry {
     /// Where it listens.
@@ -46,6 +49,7 @@ impl Registry {
             let address = known.or_else(|| port_in(&process.log()))?;
             listens_tcp(address).map(|()| address)
         });
+        process.show(SHOWN_LOG);
         self.process = Some(process);
     }
 

@@ -102,6 +102,7 @@ impl Sandbox {
             name: name.to_owned(),
             child,
             log,
+            shown: LOG_TAIL,
             sandbox: self.clone(),
         }
     }
@@ -161,6 +162,7 @@ pub struct Process {
     name: String,
     child: Child,
     log: PathBuf,
+    shown: u64,
     sandbox: Sandbox,
 }
 
@@ -168,6 +170,11 @@ impl Process {
     /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// Shows so many bytes of the log when the test fails, for a program that is talkative and rarely to blame.
+    pub fn show(&mut self, bytes: u64) {
+        self.shown = bytes;
     }
 
     /// Its output so far, over all starts under the same name.
@@ -193,6 +200,11 @@ impl Process {
         end
     }
 
+    /// Sends SIGKILL and does not wait.
+    pub fn send_kill(&self) {
+        signal(self.child.id(), rustix::process::Signal::KILL);
+    }
+
     /// Sends SIGKILL and waits for the end.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
@@ -216,7 +228,7 @@ impl Process {
                 panic!(
                     "{}: waited for {what}, and it {state}. The end of its log:\n{}",
                     self.name,
-                    tail(&self.log)
+                    tail(&self.log, self.shown)
                 );
             }
         }
@@ -231,17 +243,17 @@ impl Drop for Process {
                 "---- {}: log of {} ----\n{}----",
                 self.sandbox.0.name,
                 self.name,
-                tail(&self.log)
+                tail(&self.log, self.shown)
             );
         }
     }
 }
 
-fn tail(log: &Path) -> String {
+fn tail(log: &Path, bytes: u64) -> String {
     let read = || -> std::io::Result<String> {
         let mut file = fs::File::open(log)?;
         let length = file.metadata()?.len();
-        file.seek(SeekFrom::Start(length.saturating_sub(LOG_TAIL)))?;
+        file.seek(SeekFrom::Start(length.saturating_sub(bytes)))?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
@@ -564,8 +576,12 @@ fn end_shims(root: &Path) {
             .flatten()
             .flat_map(|namespace| fs::read_dir(namespace.path()).into_iter().flatten().flatten())
         {
-            if let Ok(address) = fs::read_to_string(bundle.path().join("address")) {
-                let _ = fs::remove_file(address.trim().trim_start_matches("unix://"));
+            // 1.x writes the bare address, 2.x a JSON document with it.
+            for name in ["address", "bootstrap.json"] {
+                let text = fs::read_to_string(bundle.path().join(name)).unwrap_or_default();
+                if let Some((_, path)) = text.split_once("unix://") {
+                    let _ = fs::remove_file(path.split(['"', '\n']).next().unwrap_or(path));
+                }
             }
         }
     }

@@ -1,1 +1,820 @@
-//! stub
+//! Images as odd as containerd itself still unpacks: its overlayfs snapshotter is the reference, and every image here is one that it
+//! accepts (`tests/e2e/trees.rs` fails if it does not). What it refuses (old GNU sparse files, unknown type flags, a whiteout beside the entry it
+//! deletes, paths over 4095 bytes, negative sizes) belongs to the unit tests of the parsers, not here.
+//!
+//! Each function makes one image about one subject, so that a failing comparison says what it is about. All directories have
+//! entries of their own, except where a missing entry is the subject ([`implied`]).
+
+use std::fs;
+use std::io::{Seek as _, SeekFrom, Write as _};
+use std::path::Path;
+use std::process::Command;
+
+use super::image::{Compression, Flavour, Image, Layer};
+use super::sandbox::{require_program, run_ok};
+use super::tar::{Dialect, Entry, Header, Magic, noise, seal};
+
+/// An image, and what its comparison has to know.
+pub struct Case {
+    /// What it is about.
+    pub name: &'static str,
+    /// The image.
+    pub image: Image,
+    /// Directories that no entry describes, whose time of change is that of unpacking.
+    pub implied_dirs: Vec<String>,
+}
+
+fn case(name: &'static str, layers: Vec<Layer>) -> Case {
+    Case {
+        name,
+        image: Image::new(Flavour::Oci, layers),
+        implied_dirs: Vec::new(),
+    }
+}
+
+/// Long names in every dialect, names that are not UTF-8, names that need cleaning.
+pub fn names() -> Case {
+    let mut entries = vec![
+        Entry::dir("n"),
+        Entry::dir("n/deep"),
+        Entry::dir("n/long"),
+        Entry::dir("n/odd"),
+    ];
+    let longest = |letter: &str| letter.repeat(255);
+    entries.push(Entry::file(
+        format!("n/long/{}", longest("p")),
+        "a name of 255 bytes, in PAX",
+    ));
+    entries.push(Entry::file(format!("n/long/{}", longest("g")), "a name of 255 bytes, in GNU").dialect(Dialect::Gnu));
+    entries.push(
+        Entry::file(format!("n/long/{}", "h".repeat(100 - 7)), "a path of exactly 100 bytes").dialect(Dialect::V7),
+    );
+    entries.push(Entry::file(format!("n/long/{}", "u".repeat(99)), "prefix and name").dialect(Dialect::Ustar));
+    entries.push(Entry::symlink(
+        format!("n/long/{}", longest("s")),
+        format!("{}/{}", longest("t"), longest("t")),
+    ));
+    entries.push(Entry::symlink("n/long/gnu-link", longest("k")).dialect(Dialect::Gnu));
+    entries.push(Entry::symlink("n/long/longest-target", "x/".repeat(2047)));
+    // 14 directories of 250 bytes: 3500 bytes of path, below the 4095 that a path may have when the snapshot's own comes before.
+    let mut path = "n/deep".to_owned();
+    for depth in 0..14_u8 {
+        path = format!("{path}/{}", char::from(b'a' + depth).to_string().repeat(249));
+        let dialect = if depth % 2 == 0 { Dialect::Pax } else { Dialect::Gnu };
+        entries.push(Entry::dir(&path).dialect(dialect));
+    }
+    entries.push(Entry::file(format!("{path}/end"), "deep"));
+    for (name, dialect) in [
+        (&b"n/odd/latin1-\xe4\xf6\xfc"[..], Dialect::Ustar),
+        (b"n/odd/pax-\xff\xfe", Dialect::Pax),
+        (b"n/odd/gnu-\x80\x81", Dialect::Gnu),
+        (b"n/odd/control-\x01\x7f\x1b[31m", Dialect::Pax),
+        (b"n/odd/line\nend", Dialect::Pax),
+        (b"n/odd/tab\tand space ", Dialect::Ustar),
+        (b"n/odd/back\\slash\"quote'comma,colon:percent%", Dialect::Ustar),
+        (b"n/odd/-rf", Dialect::Ustar),
+        (b"n/odd/...", Dialect::Ustar),
+        (b"n/odd/.wh", Dialect::Ustar),
+        (b"n/odd/.whout", Dialect::Ustar),
+        ("n/odd/日本語-🦀-e\u{301}".as_bytes(), Dialect::Pax),
+    ] {
+        entries.push(Entry::file(name, name).dialect(dialect));
+    }
+    let mut long_bytes = b"n/odd/".to_vec();
+    long_bytes.extend([0xe9; 200]);
+    entries.push(Entry::file(&long_bytes, "200 bytes of Latin-1, in GNU").dialect(Dialect::Gnu));
+    entries.push(Entry::symlink("n/odd/to-bytes", b"latin1-\xe4\xf6\xfc"));
+    let clean = [
+        Entry::dir("./"),
+        Entry::dir("./dot"),
+        Entry::file("./dot/file", "dot"),
+        Entry::dir("/absolute"),
+        Entry::file("/absolute/file", "absolute"),
+        Entry::file("//absolute//double", "double"),
+        Entry::dir("absolute/./sub/"),
+        Entry::file("absolute/./sub/./file", "dots"),
+        Entry::file("absolute/sub/../up", "up"),
+        Entry::hard_link("./dot/hard", "./dot/file"),
+        Entry::hard_link("/absolute/hard", "/absolute/file"),
+        Entry::hard_link("absolute/hard2", "./absolute/sub/../file"),
+        Entry::file("../outside", "stays inside"),
+    ];
+    case(
+        "names",
+        vec![
+            Layer::of(Compression::Gzip, entries),
+            Layer::of(Compression::Zstd, clean),
+        ],
+    )
+}
+
+/// Symbolic and hard links: dangling, looping, through links, to files that are replaced or deleted later.
+pub fn links() -> Case {
+    let below = [
+        Entry::dir("l"),
+        Entry::dir("l/real"),
+        Entry::file("l/real/a", "first"),
+        Entry::hard_link("l/real/b", "l/real/a"),
+        Entry::hard_link("l/c", "l/real/b"),
+        // The entry of a hard link carries attributes of its own: they are set on the one file.
+        Entry::hard_link("l/d", "l/real/a")
+            .mode(0o4750)
+            .owner(12, 34)
+            .mtime(1_234_567),
+        // POSIX lets a link's header repeat the size of the file; no data follow.
+        {
+            let mut entry = Entry::hard_link("l/e", "l/real/a").mode(0o640);
+            entry.header.mtime = 7;
+            entry
+        },
+        // A link to a name whose file is then replaced: the link keeps the first file.
+        Entry::file("l/replaced", "old"),
+        Entry::hard_link("l/keeps-old", "l/replaced"),
+        Entry::file("l/replaced", "new, and longer"),
+        // A link to a symbolic link is a second name of that, not of its target.
+        Entry::symlink("l/soft", "real/a"),
+        Entry::hard_link("l/soft-too", "l/soft"),
+        Entry::symlink("l/dangling", "nowhere/at/all"),
+        Entry::symlink("l/absolute", "/l/real/a"),
+        Entry::symlink("l/self", "self"),
+        Entry::symlink("l/ping", "pong"),
+        Entry::symlink("l/pong", "ping"),
+        // Parents are followed through symbolic links, inside the layer.
+        Entry::symlink("l/dir-link", "real"),
+        Entry::file("l/dir-link/through", "through a link"),
+        Entry::symlink("l/root-link", "/../../l/real"),
+        Entry::file("l/root-link/through-root", "through an absolute link"),
+        Entry::hard_link("l/hard-through", "l/dir-link/through"),
+        Entry::fifo("l/fifo"),
+        Entry::hard_link("l/fifo-too", "l/fifo"),
+        Entry::char_device("l/null", 1, 3),
+        Entry::hard_link("l/null-too", "l/null"),
+        Entry::file("l/empty", ""),
+        Entry::hard_link("l/empty-too", "l/empty"),
+    ];
+    let middle = [
+        Entry::dir("l"),
+        Entry::dir("l/real"),
+        // One name goes; the file stays under the other, and still counts both.
+        Entry::whiteout("l/real/a"),
+        Entry::whiteout("l/soft"),
+        Entry::file("m-original", "of the middle layer"),
+        Entry::hard_link("m-link", "m-original"),
+        Entry::hard_link("m-link2", "m-link"),
+    ];
+    let above = [
+        Entry::whiteout("m-original"),
+        Entry::dir("l"),
+        Entry::whiteout("l/fifo"),
+    ];
+    case(
+        "links",
+        vec![
+            Layer::of(Compression::Gzip, below),
+            Layer::of(Compression::None, middle),
+            Layer::of(Compression::Gzip, above),
+        ],
+    )
+}
+
+/// Names that occur more than once in one layer, with every change of type.
+pub fn duplicates() -> Case {
+    let entries = [
+        Entry::dir("d"),
+        Entry::file("d/file", noise(1, 5000)),
+        Entry::file("d/file", "the last one counts").mode(0o600),
+        Entry::file("./d/file2", "a"),
+        Entry::file("d/file2", "ab").owner(5, 5),
+        Entry::file("/d/./file2", "abc"),
+        // A directory that comes twice keeps its children and gets the last attributes.
+        Entry::dir("d/dir").mode(0o700),
+        Entry::file("d/dir/kept", "kept"),
+        Entry::file("d/to-dir", "a file first"),
+        Entry::dir("d/to-dir"),
+        Entry::file("d/to-dir/child", "child"),
+        // A directory that becomes a file loses its children. (containerd fails if a directory is among them: it sets the times of
+        // all directories at the end, those that are gone included.)
+        Entry::dir("d/to-file"),
+        Entry::file("d/to-file/lost", "lost"),
+        Entry::file("d/to-file", "now a file"),
+        Entry::dir("d/to-link"),
+        Entry::file("d/to-link/lost", "lost"),
+        Entry::symlink("d/to-link", "dir"),
+        // Goes through the link that the directory has become.
+        Entry::file("d/to-link/through", "in d/dir"),
+        Entry::symlink("d/from-link", "file"),
+        Entry::file("d/from-link", "no link any more"),
+        Entry::file("d/to-fifo", "x"),
+        Entry::fifo("d/to-fifo"),
+        Entry::file("d/one", "one"),
+        Entry::hard_link("d/two", "d/one"),
+        Entry::hard_link("d/two", "d/file"),
+        Entry::file("d/gone-and-back", "first"),
+        Entry::dir("d/gone-and-back"),
+        Entry::file("d/gone-and-back/x", "x"),
+        Entry::file("d/gone-and-back", "a file again"),
+        // Last, because containerd sets the times of directories at the end, in the order of the entries, and through links.
+        Entry::dir("d/dir").mode(0o751).owner(1, 2).mtime(99),
+        Entry::dir("d").mode(0o711).mtime(4242),
+    ];
+    case("duplicates", vec![Layer::of(Compression::Gzip, entries)])
+}
+
+/// Modes, owners and times.
+pub fn metadata() -> Case {
+    let mut entries = vec![Entry::dir("m").mode(0o1777), Entry::dir("m/t"), Entry::dir("m/o")];
+    for mode in [
+        0, 0o1, 0o400, 0o644, 0o777, 0o1644, 0o2755, 0o4755, 0o6755, 0o7777, 0o4000,
+    ] {
+        entries.push(Entry::file(format!("m/file-{mode:04o}"), format!("{mode}")).mode(mode));
+        entries.push(Entry::dir(format!("m/dir-{mode:04o}")).mode(mode));
+        entries.push(Entry::fifo(format!("m/fifo-{mode:04o}")).mode(mode));
+    }
+    // Bits of the file type in the mode, as old archivers wrote them.
+    entries.push(Entry::file("m/typed", "x").mode(0o100_755));
+    for (index, id) in [0, 1, 65_534, 2_097_151, 2_097_152, 4_294_967_294_u64]
+        .into_iter()
+        .enumerate()
+    {
+        entries.push(Entry::file(format!("m/o/pax{index}"), "x").owner(id, id / 2));
+        entries.push(
+            Entry::file(format!("m/o/gnu{index}"), "x")
+                .owner(id, id / 2)
+                .dialect(Dialect::Gnu),
+        );
+        entries.push(Entry::symlink(format!("m/o/link{index}"), "x").owner(id / 3, id));
+        entries.push(Entry::dir(format!("m/o/dir{index}")).owner(id / 3, id).mode(0o2755));
+    }
+    for (index, (seconds, nanoseconds)) in [
+        (0, 0),
+        (0, 1),
+        (1, 999_999_999),
+        (1_700_000_000, 123_456_789),
+        (1_700_000_000, 100_000_000),
+        // Beyond 2038, 2106, and what 34 bits of ext4 still hold.
+        (2_147_483_648, 5),
+        (4_294_967_296, 6),
+        (9_000_000_000, 7),
+        // Before 1970: containerd shows them as 1970.
+        (-1, 250_000_000),
+        (-1_000_000_000, 0),
+        (-2_147_483_648, 0),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        entries.push(Entry::file(format!("m/t/file{index}"), "x").mtime_ns(seconds, nanoseconds));
+        entries.push(Entry::symlink(format!("m/t/link{index}"), "x").mtime_ns(seconds, nanoseconds));
+        entries.push(Entry::dir(format!("m/t/dir{index}")).mtime_ns(seconds, nanoseconds));
+        entries.push(Entry::fifo(format!("m/t/fifo{index}")).mtime_ns(seconds, nanoseconds));
+        entries.push(
+            Entry::file(format!("m/t/gnu{index}"), "x")
+                .mtime(seconds)
+                .dialect(Dialect::Gnu),
+        );
+    }
+    entries.push(Entry::file("m/t/digits3", "x").record("mtime", "1600000000.125"));
+    entries.push(Entry::file("m/t/digits12", "x").record("mtime", "1600000000.123456789999"));
+    entries.push(Entry::file("m/t/point", "x").record("mtime", "1600000000."));
+    entries.push(
+        Entry::file("m/t/atime", "x")
+            .record("atime", "1700000000.5")
+            .record("ctime", "1700000001.5"),
+    );
+    // A PAX record wins over the header, and the last of two records over the first.
+    entries.push(Entry::file("m/header-name", "x").record("path", "m/pax-name"));
+    entries.push(
+        Entry::file("m/two-records", "x")
+            .record("uid", "1")
+            .record("uid", "2")
+            .record("gid", "77"),
+    );
+    entries.push(
+        Entry::file("m/names", "x")
+            .record("uname", "nobody")
+            .record("gname", "games"),
+    );
+    entries.push(
+        Entry::file("m/unknown-record", "x")
+            .record("VENDOR.key", "value")
+            .record("comment", "nothing"),
+    );
+    entries.push(Entry::file("m/size-record", "x").record("size", "1"));
+    case("metadata", vec![Layer::of(Compression::Gzip, entries)])
+}
+
+/// Extended attributes: of users, file capabilities, access control lists; on every type that can have them.
+pub fn xattrs() -> Case {
+    // struct vfs_cap_data, revision 2, effective: CAP_NET_RAW and CAP_NET_BIND_SERVICE permitted.
+    let capability: Vec<u8> = [0x0200_0001_u32, (1 << 13) | (1 << 10), 0, 0, 0]
+        .iter()
+        .flat_map(|word| word.to_le_bytes())
+        .collect();
+    // struct posix_acl_xattr: user::rw-, user:1000:rwx, group::r--, mask::rwx, other::---
+    let acl = |entries: &[(u16, u16, u32)]| -> Vec<u8> {
+        let mut bytes = 2_u32.to_le_bytes().to_vec();
+        for (tag, permissions, id) in entries {
+            bytes.extend(tag.to_le_bytes());
+            bytes.extend(permissions.to_le_bytes());
+            bytes.extend(id.to_le_bytes());
+        }
+        bytes
+    };
+    let access = acl(&[
+        (0x01, 6, !0),
+        (0x02, 7, 1000),
+        (0x04, 4, !0),
+        (0x10, 7, !0),
+        (0x20, 0, !0),
+    ]);
+    let default = acl(&[
+        (0x01, 7, !0),
+        (0x02, 5, 1001),
+        (0x04, 5, !0),
+        (0x10, 5, !0),
+        (0x20, 5, !0),
+    ]);
+    let entries = [
+        Entry::dir("x").xattr("user.on.dir", "dir"),
+        Entry::file("x/user", "x")
+            .xattr("user.one", "1")
+            .xattr("user.two", [0, 255, b'\n', b'=']),
+        Entry::file("x/empty-value", "x").xattr("user.empty", ""),
+        Entry::file("x/big-value", "x").xattr("user.big", noise(3, 3000)),
+        Entry::file("x/many", "x"),
+        Entry::file("x/capability", "x")
+            .mode(0o755)
+            .xattr("security.capability", &capability),
+        Entry::hard_link("x/capability-too", "x/capability")
+            .mode(0o755)
+            .xattr("security.capability", &capability),
+        Entry::file("x/acl", "x")
+            .mode(0o670)
+            .xattr("system.posix_acl_access", &access),
+        Entry::dir("x/acl-dir")
+            .mode(0o755)
+            .xattr("system.posix_acl_default", &default),
+        Entry::file("x/trusted", "x").xattr("trusted.lazuli", "root only"),
+        Entry::fifo("x/fifo").xattr("trusted.fifo", "1"),
+        Entry::symlink("x/link", "user").xattr("trusted.link", "1"),
+        // Not allowed on a link, and skipped by containerd with a warning.
+        Entry::symlink("x/link-user", "user").xattr("user.link", "1"),
+        // libarchive's own form is not read by containerd.
+        Entry::file("x/libarchive", "x").record("LIBARCHIVE.xattr.user.k", "dg=="),
+        Entry::char_device("x/device", 1, 5).xattr("trusted.device", "1"),
+    ];
+    let mut many = Entry::file("x/many", "x");
+    for index in 0..40 {
+        many = many.xattr(&format!("user.number-{index}"), format!("{index}"));
+    }
+    let above = [
+        Entry::dir("x").xattr("user.on.dir", "changed"),
+        many,
+        Entry::file("x/user", "without"),
+        Entry::file("x/capability", "loses it").mode(0o755),
+    ];
+    case(
+        "xattrs",
+        vec![
+            Layer::of(Compression::Gzip, entries),
+            Layer::of(Compression::Gzip, above),
+        ],
+    )
+}
+
+/// Files around every border: blocks, pages, read sizes, chunks.
+pub fn sizes() -> Case {
+    let mut entries = vec![Entry::dir("s")];
+    for border in [512, 4096, 128 << 10, 1 << 20, 4 << 20] {
+        for length in [border - 1, border, border + 1] {
+            entries.push(Entry::file(format!("s/{length}"), noise(length as u64, length)));
+        }
+    }
+    for length in [0, 1, 2, 511] {
+        entries.push(Entry::file(format!("s/{length}"), noise(length as u64, length)));
+    }
+    for index in 0..300 {
+        entries.push(Entry::file(format!("s/empty{index}"), ""));
+    }
+    entries.push(Entry::file("s/zeros", vec![0; 3 << 20]));
+    case("sizes", vec![Layer::of(Compression::Gzip, entries)])
+}
+
+/// Sparse files in the three ways of PAX, by GNU tar itself.
+pub fn sparse() -> Case {
+    let source = SparseFiles::new();
+    let layers = ["0.0", "0.1", "1.0"].into_iter().map(|version| {
+        let archive = source.archive(&["--format=posix", &format!("--sparse-version={version}")], version);
+        Layer::from_tar(Compression::Gzip, &archive)
+    });
+    case("sparse", layers.collect())
+}
+
+/// Sparse files in the way of old GNU tar (type flag `S`), which containerd does not unpack: the reference is GNU tar's own
+/// extraction, into `reference`.
+pub fn gnu_sparse(reference: &Path) -> Case {
+    let archive = SparseFiles::new().archive(&["--format=gnu"], "gnu");
+    let file = reference.with_extension("tar");
+    fs::write(&file, &archive).unwrap();
+    fs::create_dir_all(reference).unwrap();
+    let mut tar = Command::new(require_program("tar"));
+    run_ok(
+        tar.args(["--extract", "--preserve-permissions", "--numeric-owner", "-f"])
+            .arg(&file)
+            .arg("-C")
+            .arg(reference),
+    );
+    case("gnu_sparse", vec![Layer::from_tar(Compression::Gzip, &archive)])
+}
+
+/// A directory with sparse files of several shapes.
+struct SparseFiles(tempfile::TempDir);
+
+impl SparseFiles {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("sp");
+        fs::create_dir(&source).unwrap();
+        let block = 256 << 10;
+        let shapes: [(&str, u64, Vec<u64>); 7] = [
+            ("only-hole", 1 << 20, vec![]),
+            ("data-first", 3 << 20, vec![0]),
+            ("data-last", (2 << 20) + 4096, vec![2 << 20]),
+            ("odd-end", 777_777, vec![65_536]),
+            // More than the 4 regions of an old GNU header, and the 21 of its extension.
+            ("many-regions", 16 << 20, (0..60).map(|index| index * block).collect()),
+            ("dense", 8192, vec![0, 4096]),
+            ("large", 40 << 20, vec![0, 20 << 20, (40 << 20) - 4096]),
+        ];
+        for (name, length, regions) in &shapes {
+            let mut file = fs::File::create(source.join(name)).unwrap();
+            file.set_len(*length).unwrap();
+            for offset in regions {
+                file.seek(SeekFrom::Start(*offset)).unwrap();
+                let left = (length - offset).min(4096) as usize;
+                file.write_all(&noise(*offset + 1, left)).unwrap();
+            }
+        }
+        fs::write(source.join("ordinary"), "not sparse").unwrap();
+        SparseFiles(dir)
+    }
+
+    /// A tar archive of them, in a directory with this ending.
+    fn archive(&self, options: &[&str], ending: &str) -> Vec<u8> {
+        let mut tar = Command::new(require_program("tar"));
+        tar.args(["--create", "--sparse", "--sort=name", "--owner=0", "--group=0"])
+            .args(options);
+        tar.arg(format!("--transform=s,^sp,sparse-{ending},"))
+            .arg("-C")
+            .arg(self.0.path())
+            .arg("sp");
+        run_ok(&mut tar).stdout
+    }
+}
+
+/// Devices and fifos.
+pub fn devices() -> Case {
+    let entries = [
+        Entry::dir("dv"),
+        Entry::char_device("dv/null", 1, 3).mode(0o666),
+        Entry::char_device("dv/high", 511, 1_048_575),
+        Entry::block_device("dv/sda", 8, 0).owner(0, 6),
+        Entry::block_device("dv/high", 259, 70_000).mode(0o4660),
+        Entry::char_device("dv/gnu", 300, 300).dialect(Dialect::Gnu),
+        Entry::fifo("dv/fifo").owner(100, 101),
+        Entry::char_device("dv/deleted", 1, 7),
+        Entry::file("dv/deleted-by-device", "x"),
+    ];
+    let above = [
+        Entry::dir("dv"),
+        Entry::whiteout("dv/deleted"),
+        // A device 0:0 is overlayfs' whiteout, whoever makes it.
+        Entry::char_device("dv/deleted-by-device", 0, 0),
+        Entry::block_device("dv/zero", 0, 0),
+        Entry::char_device("dv/fifo", 5, 1),
+    ];
+    case(
+        "devices",
+        vec![
+            Layer::of(Compression::Gzip, entries),
+            Layer::of(Compression::Gzip, above),
+        ],
+    )
+}
+
+/// Whiteouts, opaque directories, and changes of type over four layers.
+pub fn whiteouts() -> Case {
+    let mut below = vec![Entry::dir("w")];
+    for dir in [
+        "gone",
+        "opaque",
+        "opaque-late",
+        "back",
+        "merge",
+        "twice",
+        "to-file",
+        "to-link",
+        "deep",
+        "deep/a",
+        "deep/a/b",
+    ] {
+        below.push(Entry::dir(format!("w/{dir}")));
+        for name in ["one", "two", "three"] {
+            below.push(Entry::file(
+                format!("w/{dir}/{name}"),
+                format!("{dir}/{name} of the lowest layer"),
+            ));
+        }
+    }
+    below.extend([
+        Entry::file("w/file", "file"),
+        Entry::symlink("w/link", "file"),
+        Entry::file("w/file-to-dir", "x"),
+        Entry::symlink("w/link-to-dir", "merge"),
+        Entry::file("w/replaced", "lowest"),
+        Entry::file(
+            format!("w/{}", "y".repeat(251)),
+            "the longest name that a whiteout can delete",
+        ),
+    ]);
+    let second = vec![
+        Entry::dir("w"),
+        Entry::whiteout("w/gone"),
+        Entry::whiteout("w/file"),
+        Entry::whiteout("w/link"),
+        Entry::whiteout("w/never-was"),
+        Entry::whiteout(&format!("w/{}", "y".repeat(251))),
+        // Opaque, said before and after the new contents.
+        Entry::dir("w/opaque").mode(0o700),
+        Entry::opaque("w/opaque"),
+        Entry::file("w/opaque/two", "second"),
+        Entry::dir("w/opaque-late"),
+        Entry::file("w/opaque-late/four", "second"),
+        Entry::opaque("w/opaque-late"),
+        Entry::whiteout("w/back"),
+        Entry::dir("w/merge").mode(0o711),
+        Entry::whiteout("w/merge/one"),
+        Entry::file("w/merge/four", "second"),
+        Entry::dir("w/twice"),
+        Entry::whiteout("w/twice/one"),
+        Entry::file("w/to-file", "was a directory"),
+        Entry::symlink("w/to-link", "merge"),
+        Entry::dir("w/file-to-dir"),
+        Entry::file("w/file-to-dir/child", "x"),
+        Entry::dir("w/link-to-dir"),
+        Entry::file("w/link-to-dir/own", "not in merge"),
+        // Deleted and made again in one layer: the whiteout comes first.
+        Entry::whiteout("w/replaced"),
+        Entry::file("w/replaced", "second"),
+        Entry::dir("w/deep"),
+        Entry::dir("w/deep/a"),
+        Entry::opaque("w/deep/a"),
+    ];
+    let third = vec![
+        Entry::dir("w"),
+        // Whiteouts of what is whited out already, and things that come back.
+        Entry::whiteout("w/gone"),
+        Entry::dir("w/back"),
+        Entry::file("w/back/new", "third"),
+        Entry::file("w/file", "back again"),
+        Entry::dir("w/opaque").mode(0o755),
+        Entry::whiteout("w/opaque/two"),
+        Entry::file("w/opaque/five", "third"),
+        Entry::dir("w/twice"),
+        Entry::opaque("w/twice"),
+        // (A whiteout inside an opaque directory would show a name in listings that cannot be opened: overlayfs does that.)
+        Entry::file("w/merge-sibling", "x"),
+        Entry::dir("w/to-file"),
+        Entry::file("w/to-file/again", "a directory again"),
+        Entry::dir("w/deep"),
+        Entry::dir("w/deep/a"),
+        Entry::dir("w/deep/a/b"),
+        Entry::file("w/deep/a/b/new", "third"),
+        // A whiteout of a name that begins like a whiteout: aufs left such names in old images.
+        Entry::whiteout("w/.wh.aufs"),
+    ];
+    let fourth = vec![
+        Entry::dir("w").mtime(777),
+        Entry::dir("w/gone"),
+        Entry::file("w/gone/new", "fourth"),
+        Entry::whiteout("w/file"),
+        Entry::dir("w/merge").mode(0o2755).owner(3, 4).mtime(12_345),
+        Entry::dir("w/opaque"),
+        Entry::opaque("w/opaque"),
+        Entry::dir("w/new-opaque"),
+        Entry::opaque("w/new-opaque"),
+        Entry::file("w/new-opaque/x", "nothing to hide"),
+    ];
+    case(
+        "whiteouts",
+        vec![
+            Layer::of(Compression::Gzip, below),
+            Layer::of(Compression::Zstd, second),
+            Layer::of(Compression::None, third),
+            Layer::of(Compression::Gzip, fourth),
+        ],
+    )
+}
+
+/// Whiteouts in a layer that has nothing below: they delete what the same layer had before, and leave nothing themselves.
+pub fn base_whiteouts() -> Case {
+    let entries = [
+        Entry::dir("b"),
+        Entry::file("b/kept", "x"),
+        Entry::file("b/deleted", "x"),
+        Entry::whiteout("b/deleted"),
+        Entry::whiteout("b/never-was"),
+        Entry::dir("b/opaque"),
+        Entry::file("b/opaque/before", "stays: it is of this layer"),
+        Entry::opaque("b/opaque"),
+        Entry::file("b/opaque/after", "x"),
+        Entry::file("b/hard", "x"),
+        Entry::hard_link("b/other-name", "b/hard"),
+        Entry::whiteout("b/hard"),
+        Entry::fifo("b/fifo"),
+        Entry::whiteout("b/fifo"),
+        // The directory's time is set at the end, whatever was done in it.
+        Entry::dir("b").mtime(1_000_000),
+    ];
+    case("base_whiteouts", vec![Layer::of(Compression::Gzip, entries)])
+}
+
+/// Directories that a layer uses without an entry for them: they look as in the layer below, or else like 0755 root.
+pub fn implied() -> Case {
+    let below = [
+        Entry::dir("i"),
+        Entry::dir("i/secret")
+            .mode(0o700)
+            .owner(7, 8)
+            .mtime(500)
+            .xattr("user.mark", "below"),
+        Entry::dir("i/secret/inner").mode(0o1770).owner(9, 9),
+        Entry::file("i/secret/inner/old", "old"),
+        Entry::file("nowhere/described/file", "x"),
+    ];
+    let above = [
+        Entry::file("i/secret/inner/new", "new"),
+        Entry::file("i/secret/fresh/dir/file", "x"),
+        Entry::whiteout("i/secret/inner/old"),
+    ];
+    Case {
+        implied_dirs: [
+            "nowhere",
+            "nowhere/described",
+            "i",
+            "i/secret",
+            "i/secret/inner",
+            "i/secret/fresh",
+            "i/secret/fresh/dir",
+        ]
+        .map(str::to_owned)
+        .into(),
+        ..case(
+            "implied",
+            vec![Layer::of(Compression::Gzip, below), Layer::of(Compression::Gzip, above)],
+        )
+    }
+}
+
+/// Archives and compressions that end, begin or are cut in unusual ways.
+pub fn archives() -> Case {
+    let tar = |name: &str, end: usize| {
+        let mut bytes = Vec::new();
+        let mut tar = super::tar::Tar::new(&mut bytes);
+        tar.add(Entry::dir(name)).unwrap();
+        tar.add(Entry::file(format!("{name}/file"), noise(9, 100_000))).unwrap();
+        bytes.extend(vec![0; end]);
+        bytes
+    };
+    let gzip = |bytes: &[u8]| {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    };
+    let mut layers = vec![
+        Layer::of(Compression::Gzip, []),
+        Layer::from_tar(Compression::Gzip, &tar("no-end", 0)),
+        Layer::from_tar(Compression::Gzip, &tar("one-block-end", 512)),
+        Layer::from_tar(Compression::None, &tar("long-end", 100 * 512)),
+    ];
+    // Bytes after the end belong to the layer's digest, not to its contents.
+    let mut trailing = tar("trailing", 1024);
+    trailing.extend(noise(4, 70_000));
+    layers.push(Layer::from_tar(Compression::Gzip, &trailing));
+    // Several gzip members, one of them empty, cut in the middle of a header.
+    let members = tar("members", 1024);
+    let mut blob = gzip(&members[..300]);
+    blob.extend(gzip(&[]));
+    for part in members[300..].chunks(7_001) {
+        blob.extend(gzip(part));
+    }
+    layers.push(Layer::from_blob(Compression::Gzip, blob));
+    // A gzip header with every optional field.
+    let named = tar("gzip-header", 1024);
+    let mut encoder = flate2::GzBuilder::new()
+        .filename("layer.tar")
+        .comment("a comment")
+        .extra(noise(2, 900))
+        .mtime(77)
+        .write(Vec::new(), flate2::Compression::none());
+    encoder.write_all(&named).unwrap();
+    layers.push(Layer::from_blob(Compression::Gzip, encoder.finish().unwrap()));
+    // zstd: two frames with a skippable one between.
+    let frames = tar("frames", 1024);
+    let (first, second) = frames.split_at(40_000);
+    let mut blob = zstd::encode_all(first, 1).unwrap();
+    blob.extend([0x50, 0x2a, 0x4d, 0x18, 5, 0, 0, 0]);
+    blob.extend(b"skip!");
+    blob.extend(zstd::encode_all(second, 19).unwrap());
+    layers.push(Layer::from_blob(Compression::Zstd, blob));
+    layers.push(Layer::build(Compression::Gzip, |tar| {
+        // Global PAX headers say something about the archive; containerd does not apply them to entries.
+        tar.pax(
+            b'g',
+            &[
+                (b"comment".to_vec(), b"of git archive".to_vec()),
+                (b"mtime".to_vec(), b"1".to_vec()),
+            ],
+        )?;
+        tar.add(Entry::dir("old"))?;
+        // Type flag NUL is a file, and with a slash at the end a directory: tar before POSIX.
+        let mut header = Header {
+            name: b"old/file".to_vec(),
+            typeflag: 0,
+            size: 3,
+            magic: Magic::V7,
+            ..Header::default()
+        };
+        tar.raw(&header.encode())?;
+        tar.data(b"v7!")?;
+        header.name = b"old/dir/".to_vec();
+        header.size = 0;
+        header.mode = 0o755;
+        tar.raw(&header.encode())?;
+        // Numbers with blanks in front and without a terminator, which several archivers write.
+        let mut block = Header {
+            name: b"old/blanks".to_vec(),
+            size: 5,
+            ..Header::default()
+        }
+        .encode();
+        block[100..108].copy_from_slice(b"   640 \0");
+        block[108..116].copy_from_slice(b"00001750");
+        block[124..136].copy_from_slice(b"          5 ");
+        seal(&mut block);
+        tar.raw(&block)?;
+        tar.data(b"blank")?;
+        // A checksum over signed bytes, as some old programs made it, needs a byte over 127 to differ.
+        let mut block = Header {
+            name: b"old/signed-\xff".to_vec(),
+            ..Header::default()
+        }
+        .encode();
+        block[148..156].fill(b' ');
+        let sum: i32 = block.iter().map(|byte| i32::from(*byte as i8)).sum();
+        block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        tar.raw(&block)
+    }));
+    case("archives", layers)
+}
+
+/// Regular entries of the layer with very many.
+pub const MANY: usize = 100_000;
+
+/// One layer with [`MANY`] files in directories of a thousand, and one directory that holds a tenth of them.
+pub fn many_entries() -> Case {
+    let layer = Layer::build(Compression::Gzip, |tar| {
+        tar.add(Entry::dir("many"))?;
+        for index in 0..MANY {
+            let dir = if index % 10 == 0 {
+                "many/wide".to_owned()
+            } else {
+                format!("many/d{:03}", index / 1000)
+            };
+            if index % 1000 < 2 && (index % 10 != 0 || index == 0) {
+                tar.add(Entry::dir(&dir))?;
+            }
+            let text = format!("{index}\n");
+            tar.add(Entry::file(format!("{dir}/f{index:06}"), text).mtime(1_000_000_000 + index as i64))?;
+        }
+        Ok(())
+    });
+    case("many_entries", vec![layer])
+}
+
+/// Bytes of the file that is larger than 32 bits count, with a few over.
+pub const HUGE: u64 = (3 << 30) + 4321;
+
+/// One layer with one file of [`HUGE`] bytes, which compresses well, between two small ones.
+pub fn huge_file() -> Case {
+    let layer = Layer::of(
+        Compression::Gzip,
+        [
+            Entry::dir("h"),
+            Entry::file("h/before", "before"),
+            Entry::pattern("h/huge", 1, HUGE),
+            Entry::file("h/after", "after"),
+        ],
+    );
+    case("huge_file", vec![layer])
+}

@@ -323,12 +323,10 @@ fn compare_file(left: &Path, right: &Path, (a, b): &mut (Vec<u8>, Vec<u8>)) -> R
     loop {
         let count = fill(&mut left, a).map_err(|error| format!("left read at {offset}: {error}"))?;
         let other = fill(&mut right, b).map_err(|error| format!("right read at {offset}: {error}"))?;
-        let same = a[..count].iter().zip(&b[..other]).take_while(|(a, b)| a == b).count();
         if a[..count] != b[..other] {
-            return Err(format!(
-                "contents differ at byte {} (read {count} and {other})",
-                offset + same as u64
-            ));
+            let same = a[..count].iter().zip(&b[..other]).take_while(|(a, b)| a == b).count();
+            let at = offset + same as u64;
+            return Err(format!("contents differ at byte {at} (read {count} and {other})"));
         }
         offset += count as u64;
         if count < a.len() {
@@ -347,80 +345,4 @@ fn fill(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
         }
     }
     Ok(filled)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn two_trees() -> (tempfile::TempDir, PathBuf, PathBuf) {
-        let dir = tempfile::tempdir().unwrap();
-        let sides = ["a", "b"].map(|side| dir.path().join(side));
-        let time = fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH);
-        for side in &sides {
-            fs::create_dir_all(side.join("d")).unwrap();
-            fs::write(side.join("d/f"), "same").unwrap();
-            fs::hard_link(side.join("d/f"), side.join("d/g")).unwrap();
-            for name in ["d/f", "d"] {
-                File::open(side.join(name)).unwrap().set_times(time).unwrap();
-            }
-        }
-        let [a, b] = sides;
-        (dir, a, b)
-    }
-
-    fn differences(change: impl FnOnce(&Path)) -> Vec<String> {
-        let (_dir, a, b) = two_trees();
-        change(&b);
-        compare(&a, &b, &Options::default()).differences
-    }
-
-    #[test]
-    fn equal_trees_are_equal() {
-        let (_dir, a, b) = two_trees();
-        let comparison = compare(&a, &b, &Options::default()).expect_equal();
-        assert_eq!((comparison.entries, comparison.bytes), (4, 4));
-    }
-
-    #[test]
-    fn each_kind_of_difference_is_seen() {
-        let keep_time = |path: PathBuf| {
-            File::open(path)
-                .unwrap()
-                .set_times(fs::FileTimes::new().set_modified(std::time::UNIX_EPOCH))
-                .unwrap();
-        };
-        let content = differences(|b| {
-            fs::write(b.join("d/f"), "sane").unwrap();
-            keep_time(b.join("d/f"));
-        });
-        assert_eq!(content, ["d/f: contents differ at byte 2 (read 4 and 4)"]);
-        let time = differences(|b| {
-            let later = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(1);
-            File::open(b.join("d/f"))
-                .unwrap()
-                .set_times(fs::FileTimes::new().set_modified(later))
-                .unwrap();
-        });
-        assert_eq!(time, ["d/f: mtime (0, 0) != (0, 1)", "d/g: mtime (0, 0) != (0, 1)"]);
-        let links = differences(|b| {
-            fs::remove_file(b.join("d/g")).unwrap();
-            fs::copy(b.join("d/f"), b.join("d/g")).unwrap();
-            keep_time(b.join("d/g"));
-            keep_time(b.join("d"));
-        });
-        assert!(links.contains(&"d/f: links 2 != 1".to_owned()), "{links:?}");
-        assert!(links.contains(&"d/g: first name d/f != -".to_owned()), "{links:?}");
-        let missing = differences(|b| {
-            fs::remove_file(b.join("d/g")).unwrap();
-        });
-        assert!(
-            missing.iter().any(|line| line.starts_with("d/g: only in ")),
-            "{missing:?}"
-        );
-        let attribute = differences(|b| {
-            rustix::fs::setxattr(b.join("d"), "user.k", b"v", rustix::fs::XattrFlags::empty()).unwrap();
-        });
-        assert_eq!(attribute, ["d: xattrs  != user.k=v"]);
-    }
 }

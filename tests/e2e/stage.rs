@@ -1,0 +1,111 @@
+//! Everything one test needs, running: a registry behind a counting proxy, a containerd, the daemon.
+//!
+//! `LAZULI_E2E_SNAPSHOTTER=overlayfs` runs the tests that make sense for any snapshotter with containerd's own instead of Lazuli, which
+//! shows whether a failure is the harness' or ours.
+
+use crate::support::containerd::{Containerd, Generation, REFERENCE};
+use crate::support::image::Image;
+use crate::support::lazuli::{self, Lazuli};
+use crate::support::proxy::{Exchange, Link, Proxy};
+use crate::support::registry::Registry;
+use crate::support::sandbox::{Finished, Sandbox};
+use crate::support::tree::{Comparison, Options, compare};
+
+/// The snapshotter under test.
+pub fn subject() -> String {
+    std::env::var("LAZULI_E2E_SNAPSHOTTER").unwrap_or_else(|_| lazuli::SNAPSHOTTER.to_owned())
+}
+
+/// A registry, a containerd and a daemon. Fields are dropped in this order: users before what they use.
+pub struct Stage {
+    /// containerd.
+    pub containerd: Containerd,
+    /// The daemon; absent when another snapshotter is tested.
+    pub lazuli: Option<Lazuli>,
+    /// The way to the registry; images are named by its address.
+    pub proxy: Proxy,
+    /// The registry.
+    pub registry: Registry,
+    /// Their place.
+    pub sandbox: Sandbox,
+}
+
+impl Stage {
+    /// Starts all of them.
+    pub fn new(name: &str, generation: Generation) -> Self {
+        let sandbox = Sandbox::new(name);
+        let registry = Registry::start(&sandbox);
+        let proxy = Proxy::start(registry.address, Link::default());
+        let containerd = Containerd::start(&sandbox, generation, &lazuli::address_in(&sandbox));
+        let lazuli = (subject() == lazuli::SNAPSHOTTER)
+            .then(|| Lazuli::start(&sandbox, &containerd.address, &[proxy.host()], ""));
+        Stage {
+            containerd,
+            lazuli,
+            proxy,
+            registry,
+            sandbox,
+        }
+    }
+
+    /// The daemon; for tests that only make sense with it.
+    pub fn lazuli(&mut self) -> &mut Lazuli {
+        self.lazuli.as_mut().expect("this test is about the daemon")
+    }
+
+    /// Pushes an image and returns its reference.
+    pub fn push(&self, image: &Image, name: &str) -> String {
+        self.registry.push(image, name);
+        format!("{}/{name}", self.proxy.host())
+    }
+
+    /// Pushes an image, has its layers converted by stargz' `ctr-remote` with these options, pushes the result as `name` and returns
+    /// its reference. containerd forgets both images.
+    pub fn push_converted(&self, image: &Image, name: &str, options: &[&str]) -> String {
+        let plain = self.push(image, &format!("{name}-plain"));
+        let converted = format!("{}/{name}", self.proxy.host());
+        self.containerd.pull(&plain, REFERENCE).expect_success();
+        self.containerd.convert(&plain, &converted, options);
+        self.containerd.push(&converted);
+        self.containerd.remove_image(&plain);
+        self.containerd.remove_image(&converted);
+        self.proxy.take();
+        converted
+    }
+
+    /// Pulls an image for the snapshotter under test: by stock `ctr` where that is lazy (2.x), by `lazuli pull` elsewhere.
+    pub fn pull(&self, reference: &str) -> Finished {
+        match &self.lazuli {
+            Some(lazuli) if self.containerd.generation == Generation::One => lazuli.pull(reference),
+            _ => self.containerd.pull(reference, &subject()),
+        }
+        .expect_success()
+    }
+
+    /// Runs a shell script in a new container on the snapshotter under test.
+    pub fn sh(&self, reference: &str, script: &str) -> String {
+        self.containerd.sh(reference, &subject(), script)
+    }
+
+    /// Pulls an image with both snapshotters and compares what their containers would see.
+    pub fn compare(&self, reference: &str, options: &Options) -> Comparison {
+        self.pull(reference);
+        self.containerd.pull(reference, REFERENCE).expect_success();
+        let reference_view = self.containerd.view(reference, REFERENCE);
+        let view = self.containerd.view(reference, &subject());
+        compare(&reference_view.path, &view.path, options)
+    }
+
+    /// Requests for blobs since the last call of [`Proxy::take`].
+    pub fn blob_requests(&self) -> Vec<Exchange> {
+        self.proxy.exchanges().into_iter().filter(Exchange::is_blob).collect()
+    }
+}
+
+/// A containerd 1.x and, if it is there, a 2.x.
+pub fn generations() -> Vec<Generation> {
+    [Some(Generation::One), Generation::two()]
+        .into_iter()
+        .flatten()
+        .collect()
+}

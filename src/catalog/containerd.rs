@@ -29,8 +29,6 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 pub const MAX_MESSAGE: usize = 16 << 20;
 /// Largest manifest or config that is read, in bytes: what containerd itself accepts from a registry.
 const MAX_DOCUMENT: u64 = 8 << 20;
-/// Largest part of a blob in one write message, in bytes.
-const WRITE_PIECE: usize = 1 << 20;
 
 /// Header that names the namespace of a call.
 pub const NAMESPACE_HEADER: &str = "containerd-namespace";
@@ -275,36 +273,75 @@ fn content_info(info: content::Info) -> ContentInfo {
     }
 }
 
-/// Cuts a blob into the messages of one `Content.Write` call: pieces, then the commit.
-pub fn write_messages(
-    reference: &str,
-    expected: &Digest,
-    bytes: &bytes::Bytes,
+/// Makes the messages of one `Content.Write` call: pieces in order, then the commit.
+pub struct BlobWriter {
+    reference: String,
+    expected: String,
+    total: i64,
+    offset: i64,
     labels: HashMap<String, String>,
-) -> Vec<content::WriteContentRequest> {
-    let total = bytes.len() as i64;
-    let message = |action: content::WriteAction, offset: usize, data: bytes::Bytes| content::WriteContentRequest {
-        action: action.into(),
-        r#ref: reference.to_owned(),
-        total,
-        expected: expected.to_string(),
-        offset: offset as i64,
-        data: data.to_vec(),
-        labels: HashMap::new(),
-    };
-    let mut messages: Vec<_> = (0..bytes.len())
-        .step_by(WRITE_PIECE)
-        .map(|at| {
-            message(
-                content::WriteAction::Write,
-                at,
-                bytes.slice(at..bytes.len().min(at + WRITE_PIECE)),
-            )
-        })
-        .collect();
-    messages.push(content::WriteContentRequest {
-        labels,
-        ..message(content::WriteAction::Commit, bytes.len(), bytes::Bytes::new())
-    });
-    messages
+}
+
+impl BlobWriter {
+    /// Messages for the blob `expected` of `size` bytes, which gets `labels`. `owner` tells writers of the same blob apart.
+    pub fn new(owner: &str, expected: &Digest, size: u64, labels: HashMap<String, String>) -> Self {
+        BlobWriter {
+            reference: format!("{owner}-{expected}"),
+            expected: expected.to_string(),
+            total: i64::try_from(size).unwrap_or(i64::MAX),
+            offset: 0,
+            labels,
+        }
+    }
+
+    /// The next bytes, well below [`MAX_MESSAGE`] of them.
+    pub fn piece(&mut self, bytes: &[u8]) -> content::WriteContentRequest {
+        let message = self.message(content::WriteAction::Write, bytes.to_vec(), HashMap::new());
+        self.offset += bytes.len() as i64;
+        message
+    }
+
+    /// The end: containerd compares the digest.
+    pub fn commit(mut self) -> content::WriteContentRequest {
+        let labels = std::mem::take(&mut self.labels);
+        self.message(content::WriteAction::Commit, Vec::new(), labels)
+    }
+
+    fn message(
+        &self,
+        action: content::WriteAction,
+        data: Vec<u8>,
+        labels: HashMap<String, String>,
+    ) -> content::WriteContentRequest {
+        content::WriteContentRequest {
+            action: action.into(),
+            r#ref: self.reference.clone(),
+            total: self.total,
+            expected: self.expected.clone(),
+            offset: self.offset,
+            data,
+            labels,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_blob_is_written_in_order_and_labelled_at_the_end() {
+        let labels = HashMap::from([("a".to_owned(), "b".to_owned())]);
+        let digest = Digest::of(b"hello");
+        let mut writer = BlobWriter::new("me", &digest, 5, labels.clone());
+        let messages = [writer.piece(b"hel"), writer.piece(b"lo"), writer.commit()];
+        assert_eq!(messages.each_ref().map(|m| m.offset), [0, 3, 5]);
+        assert!(
+            messages
+                .iter()
+                .all(|m| m.total == 5 && m.expected == digest.to_string())
+        );
+        assert_eq!(messages[2].action(), content::WriteAction::Commit);
+        assert_eq!((&messages[0].labels, &messages[2].labels), (&HashMap::new(), &labels));
+    }
 }

@@ -6,17 +6,17 @@
 //! holds everything until the image has its name; if the pull dies, garbage collection removes what it left.
 
 use std::collections::HashMap;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
-use futures::TryStreamExt;
+use futures::{Stream, TryStreamExt};
 use indicatif::{ProgressBar, ProgressStyle};
 use tonic::transport::Channel;
 use tonic::{Code, Request};
 
 use crate::catalog::containerd::{
-    CONFIG_LABEL, Containerd, LEASE_HEADER, MAX_MESSAGE, SOURCE_LABEL, header, write_messages,
+    BlobWriter, CONFIG_LABEL, Containerd, LEASE_HEADER, MAX_MESSAGE, SOURCE_LABEL, header,
 };
 use crate::catalog::status::Status;
 use crate::config::ByteSize;
@@ -29,7 +29,7 @@ use crate::proto::snapshots::v1::snapshots_client::SnapshotsClient;
 use crate::proto::types::{Descriptor, Mount};
 use crate::proto::{content, diff, images, leases, snapshots};
 use crate::registry::image::{Image, LayerDescriptor};
-use crate::registry::{Reference, Registry, Source};
+use crate::registry::{Reference, Registry, RegistryError, Source};
 
 use super::PullArgs;
 use super::status;
@@ -41,6 +41,12 @@ const LAYER_DEADLINE: Duration = Duration::from_secs(3600);
 const LEASE_HOURS: u64 = 24;
 /// How often the progress bar asks the daemon how far streams have come.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+/// How long containerd may take to reach a daemon that was restarted: its connection backs off to 3 s.
+const RECONNECT_DEADLINE: Duration = Duration::from_secs(10);
+/// How often that is tried.
+const RECONNECT_INTERVAL: Duration = Duration::from_millis(200);
+/// Pieces of a blob that may wait for containerd to take them.
+const WRITES_AHEAD: usize = 8;
 /// Most bytes of labels that list an image's layers; containerd refuses labels over 4096 bytes with their keys.
 const LAYERS_LABEL_MAX: usize = 4000;
 
@@ -158,17 +164,11 @@ impl Pull {
 
     /// Makes one layer exist; `false` if containerd had to unpack it.
     async fn layer(&self, i: usize, parent: &str, chain_id: &str) -> anyhow::Result<bool> {
+        if self.exists(chain_id).await? {
+            return Ok(true);
+        }
         let mut client = self.snapshots();
         let snapshotter = || self.snapshotter.clone();
-        let stat = snapshots::v1::StatSnapshotRequest {
-            snapshotter: snapshotter(),
-            key: chain_id.to_owned(),
-        };
-        match client.stat(self.request(stat)?).await {
-            Ok(_) => return Ok(true),
-            Err(status) if status.code() == Code::NotFound => {}
-            Err(status) => return Err(self.failed(format!("describe snapshot {chain_id}"), status)),
-        }
         let key = format!("extract-{} {chain_id}", unique());
         let prepare = snapshots::v1::PrepareSnapshotRequest {
             snapshotter: snapshotter(),
@@ -199,13 +199,53 @@ impl Pull {
         }
     }
 
+    /// Whether there is a snapshot of this name. Waits for a daemon that was restarted just now: containerd takes a few seconds to
+    /// notice that it is back.
+    async fn exists(&self, name: &str) -> anyhow::Result<bool> {
+        let begin = Instant::now();
+        loop {
+            let stat = snapshots::v1::StatSnapshotRequest {
+                snapshotter: self.snapshotter.clone(),
+                key: name.to_owned(),
+            };
+            match self.snapshots().stat(self.request(stat)?).await {
+                Ok(_) => return Ok(true),
+                Err(status) if status.code() == Code::NotFound => return Ok(false),
+                Err(status) if status.code() == Code::Unavailable && begin.elapsed() < RECONNECT_DEADLINE => {
+                    tokio::time::sleep(RECONNECT_INTERVAL).await;
+                }
+                Err(status) if status.code() == Code::Unavailable => {
+                    let hint = format!(
+                        "containerd does not reach its snapshotter {:?}; is `lazuli serve` running?",
+                        self.snapshotter
+                    );
+                    return Err(self.failed(format!("describe snapshot {name}"), status).context(hint));
+                }
+                Err(status) => return Err(self.failed(format!("describe snapshot {name}"), status)),
+            }
+        }
+    }
+
     /// Downloads a layer into containerd's content store and has containerd unpack it.
     async fn unpack(&self, i: usize, chain_id: &str, key: &str, mounts: Vec<Mount>) -> anyhow::Result<()> {
         let layer = &self.image.layers[i];
-        let blob = self.source.blob(layer.digest, layer.size);
-        let parts: Vec<Bytes> = blob.read(0..layer.size).await?.try_collect().await?;
-        self.write(&layer.digest, Bytes::from(parts.concat()), HashMap::new())
-            .await?;
+        let mut body = self.source.blob(layer.digest, layer.size).read(0..layer.size).await?;
+        let (sender, messages) = tokio::sync::mpsc::channel(WRITES_AHEAD);
+        let mut writer = BlobWriter::new(&self.lease, &layer.digest, layer.size, self.source_labels());
+        let feed = async move {
+            while let Some(bytes) = body.try_next().await? {
+                // Without a receiver the call has ended; its own answer says why.
+                if sender.send(writer.piece(&bytes)).await.is_err() {
+                    return Ok(());
+                }
+            }
+            let _ = sender.send(writer.commit()).await;
+            Ok::<_, RegistryError>(())
+        };
+        let stored = self.store(&layer.digest, tokio_stream::wrappers::ReceiverStream::new(messages));
+        let (fed, stored) = tokio::join!(feed, stored);
+        fed?;
+        stored?;
         let apply = diff::v1::ApplyRequest {
             diff: Some(descriptor(layer)),
             mounts,
@@ -296,37 +336,44 @@ impl Pull {
             .map_err(|s| self.failed(format!("update image {}", self.reference), s))
     }
 
-    /// Writes a blob into the content store, with the labels that tell where it came from.
+    /// Writes a small blob into the content store.
     async fn write(&self, digest: &Digest, bytes: Bytes, mut labels: HashMap<String, String>) -> anyhow::Result<()> {
-        let host = self
-            .reference
-            .host
-            .rsplit_once(':')
-            .map_or(self.reference.host.as_str(), |(host, _)| host);
-        labels.insert(format!("{SOURCE_LABEL}{host}"), self.reference.repository.clone());
-        let messages = write_messages(
-            &format!("lazuli-{}-{digest}", self.lease),
-            digest,
-            &bytes,
-            labels.clone(),
-        );
-        let failed = |status| self.failed(format!("store {digest}"), status);
-        let mut request = self.request(tokio_stream::iter(messages))?;
-        request.set_timeout(LAYER_DEADLINE);
-        match self.content().write(request).await {
-            Ok(answers) => match answers.into_inner().try_collect::<Vec<_>>().await {
-                Ok(_) => return Ok(()),
-                Err(status) if status.code() == Code::AlreadyExists => {}
-                Err(status) => return Err(failed(status)),
-            },
-            Err(status) if status.code() == Code::AlreadyExists => {}
-            Err(status) => return Err(failed(status)),
-        }
-        // It is there already, perhaps from another pull: it needs our labels all the same.
-        for (key, value) in labels {
-            self.label(digest, &key, &value).await?;
+        labels.extend(self.source_labels());
+        let mut writer = BlobWriter::new(&self.lease, digest, bytes.len() as u64, labels.clone());
+        let messages = vec![writer.piece(&bytes), writer.commit()];
+        if !self.store(digest, tokio_stream::iter(messages)).await? {
+            // It is there already, perhaps from another pull: it needs our labels all the same.
+            for (key, value) in labels {
+                self.label(digest, &key, &value).await?;
+            }
         }
         Ok(())
+    }
+
+    /// The labels that tell where content came from.
+    fn source_labels(&self) -> HashMap<String, String> {
+        let host = self.reference.host.as_str();
+        let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
+        HashMap::from([(format!("{SOURCE_LABEL}{host}"), self.reference.repository.clone())])
+    }
+
+    /// Makes one `Content.Write` call; `false` if the blob was there already.
+    async fn store(
+        &self,
+        digest: &Digest,
+        messages: impl Stream<Item = content::v1::WriteContentRequest> + Send + 'static,
+    ) -> anyhow::Result<bool> {
+        let mut request = self.request(messages)?;
+        request.set_timeout(LAYER_DEADLINE);
+        let answer = match self.content().write(request).await {
+            Ok(answers) => answers.into_inner().try_collect::<Vec<_>>().await.map(|_| ()),
+            Err(status) => Err(status),
+        };
+        match answer {
+            Ok(()) => Ok(true),
+            Err(status) if status.code() == Code::AlreadyExists => Ok(false),
+            Err(status) => Err(self.failed(format!("store {digest}"), status)),
+        }
     }
 
     async fn label(&self, digest: &Digest, key: &str, value: &str) -> anyhow::Result<()> {

@@ -4,19 +4,50 @@
 //! and remembers redirects, resumes, retries and changes mirrors. It never interprets layers and verifies no layer bytes: what it
 //! hands out is untrusted until `layer` and `cache` have checked its digest. (Manifests and configs, which it parses, it does
 //! verify.)
+//!
+//! ```text
+//! reference   "host:port/repo:tag@digest" -> Reference
+//! image       Reference + Source -> manifest, config, layers, chain ids of this platform
+//! client      Registry -> Source of one repository -> Blob        (HTTP)
+//!   hosts       hosts.toml -> endpoints in order, one connection pool per TLS identity
+//!   auth        challenges, tokens, credentials
+//!   attempts    which host next, after how long, and when to give up
+//!   location    redirect targets that are still good
+//! layout      directory -> Source -> Blob                          (OCI layout)
+//! ```
 
 use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 
-pub mod error;
+use crate::layer::Digest;
+use crate::metrics::Metrics;
 
+pub mod attempts;
+pub mod auth;
+pub mod client;
+pub mod error;
+pub mod hosts;
+pub mod image;
+pub mod layout;
+pub mod location;
+pub mod range;
+pub mod reference;
+
+pub use client::Registry;
 pub use error::RegistryError;
+pub use image::{Image, ImageConfig, LayerDescriptor, Manifest, Platform};
+pub use layout::OciLayout;
+pub use reference::Reference;
 
 /// A body that arrives in pieces. An `Err` ends it; the source has then already resumed and retried as often as it may.
 pub type Body = BoxStream<'static, Result<Bytes, RegistryError>>;
+
+/// Largest manifest or index that is read, in bytes: containerd's own limit.
+pub const MAX_MANIFEST: u64 = 8 << 20;
 
 /// One blob at one source: a handle that can be asked for its bytes, for as long as a layer lives.
 ///
@@ -31,4 +62,71 @@ pub trait Blob: Send + Sync {
 
     /// Name for logs and errors: `registry.example/repo@sha256:...`.
     fn describe(&self) -> String;
+
+    /// What was read last did not have its digest: ask another host next, if there is one.
+    fn distrust(&self) {}
+}
+
+/// One repository: manifests and blobs by name and digest.
+pub trait Source: Send + Sync {
+    /// The manifest or index named by `reference`, a tag or a digest. Its bytes are verified if a digest was asked for.
+    ///
+    /// # Errors
+    /// [`RegistryError`], when the attempts are used up or waiting does not help.
+    fn manifest<'a>(&'a self, reference: &'a str) -> BoxFuture<'a, Result<ManifestBytes, RegistryError>>;
+
+    /// A handle on the blob `digest` of `size` bytes. No I/O; whether the blob exists shows when it is read.
+    fn blob(&self, digest: Digest, size: u64) -> Arc<dyn Blob>;
+
+    /// The whole of a small blob, verified: an image config for instance.
+    ///
+    /// # Errors
+    /// [`RegistryError`]; [`RegistryError::Image`] if `size` is over `limit` (both in bytes).
+    fn read_small(&self, digest: Digest, size: u64, limit: u64) -> BoxFuture<'_, Result<Bytes, RegistryError>>;
+
+    /// Name for logs and errors: `registry.example/repo`, or a path.
+    fn describe(&self) -> String;
+
+    /// What was asked of this source until now.
+    fn stats(&self) -> SourceStats;
+}
+
+/// A manifest or index as it came, and what it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ManifestBytes {
+    /// Media type: what the answer says, or what the document says of itself, without parameters.
+    pub media_type: String,
+    /// Digest of `bytes`.
+    pub digest: Digest,
+    /// The document, exactly as served.
+    pub bytes: Bytes,
+}
+
+/// Counters of one [`Source`], for `lazuli status`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct SourceStats {
+    /// HTTP requests sent (redirects and repetitions included, tokens not: several sources may share one), or files read.
+    pub requests: u64,
+    /// Bytes of answers that were received.
+    pub bytes: u64,
+    /// Some host answers ranged requests with the whole blob.
+    pub ignores_ranges: bool,
+}
+
+/// Locks a mutex whose data stays valid even if a holder panicked.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Counts a request in the metrics, by the class of its answer.
+fn count_request(metrics: &Metrics, status: Option<http::StatusCode>) {
+    let class = match status.map(|status| status.as_u16() / 100) {
+        Some(1) => "1xx",
+        Some(2) => "2xx",
+        Some(3) => "3xx",
+        Some(4) => "4xx",
+        Some(_) => "5xx",
+        None => "error",
+    };
+    metrics.registry_requests_total.with_label_values(&[class]).inc();
 }

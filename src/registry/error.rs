@@ -71,6 +71,14 @@ pub enum RegistryError {
         /// What is wrong.
         problem: String,
     },
+    /// The source delivered, and what it delivered is not an image that Lazuli can use.
+    #[error("{what} cannot be used: {problem}")]
+    Image {
+        /// Which manifest, index or config.
+        what: String,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// A configuration file (hosts.toml, config.json, a certificate) cannot be used.
     #[error("{path}: {problem}")]
     Config {
@@ -90,6 +98,7 @@ impl RegistryError {
             RegistryError::InvalidReference { .. }
             | RegistryError::Denied { .. }
             | RegistryError::NotFound { .. }
+            | RegistryError::Image { .. }
             | RegistryError::Config { .. } => false,
         }
     }

@@ -6,6 +6,7 @@
 //! containerd  containerd 1.6 of the system, or 2.x of a directory, with `ctr`
 //! lazuli      the program under test
 //! registry    Debian's docker-registry, and pushing to it
+//! fault_registry  a registry that fails on demand
 //! proxy       an HTTP proxy before the registry that counts, delays and limits
 //! tar         tar headers with every field under control
 //! image       layers, configs, manifests, OCI layouts, eStargz
@@ -19,6 +20,7 @@
 #![allow(dead_code)]
 
 pub mod containerd;
+pub mod fault_registry;
 pub mod image;
 pub mod lazuli;
 pub mod proxy;

@@ -1,0 +1,353 @@
+//! Which host is asked next, after how long, and when to give up.
+//!
+//! One [`Attempts`] accompanies one operation: a manifest, or one range of a blob with all its resumptions. Hosts are asked in
+//! order; a host that fails in a way that may pass goes behind the others for a time that doubles, a host that gives a definite
+//! answer (404, 401, ...) is not asked again. It knows no sockets and no clock: the caller tells it the time.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::{Duration, Instant, SystemTime};
+
+use backon::BackoffBuilder;
+use backon::{ExponentialBackoff, ExponentialBuilder};
+use http::HeaderMap;
+
+use super::{RegistryError, lock};
+
+/// First wait before the same host is asked again.
+const FIRST_DELAY: Duration = Duration::from_millis(100);
+/// Longest wait that is chosen here.
+const MAX_DELAY: Duration = Duration::from_secs(5);
+/// Longest wait that a host can ask for: a reader hangs meanwhile.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(30);
+/// Bytes that must have arrived since the last failure for the attempts to start anew: an endless download over a bad line may go
+/// on as long as it gets somewhere.
+const PROGRESS: u64 = 256 << 10;
+/// How long a host that failed is asked last by new operations.
+const SHUNNED: Duration = Duration::from_secs(20);
+/// Hosts remembered as failing.
+const MAX_SHUNNED: usize = 1024;
+
+/// A failure of one attempt.
+#[derive(Debug)]
+pub struct Failure {
+    /// What happened.
+    pub error: RegistryError,
+    /// Word for the metric `registry_retries_total`.
+    pub cause: &'static str,
+    /// The host may succeed if asked again.
+    pub passing: bool,
+}
+
+impl Failure {
+    /// A failure that `error` classifies itself.
+    pub fn new(error: RegistryError, cause: &'static str) -> Self {
+        Failure {
+            passing: error.retry_helps(),
+            error,
+            cause,
+        }
+    }
+
+    fn retry_after(&self) -> Option<Duration> {
+        match &self.error {
+            RegistryError::Busy { retry_after, .. } => *retry_after,
+            _ => None,
+        }
+    }
+}
+
+/// The attempts of one operation.
+pub struct Attempts {
+    hosts: Vec<HostState>,
+    left: u32,
+    limit: u32,
+    progress: u64,
+}
+
+struct HostState {
+    /// Place in the configured order; the greatest is the registry itself.
+    place: usize,
+    /// `None` once the host has answered for good.
+    backoff: Option<ExponentialBackoff>,
+    not_before: Option<Instant>,
+    error: Option<RegistryError>,
+}
+
+impl Attempts {
+    /// `limit` attempts over hosts; `order` gives their places in the order in which they are to be asked.
+    pub fn new(order: Vec<usize>, limit: u32) -> Self {
+        let hosts = order.into_iter().map(|place| HostState {
+            place,
+            backoff: Some(backoff()),
+            not_before: None,
+            error: None,
+        });
+        Attempts {
+            hosts: hosts.collect(),
+            left: limit,
+            limit,
+            progress: 0,
+        }
+    }
+
+    /// The place of the host to ask next, and how long to wait before; `None`: give up.
+    pub fn next(&self, now: Instant) -> Option<(usize, Duration)> {
+        if self.left == 0 {
+            return None;
+        }
+        // `min_by_key` takes the first of equals: the order decides among hosts that may be asked at once.
+        self.hosts
+            .iter()
+            .filter(|host| host.backoff.is_some())
+            .map(|host| {
+                let wait = host.not_before.map(|at| at.saturating_duration_since(now));
+                (host.place, wait.unwrap_or_default())
+            })
+            .min_by_key(|(_, wait)| *wait)
+    }
+
+    /// The host at `place` failed.
+    pub fn failed(&mut self, place: usize, failure: Failure, now: Instant) {
+        if failure.passing {
+            if std::mem::take(&mut self.progress) >= PROGRESS {
+                self.left = self.limit;
+                for backoff_of_host in self.hosts.iter_mut().filter_map(|host| host.backoff.as_mut()) {
+                    *backoff_of_host = backoff();
+                }
+            }
+            self.left = self.left.saturating_sub(1);
+        }
+        let Some(host) = self.hosts.iter_mut().find(|host| host.place == place) else {
+            return;
+        };
+        if failure.passing {
+            let chosen = host.backoff.as_mut().and_then(Iterator::next).unwrap_or(MAX_DELAY);
+            let asked = failure.retry_after().unwrap_or_default().min(MAX_RETRY_AFTER);
+            host.not_before = Some(now + chosen.max(asked));
+        } else {
+            host.backoff = None;
+        }
+        host.error = Some(failure.error);
+    }
+
+    /// `bytes` arrived.
+    pub fn progressed(&mut self, bytes: u64) {
+        self.progress = self.progress.saturating_add(bytes);
+    }
+
+    /// The error to report: that of the host which comes last in the configured order, the registry itself.
+    pub fn into_error(self) -> Option<RegistryError> {
+        self.hosts
+            .into_iter()
+            .filter(|host| host.error.is_some())
+            .max_by_key(|host| host.place)
+            .and_then(|host| host.error)
+    }
+}
+
+fn backoff() -> ExponentialBackoff {
+    ExponentialBuilder::default()
+        .with_min_delay(FIRST_DELAY)
+        .with_max_delay(MAX_DELAY)
+        .with_jitter()
+        .without_max_times()
+        .build()
+}
+
+/// Hosts that failed lately: new operations ask them last.
+#[derive(Default)]
+pub struct Health(Mutex<HashMap<String, Instant>>);
+
+impl Health {
+    /// Places `0..hosts.len()`, those of failing hosts last.
+    pub fn order<'a>(&self, hosts: impl Iterator<Item = &'a str>, now: Instant) -> Vec<usize> {
+        let failing = lock(&self.0);
+        let mut order: Vec<(bool, usize)> = hosts
+            .enumerate()
+            .map(|(place, host)| (failing.get(host).is_some_and(|until| *until > now), place))
+            .collect();
+        order.sort();
+        order.into_iter().map(|(_, place)| place).collect()
+    }
+
+    /// `host` failed in a way that may pass.
+    pub fn failed(&self, host: &str, now: Instant) {
+        let mut failing = lock(&self.0);
+        if failing.len() >= MAX_SHUNNED {
+            failing.retain(|_, until| *until > now);
+        }
+        if failing.len() < MAX_SHUNNED {
+            failing.insert(host.to_owned(), now + SHUNNED);
+        }
+    }
+
+    /// `host` answered.
+    pub fn answered(&self, host: &str) {
+        lock(&self.0).remove(host);
+    }
+}
+
+/// The `Retry-After` of an answer.
+pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get(http::header::RETRY_AFTER)?.to_str().ok()?;
+    parse_retry_after(text, SystemTime::now())
+}
+
+/// Parses a `Retry-After`: seconds, or a date (of which `now` is subtracted).
+pub fn parse_retry_after(text: &str, now: SystemTime) -> Option<Duration> {
+    let text = text.trim();
+    if !text.is_empty() && text.bytes().all(|c| c.is_ascii_digit()) {
+        return Some(Duration::from_secs(text.parse().unwrap_or(u64::MAX)));
+    }
+    let at = httpdate::parse_http_date(text).ok()?;
+    Some(at.duration_since(now).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn passing() -> Failure {
+        Failure::new(
+            RegistryError::Status {
+                host: "h".to_owned(),
+                what: "w".to_owned(),
+                status: 500,
+            },
+            "status",
+        )
+    }
+
+    fn definite(host: &str) -> Failure {
+        Failure::new(
+            RegistryError::NotFound {
+                host: host.to_owned(),
+                what: "w".to_owned(),
+            },
+            "status",
+        )
+    }
+
+    #[test]
+    fn hosts_take_turns_and_the_attempts_end() {
+        let now = Instant::now();
+        let mut attempts = Attempts::new(vec![0, 1], 4);
+        assert_eq!(attempts.next(now), Some((0, Duration::ZERO)));
+        attempts.failed(0, passing(), now);
+        assert_eq!(attempts.next(now), Some((1, Duration::ZERO)));
+        attempts.failed(1, passing(), now);
+        let (_, wait) = attempts.next(now).unwrap();
+        assert!(wait >= FIRST_DELAY, "{wait:?}");
+        let later = now + Duration::from_secs(10);
+        assert_eq!(attempts.next(later), Some((0, Duration::ZERO)));
+        attempts.failed(0, passing(), later);
+        attempts.failed(1, passing(), later);
+        assert_eq!(attempts.next(later + Duration::from_secs(10)), None);
+    }
+
+    #[test]
+    fn a_definite_answer_ends_a_host_and_the_last_host_gives_the_error() {
+        let now = Instant::now();
+        let mut attempts = Attempts::new(vec![1, 0], 9);
+        attempts.failed(1, definite("origin"), now);
+        assert_eq!(attempts.next(now).unwrap().0, 0);
+        attempts.failed(0, definite("mirror"), now);
+        assert_eq!(attempts.next(now), None);
+        assert!(matches!(attempts.into_error(), Some(RegistryError::NotFound { host, .. }) if host == "origin"));
+        assert!(Attempts::new(vec![], 3).next(now).is_none());
+    }
+
+    #[test]
+    fn progress_gives_attempts_back() {
+        let now = Instant::now();
+        let mut attempts = Attempts::new(vec![0], 2);
+        attempts.failed(0, passing(), now);
+        attempts.progressed(PROGRESS);
+        attempts.failed(0, passing(), now);
+        // The wait begins anew too: at most the first delay and as much jitter.
+        assert!(attempts.next(now).is_some_and(|(_, wait)| wait <= FIRST_DELAY * 2));
+        attempts.progressed(PROGRESS - 1);
+        attempts.failed(0, passing(), now);
+        assert!(attempts.next(now).is_none());
+    }
+
+    #[test]
+    fn a_host_is_left_alone_as_long_as_it_asks_but_not_for_ever() {
+        let now = Instant::now();
+        for (asked, least) in [(7, 7), (86_400, 30)] {
+            let mut attempts = Attempts::new(vec![0], 9);
+            let error = RegistryError::Busy {
+                host: "h".to_owned(),
+                what: "w".to_owned(),
+                status: 429,
+                retry_after: Some(Duration::from_secs(asked)),
+            };
+            attempts.failed(0, Failure::new(error, "status"), now);
+            assert_eq!(attempts.next(now), Some((0, Duration::from_secs(least))));
+        }
+    }
+
+    #[test]
+    fn failing_hosts_come_last_for_a_while() {
+        let health = Health::default();
+        let now = Instant::now();
+        let order = |now| health.order(["a", "b", "c"].into_iter(), now);
+        health.failed("a", now);
+        assert_eq!(order(now), [1, 2, 0]);
+        assert_eq!(order(now + SHUNNED), [0, 1, 2]);
+        health.answered("a");
+        assert_eq!(order(now), [0, 1, 2]);
+    }
+
+    #[test]
+    fn retry_after_forms() {
+        let now = httpdate::parse_http_date("Sun, 06 Nov 1994 08:49:37 GMT").unwrap();
+        let parse = |text| parse_retry_after(text, now);
+        assert_eq!(parse("120"), Some(Duration::from_secs(120)));
+        assert_eq!(parse("Sun, 06 Nov 1994 08:49:40 GMT"), Some(Duration::from_secs(3)));
+        assert_eq!(parse("Sun, 06 Nov 1994 08:49:30 GMT"), Some(Duration::ZERO));
+        assert_eq!(parse("99999999999999999999999"), Some(Duration::from_secs(u64::MAX)));
+        for text in ["", "-1", "soon", "1.5"] {
+            assert_eq!(parse(text), None, "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_parsed_or_refused(text in "\\PC{0,40}") {
+            let _ = parse_retry_after(&text, SystemTime::now());
+        }
+
+        /// However hosts fail, an operation ends, and never returns to a host that answered for good.
+        #[test]
+        fn operations_end(script in proptest::collection::vec((any::<bool>(), 0..4096u64), 0..200)) {
+            let mut now = Instant::now();
+            let mut attempts = Attempts::new(vec![0, 1, 2], 5);
+            let mut gone = Vec::new();
+            let mut passed = 0;
+            for (pass, bytes) in script {
+                let Some((place, wait)) = attempts.next(now) else { break };
+                prop_assert!(!gone.contains(&place));
+                now += wait;
+                attempts.progressed(bytes);
+                if pass {
+                    passed += 1;
+                    attempts.failed(place, passing(), now);
+                } else {
+                    gone.push(place);
+                    attempts.failed(place, definite("h"), now);
+                }
+            }
+            prop_assert!(passed <= 5 || bytes_allow(passed));
+            prop_assert!(gone.len() <= 3);
+        }
+    }
+
+    /// 200 steps of under 4096 bytes can give the attempts back at most three times.
+    fn bytes_allow(passed: u32) -> bool {
+        passed <= 5 * 4
+    }
+}

@@ -1,0 +1,280 @@
+//! The distribution protocol's client: [`Registry`] for a daemon, a [`Source`] per repository.
+//!
+//! `exchange` sends one request to one endpoint, through authentication and redirects; `operation` repeats it over endpoints until
+//! it succeeds or the attempts are used up; `blob` turns that into a body that resumes.
+
+use std::collections::HashSet;
+use std::num::NonZeroUsize;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use bytes::{Bytes, BytesMut};
+use futures::TryStreamExt;
+use futures::future::BoxFuture;
+use http::header;
+use lru::LruCache;
+use serde::Deserialize;
+
+use super::attempts::{Failure, Health};
+use super::auth::{Credentials, Gates};
+use super::hosts::HostTable;
+use super::location::Locations;
+use super::{Blob, MAX_MANIFEST, ManifestBytes, RegistryError, Source, SourceStats, lock};
+use crate::config::RegistryConfig;
+use crate::layer::Digest;
+use crate::metrics::Metrics;
+
+mod blob;
+mod exchange;
+mod operation;
+
+use blob::RemoteBlob;
+use exchange::Ask;
+use operation::Operation;
+
+/// Repositories whose state is kept; the one unused longest is forgotten first (its handles go on working).
+const MAX_REPOSITORIES: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
+/// Times that a small blob is read until its bytes are right: two mirrors with a bad copy do not hide a registry with a good one.
+const MAX_UNVERIFIED: u32 = 3;
+/// What is understood in answer to a request for a manifest.
+const ACCEPT_MANIFEST: &str = "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, \
+                               application/vnd.docker.distribution.manifest.list.v2+json, \
+                               application/vnd.docker.distribution.manifest.v2+json, */*;q=0.1";
+
+/// All registries, as one daemon sees them: endpoints, credentials, tokens, connections.
+pub struct Registry {
+    shared: Arc<Shared>,
+    repositories: Mutex<LruCache<(String, String), Arc<Repository>>>,
+}
+
+/// What all repositories share.
+struct Shared {
+    attempts: u32,
+    hosts: HostTable,
+    gates: Gates,
+    health: Health,
+    metrics: Arc<Metrics>,
+}
+
+/// One repository of one registry: what is remembered of it.
+struct Repository {
+    shared: Arc<Shared>,
+    host: String,
+    name: String,
+    locations: Locations,
+    /// Endpoints that answer a range with the whole blob.
+    rangeless: Mutex<HashSet<String>>,
+    requests: AtomicU64,
+    bytes: AtomicU64,
+}
+
+/// The handle that callers hold.
+struct RepositorySource(Arc<Repository>);
+
+impl Registry {
+    /// A client configured by `config`, counting in `metrics`. Nothing is asked or read yet.
+    ///
+    /// # Errors
+    /// None at present: files are read when they are needed, so that a mistake in one concerns its registry only.
+    pub fn new(config: &RegistryConfig, metrics: Arc<Metrics>) -> Result<Arc<Self>, RegistryError> {
+        Ok(Arc::new(Registry {
+            shared: Arc::new(Shared {
+                attempts: config.attempts.max(1),
+                hosts: HostTable::new(config),
+                gates: Gates::new(Credentials::new(config), metrics.clone()),
+                health: Health::default(),
+                metrics,
+            }),
+            repositories: Mutex::new(LruCache::new(MAX_REPOSITORIES)),
+        }))
+    }
+
+    /// The repository `repository` of the registry `host` (as a reference names it: `docker.io`, `host:port`). Cheap; all sources
+    /// of one repository share their state.
+    pub fn repository(&self, host: &str, repository: &str) -> Arc<dyn Source> {
+        let key = (host.to_owned(), repository.to_owned());
+        let state = lock(&self.repositories)
+            .get_or_insert(key, || {
+                Arc::new(Repository {
+                    shared: self.shared.clone(),
+                    host: host.to_owned(),
+                    name: repository.to_owned(),
+                    locations: Locations::default(),
+                    rangeless: Mutex::default(),
+                    requests: AtomicU64::new(0),
+                    bytes: AtomicU64::new(0),
+                })
+            })
+            .clone();
+        Arc::new(RepositorySource(state))
+    }
+
+    /// Names with a port that `hostname` may stand for, best first; see [`HostTable::resolve_ports`]. Reads directory names.
+    pub fn resolve_ports(&self, hostname: &str) -> Vec<String> {
+        self.shared.hosts.resolve_ports(hostname)
+    }
+}
+
+impl Source for RepositorySource {
+    fn manifest<'a>(&'a self, reference: &'a str) -> BoxFuture<'a, Result<ManifestBytes, RegistryError>> {
+        Box::pin(self.0.clone().manifest(reference))
+    }
+
+    fn blob(&self, digest: Digest, size: u64) -> Arc<dyn Blob> {
+        Arc::new(RemoteBlob::new(self.0.clone(), digest, size))
+    }
+
+    fn read_small(&self, digest: Digest, size: u64, limit: u64) -> BoxFuture<'_, Result<Bytes, RegistryError>> {
+        Box::pin(self.0.clone().read_small(digest, size, limit))
+    }
+
+    fn describe(&self) -> String {
+        self.0.describe()
+    }
+
+    fn stats(&self) -> SourceStats {
+        SourceStats {
+            requests: self.0.requests.load(Ordering::Relaxed),
+            bytes: self.0.bytes.load(Ordering::Relaxed),
+            ignores_ranges: !lock(&self.0.rangeless).is_empty(),
+        }
+    }
+}
+
+impl Repository {
+    fn describe(&self) -> String {
+        format!("{}/{}", self.host, self.name)
+    }
+
+    async fn manifest(self: Arc<Self>, reference: &str) -> Result<ManifestBytes, RegistryError> {
+        let wanted = match reference.contains(':') {
+            true => Some(
+                reference
+                    .parse::<Digest>()
+                    .map_err(|error| RegistryError::InvalidReference {
+                        reference: reference.to_owned(),
+                        what: error.to_string(),
+                    })?,
+            ),
+            false => None,
+        };
+        let ask = Ask {
+            kind: "manifests",
+            name: reference.to_owned(),
+            what: format!("manifest {reference} of {}", self.name),
+            accept: Some(ACCEPT_MANIFEST),
+            range: None,
+            blob: None,
+            by_tag: wanted.is_none(),
+        };
+        let mut operation = Operation::new(self, ask).await?;
+        loop {
+            let (place, answer) = operation.respond().await?;
+            match read_manifest(&operation, place, answer, wanted).await {
+                Ok(manifest) => {
+                    operation.succeeded(place);
+                    return Ok(manifest);
+                }
+                Err(failure) => operation.failed(place, failure),
+            }
+        }
+    }
+
+    async fn read_small(self: Arc<Self>, digest: Digest, size: u64, limit: u64) -> Result<Bytes, RegistryError> {
+        if size > limit {
+            return Err(RegistryError::Image {
+                what: format!("{digest} of {}", self.describe()),
+                problem: format!("it has {size} bytes, more than the {limit} that are read of such a blob"),
+            });
+        }
+        let host = self.host.clone();
+        let attempts = self.shared.attempts.min(MAX_UNVERIFIED);
+        let blob = RemoteBlob::new(self, digest, size);
+        let mut attempt = 0;
+        loop {
+            let body = blob.read(0..size).await?;
+            let bytes = body
+                .try_fold(BytesMut::new(), |mut all, piece| async move {
+                    all.extend_from_slice(&piece);
+                    Ok(all)
+                })
+                .await?
+                .freeze();
+            let actual = Digest::of(&bytes);
+            if actual == digest {
+                return Ok(bytes);
+            }
+            // Damaged on its way, or a bad copy at one of several hosts.
+            attempt += 1;
+            blob.distrust();
+            if attempt >= attempts {
+                let error = RegistryError::Protocol {
+                    host,
+                    what: format!("blob {digest}"),
+                    problem: format!("the bytes have digest {actual}"),
+                };
+                tracing::warn!(%error, "giving up");
+                return Err(error);
+            }
+        }
+    }
+}
+
+/// The body of a manifest, checked.
+async fn read_manifest(
+    operation: &Operation,
+    place: usize,
+    mut answer: reqwest::Response,
+    wanted: Option<Digest>,
+) -> Result<ManifestBytes, Failure> {
+    let wrong = |problem: String| Failure::new(operation.protocol(place, problem), "protocol");
+    let header = |name: &str| {
+        let value = answer.headers().get(name)?.to_str().ok()?;
+        Some(value.to_owned())
+    };
+    let stated_type = header(header::CONTENT_TYPE.as_str())
+        .map(|value| value.split(';').next().unwrap_or_default().trim().to_owned())
+        .filter(|value| value.starts_with("application/vnd."));
+    let stated_digest = header("docker-content-digest").and_then(|value| value.parse::<Digest>().ok());
+    let mut body = BytesMut::new();
+    loop {
+        match answer.chunk().await {
+            Ok(Some(piece)) => {
+                operation.received(piece.len());
+                if (body.len() + piece.len()) as u64 > MAX_MANIFEST {
+                    return Err(Failure {
+                        passing: false,
+                        ..wrong(format!("the manifest has more than {MAX_MANIFEST} bytes"))
+                    });
+                }
+                body.extend_from_slice(&piece);
+            }
+            Ok(None) => break,
+            Err(error) => return Err(operation.broken(place, error)),
+        }
+    }
+    let bytes = body.freeze();
+    let digest = Digest::of(&bytes);
+    if let Some(expected) = wanted.or(stated_digest)
+        && digest != expected
+    {
+        return Err(wrong(format!("the manifest has digest {digest}, expected {expected}")));
+    }
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Typed {
+        media_type: Option<String>,
+    }
+    let media_type = match stated_type {
+        Some(media_type) => media_type,
+        None => serde_json::from_slice::<Typed>(&bytes)
+            .ok()
+            .and_then(|typed| typed.media_type)
+            .unwrap_or_default(),
+    };
+    Ok(ManifestBytes {
+        media_type,
+        digest,
+        bytes,
+    })
+}

@@ -1,0 +1,249 @@
+//! One request to one endpoint: authentication, redirects, and what the status means.
+
+use std::ops::Range;
+use std::sync::atomic::Ordering;
+
+use http::{HeaderValue, Method, StatusCode, header};
+use reqwest::Response;
+use url::Url;
+
+use super::Repository;
+use crate::layer::Digest;
+use crate::registry::attempts::{Failure, retry_after};
+use crate::registry::hosts::transport::chain;
+use crate::registry::hosts::{Endpoint, authority};
+use crate::registry::range::range_header;
+use crate::registry::{RegistryError, count_request};
+
+/// Renewals of authentication within one exchange: one for what has ended, one for what another request renewed meanwhile.
+const MAX_RENEWALS: u32 = 2;
+/// Redirects that are followed.
+const MAX_REDIRECTS: u32 = 5;
+
+/// What is asked for.
+pub(super) struct Ask {
+    /// `manifests` or `blobs`.
+    pub kind: &'static str,
+    /// Tag or digest.
+    pub name: String,
+    /// For logs and errors.
+    pub what: String,
+    /// Value of `Accept`.
+    pub accept: Option<&'static str>,
+    /// Bytes wanted; `None` for all.
+    pub range: Option<Range<u64>>,
+    /// The blob, whose redirect target may be remembered.
+    pub blob: Option<Digest>,
+    /// Only hosts that resolve tags may be asked, and nothing proves that the answer is right.
+    pub by_tag: bool,
+}
+
+impl Repository {
+    /// Sends `ask` to `endpoint`. The answer has a success status, and an unread body.
+    pub(super) async fn exchange(&self, endpoint: &Endpoint, ask: &Ask) -> Result<Response, Failure> {
+        if let Some(answer) = self.at_remembered_target(endpoint, ask).await? {
+            return Ok(answer);
+        }
+        let first = self.url(endpoint, ask);
+        let gate = self.shared.gates.gate(endpoint, &self.name);
+        let gates = &self.shared.gates;
+        let mut renewals = 0;
+        'authorized: loop {
+            let authorization = gates
+                .authorization(&gate, endpoint, &self.name)
+                .await
+                .map_err(|error| Failure::new(error, "auth"))?;
+            let mut url = first.clone();
+            for _ in 0..=MAX_REDIRECTS {
+                let home = url.origin() == first.origin();
+                let header = if home { authorization.header.clone() } else { None };
+                let answer = self.send(endpoint, url.clone(), home, header, ask).await?;
+                let status = answer.status();
+                if home && status == StatusCode::UNAUTHORIZED && renewals < MAX_RENEWALS {
+                    renewals += 1;
+                    self.retried("auth");
+                    tracing::debug!(host = %endpoint.name, what = %ask.what, "renewing authentication");
+                    gates
+                        .renew(&gate, endpoint, &self.name, &authorization, answer.headers())
+                        .await
+                        .map_err(|error| Failure::new(error, "auth"))?;
+                    continue 'authorized;
+                }
+                if is_redirect(status) {
+                    url = target(&url, &answer, ask).map_err(|problem| self.protocol(endpoint, ask, problem))?;
+                    continue;
+                }
+                if status.is_success() {
+                    if let Some(blob) = ask.blob
+                        && !home
+                    {
+                        self.locations.put(endpoint.base.as_str(), blob, url);
+                    }
+                    return Ok(answer);
+                }
+                let mut failure = self.status_failure(endpoint, &url, ask, &answer);
+                // A storage service that refuses an address made a moment ago may take the next one.
+                failure.passing |= !home && matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
+                return Err(failure);
+            }
+            return Err(self.protocol(endpoint, ask, format!("more than {MAX_REDIRECTS} redirects")));
+        }
+    }
+
+    /// Asks where the last reader of the blob was sent. `None`: there is no such place (any more), ask the endpoint.
+    async fn at_remembered_target(&self, endpoint: &Endpoint, ask: &Ask) -> Result<Option<Response>, Failure> {
+        let Some(blob) = ask.blob else { return Ok(None) };
+        let Some(url) = self.locations.get(endpoint.base.as_str(), blob) else {
+            return Ok(None);
+        };
+        let outcome = self.send(endpoint, url.clone(), false, None, ask).await;
+        if let Ok(answer) = &outcome
+            && answer.status().is_success()
+        {
+            return outcome.map(Some);
+        }
+        self.locations.forget(endpoint.base.as_str(), blob);
+        let answer = outcome?;
+        let status = answer.status();
+        if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
+            return Err(self.status_failure(endpoint, &url, ask, &answer));
+        }
+        self.retried("status");
+        tracing::debug!(host = %authority(&url), what = %ask.what, status = status.as_u16(), "the redirect target has ended");
+        Ok(None)
+    }
+
+    fn url(&self, endpoint: &Endpoint, ask: &Ask) -> Url {
+        let mut url = endpoint.base.clone();
+        // Fails only for addresses without a host, which `hosts` refuses. Segments are escaped, and `..` is dropped.
+        if let Ok(mut path) = url.path_segments_mut() {
+            path.pop_if_empty()
+                .extend(self.name.split('/'))
+                .push(ask.kind)
+                .push(&ask.name);
+        }
+        if let Some(namespace) = &endpoint.namespace {
+            url.query_pairs_mut().append_pair("ns", namespace);
+        }
+        url
+    }
+
+    async fn send(
+        &self,
+        endpoint: &Endpoint,
+        url: Url,
+        home: bool,
+        authorization: Option<HeaderValue>,
+        ask: &Ask,
+    ) -> Result<Response, Failure> {
+        let host = authority(&url);
+        let mut request = reqwest::Request::new(Method::GET, url);
+        let headers = request.headers_mut();
+        if home {
+            headers.extend(endpoint.headers.clone());
+        }
+        if let Some(authorization) = authorization {
+            headers.insert(header::AUTHORIZATION, authorization);
+        }
+        headers.insert(header::ACCEPT, HeaderValue::from_static(ask.accept.unwrap_or("*/*")));
+        // Digests and ranges are those of the stored bytes.
+        headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        if let Some(range) = &ask.range
+            && let Ok(value) = HeaderValue::from_str(&range_header(range))
+        {
+            headers.insert(header::RANGE, value);
+        }
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        let outcome = endpoint.client.execute(request).await;
+        count_request(
+            &self.shared.metrics,
+            outcome.as_ref().ok().map(|answer| answer.status()),
+        );
+        let answer = outcome.map_err(|error| {
+            // The address is left out: a signed one would be a secret in a log.
+            let what = chain(&error.without_url());
+            Failure::new(RegistryError::Unreachable { host, what }, "connection")
+        })?;
+        if answer.status().is_success()
+            && let Some(encoding) = answer.headers().get(header::CONTENT_ENCODING)
+            && encoding != "identity"
+        {
+            return Err(self.protocol(
+                endpoint,
+                ask,
+                "the body is compressed, which was not asked for".to_owned(),
+            ));
+        }
+        Ok(answer)
+    }
+
+    /// What a status that is neither success nor redirect means.
+    fn status_failure(&self, endpoint: &Endpoint, url: &Url, ask: &Ask, answer: &Response) -> Failure {
+        let host = authority(url);
+        let host = match endpoint.name == host {
+            true => host,
+            false => format!("{host} (for {})", endpoint.name),
+        };
+        let what = ask.what.clone();
+        let status = answer.status().as_u16();
+        let error = match answer.status() {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => RegistryError::Denied { host, what, status },
+            StatusCode::NOT_FOUND | StatusCode::GONE => RegistryError::NotFound { host, what },
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => RegistryError::Busy {
+                host,
+                what,
+                status,
+                retry_after: retry_after(answer.headers()),
+            },
+            StatusCode::RANGE_NOT_SATISFIABLE => RegistryError::Protocol {
+                host,
+                what,
+                problem: "it has no such range, so its blob is not the one described".to_owned(),
+            },
+            _ => RegistryError::Status { host, what, status },
+        };
+        let mut failure = Failure::new(error, "status");
+        failure.passing |= answer.status() == StatusCode::REQUEST_TIMEOUT;
+        failure
+    }
+
+    pub(super) fn protocol(&self, endpoint: &Endpoint, ask: &Ask, problem: String) -> Failure {
+        let error = RegistryError::Protocol {
+            host: endpoint.name.clone(),
+            what: ask.what.clone(),
+            problem,
+        };
+        Failure::new(error, "protocol")
+    }
+
+    /// Counts a repetition.
+    pub(super) fn retried(&self, cause: &str) {
+        self.shared
+            .metrics
+            .registry_retries_total
+            .with_label_values(&[cause])
+            .inc();
+    }
+}
+
+fn is_redirect(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
+}
+
+/// Where a redirect leads.
+fn target(from: &Url, answer: &Response, ask: &Ask) -> Result<Url, String> {
+    let location = answer
+        .headers()
+        .get(header::LOCATION)
+        .and_then(|value| value.to_str().ok())
+        .ok_or("a redirect without a Location")?;
+    let url = from
+        .join(location)
+        .map_err(|_| "a redirect to what is no address".to_owned())?;
+    match (from.scheme(), url.scheme()) {
+        // A digest proves a blob over any line; nothing proves what a tag means.
+        ("https", "http") if ask.by_tag => Err("a redirect away from TLS".to_owned()),
+        (_, "http" | "https") => Ok(url),
+        (_, scheme) => Err(format!("a redirect to a {scheme} address")),
+    }
+}

@@ -1,0 +1,169 @@
+//! One operation: an exchange that is repeated, over all endpoints that may serve it, until it succeeds or the attempts are used up.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use reqwest::Response;
+
+use super::exchange::Ask;
+use super::{Repository, lock};
+use crate::registry::RegistryError;
+use crate::registry::attempts::{Attempts, Failure};
+use crate::registry::hosts::Endpoint;
+use crate::registry::hosts::transport::chain;
+
+/// An operation under way.
+pub(super) struct Operation {
+    pub repository: Arc<Repository>,
+    pub ask: Ask,
+    endpoints: Vec<Arc<Endpoint>>,
+    attempts: Attempts,
+}
+
+impl Operation {
+    /// Looks up the endpoints; sends nothing.
+    pub(super) async fn new(repository: Arc<Repository>, ask: Ask) -> Result<Self, RegistryError> {
+        let all = match repository.shared.hosts.recent(&repository.host) {
+            Some(endpoints) => endpoints,
+            None => {
+                let state = repository.clone();
+                tokio::task::spawn_blocking(move || state.shared.hosts.fresh(&state.host))
+                    .await
+                    .map_err(|error| RegistryError::Unreachable {
+                        host: repository.host.clone(),
+                        what: format!("the look-up of its hosts ended: {error}"),
+                    })?
+                    .inspect_err(|error| tracing::warn!(%error, what = %ask.what, "giving up"))?
+            }
+        };
+        let endpoints: Vec<_> = all
+            .iter()
+            .filter(|endpoint| if ask.by_tag { endpoint.resolve } else { endpoint.pull })
+            .cloned()
+            .collect();
+        if endpoints.is_empty() {
+            let capability = if ask.by_tag { "resolve" } else { "pull" };
+            return Err(RegistryError::Config {
+                path: format!("hosts.toml of {}", repository.host),
+                problem: format!("no host has the capability {capability:?}"),
+            });
+        }
+        let names = endpoints.iter().map(|endpoint| endpoint.base.as_str());
+        let mut order = repository.shared.health.order(names, Instant::now());
+        if ask.range.as_ref().is_some_and(|range| range.start > 0) {
+            // What lies before the range would have to be downloaded too.
+            let rangeless = lock(&repository.rangeless);
+            order.sort_by_key(|place| endpoints.get(*place).is_some_and(|e| rangeless.contains(&e.name)));
+        }
+        let attempts = Attempts::new(order, repository.shared.attempts);
+        Ok(Operation {
+            repository,
+            ask,
+            endpoints,
+            attempts,
+        })
+    }
+
+    /// The next successful answer, and the place of the endpoint that gave it. Waits as long as it has to.
+    pub(super) async fn respond(&mut self) -> Result<(usize, Response), RegistryError> {
+        loop {
+            let next = self.attempts.next(Instant::now());
+            let Some((place, wait)) = next else {
+                return Err(self.give_up());
+            };
+            let Some(endpoint) = self.endpoints.get(place).cloned() else {
+                return Err(self.give_up());
+            };
+            if !wait.is_zero() {
+                tokio::time::sleep(wait).await;
+            }
+            match self.repository.exchange(&endpoint, &self.ask).await {
+                Ok(answer) => return Ok((place, answer)),
+                Err(failure) => self.failed(place, failure),
+            }
+        }
+    }
+
+    /// The answer from `place` turned out to be good.
+    pub(super) fn succeeded(&self, place: usize) {
+        if let Some(endpoint) = self.endpoints.get(place) {
+            self.repository.shared.health.answered(endpoint.base.as_str());
+        }
+    }
+
+    /// The endpoint at `place` failed, during the exchange or afterwards.
+    pub(super) fn failed(&mut self, place: usize, failure: Failure) {
+        let now = Instant::now();
+        let error = &failure.error;
+        tracing::debug!(%error, what = %self.ask.what, passing = failure.passing, "attempt failed");
+        if let Some(endpoint) = self.endpoints.get(place) {
+            if failure.passing {
+                self.repository.shared.health.failed(endpoint.base.as_str(), now);
+            }
+            if let Some(blob) = self.ask.blob {
+                self.repository.locations.forget(endpoint.base.as_str(), blob);
+            }
+        }
+        let cause = failure.cause;
+        self.attempts.failed(place, failure, now);
+        if self.attempts.next(now).is_some() {
+            self.repository.retried(cause);
+        }
+    }
+
+    /// `bytes` of a body arrived.
+    pub(super) fn received(&self, bytes: usize) {
+        self.repository.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Bytes that bring the operation forward arrived.
+    pub(super) fn progressed(&mut self, bytes: usize) {
+        self.attempts.progressed(bytes as u64);
+    }
+
+    /// Name of the endpoint at `place`.
+    pub(super) fn endpoint(&self, place: usize) -> String {
+        self.endpoints
+            .get(place)
+            .map_or_else(|| self.repository.host.clone(), |endpoint| endpoint.name.clone())
+    }
+
+    /// Address of the endpoint at `place`: its name in [`crate::registry::attempts::Health`].
+    pub(super) fn address(&self, place: usize) -> Option<String> {
+        self.endpoints.get(place).map(|endpoint| endpoint.base.to_string())
+    }
+
+    /// An error about what the endpoint at `place` sent.
+    pub(super) fn protocol(&self, place: usize, problem: String) -> RegistryError {
+        RegistryError::Protocol {
+            host: self.endpoint(place),
+            what: self.ask.what.clone(),
+            problem,
+        }
+    }
+
+    /// The body broke.
+    pub(super) fn broken(&self, place: usize, error: reqwest::Error) -> Failure {
+        let error = RegistryError::Unreachable {
+            host: self.endpoint(place),
+            what: format!("the answer broke off: {}", chain(&error.without_url())),
+        };
+        Failure::new(error, "cut")
+    }
+
+    fn give_up(&mut self) -> RegistryError {
+        let attempts = std::mem::replace(&mut self.attempts, Attempts::new(Vec::new(), 0));
+        let error = attempts.into_error().unwrap_or_else(|| RegistryError::Unreachable {
+            host: self.repository.host.clone(),
+            what: "no host was left to ask".to_owned(),
+        });
+        if matches!(error, RegistryError::NotFound { .. }) {
+            // Often a question rather than a fault: is there an index, is it in this repository?
+            tracing::info!(%error, what = %self.ask.what, repository = %self.repository.describe(), "not found");
+        } else {
+            tracing::warn!(%error, what = %self.ask.what, repository = %self.repository.describe(), "giving up");
+        }
+        error
+    }
+}

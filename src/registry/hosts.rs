@@ -1,0 +1,526 @@
+//! The hosts of a registry: containerd's `hosts.toml` directories.
+//!
+//! For the registry `host:port` the directories of `config_path` are searched in order for `host_port_`, `host:port` and
+//! `_default`; the first that exists is taken. Its `hosts.toml` gives the endpoints in the order in which they are asked; without
+//! one, docker's certificate files there (`*.crt`, `*.cert` with `*.key`) apply to the registry itself. Files are read again when
+//! they change, so nothing has to be restarted. Endpoints with the same TLS identity share one connection pool.
+//!
+//! Two differences from containerd: a broken `hosts.toml` is an error instead of being passed over, and a loopback registry without
+//! certificates is asked with plain HTTP only, not with TLS first.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+use url::Url;
+
+use super::{RegistryError, lock};
+use crate::config::RegistryConfig;
+
+pub mod parse;
+pub(super) mod transport;
+
+pub use parse::{HostSpec, parse_hosts_toml};
+use transport::Clients;
+
+/// How long an answer about files on disk is taken as still true.
+const RECHECK: Duration = Duration::from_secs(1);
+/// Largest `hosts.toml` or certificate that is read, in bytes.
+const MAX_FILE: u64 = 1 << 20;
+/// File of a host's directory.
+const HOSTS_TOML: &str = "hosts.toml";
+
+/// One address at which a repository can be asked for.
+#[derive(Debug)]
+pub struct Endpoint {
+    /// `host:port`, for logs, errors and credentials.
+    pub name: String,
+    /// Scheme, host and path, `/v2` included.
+    pub base: Url,
+    /// May be asked for content by digest.
+    pub pull: bool,
+    /// May be asked for tags.
+    pub resolve: bool,
+    /// Value of the `ns` parameter: the registry that this endpoint stands in for.
+    pub namespace: Option<String>,
+    /// Headers from `hosts.toml`. Never sent to another host.
+    pub headers: HeaderMap,
+    /// The connection pool.
+    pub client: reqwest::Client,
+}
+
+/// Finds endpoints, and remembers them while their files stay the same.
+pub struct HostTable {
+    config_path: Vec<PathBuf>,
+    plain_http: Vec<String>,
+    known: BTreeMap<String, Vec<String>>,
+    clients: Clients,
+    cached: Mutex<HashMap<String, Cached>>,
+    /// Held by the one caller that looks at files, so that many first readers do not build a connection pool each.
+    looking: Mutex<()>,
+}
+
+#[derive(Clone)]
+struct Cached {
+    checked: Instant,
+    stamps: Vec<Stamp>,
+    endpoints: Arc<Vec<Arc<Endpoint>>>,
+}
+
+/// A file or directory that an answer depends on, and how it looked; `None` while it does not exist.
+#[derive(Clone, PartialEq, Eq)]
+struct Stamp {
+    path: PathBuf,
+    state: Option<(SystemTime, u64)>,
+}
+
+impl Stamp {
+    fn of(path: PathBuf) -> Self {
+        let state = std::fs::metadata(&path)
+            .ok()
+            .map(|meta| (meta.modified().unwrap_or(SystemTime::UNIX_EPOCH), meta.len()));
+        Stamp { path, state }
+    }
+}
+
+impl HostTable {
+    /// A table over the directories of `config`.
+    pub fn new(config: &RegistryConfig) -> Self {
+        HostTable {
+            config_path: config.config_path.clone(),
+            plain_http: config.plain_http.clone(),
+            known: config.hosts.clone(),
+            clients: Clients::new(config.connect_timeout, config.idle_timeout),
+            cached: Mutex::new(HashMap::new()),
+            looking: Mutex::new(()),
+        }
+    }
+
+    /// The endpoints of `host` as of at most a second ago; otherwise as [`HostTable::endpoints`].
+    ///
+    /// # Errors
+    /// As [`HostTable::endpoints`].
+    pub fn fresh(&self, host: &str) -> Result<Arc<Vec<Arc<Endpoint>>>, RegistryError> {
+        let _looking = lock(&self.looking);
+        match self.recent(host) {
+            Some(endpoints) => Ok(endpoints),
+            None => self.endpoints(host),
+        }
+    }
+
+    /// The endpoints of the registry `host`, in the order in which they are asked. Reads small local files: call it off the async
+    /// workers unless [`HostTable::recent`] answered.
+    ///
+    /// # Errors
+    /// [`RegistryError::Config`] for a file that cannot be used, [`RegistryError::InvalidReference`] for an impossible host.
+    pub fn endpoints(&self, host: &str) -> Result<Arc<Vec<Arc<Endpoint>>>, RegistryError> {
+        let cached = lock(&self.cached).get(host).cloned();
+        if let Some(mut cached) = cached
+            && cached
+                .stamps
+                .iter()
+                .all(|stamp| Stamp::of(stamp.path.clone()) == *stamp)
+        {
+            cached.checked = Instant::now();
+            let endpoints = cached.endpoints.clone();
+            lock(&self.cached).insert(host.to_owned(), cached);
+            return Ok(endpoints);
+        }
+        let mut stamps = Vec::new();
+        let endpoints = Arc::new(self.load(host, &mut stamps)?);
+        let cached = Cached {
+            checked: Instant::now(),
+            stamps,
+            endpoints: endpoints.clone(),
+        };
+        lock(&self.cached).insert(host.to_owned(), cached);
+        Ok(endpoints)
+    }
+
+    /// The endpoints of `host` if they were looked up within the last second.
+    pub fn recent(&self, host: &str) -> Option<Arc<Vec<Arc<Endpoint>>>> {
+        let cached = lock(&self.cached);
+        let cached = cached.get(host)?;
+        (cached.checked.elapsed() < RECHECK).then(|| cached.endpoints.clone())
+    }
+
+    /// Names with a port that `hostname` may stand for: containerd's labels drop the port. From the configuration's table, from
+    /// the names of `hosts.toml` directories, then the name itself.
+    pub fn resolve_ports(&self, hostname: &str) -> Vec<String> {
+        let mut names: Vec<String> = self.known.get(hostname).cloned().unwrap_or_default();
+        for root in &self.config_path {
+            let Ok(entries) = std::fs::read_dir(root) else { continue };
+            let mut found: Vec<String> = entries
+                .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+                .filter_map(|name| port_of(&name, hostname).map(|port| format!("{hostname}:{port}")))
+                .collect();
+            found.sort();
+            names.extend(found);
+        }
+        names.push(hostname.to_owned());
+        let mut seen = std::collections::HashSet::new();
+        names.retain(|name| seen.insert(name.clone()));
+        names
+    }
+
+    fn load(&self, host: &str, stamps: &mut Vec<Stamp>) -> Result<Vec<Arc<Endpoint>>, RegistryError> {
+        let specs = match self.directory(host, stamps) {
+            Some(dir) => read_directory(&dir, stamps)?,
+            None => vec![all_capabilities()],
+        };
+        let mut endpoints = Vec::with_capacity(specs.len());
+        for mut spec in specs {
+            let base = match spec.base.take() {
+                Some(base) => base,
+                None => {
+                    // As containerd does: what is said of capabilities does not hold for the registry itself.
+                    (spec.pull, spec.resolve) = (true, true);
+                    // Who gives certificates means TLS, even on loopback.
+                    let tls = !spec.ca.is_empty() || !spec.client.is_empty();
+                    self.own_address(host, tls)?
+                }
+            };
+            endpoints.push(Arc::new(self.endpoint(host, base, spec, stamps)?));
+        }
+        Ok(endpoints)
+    }
+
+    /// The first directory that exists for `host`.
+    fn directory(&self, host: &str, stamps: &mut Vec<Stamp>) -> Option<PathBuf> {
+        // The name becomes a path below: nothing that could lead elsewhere.
+        if host.is_empty() || host.starts_with('.') || host.contains(['/', '\0']) {
+            return None;
+        }
+        for root in &self.config_path {
+            for name in directory_names(host) {
+                let stamp = Stamp::of(root.join(name));
+                let exists = stamp.state.is_some();
+                stamps.push(stamp.clone());
+                if exists {
+                    return Some(stamp.path);
+                }
+            }
+        }
+        None
+    }
+
+    fn own_address(&self, host: &str, tls: bool) -> Result<Url, RegistryError> {
+        let address = match host {
+            "docker.io" => "registry-1.docker.io",
+            other => other,
+        };
+        let plain = (is_loopback(address) && !tls) || self.plain_http.iter().any(|name| name == host);
+        let scheme = if plain { "http" } else { "https" };
+        Url::parse(&format!("{scheme}://{address}/v2"))
+            .ok()
+            .filter(|url| url.username().is_empty() && url.path() == "/v2")
+            .ok_or_else(|| RegistryError::InvalidReference {
+                reference: host.to_owned(),
+                what: "it is not a host name".to_owned(),
+            })
+    }
+
+    fn endpoint(
+        &self,
+        host: &str,
+        base: Url,
+        spec: HostSpec,
+        stamps: &mut Vec<Stamp>,
+    ) -> Result<Endpoint, RegistryError> {
+        let name = authority(&base);
+        let stands_in = name != host && !(host == "docker.io" && name == "registry-1.docker.io");
+        let mut headers = HeaderMap::new();
+        for (key, value) in &spec.headers {
+            let problem = || RegistryError::Config {
+                path: format!("{HOSTS_TOML} of {host}"),
+                problem: format!("the header {key:?} or its value cannot be sent"),
+            };
+            let key_name = HeaderName::from_bytes(key.as_bytes()).map_err(|_| problem())?;
+            let mut value = HeaderValue::from_str(value).map_err(|_| problem())?;
+            value.set_sensitive(true);
+            headers.append(key_name, value);
+        }
+        stamps.extend(
+            spec.ca
+                .iter()
+                .chain(spec.client.iter().map(|(cert, _)| cert))
+                .chain(spec.client.iter().filter_map(|(_, key)| key.as_ref()))
+                .map(|path| Stamp::of(path.clone())),
+        );
+        let loopback = is_loopback(&name);
+        Ok(Endpoint {
+            client: self.clients.client(&spec, loopback)?,
+            name,
+            base,
+            pull: spec.pull,
+            resolve: spec.resolve,
+            namespace: stands_in.then(|| host.to_owned()),
+            headers,
+        })
+    }
+}
+
+/// `host:port` of an address, the port only if it is not the scheme's own.
+pub(super) fn authority(url: &Url) -> String {
+    let host = url.host_str().unwrap_or_default();
+    match url.port() {
+        Some(port) => format!("{host}:{port}"),
+        None => host.to_owned(),
+    }
+}
+
+fn all_capabilities() -> HostSpec {
+    HostSpec {
+        pull: true,
+        resolve: true,
+        ..HostSpec::default()
+    }
+}
+
+/// Names of a host's directory, best first.
+fn directory_names(host: &str) -> Vec<String> {
+    let mut names = Vec::with_capacity(3);
+    if let Some((name, port)) = host.rsplit_once(':')
+        && !name.is_empty()
+    {
+        names.push(format!("{name}_{port}_"));
+    }
+    names.push(host.to_owned());
+    names.push("_default".to_owned());
+    names
+}
+
+/// The port in the directory name `name`, if that is `host:port` or `host_port_`.
+fn port_of<'a>(name: &'a str, host: &str) -> Option<&'a str> {
+    let rest = name.strip_prefix(host)?;
+    let port = match rest.strip_prefix(':') {
+        Some(port) => port,
+        None => rest.strip_prefix('_')?.strip_suffix('_')?,
+    };
+    port.parse::<u16>().ok().map(|_| port)
+}
+
+/// Whether a registry name means this machine, as containerd sees it.
+fn is_loopback(host: &str) -> bool {
+    let name = match host.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').map_or(rest, |(address, _)| address),
+        None => host.rsplit_once(':').map_or(host, |(name, _)| name),
+    };
+    name == "localhost"
+        || name
+            .parse::<std::net::IpAddr>()
+            .is_ok_and(|address| address.is_loopback())
+}
+
+/// What a host's directory says.
+fn read_directory(dir: &Path, stamps: &mut Vec<Stamp>) -> Result<Vec<HostSpec>, RegistryError> {
+    let file = dir.join(HOSTS_TOML);
+    stamps.push(Stamp::of(file.clone()));
+    match read_file(&file) {
+        Ok(bytes) if !bytes.is_empty() => {
+            let problem = |problem| RegistryError::Config {
+                path: file.display().to_string(),
+                problem,
+            };
+            let text = std::str::from_utf8(&bytes).map_err(|_| problem("it is not UTF-8 text".to_owned()))?;
+            parse_hosts_toml(text, dir).map_err(problem)
+        }
+        Ok(_) => certificate_files(dir),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => certificate_files(dir),
+        Err(error) => Err(config_error(&file, &error)),
+    }
+}
+
+/// Docker's form of a host's directory: certificates only.
+fn certificate_files(dir: &Path) -> Result<Vec<HostSpec>, RegistryError> {
+    let mut spec = all_capabilities();
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(error) => return Err(config_error(dir, &error)),
+    };
+    let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    files.sort();
+    for file in files {
+        match file.extension().and_then(|extension| extension.to_str()) {
+            Some("crt") => spec.ca.push(file),
+            Some("cert") => {
+                let key = file.with_extension("key");
+                spec.client.push((file, Some(key)));
+            }
+            _ => {}
+        }
+    }
+    Ok(vec![spec])
+}
+
+fn read_file(path: &Path) -> std::io::Result<Vec<u8>> {
+    use std::io::Read;
+    let mut bytes = Vec::new();
+    std::fs::File::open(path)?.take(MAX_FILE + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_FILE {
+        return Err(std::io::Error::other(format!("it has more than {MAX_FILE} bytes")));
+    }
+    Ok(bytes)
+}
+
+fn config_error(path: &Path, error: &std::io::Error) -> RegistryError {
+    RegistryError::Config {
+        path: path.display().to_string(),
+        problem: format!("cannot be read: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn table(roots: &[&Path]) -> HostTable {
+        HostTable::new(&RegistryConfig {
+            config_path: roots.iter().map(|root| root.to_path_buf()).collect(),
+            plain_http: vec!["plain.example".to_owned()],
+            hosts: [("10.0.0.1".to_owned(), vec!["10.0.0.1:5001".to_owned()])].into(),
+            ..RegistryConfig::default()
+        })
+    }
+
+    fn addresses(table: &HostTable, host: &str) -> Vec<String> {
+        let endpoints = table.endpoints(host).unwrap();
+        endpoints
+            .iter()
+            .map(|endpoint| match &endpoint.namespace {
+                Some(namespace) => format!("{} ns={namespace}", endpoint.base),
+                None => endpoint.base.to_string(),
+            })
+            .collect()
+    }
+
+    fn write(root: &Path, dir: &str, text: &str) {
+        fs::create_dir_all(root.join(dir)).unwrap();
+        fs::write(root.join(dir).join(HOSTS_TOML), text).unwrap();
+    }
+
+    #[test]
+    fn without_files_the_registry_itself_is_asked() {
+        let table = table(&[Path::new("/nonexistent")]);
+        for (host, address) in [
+            ("docker.io", "https://registry-1.docker.io/v2"),
+            ("registry.example", "https://registry.example/v2"),
+            ("registry.example:5000", "https://registry.example:5000/v2"),
+            ("localhost:5000", "http://localhost:5000/v2"),
+            ("127.0.0.1:5000", "http://127.0.0.1:5000/v2"),
+            ("[::1]:5000", "http://[::1]:5000/v2"),
+            ("plain.example", "http://plain.example/v2"),
+        ] {
+            assert_eq!(addresses(&table, host), [address], "{host}");
+        }
+        assert!(table.endpoints("a/b@c").is_err());
+        assert!(table.endpoints("").is_err());
+    }
+
+    #[test]
+    fn directories_are_searched_in_containerds_order() {
+        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let table = table(&[one.path(), two.path()]);
+        write(two.path(), "_default", r#"[host."https://default.example"]"#);
+        assert_eq!(
+            addresses(&table, "r.example:5000"),
+            [
+                "https://default.example/v2 ns=r.example:5000",
+                "https://r.example:5000/v2"
+            ]
+        );
+        write(two.path(), "r.example:5000", r#"server = "https://colon.example""#);
+        assert_eq!(
+            addresses(&table, "r.example:5000"),
+            ["https://colon.example/v2 ns=r.example:5000"]
+        );
+        write(
+            two.path(),
+            "r.example_5000_",
+            r#"server = "https://underscore.example""#,
+        );
+        assert_eq!(
+            addresses(&table, "r.example:5000"),
+            ["https://underscore.example/v2 ns=r.example:5000"]
+        );
+        // The first root wins, even with its default.
+        write(one.path(), "_default", r#"server = "https://first.example""#);
+        assert_eq!(
+            addresses(&table, "r.example:5000"),
+            ["https://first.example/v2 ns=r.example:5000"]
+        );
+    }
+
+    #[test]
+    fn a_changed_file_is_read_again_and_a_broken_one_is_an_error() {
+        let root = tempfile::tempdir().unwrap();
+        let table = table(&[root.path()]);
+        write(root.path(), "docker.io", "");
+        assert_eq!(addresses(&table, "docker.io"), ["https://registry-1.docker.io/v2"]);
+        write(root.path(), "docker.io", r#"[host."https://m.example"]"#);
+        assert_eq!(
+            addresses(&table, "docker.io"),
+            ["https://m.example/v2 ns=docker.io", "https://registry-1.docker.io/v2"]
+        );
+        write(root.path(), "docker.io", "\nserver = [");
+        let error = table.endpoints("docker.io").unwrap_err();
+        assert!(matches!(error, RegistryError::Config { .. }));
+        let text = error.to_string();
+        assert!(text.contains("hosts.toml") && text.contains("line 2"), "{text}");
+        write(
+            root.path(),
+            "docker.io",
+            "[host.\"https://m.example\"]\nca = \"missing.crt\"\n",
+        );
+        let text = table.endpoints("docker.io").unwrap_err().to_string();
+        assert!(text.contains("missing.crt"), "{text}");
+    }
+
+    #[test]
+    fn endpoints_with_the_same_identity_share_their_connections() {
+        let root = tempfile::tempdir().unwrap();
+        let table = table(&[root.path()]);
+        write(
+            root.path(),
+            "r.example",
+            "[host.\"https://a.example\"]\n[host.\"https://b.example\"]\n[host.\"https://c.example\"]\nskip_verify = true\n",
+        );
+        table.endpoints("r.example").unwrap();
+        assert_eq!(table.clients.len(), 2);
+    }
+
+    #[test]
+    fn readers_that_come_at_once_share_one_look_up() {
+        let table = table(&[Path::new("/nonexistent")]);
+        let found: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8)
+                .map(|_| scope.spawn(|| table.fresh("r.example").unwrap()))
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(found.iter().all(|endpoints| Arc::ptr_eq(endpoints, &found[0])));
+    }
+
+    #[test]
+    fn ports_are_found_again() {
+        let root = tempfile::tempdir().unwrap();
+        for name in [
+            "127.0.0.1:5000",
+            "127.0.0.1_6000_",
+            "127.0.0.1_backup_",
+            "127.0.0.11:7000",
+        ] {
+            fs::create_dir(root.path().join(name)).unwrap();
+        }
+        let table = table(&[root.path()]);
+        assert_eq!(
+            table.resolve_ports("127.0.0.1"),
+            ["127.0.0.1:5000", "127.0.0.1:6000", "127.0.0.1"]
+        );
+        assert_eq!(table.resolve_ports("10.0.0.1"), ["10.0.0.1:5001", "10.0.0.1"]);
+    }
+}

@@ -81,14 +81,22 @@ convert() {
     clear_dir "$dir"
 }
 
+unavailable() { die "$IMAGE cannot be copied: $(tail -n 1 "$(build_log)") (for a private image: skopeo login)"; }
+
 # prepare_images: sets REPOSITORY and FORMATS.
 prepare_images() {
     if [ -n "${IMAGE:-}" ]; then
-        REPOSITORY=user/$(printf '%s' "$IMAGE" | sha256sum | cut -c 1-16)
-        # Always asked for, since a tag can move; layers that are there already are not copied again.
-        say "copying $IMAGE into the throw-away registry"
-        skopeo copy --dest-tls-verify=false "docker://$IMAGE" "docker://$REGISTRY/$REPOSITORY:plain" >>"$(build_log)" 2>&1 ||
-            { tail -n 3 "$(build_log)" >&2; die "$IMAGE cannot be copied; for a private image log in with 'skopeo login' first"; }
+        local verify=true digest
+        # As Lazuli and containerd do: plain HTTP is right for a registry on this machine.
+        case $IMAGE in 127.* | localhost*) verify=false ;; esac
+        # Kept under the digest, since a tag can move.
+        digest=$(skopeo inspect --tls-verify=$verify --format '{{.Digest}}' "docker://$IMAGE" 2>>"$(build_log)") || unavailable
+        REPOSITORY=user/$(printf '%s' "$IMAGE $digest" | sha256sum | cut -c 1-16)
+        if ! has "$REPOSITORY:plain"; then
+            say "copying $IMAGE into the throw-away registry (once)"
+            skopeo copy --src-tls-verify=$verify --dest-tls-verify=false \
+                "docker://$IMAGE" "docker://$REGISTRY/$REPOSITORY:plain" >>"$(build_log)" 2>&1 || unavailable
+        fi
     else
         REPOSITORY=demo/python
         has $REPOSITORY:plain || build_python >>"$(build_log)" 2>&1

@@ -66,7 +66,7 @@ close_workspace() {
     local status=$?
     trap '' INT TERM HUP
     if [ -n "$WORK" ] && [ -d "$WORK" ]; then
-        if [ $status -ne 0 ] && [ $status -ne 130 ]; then
+        if [ $status -ne 0 ] && [ $status -lt 128 ]; then
             say "demo: failed; the last lines of the logs:"
             find "$WORK" -maxdepth 2 -name '*.log' -size +0 -exec tail -n 5 {} + >&2 || true
             # The machine of a developer who wants to see all of it.

@@ -78,7 +78,8 @@ impl Direction {
         let mut idle_at = self.idle_at.lock().unwrap_or_else(PoisonError::into_inner);
         let earliest = now.checked_sub(SLACK).unwrap_or(now);
         *idle_at = (*idle_at).max(earliest) + duration;
-        *idle_at
+        // Catching up means a higher rate for a moment, never an arrival from the past.
+        (*idle_at).max(now)
     }
 }
 

@@ -3,7 +3,7 @@
 //! A [`Sandbox`] is a handle; the last one that goes away cleans up, in this order: shims of containerds below the root and their
 //! containers, mounts below the root (longest path first, lazily as a last resort), the directory. Processes are killed when their
 //! [`Process`] is dropped, which is earlier, since a `Process` holds a handle. If the thread panics, the end of every log is shown.
-//! `LAZULI_E2E_KEEP=1` keeps the directory.
+//! `LAZULI_E2E_KEEP=1` keeps the directory. Programs die with the test run, and the next run clears what a killed one left.
 //!
 //! At most [`slots`] sandboxes exist at once, however many threads the test runner has: each holds a containerd, a registry and a daemon.
 
@@ -15,7 +15,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, Once};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,11 @@ const POLL: Duration = Duration::from_millis(10);
 const LOG_TAIL: u64 = 12_000;
 /// Longest wait for a polite umount before the lazy one.
 const UMOUNT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How the names of roots begin.
+const PREFIX: &str = "lz-";
+/// The file in a root that says which process made it.
+const OWNER: &str = "owner";
 
 /// A temporary root and everything in it.
 #[derive(Clone)]
@@ -49,11 +54,14 @@ impl Sandbox {
         );
         let slot = Slot::take();
         let base = std::env::temp_dir();
+        static SWEPT: Once = Once::new();
+        SWEPT.call_once(|| sweep(&base));
         let root = tempfile::Builder::new()
-            .prefix("lz-")
+            .prefix(PREFIX)
             .tempdir_in(&base)
             .unwrap_or_else(|error| panic!("a sandbox cannot be made in {}: {error}", base.display()))
             .keep();
+        fs::write(root.join(OWNER), identity(std::process::id()).unwrap_or_default()).unwrap();
         require_upper_dirs(&root);
         fs::create_dir(root.join("logs")).unwrap();
         Sandbox(Arc::new(Inner {
@@ -89,6 +97,7 @@ impl Sandbox {
     pub fn spawn(&self, name: &str, command: &mut Command) -> Process {
         let log = self.path("logs").join(format!("{name}.log"));
         let output = fs::OpenOptions::new().create(true).append(true).open(&log).unwrap();
+        let command = &mut with_parent(command);
         command
             .stdin(Stdio::null())
             .stdout(output.try_clone().unwrap())
@@ -108,22 +117,65 @@ impl Sandbox {
     }
 }
 
+/// The same command, run by `setpriv`, which has the kernel kill it when the thread that starts it ends: an interrupted test run
+/// leaves no daemons behind. (What daemons leave, the next run's [`sweep`] removes.)
+fn with_parent(command: &Command) -> Command {
+    let mut bound = Command::new(require_program("setpriv"));
+    bound.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => bound.env(name, value),
+            None => bound.env_remove(name),
+        };
+    }
+    bound
+}
+
+/// What tells a process from a later one with the same id: the id and its time of start, in clock ticks since boot.
+fn identity(pid: u32) -> Option<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The 22nd field; the second, in parentheses, may hold blanks.
+    let started = stat.rsplit_once(')')?.1.split_whitespace().nth(19)?;
+    Some(format!("{pid} {started}"))
+}
+
+/// Clears sandboxes of test runs that were killed.
+fn sweep(base: &Path) {
+    for entry in fs::read_dir(base).into_iter().flatten().flatten() {
+        let root = entry.path();
+        if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
+            continue;
+        }
+        let Ok(owner) = fs::read_to_string(root.join(OWNER)) else { continue };
+        let pid = owner.split(' ').next().and_then(|pid| pid.parse().ok());
+        if pid.and_then(identity).as_ref() != Some(&owner) {
+            clear(&root);
+        }
+    }
+}
+
+/// Ends what runs below a root, unmounts what is mounted there, and removes it.
+fn clear(root: &Path) {
+    end_shims(root);
+    unmount_below(root);
+    let left = mounts_below(root);
+    if !left.is_empty() {
+        eprintln!("sandbox {}: still mounted, and left alone: {left:?}", root.display());
+    } else if let Err(error) = fs::remove_dir_all(root) {
+        eprintln!("sandbox {}: cannot be removed: {error}", root.display());
+    }
+}
+
 impl Drop for Inner {
     fn drop(&mut self) {
-        end_shims(&self.root);
-        unmount_below(&self.root);
-        let left = mounts_below(&self.root);
-        if !left.is_empty() {
-            eprintln!(
-                "sandbox {}: still mounted, and left alone: {left:?}",
-                self.root.display()
-            );
-            return;
-        }
         if std::env::var_os("LAZULI_E2E_KEEP").is_some() {
+            end_shims(&self.root);
+            unmount_below(&self.root);
+            // Without an owner it is not swept either.
+            let _ = fs::remove_file(self.root.join(OWNER));
             eprintln!("sandbox of {} kept: {}", self.name, self.root.display());
-        } else if let Err(error) = fs::remove_dir_all(&self.root) {
-            eprintln!("sandbox {}: cannot be removed: {error}", self.root.display());
+        } else {
+            clear(&self.root);
         }
     }
 }
@@ -372,7 +424,7 @@ pub fn run_ok(command: &mut Command) -> Finished {
 }
 
 /// The Debian packages of the programs that the tests start.
-const PACKAGES: [(&str, &str); 11] = [
+const PACKAGES: [(&str, &str); 12] = [
     ("containerd", "containerd"),
     ("ctr", "containerd"),
     ("runc", "runc"),
@@ -383,6 +435,7 @@ const PACKAGES: [(&str, &str); 11] = [
     ("setfacl", "acl"),
     ("setcap", "libcap2-bin"),
     ("mount", "mount"),
+    ("setpriv", "util-linux"),
     ("umount", "mount"),
 ];
 

@@ -114,13 +114,13 @@ impl Images {
     /// # Errors
     /// [`Refusal`] when it cannot be found; the text says where it was looked for.
     pub async fn find(&self, request: &LayerRequest) -> Result<ImagePlan, Refusal> {
-        if let Some(plan) = self.from_labels(request).await? {
+        if let Some(plan) = self.find_labelled(request).await? {
             return Ok(plan);
         }
         self.reverse_lookup(request).await
     }
 
-    async fn from_labels(&self, request: &LayerRequest) -> Result<Option<ImagePlan>, Refusal> {
+    async fn find_labelled(&self, request: &LayerRequest) -> Result<Option<ImagePlan>, Refusal> {
         let (Some(name), Some(manifest)) = (
             request.labels.get(LABEL_IMAGE_REF),
             request.labels.get(LABEL_MANIFEST_DIGEST),

@@ -74,8 +74,16 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
         session.attach(slot, Arc::clone(layer) as Arc<dyn LayerData>)?;
         lower_dirs.push(session.path(slot));
     }
-    // overlayfs wants the uppermost layer first.
+    // overlayfs wants the uppermost layer first, and at least two directories.
     lower_dirs.reverse();
+    for name in ["empty", "empty-too"]
+        .into_iter()
+        .take(2_usize.saturating_sub(lower_dirs.len()))
+    {
+        let empty = private.path().join(name);
+        std::fs::create_dir(&empty).context("a temporary directory")?;
+        lower_dirs.push(empty);
+    }
     let result = show(&lower_dirs, &args.mountpoint, &image.manifest_digest.to_string()).await;
     let unmounted = session.unmount();
     for layer in layers {

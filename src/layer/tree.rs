@@ -3,8 +3,8 @@
 //! [`TreeBuilder`] is fed with entries in archive order, and does to a tree in memory what containerd's unpacker, with its overlay
 //! conversion of whiteouts, does to an upper directory. What it leaves is what a container sees under the overlayfs snapshotter:
 //!
-//! - Names are bytes. They are cleaned lexically, and `..` stops at the root. Symlinks among an entry's *parents* are followed, inside
-//!   the root; its last component never is.
+//! - Names, and targets of hard links and symlinks on the way, are bytes, cleaned lexically; `..` stops at the root. Symlinks among an
+//!   entry's *parents* are followed, inside the root; its last component never is.
 //! - Missing parents become directories 0755 root:root of the epoch. (containerd leaves the time of the unpacking there, and copies
 //!   attributes from the layers below, which one layer alone does not know.)
 //! - A directory over a directory keeps the children and the extended attributes, and takes the new attributes. Anything else replaces
@@ -40,6 +40,8 @@ const CAPABILITY_XATTR: &[u8] = b"security.capability";
 const IMPLIED_DIR_MODE: u32 = mode::DIR | 0o755;
 /// Permissions of every symlink on Linux.
 const SYMLINK_MODE: u32 = mode::LNK | 0o777;
+/// The bit by which a directory hands its group on to directories made in it.
+const SETGID: u32 = 0o2000;
 /// Permission, setuid, setgid and sticky bits.
 const PERMISSIONS: u32 = 0o7777;
 /// Longest path, in bytes (PATH_MAX of Linux, less its terminator): what an unpacker could create.
@@ -233,10 +235,7 @@ impl TreeBuilder {
 
     fn apply(&mut self, entry: &Entry<'_>) -> Result<(), Fault> {
         let path = clean(entry.path)?;
-        let (parents, base) = match path.iter().rposition(|&c| c == b'/') {
-            Some(at) => (&path[..at], &path[at + 1..]),
-            None => (&path[..0], &path[..]),
-        };
+        let (parents, base) = split(&path);
         if base.is_empty() {
             let (mtime, nsec) = bounded_time(entry);
             let root = self.inode_mut(ROOT_INO);
@@ -318,15 +317,13 @@ impl TreeBuilder {
     }
 
     fn hardlink_target(&mut self, target: &[u8]) -> Result<Ino, Fault> {
-        let (parents, base) = match target.iter().rposition(|&c| c == b'/') {
-            Some(at) => (&target[..at], &target[at + 1..]),
-            None => (&target[..0], target),
-        };
+        let path = clean(target)?;
+        let (parents, base) = split(&path);
         let dir = self.walk(parents, false)?;
         let name = dir.and_then(|dir| self.find(dir, base));
         let ino = match name {
             Some(name) => self.names[name as usize].ino,
-            None if matches!(base, b"" | b"." | b"..") => ROOT_INO,
+            None if base.is_empty() => ROOT_INO,
             None => {
                 return bad(format!(
                     "it is a hard link to {}, which no entry before it made",
@@ -385,7 +382,11 @@ impl TreeBuilder {
                         return bad(format!("no directory can be called {}", quoted(part)));
                     }
                     let made = self.make_node(dir, EntryKind::Dir)?;
-                    self.inode_mut(made).mode = IMPLIED_DIR_MODE;
+                    // As mkdir(2) does it in a directory that hands its group on.
+                    let parent = *self.inode(dir);
+                    let inode = self.inode_mut(made);
+                    inode.mode = IMPLIED_DIR_MODE;
+                    inode.gid = if parent.mode & SETGID != 0 { parent.gid } else { 0 };
                     self.link(dir, part, made)?;
                     dir = made;
                     continue;
@@ -402,8 +403,10 @@ impl TreeBuilder {
                 if links > MAX_LINKS {
                     return bad(format!("more than {MAX_LINKS} symlinks are on the way to it"));
                 }
-                let mut next = self.target(ino).to_vec();
-                if next.first() == Some(&b'/') {
+                let target = self.target(ino);
+                // `dir` has no symlink on its way: what remains of `..` after cleaning goes up to true parents.
+                let mut next = lexical(target, target.first() != Some(&b'/')).0.into_owned();
+                if self.target(ino).first() == Some(&b'/') {
                     dir = ROOT_INO;
                 }
                 next.push(b'/');
@@ -712,25 +715,45 @@ fn limit(what: &'static str, value: usize, limit: usize) -> Result<(), LayerErro
     Ok(())
 }
 
-/// The path relative to the root: without empty, `.` and `..` components. `..` goes up lexically, and stops at the root.
-fn clean(path: &[u8]) -> Result<Cow<'_, [u8]>, Fault> {
+/// A path without empty, `.` and `..` components; its `..` go up lexically, and are lost where there is nothing to go up from, or are
+/// kept in front if `keep_up` says so. And its longest component.
+fn lexical(path: &[u8], keep_up: bool) -> (Cow<'_, [u8]>, usize) {
     let mut parts: Vec<&[u8]> = Vec::new();
     let mut plain = true;
     for part in path.split(|&c| c == b'/') {
         match part {
             b"" | b"." => plain = false,
             b".." => {
-                parts.pop();
                 plain = false;
+                match parts.last() {
+                    Some(last) if *last != b".." => drop(parts.pop()),
+                    _ if keep_up => parts.push(part),
+                    _ => {}
+                }
             }
             _ => parts.push(part),
         }
     }
-    let cleaned = if plain {
+    let longest = parts.iter().map(|part| part.len()).max().unwrap_or(0);
+    let path = if plain {
         Cow::Borrowed(path)
     } else {
         Cow::Owned(parts.join(&b'/'))
     };
+    (path, longest)
+}
+
+/// What is before the last slash of a clean path, and what is behind it.
+fn split(path: &[u8]) -> (&[u8], &[u8]) {
+    match path.iter().rposition(|&c| c == b'/') {
+        Some(at) => (&path[..at], &path[at + 1..]),
+        None => (&path[..0], path),
+    }
+}
+
+/// The path of an entry relative to the root, with its lengths checked.
+fn clean(path: &[u8]) -> Result<Cow<'_, [u8]>, Fault> {
+    let (cleaned, longest) = lexical(path, false);
     if cleaned.contains(&0) {
         return bad("its name holds a NUL");
     }
@@ -740,10 +763,9 @@ fn clean(path: &[u8]) -> Result<Cow<'_, [u8]>, Fault> {
             cleaned.len()
         ));
     }
-    if let Some(long) = parts.iter().find(|part| part.len() > MAX_NAME_LEN) {
+    if longest > MAX_NAME_LEN {
         return bad(format!(
-            "a component of its path has {} bytes, over the limit of {MAX_NAME_LEN}",
-            long.len()
+            "a component of its path has {longest} bytes, over the limit of {MAX_NAME_LEN}"
         ));
     }
     Ok(cleaned)

@@ -17,20 +17,20 @@
 //! the end marker, global PAX headers (ignored). Types that containerd does not unpack are refused, except for contiguous files.
 
 mod header;
+mod member;
 mod pax;
 mod sparse;
 
 #[cfg(test)]
 mod tests;
 
-use std::borrow::Cow;
-
 use super::index::MAX_DATA_SIZE;
-use super::tree::{Entry, EntryKind, Tree, TreeBuilder, quoted};
+use super::tree::{EntryKind, Tree, TreeBuilder};
 use super::{Access, Chunk, Codec, LayerError, LayerIndex};
 use header::{BLOCK, Block, Header};
-use pax::Pax;
-use sparse::{BadMap, Segment, TextMap};
+use member::{Member, Pending, SparseFile, Sparseness, checked_size};
+use pax::SparseRecords;
+use sparse::{Segment, TextMap};
 
 const FORMAT: &str = "tar";
 /// Longest extended header, in bytes, as in Go's reader.
@@ -123,43 +123,6 @@ enum State {
     Content { left: u64, padding: u64 },
     /// Anything: the archive has ended.
     End,
-}
-
-/// What extended headers say of the entry to come.
-#[derive(Debug, Default)]
-struct Pending {
-    pax: Pax,
-    name: Option<Vec<u8>>,
-    link: Option<Vec<u8>>,
-}
-
-/// A sparse file whose map is being read.
-#[derive(Debug)]
-struct SparseFile {
-    /// Offset of its header.
-    at: u64,
-    member: Member,
-    /// Size with holes.
-    size: u64,
-    /// Bytes that the tar stores, with a map in front of the data.
-    stored: u64,
-    map: Vec<Segment>,
-}
-
-/// An entry with its extended headers applied.
-#[derive(Debug)]
-struct Member {
-    kind: u8,
-    name: Vec<u8>,
-    link: Vec<u8>,
-    mode: u32,
-    uid: u32,
-    gid: u32,
-    mtime: i64,
-    mtime_nsec: u32,
-    major: i64,
-    minor: i64,
-    xattrs: Vec<(Vec<u8>, Vec<u8>)>,
 }
 
 impl Default for TarIndexer {
@@ -303,77 +266,17 @@ impl TarIndexer {
             };
             return Ok(());
         }
-        let pending = std::mem::take(&mut self.pending);
-        let (pax, gnu) = (pending.pax, header.gnu);
-        let name = pending.name.or(pax.path).unwrap_or(header.name);
-        let stored = match pax.size {
-            Some(size) => checked_size(at, &name, i64::try_from(size).unwrap_or(i64::MAX))?,
-            // The field means nothing for entries without content, and is not always 0.
-            None if matches!(header.kind, b'1'..=b'6') => 0,
-            None => checked_size(at, &name, header.size)?,
-        };
-        let id = |what: &str, id: i64| {
-            // The last number means "leave it" to chown(2).
-            u32::try_from(id)
-                .ok()
-                .filter(|id| *id != u32::MAX)
-                .ok_or_else(|| malformed(at, format!("entry {}: no {what} has the number {id}", quoted(&name))))
-        };
-        let (mtime, mtime_nsec) = pax.mtime.unwrap_or((header.mtime, 0));
-        let mut member = Member {
-            kind: header.kind,
-            link: pending.link.or(pax.link).unwrap_or(header.link),
-            mode: header.mode as u32,
-            uid: id("user", pax.uid.unwrap_or(header.uid))?,
-            gid: id("group", pax.gid.unwrap_or(header.gid))?,
-            mtime,
-            mtime_nsec,
-            major: header.major,
-            minor: header.minor,
-            xattrs: pax.xattrs,
-            name,
-        };
-        if member.kind == 0 && member.name.ends_with(b"/") {
-            member.kind = b'5';
-        }
+        let gnu = header.gnu;
+        let (member, records) = std::mem::take(&mut self.pending).apply(at, header)?;
         match member.kind {
-            0 | b'0' | b'7' => match Sparseness::of(&pax.sparse) {
-                Sparseness::None => {
-                    let data = self.offset;
-                    self.add(at, &member, EntryKind::File { size: stored, data })?;
-                    self.skip(stored, padding(stored));
-                    Ok(())
-                }
-                sparseness => {
-                    if !pax.sparse.name.is_empty() {
-                        member.name = pax.sparse.name;
-                    }
-                    let mut file = Box::new(SparseFile {
-                        at,
-                        size: pax.sparse.size.or(pax.sparse.real_size).unwrap_or(stored),
-                        member,
-                        stored,
-                        map: Vec::new(),
-                    });
-                    if sparseness == Sparseness::MapInData {
-                        return self.map_continues(file, TextMap::default(), None);
-                    }
-                    let map = sparse::from_records(&pax.sparse.count, &pax.sparse.map);
-                    file.map = map.map_err(|problem| file.error(problem))?;
-                    self.sparse_complete(*file, 0)
-                }
-            },
+            0 | b'0' | b'7' => self.regular(member, records),
+            b'S' if !gnu => Err(member.error("it is sparse in another way than GNU tar's")),
             b'S' => {
                 let mut file = Box::new(SparseFile {
-                    at,
                     member,
                     size: 0,
-                    stored,
                     map: Vec::new(),
                 });
-                if !gnu {
-                    return Err(file.error("it is sparse in another way than GNU tar's".into()));
-                }
                 let (map, size, more) = sparse::from_header(&self.block).map_err(|problem| file.error(problem))?;
                 (file.map, file.size) = (map, size);
                 if more {
@@ -383,23 +286,36 @@ impl TarIndexer {
                 self.sparse_complete(*file, 0)
             }
             _ => {
-                let link = std::mem::take(&mut member.link);
-                let kind = special(&member, &link).map_err(|what| match what {
-                    Some(what) => malformed(at, format!("entry {}: {what}", quoted(&member.name))),
-                    None => LayerError::Unsupported {
-                        what: format!(
-                            "type '{}' of the tar entry {}",
-                            member.kind.escape_ascii(),
-                            quoted(&member.name)
-                        ),
-                    },
-                })?;
-                self.add(at, &member, kind)?;
-                let left = if matches!(member.kind, b'1'..=b'6') { 0 } else { stored };
-                self.skip(left, padding(left));
+                self.tree.add(at, &member.entry(member.special()?))?;
+                self.skip(member.stored, padding(member.stored));
                 Ok(())
             }
         }
+    }
+
+    fn regular(&mut self, mut member: Member, records: SparseRecords) -> Result<(), LayerError> {
+        let sparseness = Sparseness::of(&records);
+        let size = member.stored;
+        if sparseness == Sparseness::None {
+            let data = self.offset;
+            self.tree
+                .add(member.at, &member.entry(EntryKind::File { size, data }))?;
+            self.skip(size, padding(size));
+            return Ok(());
+        }
+        if !records.name.is_empty() {
+            member.name = records.name;
+        }
+        let mut file = Box::new(SparseFile {
+            member,
+            size: records.size.or(records.real_size).unwrap_or(size),
+            map: Vec::new(),
+        });
+        if sparseness == Sparseness::MapInData {
+            return self.map_continues(file, TextMap::default(), None);
+        }
+        file.map = sparse::from_records(&records.count, &records.map).map_err(|problem| file.error(problem))?;
+        self.sparse_complete(*file, 0)
     }
 
     fn extended_complete(&mut self, kind: u8) -> Result<(), LayerError> {
@@ -426,11 +342,11 @@ impl TarIndexer {
         map: TextMap,
         done: Option<Vec<Segment>>,
     ) -> Result<(), LayerError> {
-        let before = self.offset - file.at - BLOCK as u64;
+        let before = self.offset - file.member.at - BLOCK as u64;
         if let Some(map) = done {
             return self.sparse_complete(SparseFile { map, ..*file }, before);
         }
-        if file.stored < before + BLOCK as u64 {
+        if file.member.stored < before + BLOCK as u64 {
             return Err(file.error("its map does not end".into()));
         }
         self.state = State::Map(file, map);
@@ -439,7 +355,7 @@ impl TarIndexer {
 
     /// Adds a sparse file of which everything is known; its stored bytes come next, after `before` bytes of map.
     fn sparse_complete(&mut self, mut file: SparseFile, before: u64) -> Result<(), LayerError> {
-        let stored = file.stored.saturating_sub(before);
+        let stored = file.member.stored.saturating_sub(before);
         if let Err(problem) = sparse::check(&mut file.map, file.size, stored) {
             return Err(file.error(problem));
         }
@@ -450,7 +366,8 @@ impl TarIndexer {
         } else {
             IN_AREA | self.expand(&file)?
         };
-        self.add(file.at, &file.member, EntryKind::File { size, data })?;
+        self.tree
+            .add(file.member.at, &file.member.entry(EntryKind::File { size, data }))?;
         self.skip(stored, padding(stored));
         Ok(())
     }
@@ -483,25 +400,6 @@ impl TarIndexer {
             from += segment.len;
         }
         Ok(place)
-    }
-
-    fn add(&mut self, at: u64, member: &Member, kind: EntryKind<'_>) -> Result<(), LayerError> {
-        let borrow = |text| Cow::Borrowed(text);
-        let xattrs = member
-            .xattrs
-            .iter()
-            .map(|(name, value)| (borrow(&name[..]), borrow(&value[..])));
-        let entry = Entry {
-            path: &member.name,
-            kind,
-            mode: member.mode,
-            uid: member.uid,
-            gid: member.gid,
-            mtime: member.mtime,
-            mtime_nsec: member.mtime_nsec,
-            xattrs: xattrs.collect(),
-        };
-        self.tree.add(at, &entry)
     }
 
     /// At the end of the tar.
@@ -555,56 +453,6 @@ impl TarIndexer {
     }
 }
 
-impl SparseFile {
-    fn error(&self, problem: BadMap) -> LayerError {
-        match problem {
-            BadMap::Wrong(what) => malformed(self.at, format!("entry {}: {what}", quoted(&self.member.name))),
-            BadMap::Limit(error) => error,
-        }
-    }
-}
-
-/// Where PAX records say that the map of a sparse file is.
-#[derive(PartialEq, Eq)]
-enum Sparseness {
-    None,
-    MapInRecords,
-    MapInData,
-}
-
-impl Sparseness {
-    fn of(records: &pax::SparseRecords) -> Self {
-        match (&records.major[..], &records.minor[..]) {
-            (b"0", b"0" | b"1") => Sparseness::MapInRecords,
-            (b"1", b"0") => Sparseness::MapInData,
-            // Version 0.0 does not say that it is one.
-            (b"", b"") if !records.map.is_empty() => Sparseness::MapInRecords,
-            _ => Sparseness::None,
-        }
-    }
-}
-
-/// What an entry without content is. The error is `None` for a type that is not known.
-fn special<'a>(member: &Member, link: &'a [u8]) -> Result<EntryKind<'a>, Option<String>> {
-    let device = || {
-        let number = |number: i64| u32::try_from(number).map_err(|_| format!("no device has the number {number}"));
-        Ok::<_, String>((number(member.major)?, number(member.minor)?))
-    };
-    match member.kind {
-        b'1' => Ok(EntryKind::Hardlink(link)),
-        b'2' => Ok(EntryKind::Symlink(link)),
-        b'3' => device()
-            .map(|(major, minor)| EntryKind::Char { major, minor })
-            .map_err(Some),
-        b'4' => device()
-            .map(|(major, minor)| EntryKind::Block { major, minor })
-            .map_err(Some),
-        b'5' => Ok(EntryKind::Dir),
-        b'6' => Ok(EntryKind::Fifo),
-        _ => Err(None),
-    }
-}
-
 /// Name and size of the one file in a tar whose header this is.
 pub(super) fn file_header(block: &[u8; 512]) -> Result<(Vec<u8>, u64), String> {
     let header = header::parse(block)?;
@@ -616,18 +464,6 @@ pub(super) fn file_header(block: &[u8; 512]) -> Result<(Vec<u8>, u64), String> {
 
 fn malformed(at: u64, what: impl Into<String>) -> LayerError {
     LayerError::malformed(FORMAT, at, what)
-}
-
-fn checked_size(at: u64, name: &[u8], size: i64) -> Result<u64, LayerError> {
-    let size = u64::try_from(size).map_err(|_| malformed(at, format!("entry {} has a negative size", quoted(name))))?;
-    if size > MAX_DATA_SIZE {
-        return Err(LayerError::TooLarge {
-            what: "size of a file",
-            value: size,
-            limit: MAX_DATA_SIZE,
-        });
-    }
-    Ok(size)
 }
 
 fn padding(size: u64) -> u64 {

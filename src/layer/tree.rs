@@ -3,8 +3,8 @@
 //! [`TreeBuilder`] is fed with entries in archive order, and does to a tree in memory what containerd's unpacker, with its overlay
 //! conversion of whiteouts, does to an upper directory. What it leaves is what a container sees under the overlayfs snapshotter:
 //!
-//! - Names are bytes. They are cleaned lexically, and `..` stops at the root. Symlinks among an entry's *parents* are followed, inside
-//!   the root; its last component never is.
+//! - Names, and targets of hard links and symlinks on the way, are bytes, cleaned lexically; `..` stops at the root. Symlinks among an
+//!   entry's *parents* are followed, inside the root; its last component never is.
 //! - Missing parents become directories 0755 root:root of the epoch. (containerd leaves the time of the unpacking there, and copies
 //!   attributes from the layers below, which one layer alone does not know.)
 //! - A directory over a directory keeps the children and the extended attributes, and takes the new attributes. Anything else replaces
@@ -20,45 +20,46 @@
 //!
 //! Memory is arenas: about 150 bytes for an entry and its name, and no allocation of its own.
 
+mod finish;
+mod path;
+mod xattrs;
+
+#[cfg(test)]
+mod tests;
+
 use std::borrow::Cow;
 use std::hash::{BuildHasher, RandomState};
 
 use hashbrown::HashTable;
 
-use super::index::{Dirent, Ino, Inode, MAX_INODES, MAX_NAME_LEN, MAX_STRINGS, MAX_TARGET_LEN, ROOT_INO, Xattr, mode};
+use super::index::{Dirent, Ino, Inode, MAX_INODES, MAX_STRINGS, MAX_TARGET_LEN, ROOT_INO, Xattr, mode};
 use super::{IndexParts, LayerError};
+pub(super) use path::quoted;
+use path::{clean, lexical, split};
 
 /// Prefix of a name that deletes the rest of the name from the layers below.
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
 /// Name that hides everything that the layers below have in its directory.
 const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
-/// The attribute by which overlayfs knows an opaque directory, and its value.
-const OPAQUE_XATTR: (&[u8], &[u8]) = (b"trusted.overlay.opaque", b"y");
 /// The attribute that a change of owner removes.
 const CAPABILITY_XATTR: &[u8] = b"security.capability";
 /// Permissions of a directory that the archive implies but does not list.
 const IMPLIED_DIR_MODE: u32 = mode::DIR | 0o755;
 /// Permissions of every symlink on Linux.
 const SYMLINK_MODE: u32 = mode::LNK | 0o777;
+/// The bit by which a directory hands its group on to directories made in it.
+const SETGID: u32 = 0o2000;
 /// Permission, setuid, setgid and sticky bits.
 const PERMISSIONS: u32 = 0o7777;
-/// Longest path, in bytes (PATH_MAX of Linux, less its terminator): what an unpacker could create.
-const MAX_PATH_LEN: usize = 4095;
 /// Most symlinks on the way to one name (MAXSYMLINKS of Linux).
 const MAX_LINKS: u32 = 40;
 /// Most bytes of path that may be walked through symlinks in a layer, so that few bytes of archive cannot cost hours.
 const MAX_LINK_WALK: u64 = 1 << 30;
-/// Most extended attributes of one inode. File systems have room for far fewer.
-const MAX_XATTRS: usize = 1024;
-/// Longest value of an extended attribute, in bytes (XATTR_SIZE_MAX of Linux).
-const MAX_XATTR_VALUE: usize = 65536;
 /// Largest device major and minor numbers of Linux.
 const MAX_MAJOR: u32 = (1 << 12) - 1;
 const MAX_MINOR: u32 = (1 << 20) - 1;
 /// Last second of which every nanosecond fits into a signed 64-bit number.
 const LAST_SECOND: i64 = i64::MAX / 1_000_000_000;
-/// Longest part of a name that an error repeats, in bytes.
-const QUOTED_LEN: usize = 200;
 /// "No name" in the lists of [`Name`]s.
 const NO_NAME: u32 = u32::MAX;
 /// "No inode" in a [`Name`].
@@ -170,14 +171,6 @@ fn bad<T>(what: impl Into<String>) -> Result<T, Fault> {
     Err(Fault::Bad(what.into()))
 }
 
-/// Bytes of an archive as an error shows them: printable, and of limited length.
-pub(super) fn quoted(bytes: &[u8]) -> String {
-    match bytes.get(..QUOTED_LEN) {
-        Some(head) if bytes.len() > QUOTED_LEN => format!("\"{}...\"", head.escape_ascii()),
-        _ => format!("\"{}\"", bytes.escape_ascii()),
-    }
-}
-
 /// Builds a [`Tree`].
 pub struct TreeBuilder {
     format: &'static str,
@@ -233,10 +226,7 @@ impl TreeBuilder {
 
     fn apply(&mut self, entry: &Entry<'_>) -> Result<(), Fault> {
         let path = clean(entry.path)?;
-        let (parents, base) = match path.iter().rposition(|&c| c == b'/') {
-            Some(at) => (&path[..at], &path[at + 1..]),
-            None => (&path[..0], &path[..]),
-        };
+        let (parents, base) = split(&path);
         if base.is_empty() {
             let (mtime, nsec) = bounded_time(entry);
             let root = self.inode_mut(ROOT_INO);
@@ -318,15 +308,13 @@ impl TreeBuilder {
     }
 
     fn hardlink_target(&mut self, target: &[u8]) -> Result<Ino, Fault> {
-        let (parents, base) = match target.iter().rposition(|&c| c == b'/') {
-            Some(at) => (&target[..at], &target[at + 1..]),
-            None => (&target[..0], target),
-        };
+        let path = clean(target)?;
+        let (parents, base) = split(&path);
         let dir = self.walk(parents, false)?;
         let name = dir.and_then(|dir| self.find(dir, base));
         let ino = match name {
             Some(name) => self.names[name as usize].ino,
-            None if matches!(base, b"" | b"." | b"..") => ROOT_INO,
+            None if base.is_empty() => ROOT_INO,
             None => {
                 return bad(format!(
                     "it is a hard link to {}, which no entry before it made",
@@ -385,7 +373,11 @@ impl TreeBuilder {
                         return bad(format!("no directory can be called {}", quoted(part)));
                     }
                     let made = self.make_node(dir, EntryKind::Dir)?;
-                    self.inode_mut(made).mode = IMPLIED_DIR_MODE;
+                    // As mkdir(2) does it in a directory that hands its group on.
+                    let parent = *self.inode(dir);
+                    let inode = self.inode_mut(made);
+                    inode.mode = IMPLIED_DIR_MODE;
+                    inode.gid = if parent.mode & SETGID != 0 { parent.gid } else { 0 };
                     self.link(dir, part, made)?;
                     dir = made;
                     continue;
@@ -402,8 +394,10 @@ impl TreeBuilder {
                 if links > MAX_LINKS {
                     return bad(format!("more than {MAX_LINKS} symlinks are on the way to it"));
                 }
-                let mut next = self.target(ino).to_vec();
-                if next.first() == Some(&b'/') {
+                let target = self.target(ino);
+                // `dir` has no symlink on its way: what remains of `..` after cleaning goes up to true parents.
+                let mut next = lexical(target, target.first() != Some(&b'/')).0.into_owned();
+                if self.target(ino).first() == Some(&b'/') {
                     dir = ROOT_INO;
                 }
                 next.push(b'/');
@@ -500,94 +494,7 @@ impl TreeBuilder {
         }
         (inode.uid, inode.gid) = (entry.uid, entry.gid);
         (inode.mtime, inode.mtime_nsec) = (mtime, nsec);
-        let file_type = inode.file_type();
-        for (name, value) in &entry.xattrs {
-            if !takes_xattr(file_type, name) {
-                continue;
-            }
-            if name.len() > MAX_NAME_LEN || name.contains(&0) || matches!(&name[..], b"user." | b"security.") {
-                return bad(format!("no extended attribute can be called {}", quoted(name)));
-            }
-            if value.len() > MAX_XATTR_VALUE {
-                return bad(format!(
-                    "extended attribute {} has {} bytes, over the limit of {MAX_XATTR_VALUE}",
-                    quoted(name),
-                    value.len()
-                ));
-            }
-            self.set_xattr(ino, name, value)?;
-        }
-        Ok(())
-    }
-
-    fn set_opaque(&mut self, dir: Ino) -> Result<(), Fault> {
-        self.set_xattr(dir, OPAQUE_XATTR.0, OPAQUE_XATTR.1)
-    }
-
-    fn set_xattr(&mut self, ino: Ino, name: &[u8], value: &[u8]) -> Result<(), Fault> {
-        let (name, name_len) = self.intern(name)?;
-        let (value, value_len) = self.intern(value)?;
-        let xattr = Xattr {
-            name,
-            name_len,
-            value,
-            value_len,
-        };
-        let own = self.own_xattrs(ino);
-        // Interned, so that equal names are at equal places.
-        if let Some(same) = self.xattrs[own.clone()].iter_mut().find(|x| x.name == name) {
-            *same = xattr;
-            return Ok(());
-        }
-        if own.len() >= MAX_XATTRS {
-            return bad(format!("it has more than {MAX_XATTRS} extended attributes"));
-        }
-        let first = if own.end == self.xattrs.len() {
-            own.start
-        } else {
-            // The inode's attributes have to stay side by side: they move to the end.
-            let first = self.xattrs.len();
-            self.xattrs.extend_from_within(own.clone());
-            first
-        };
-        self.xattrs.push(xattr);
-        limit("number of extended attributes", self.xattrs.len(), 2 * MAX_INODES)?;
-        let inode = self.inode_mut(ino);
-        inode.xattr_first = first as u32;
-        inode.xattr_count = own.len() as u32 + 1;
-        Ok(())
-    }
-
-    fn drop_xattr(&mut self, ino: Ino, name: &[u8]) {
-        let own = self.own_xattrs(ino);
-        let same = |x: &Xattr| text_at(&self.strings, x.name, x.name_len) == name;
-        if let Some(at) = self.xattrs[own.clone()].iter().position(same) {
-            self.xattrs.copy_within(own.start + at + 1..own.end, own.start + at);
-            self.inode_mut(ino).xattr_count -= 1;
-        }
-    }
-
-    fn own_xattrs(&self, ino: Ino) -> std::ops::Range<usize> {
-        let inode = self.inode(ino);
-        let first = inode.xattr_first as usize;
-        first..first + inode.xattr_count as usize
-    }
-
-    fn intern(&mut self, text: &[u8]) -> Result<(u32, u32), Fault> {
-        let hash = self.hasher.hash_one(text);
-        let strings = &self.strings;
-        let known = self
-            .interned
-            .find(hash, |&(at, len)| text_at(strings, at, len) == text)
-            .copied();
-        if let Some(known) = known {
-            return Ok(known);
-        }
-        let place = (self.store(text)?, text.len() as u32);
-        let (strings, hasher) = (&self.strings, &self.hasher);
-        self.interned
-            .insert_unique(hash, place, |&(at, len)| hasher.hash_one(text_at(strings, at, len)));
-        Ok(place)
+        self.set_xattrs(ino, &entry.xattrs)
     }
 
     fn store(&mut self, text: &[u8]) -> Result<u32, Fault> {
@@ -629,55 +536,6 @@ impl TreeBuilder {
         let inode = self.inode(ino);
         text_at(&self.strings, inode.data as u32, inode.size as u32)
     }
-
-    /// The finished tree. Inodes are numbered in the order in which the archive first held them.
-    pub fn finish(self) -> Tree {
-        let mut numbers = vec![NO_INO; self.nodes.len() + 1];
-        let mut inodes = Vec::with_capacity(self.nodes.len());
-        let mut xattrs = Vec::with_capacity(self.xattrs.len());
-        for (node, number) in self.nodes.iter().zip(&mut numbers[1..]) {
-            let mut inode = node.inode;
-            if inode.nlink == 0 {
-                continue;
-            }
-            let own = inode.xattr_first as usize..(inode.xattr_first + inode.xattr_count) as usize;
-            inode.xattr_first = xattrs.len() as u32;
-            xattrs.extend_from_slice(&self.xattrs[own]);
-            inodes.push(inode);
-            *number = inodes.len() as Ino;
-        }
-        for inode in &mut inodes {
-            // A parent is never younger than its child, but it may be replaced and come back: the map has all.
-            inode.parent = numbers[inode.parent as usize];
-        }
-        let strings = self.strings;
-        let mut names: Vec<(Ino, Dirent)> = Vec::with_capacity(self.names.len());
-        for name in self.names.iter().filter(|name| name.ino != NO_INO) {
-            let entry = Dirent {
-                name: name.text,
-                name_len: name.len,
-                ino: numbers[name.ino as usize],
-            };
-            names.push((numbers[name.dir as usize], entry));
-        }
-        let text = |entry: &Dirent| text_at(&strings, entry.name, entry.name_len);
-        names.sort_unstable_by(|(dir, name), (other_dir, other)| {
-            dir.cmp(other_dir).then_with(|| text(name).cmp(text(other)))
-        });
-        for (at, (dir, _)) in names.iter().enumerate() {
-            let inode = &mut inodes[*dir as usize - 1];
-            if inode.count == 0 {
-                inode.data = at as u64;
-            }
-            inode.count += 1;
-        }
-        Tree {
-            inodes,
-            dirents: names.into_iter().map(|(_, entry)| entry).collect(),
-            xattrs,
-            strings,
-        }
-    }
 }
 
 impl Tree {
@@ -712,43 +570,6 @@ fn limit(what: &'static str, value: usize, limit: usize) -> Result<(), LayerErro
     Ok(())
 }
 
-/// The path relative to the root: without empty, `.` and `..` components. `..` goes up lexically, and stops at the root.
-fn clean(path: &[u8]) -> Result<Cow<'_, [u8]>, Fault> {
-    let mut parts: Vec<&[u8]> = Vec::new();
-    let mut plain = true;
-    for part in path.split(|&c| c == b'/') {
-        match part {
-            b"" | b"." => plain = false,
-            b".." => {
-                parts.pop();
-                plain = false;
-            }
-            _ => parts.push(part),
-        }
-    }
-    let cleaned = if plain {
-        Cow::Borrowed(path)
-    } else {
-        Cow::Owned(parts.join(&b'/'))
-    };
-    if cleaned.contains(&0) {
-        return bad("its name holds a NUL");
-    }
-    if cleaned.len() > MAX_PATH_LEN {
-        return bad(format!(
-            "its path has {} bytes, over the limit of {MAX_PATH_LEN}",
-            cleaned.len()
-        ));
-    }
-    if let Some(long) = parts.iter().find(|part| part.len() > MAX_NAME_LEN) {
-        return bad(format!(
-            "a component of its path has {} bytes, over the limit of {MAX_NAME_LEN}",
-            long.len()
-        ));
-    }
-    Ok(cleaned)
-}
-
 /// An entry's time within what the unpacker sets; the epoch if it is outside.
 fn bounded_time(entry: &Entry<'_>) -> (i64, u32) {
     match (entry.mtime, entry.mtime_nsec) {
@@ -756,16 +577,3 @@ fn bounded_time(entry: &Entry<'_>) -> (i64, u32) {
         _ => (0, 0),
     }
 }
-
-/// Whether a file of this type would take an extended attribute of this name from an unpacker; the others are ignored.
-fn takes_xattr(file_type: u32, name: &[u8]) -> bool {
-    match name {
-        b"system.posix_acl_access" => file_type != mode::LNK,
-        b"system.posix_acl_default" => file_type == mode::DIR,
-        _ if name.starts_with(b"user.") => matches!(file_type, mode::REG | mode::DIR),
-        _ => name.starts_with(b"security."),
-    }
-}
-
-#[cfg(test)]
-mod tests;

@@ -57,9 +57,26 @@ fn the_entry_of_the_root_sets_only_its_time() {
 fn missing_parents_are_made_and_may_be_described_later() {
     let mut tar = Tar::default();
     tar.file("a/b/c", b"").dir("a/b", 0o711);
+    tar.add(
+        Head {
+            kind: b'5',
+            name: b"g",
+            mode: 0o2755,
+            gid: 5,
+            ..Head::default()
+        },
+        b"",
+    )
+    .file("g/h/i", b"");
     assert_eq!(
         tree(&mut tar),
-        "/a dir 755 0:0 x3\n/a/b dir 711 0:0 x2\n/a/b/c file 644 0:0 x1 0\n"
+        "/a dir 755 0:0 x3
+/a/b dir 711 0:0 x2
+/a/b/c file 644 0:0 x1 0
+/g dir 2755 0:5 x3
+/g/h dir 755 0:5 x2
+/g/h/i file 644 0:0 x1 0
+"
     );
 }
 
@@ -168,7 +185,7 @@ fn hard_links_to_what_is_not_there() {
         ("d/missing", "which no entry before it made"),
         ("nodir/f", "which no entry before it made"),
         ("self", "which no entry before it made"),
-        ("d", "a hard link to \"d\", a directory"),
+        ("nodir/../d/./", "a hard link to \"nodir/../d/./\", a directory"),
         (".", "a directory"),
         ("", "a directory"),
     ] {

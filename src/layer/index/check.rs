@@ -1,0 +1,135 @@
+//! The rules that every index keeps, so that its users need not check anything again.
+
+use super::{
+    Access, FORMAT, IndexParts, MAX_CHUNK_LEN, MAX_CHUNKS, MAX_DATA_SIZE, MAX_INODES, MAX_NAME_LEN, MAX_STRINGS,
+    MAX_TARGET_LEN, ROOT_INO, mode, valid_name,
+};
+use crate::layer::LayerError;
+
+/// Checks the parts of an index: limits, and that every reference points at something.
+pub(super) fn check(p: &IndexParts) -> Result<(), LayerError> {
+    let bad = |at: usize, what: &str| Err(LayerError::malformed(FORMAT, at as u64, what));
+    let limit = |what, value: u64, limit: u64| {
+        if value > limit {
+            Err(LayerError::TooLarge { what, value, limit })
+        } else {
+            Ok(())
+        }
+    };
+    limit("number of inodes", p.inodes.len() as u64, MAX_INODES as u64)?;
+    limit(
+        "number of directory entries",
+        p.dirents.len() as u64,
+        2 * MAX_INODES as u64,
+    )?;
+    limit(
+        "number of extended attributes",
+        p.xattrs.len() as u64,
+        2 * MAX_INODES as u64,
+    )?;
+    limit("number of chunks", p.chunks.len() as u64, MAX_CHUNKS as u64)?;
+    limit(
+        "length of names and attributes",
+        p.strings.len() as u64,
+        MAX_STRINGS as u64,
+    )?;
+    limit("uncompressed size of the layer", p.data_size, MAX_DATA_SIZE)?;
+
+    let string = |offset: u32, len: u32| {
+        p.strings
+            .get(offset as usize..(offset as usize).checked_add(len as usize)?)
+    };
+    let range_ok = |first: u64, count: u64, len: usize| first.checked_add(count).is_some_and(|end| end <= len as u64);
+    let mut references = vec![0u32; p.inodes.len()];
+    match p.inodes.first() {
+        Some(root) if root.is_dir() && root.parent == ROOT_INO => references[0] = 1,
+        _ => return bad(0, "the first inode is not a root directory"),
+    }
+    for (i, inode) in p.inodes.iter().enumerate() {
+        if !range_ok(inode.xattr_first.into(), inode.xattr_count.into(), p.xattrs.len()) {
+            return bad(i, "an inode's extended attributes lie outside");
+        }
+        if inode.mtime_nsec >= 1_000_000_000 {
+            return bad(i, "an inode's nanoseconds are a second or more");
+        }
+        match inode.file_type() {
+            mode::DIR => {
+                if !range_ok(inode.data, inode.count.into(), p.dirents.len()) {
+                    return bad(i, "a directory's entries lie outside");
+                }
+                let first = inode.data as usize;
+                let mut previous: &[u8] = b"";
+                for entry in &p.dirents[first..first + inode.count as usize] {
+                    let Some(name) = string(entry.name, entry.name_len) else {
+                        return bad(i, "a name lies outside");
+                    };
+                    if !valid_name(name) {
+                        return bad(i, "a directory entry has a name that no file can have");
+                    }
+                    if name <= previous {
+                        return bad(i, "a directory's names are not in order");
+                    }
+                    previous = name;
+                    let Some(target) = (entry.ino as usize).checked_sub(1).and_then(|at| p.inodes.get(at)) else {
+                        return bad(i, "a directory entry names no inode");
+                    };
+                    let count = &mut references[entry.ino as usize - 1];
+                    if target.is_dir() && (*count > 0 || target.parent as usize != i + 1) {
+                        return bad(i, "a directory has two parents");
+                    }
+                    *count += 1;
+                }
+            }
+            mode::REG => {
+                if inode.data.checked_add(inode.size).is_none_or(|end| end > p.data_size) {
+                    return bad(i, "a file's content lies outside the data space");
+                }
+            }
+            mode::LNK => {
+                let fits = u32::try_from(inode.data).ok().zip(u32::try_from(inode.size).ok());
+                match fits.and_then(|(offset, len)| string(offset, len)) {
+                    Some(target) if !target.is_empty() && target.len() <= MAX_TARGET_LEN && !target.contains(&0) => {}
+                    _ => return bad(i, "a symlink has no valid target"),
+                }
+            }
+            mode::CHR | mode::BLK | mode::FIFO | mode::SOCK => {}
+            _ => return bad(i, "an inode has no file type"),
+        }
+    }
+    if references.contains(&0) {
+        return bad(0, "an inode has no name");
+    }
+    for (i, x) in p.xattrs.iter().enumerate() {
+        match (string(x.name, x.name_len), string(x.value, x.value_len)) {
+            (Some(name), Some(_)) if !name.is_empty() && name.len() <= MAX_NAME_LEN && !name.contains(&0) => {}
+            _ => return bad(i, "an extended attribute has no valid name or value"),
+        }
+    }
+    let mut end = 0;
+    for (i, chunk) in p.chunks.iter().enumerate() {
+        if chunk.data_len == 0 || chunk.data_len > MAX_CHUNK_LEN || chunk.blob_len > MAX_CHUNK_LEN {
+            return bad(i, "a chunk's length is 0 or over the limit");
+        }
+        if chunk.data_offset < end {
+            return bad(i, "chunks overlap or are not in order");
+        }
+        match chunk.data_offset.checked_add(chunk.data_len.into()) {
+            Some(e) if e <= p.data_size => end = e,
+            _ => return bad(i, "a chunk lies outside the data space"),
+        }
+        if chunk
+            .blob_offset
+            .checked_add(chunk.blob_len.into())
+            .is_none_or(|e| e > p.blob_size)
+        {
+            return bad(i, "a chunk lies outside the blob");
+        }
+        if (p.access == Access::Ranges) == (chunk.blob_len == 0) {
+            return bad(
+                i,
+                "a chunk's place in the blob does not fit the way the layer is accessed",
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,288 @@
+//! The index on disk.
+//!
+//! All integers are little-endian. Records have a fixed size, so that an index of 100,000 files loads in milliseconds.
+//!
+//! ```text
+//! 0   magic     8   "LZLINDEX"
+//! 8   version   4   1
+//! 12  access    1   0 = stream, 1 = ranges
+//! 13  codec     1   0 = none, 1 = gzip, 2 = zstd
+//! 14  zero      2
+//! 16  data_size 8   bytes of the data space
+//! 24  blob_size 8   bytes of the layer's blob in the registry
+//! 32  counts    16  inodes, directory entries, xattrs, chunks: u32 each
+//! 48  strings   8   bytes of the string area
+//! 56  inodes    76 each
+//!     entries   12 each: name offset u32, name length u32, inode u32
+//!     xattrs    16 each: name offset, name length, value offset, value length: u32 each
+//!     chunks    60 each
+//!     strings
+//!     sha256    32  of everything before it
+//! ```
+
+use super::{Access, Chunk, Codec, Dirent, FORMAT, IndexParts, Inode, LayerIndex, Xattr};
+use crate::layer::{Digest, LayerError};
+
+const MAGIC: &[u8; 8] = b"LZLINDEX";
+/// Version of the on-disk form. A file with another version is discarded and made again.
+const VERSION: u32 = 1;
+const HEADER_LEN: usize = 56;
+const INODE_LEN: usize = 76;
+const DIRENT_LEN: usize = 12;
+const XATTR_LEN: usize = 16;
+const CHUNK_LEN: usize = 60;
+
+impl LayerIndex {
+    /// The on-disk form; the same index always gives the same bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let p = &self.parts;
+        let mut out = Vec::with_capacity(encoded_len(p));
+        out.extend_from_slice(MAGIC);
+        put32(&mut out, VERSION);
+        out.push(match p.access {
+            Access::Stream => 0,
+            Access::Ranges => 1,
+        });
+        out.push(match p.codec {
+            Codec::None => 0,
+            Codec::Gzip => 1,
+            Codec::Zstd => 2,
+        });
+        out.extend_from_slice(&[0; 2]);
+        put64(&mut out, p.data_size);
+        put64(&mut out, p.blob_size);
+        for count in [p.inodes.len(), p.dirents.len(), p.xattrs.len(), p.chunks.len()] {
+            put32(&mut out, count as u32);
+        }
+        put64(&mut out, p.strings.len() as u64);
+        for i in &p.inodes {
+            for word in [i.mode, i.uid, i.gid, i.nlink, i.rdev_major, i.rdev_minor] {
+                put32(&mut out, word);
+            }
+            put64(&mut out, i.size);
+            put64(&mut out, i.mtime as u64);
+            put32(&mut out, i.mtime_nsec);
+            put32(&mut out, i.parent);
+            put64(&mut out, i.data);
+            for word in [i.count, i.xattr_first, i.xattr_count, 0, 0] {
+                put32(&mut out, word);
+            }
+        }
+        for e in &p.dirents {
+            for word in [e.name, e.name_len, e.ino] {
+                put32(&mut out, word);
+            }
+        }
+        for x in &p.xattrs {
+            for word in [x.name, x.name_len, x.value, x.value_len] {
+                put32(&mut out, word);
+            }
+        }
+        for c in &p.chunks {
+            put64(&mut out, c.data_offset);
+            put64(&mut out, c.blob_offset);
+            for word in [c.data_len, c.blob_len, c.skip] {
+                put32(&mut out, word);
+            }
+            out.extend_from_slice(c.digest.as_bytes());
+        }
+        out.extend_from_slice(&p.strings);
+        let digest = Digest::of(&out);
+        out.extend_from_slice(digest.as_bytes());
+        out
+    }
+
+    /// Reads the on-disk form.
+    ///
+    /// # Errors
+    /// [`LayerError`] when the bytes are not an index of this version, are damaged, or break a rule of [`LayerIndex::new`].
+    pub fn decode(bytes: &[u8]) -> Result<Self, LayerError> {
+        let truncated = |what: &str| LayerError::Truncated {
+            format: FORMAT,
+            length: bytes.len() as u64,
+            what: what.to_owned(),
+        };
+        let body_len = bytes
+            .len()
+            .checked_sub(Digest::LEN)
+            .ok_or_else(|| truncated("its checksum"))?;
+        let (body, checksum) = bytes.split_at(body_len);
+        let mut r = Reader { bytes: body };
+        let header = r.take(HEADER_LEN).ok_or_else(|| truncated("its header"))?;
+        let mut h = Reader { bytes: header };
+        if h.array::<8>() != *MAGIC {
+            return Err(LayerError::malformed(FORMAT, 0, "the magic number is missing"));
+        }
+        let version = h.u32();
+        if version != VERSION {
+            return Err(LayerError::Unsupported {
+                what: format!("version {version} of the layer index"),
+            });
+        }
+        if Digest::of(body).as_bytes() != checksum {
+            return Err(LayerError::malformed(
+                FORMAT,
+                body_len as u64,
+                "the checksum does not match",
+            ));
+        }
+        let [access, codec, _, _] = h.array::<4>();
+        let access = match access {
+            0 => Access::Stream,
+            1 => Access::Ranges,
+            other => {
+                return Err(LayerError::malformed(
+                    FORMAT,
+                    12,
+                    format!("unknown access kind {other}"),
+                ));
+            }
+        };
+        let codec = match codec {
+            0 => Codec::None,
+            1 => Codec::Gzip,
+            2 => Codec::Zstd,
+            other => return Err(LayerError::malformed(FORMAT, 13, format!("unknown codec {other}"))),
+        };
+        let (data_size, blob_size) = (h.u64(), h.u64());
+        let [inodes, dirents, xattrs, chunks] = std::array::from_fn(|_| h.u32() as usize);
+        let strings = h.u64() as usize;
+        let mut section = |count: usize, record: usize, what: &str| {
+            count
+                .checked_mul(record)
+                .and_then(|len| r.take(len))
+                .ok_or_else(|| truncated(what))
+        };
+        let inodes = section(inodes, INODE_LEN, "its inodes")?;
+        let dirents = section(dirents, DIRENT_LEN, "its directory entries")?;
+        let xattrs = section(xattrs, XATTR_LEN, "its extended attributes")?;
+        let chunks = section(chunks, CHUNK_LEN, "its chunks")?;
+        let strings = section(strings, 1, "its strings")?;
+        if !r.bytes.is_empty() {
+            return Err(LayerError::malformed(
+                FORMAT,
+                body_len as u64,
+                "there are bytes after its strings",
+            ));
+        }
+        LayerIndex::new(IndexParts {
+            access,
+            codec,
+            data_size,
+            blob_size,
+            inodes: inodes
+                .chunks_exact(INODE_LEN)
+                .map(|b| decode_inode(Reader { bytes: b }))
+                .collect(),
+            dirents: dirents
+                .chunks_exact(DIRENT_LEN)
+                .map(|b| decode_dirent(Reader { bytes: b }))
+                .collect(),
+            xattrs: xattrs
+                .chunks_exact(XATTR_LEN)
+                .map(|b| decode_xattr(Reader { bytes: b }))
+                .collect(),
+            chunks: chunks
+                .chunks_exact(CHUNK_LEN)
+                .map(|b| decode_chunk(Reader { bytes: b }))
+                .collect(),
+            strings: strings.to_vec(),
+        })
+    }
+}
+
+fn encoded_len(p: &IndexParts) -> usize {
+    HEADER_LEN
+        + p.inodes.len() * INODE_LEN
+        + p.dirents.len() * DIRENT_LEN
+        + p.xattrs.len() * XATTR_LEN
+        + p.chunks.len() * CHUNK_LEN
+        + p.strings.len()
+        + Digest::LEN
+}
+
+fn put32(out: &mut Vec<u8>, value: u32) {
+    out.extend_from_slice(&value.to_le_bytes());
+}
+
+fn put64(out: &mut Vec<u8>, value: u64) {
+    out.extend_from_slice(&value.to_le_bytes());
+}
+
+/// Reads fixed-size records. Where the bytes run out, the numbers are zero: callers take a record of the right length first.
+struct Reader<'a> {
+    bytes: &'a [u8],
+}
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, len: usize) -> Option<&'a [u8]> {
+        let (head, tail) = self.bytes.split_at_checked(len)?;
+        self.bytes = tail;
+        Some(head)
+    }
+
+    fn array<const N: usize>(&mut self) -> [u8; N] {
+        self.take(N).and_then(|b| b.try_into().ok()).unwrap_or([0; N])
+    }
+
+    fn u32(&mut self) -> u32 {
+        u32::from_le_bytes(self.array())
+    }
+
+    fn u64(&mut self) -> u64 {
+        u64::from_le_bytes(self.array())
+    }
+}
+
+fn decode_inode(mut r: Reader<'_>) -> Inode {
+    let [mode, uid, gid, nlink, rdev_major, rdev_minor] = std::array::from_fn(|_| r.u32());
+    let (size, mtime) = (r.u64(), r.u64() as i64);
+    let (mtime_nsec, parent, data) = (r.u32(), r.u32(), r.u64());
+    let (count, xattr_first, xattr_count) = (r.u32(), r.u32(), r.u32());
+    Inode {
+        mode,
+        uid,
+        gid,
+        nlink,
+        rdev_major,
+        rdev_minor,
+        size,
+        mtime,
+        mtime_nsec,
+        parent,
+        data,
+        count,
+        xattr_first,
+        xattr_count,
+    }
+}
+
+fn decode_dirent(mut r: Reader<'_>) -> Dirent {
+    Dirent {
+        name: r.u32(),
+        name_len: r.u32(),
+        ino: r.u32(),
+    }
+}
+
+fn decode_xattr(mut r: Reader<'_>) -> Xattr {
+    Xattr {
+        name: r.u32(),
+        name_len: r.u32(),
+        value: r.u32(),
+        value_len: r.u32(),
+    }
+}
+
+fn decode_chunk(mut r: Reader<'_>) -> Chunk {
+    let (data_offset, blob_offset) = (r.u64(), r.u64());
+    let (data_len, blob_len, skip) = (r.u32(), r.u32(), r.u32());
+    Chunk {
+        data_offset,
+        data_len,
+        blob_offset,
+        blob_len,
+        skip,
+        digest: Digest::from_bytes(r.array()),
+    }
+}

@@ -6,6 +6,7 @@ use crate::stage::{Stage, subject};
 use crate::support::containerd::{Generation, REFERENCE};
 use crate::support::image::{Compression, Flavour, ordinary};
 use crate::support::lazuli::{self, Mounted};
+use crate::support::registry::Registry;
 use crate::support::sandbox::{COMMAND_TIMEOUT, PATIENCE, Sandbox, run};
 use crate::support::tree::{Options, compare};
 
@@ -97,11 +98,19 @@ fn errors_say_what_and_where() {
 
     let pull = lazuli(&["pull", "--config", &path, "127.0.0.1:1/demo/app:1"]);
     assert!(!pull.success());
+    assert!(pull.stderr.contains("127.0.0.1:1"), "{}", pull.describe());
+    let registry = Registry::start(&sandbox);
+    let reference = registry.push(&ordinary(Flavour::Oci, Compression::Gzip), "demo/app:1");
+    let pull = lazuli(&["pull", "--config", &path, &reference]);
+    assert!(!pull.success());
     assert!(
         pull.stderr.contains("c.sock"),
         "the containerd that is not there has no name: {}",
         pull.describe()
     );
+    let pull = lazuli(&["pull", "--config", &path, &reference.replace("app:1", "app:2")]);
+    assert!(!pull.success());
+    assert!(pull.stderr.contains("demo/app:2"), "{}", pull.describe());
 
     let missing = sandbox.path("nothing-here").display().to_string();
     let target = sandbox.dir("target").display().to_string();

@@ -13,8 +13,10 @@
 mod support;
 
 mod commands;
+mod faults;
 mod harness;
 mod pull;
+mod refused;
 mod restart;
 mod stage;
 mod trees;

@@ -24,7 +24,7 @@ fn check(converted: bool, end: impl Fn(&mut Stage)) {
     for _ in 0..2 {
         end(&mut stage);
         stage.registry.stop();
-        stage.lazuli().restart();
+        stage.restart_daemon();
         assert_eq!(stage.containerd.snapshots(&subject()), snapshots);
         stage.proxy.take();
         assert_eq!(stage.sh(&reference, READ_ALL), before);
@@ -84,7 +84,7 @@ fn killed_in_the_middle_of_a_pull() {
         );
     });
     stage.proxy.set_link(Default::default());
-    stage.lazuli().restart();
+    stage.restart_daemon();
     stage.pull(&reference);
     let sums = stage.sh(&reference, "sha256sum /app/data/large.bin");
     assert!(

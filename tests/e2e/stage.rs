@@ -4,11 +4,11 @@
 //! shows whether a failure is the harness' or ours.
 
 use crate::support::containerd::{Containerd, Generation, REFERENCE};
-use crate::support::image::Image;
-use crate::support::lazuli::{self, Lazuli};
+use crate::support::image::{Compression, Flavour, Image, Layer};
+use crate::support::lazuli::{self, Lazuli, SNAPSHOTTER};
 use crate::support::proxy::{Exchange, Link, Proxy};
 use crate::support::registry::Registry;
-use crate::support::sandbox::{Finished, Sandbox};
+use crate::support::sandbox::{Finished, PATIENCE, Sandbox, run, wait_until};
 use crate::support::tree::{Comparison, Options, compare};
 
 /// The snapshotter under test.
@@ -53,6 +53,22 @@ impl Stage {
         self.lazuli.as_mut().expect("this test is about the daemon")
     }
 
+    /// Starts the daemon again after its end, and waits until containerd has found it: between two attempts to connect it pauses for
+    /// up to 3 s, in which it fails all calls.
+    pub fn restart_daemon(&mut self) {
+        self.lazuli().restart();
+        let snapshots = ["snapshots", "--snapshotter", SNAPSHOTTER];
+        let probe = self.containerd.new_id();
+        // Listing would not ask the daemon while there is nothing to list.
+        let mut prepare = self.containerd.ctr(&[&snapshots[..], &["prepare", &probe]].concat());
+        wait_until(PATIENCE, || run(&mut prepare, PATIENCE).success().then_some(()))
+            .expect("containerd does not find the daemon again");
+        run(
+            &mut self.containerd.ctr(&[&snapshots[..], &["rm", &probe]].concat()),
+            PATIENCE,
+        );
+    }
+
     /// Pushes an image and returns its reference.
     pub fn push(&self, image: &Image, name: &str) -> String {
         self.registry.push(image, name);
@@ -71,6 +87,34 @@ impl Stage {
         self.containerd.remove_image(&converted);
         self.proxy.take();
         converted
+    }
+
+    /// Makes an eStargz image of an ordinary one and takes it out of the registry, for tests that serve it themselves.
+    pub fn converted(&self, image: &Image, options: &[&str]) -> Image {
+        let reference = self.push_converted(image, "convert/this:1", options);
+        self.containerd.pull(&reference, REFERENCE).expect_success();
+        let manifest = self.containerd.manifest(&reference);
+        let layers = manifest["layers"]
+            .as_array()
+            .expect("a manifest has layers")
+            .iter()
+            .map(|descriptor| {
+                let digest = descriptor["digest"].as_str().expect("a descriptor has a digest");
+                let blob = self.containerd.ctr_ok(&["content", "get", digest]).stdout;
+                let mut layer = Layer::from_blob(Compression::Gzip, blob);
+                for (key, value) in descriptor["annotations"]
+                    .as_object()
+                    .expect("eStargz layers have annotations")
+                {
+                    layer
+                        .annotations
+                        .insert(key.clone(), value.as_str().expect("annotations are texts").to_owned());
+                }
+                layer
+            });
+        let image = Image::new(Flavour::Oci, layers.collect());
+        self.containerd.remove_image(&reference);
+        image
     }
 
     /// Pulls an image for the snapshotter under test: by stock `ctr` where that is lazy (2.x), by `lazuli pull` elsewhere.

@@ -99,21 +99,7 @@ fn estargz_of_small_chunks() {
 fn estargz_below_gzip() {
     let stage = Stage::new("estargz_below_gzip", Generation::One);
     let lower = Image::new(Flavour::Oci, vec![Layer::of(Compression::Gzip, base_entries())]);
-    let converted = stage.push_converted(&lower, "trees/lower:1", &["--estargz"]);
-    stage.containerd.pull(&converted, "overlayfs").expect_success();
-    let manifest = stage.containerd.manifest(&converted);
-    let digest = manifest["layers"][0]["digest"].as_str().unwrap().to_owned();
-    let blob = stage.containerd.ctr_ok(&["content", "get", &digest]).stdout;
-    let mut layer = Layer::from_blob(Compression::Gzip, blob);
-    for (key, value) in manifest["layers"][0]["annotations"]
-        .as_object()
-        .expect("eStargz layers have annotations")
-    {
-        layer
-            .annotations
-            .insert(key.clone(), value.as_str().unwrap().to_owned());
-    }
-    stage.containerd.remove_image(&converted);
+    let layer = stage.converted(&lower, &["--estargz"]).layers.remove(0);
     let upper = Layer::of(Compression::Gzip, application_entries());
     let reference = stage.push(&Image::new(Flavour::Oci, vec![layer, upper]), "trees/mixed:1");
     let comparison = stage.compare(&reference, &estargz_options()).expect_equal();

@@ -75,6 +75,8 @@ pub struct Layer {
     pub compression: Compression,
     /// A media type other than the compression's own, to see what happens to it.
     pub media_type: Option<String>,
+    /// Other places of the blob, for foreign layers.
+    pub urls: Vec<String>,
     /// Annotations of its descriptor.
     pub annotations: BTreeMap<String, String>,
 }
@@ -115,6 +117,7 @@ impl Layer {
             diff_id,
             compression,
             media_type: None,
+            urls: Vec::new(),
             annotations: BTreeMap::new(),
         }
     }
@@ -141,6 +144,7 @@ impl Layer {
             diff_id,
             compression,
             media_type: None,
+            urls: Vec::new(),
             annotations: BTreeMap::new(),
         }
     }
@@ -237,6 +241,9 @@ impl Image {
                     "digest": layer.blob.digest,
                     "size": layer.blob.bytes.len(),
                 });
+                if !layer.urls.is_empty() {
+                    descriptor["urls"] = json!(layer.urls);
+                }
                 if !layer.annotations.is_empty() {
                     descriptor["annotations"] = json!(layer.annotations);
                 }

@@ -35,6 +35,7 @@ impl Registry {
         let text = format!(
             "version: 0.1\nlog:\n  level: info\n  accesslog:\n    disabled: false\n\
              storage:\n  filesystem:\n    rootdirectory: {}/data\n  maintenance:\n    uploadpurging:\n      enabled: false\n\
+             validation:\n  manifests:\n    urls:\n      allow: ['^http://127[.]0[.]0[.]1:']\n\
              http:\n  addr: {}\n  secret: test\n",
             dir.display(),
             self.address

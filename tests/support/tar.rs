@@ -387,8 +387,14 @@ impl<'a> Tar<'a> {
             body.extend_from_slice(value);
             body.push(b'\n');
         }
+        // containerd makes the parent directories of every name but those of `x` entries, so a global header has none.
+        let name = if typeflag == b'g' {
+            "pax_global_header"
+        } else {
+            "PaxHeaders.0/entry"
+        };
         let header = Header {
-            name: b"PaxHeaders.0/entry".to_vec(),
+            name: name.as_bytes().to_vec(),
             size: body.len() as u64,
             typeflag,
             ..Header::default()

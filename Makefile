@@ -50,7 +50,6 @@ test-slow:
 ## suite       containerd's own snapshotter suite against the daemon
 suite:
 	@$(SETUP) build test suite
-	$(CARGO) build --locked --bin lazuli
 	CARGO_TARGET_DIR='$(TARGET)' tests/suite/run
 
 ## bench       micro-benchmarks, then the cold start: medians and ratios against overlayfs (RUNS=5)

@@ -15,7 +15,7 @@ HOST := $(shell uname -m | tr a-z A-Z)
 export CARGO_TARGET_$(HOST)_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help demo test test-slow suite bench fmt lint deny advisories build install clean-demo
+.PHONY: help demo test test-slow suite bench fmt lint deny fuzz advisories build install clean-demo
 
 ## build       the release binary
 build:
@@ -74,6 +74,15 @@ lint:
 deny:
 	@$(SETUP) build deny
 	$(CARGO) deny --locked check --hide-inclusion-graph licenses bans sources
+
+## fuzz        every parser with random bytes, FUZZ_SECONDS=60 each (needs a nightly Rust; builds cargo-fuzz)
+FUZZ_SECONDS ?= 60
+fuzz:
+	@$(SETUP) build
+	@cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
+	for target in $$(cargo +nightly fuzz list); do \
+	    cargo +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=4096; \
+	done
 
 ## advisories  known vulnerabilities of the dependencies (fetches the advisory database)
 advisories:

@@ -11,7 +11,7 @@
 //!
 //! ```text
 //! 0   magic     8   "LZLINDEX"
-//! 8   version   4   1
+//! 8   version   4   2
 //! 12  access    1   0 = stream, 1 = ranges
 //! 13  codec     1   0 = none, 1 = gzip, 2 = zstd
 //! 14  zero      2
@@ -19,7 +19,7 @@
 //! 24  blob_size 8   bytes of the layer's blob in the registry
 //! 32  counts    16  inodes, directory entries, xattrs, chunks: u32 each
 //! 48  strings   8   bytes of the string area
-//! 56  inodes    76 each
+//! 56  inodes    76 each: the fields of [`Inode`] in their order, `flags` last, 4 zero bytes
 //!     entries   12 each: name offset u32, name length u32, inode u32
 //!     xattrs    16 each: name offset, name length, value offset, value length: u32 each
 //!     chunks    60 each
@@ -122,6 +122,16 @@ pub struct Inode {
     pub xattr_first: u32,
     /// Number of its extended attributes.
     pub xattr_count: u32,
+    /// What the attributes do not say of where it comes from: bits of [`flags`].
+    pub flags: u32,
+}
+
+/// Bits of [`Inode::flags`]. Nobody who reads the layer sees them; [`on_top_of`](super::variant::on_top_of) goes by them.
+pub mod flags {
+    /// A directory that no entry describes: what it looks like depends on the layers below.
+    pub const IMPLIED: u32 = 1;
+    /// Made of an entry `.wh.NAME`, not of one for a device 0:0.
+    pub const WHITEOUT: u32 = 2;
 }
 
 impl Inode {
@@ -148,6 +158,21 @@ impl Inode {
     /// Whether it is what overlayfs takes as a deleted name: a character device 0:0.
     pub fn is_whiteout(&self) -> bool {
         self.file_type() == mode::CHR && self.rdev_major == 0 && self.rdev_minor == 0
+    }
+
+    /// Whether it is a directory that no entry describes.
+    pub fn is_implied(&self) -> bool {
+        self.flags & flags::IMPLIED != 0
+    }
+
+    /// Whether its flags are known, and go with its type.
+    fn has_valid_flags(&self) -> bool {
+        match self.flags {
+            0 => true,
+            flags::IMPLIED => self.is_dir(),
+            flags::WHITEOUT => self.is_whiteout(),
+            _ => false,
+        }
     }
 }
 
@@ -235,7 +260,7 @@ pub struct LayerIndex {
 
 const MAGIC: &[u8; 8] = b"LZLINDEX";
 /// Version of the on-disk form. A file with another version is discarded and made again.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER_LEN: usize = 56;
 const INODE_LEN: usize = 76;
 const DIRENT_LEN: usize = 12;
@@ -311,6 +336,11 @@ impl LayerIndex {
             ino = self.lookup(self.inode(ino)?, name)?;
         }
         Some(ino)
+    }
+
+    /// The parts, to make another index of them.
+    pub(super) fn parts(&self) -> &IndexParts {
+        &self.parts
     }
 
     /// Target of a symlink; empty for anything else.
@@ -394,7 +424,7 @@ impl LayerIndex {
             put32(&mut out, i.mtime_nsec);
             put32(&mut out, i.parent);
             put64(&mut out, i.data);
-            for word in [i.count, i.xattr_first, i.xattr_count, 0, 0] {
+            for word in [i.count, i.xattr_first, i.xattr_count, i.flags, 0] {
                 put32(&mut out, word);
             }
         }
@@ -568,7 +598,7 @@ fn decode_inode(mut r: Reader<'_>) -> Inode {
     let [mode, uid, gid, nlink, rdev_major, rdev_minor] = std::array::from_fn(|_| r.u32());
     let (size, mtime) = (r.u64(), r.u64() as i64);
     let (mtime_nsec, parent, data) = (r.u32(), r.u32(), r.u64());
-    let (count, xattr_first, xattr_count) = (r.u32(), r.u32(), r.u32());
+    let [count, xattr_first, xattr_count, flags] = std::array::from_fn(|_| r.u32());
     Inode {
         mode,
         uid,
@@ -584,6 +614,7 @@ fn decode_inode(mut r: Reader<'_>) -> Inode {
         count,
         xattr_first,
         xattr_count,
+        flags,
     }
 }
 
@@ -661,6 +692,9 @@ fn check(p: &IndexParts) -> Result<(), LayerError> {
         }
         if inode.mtime_nsec >= 1_000_000_000 {
             return bad(i, "an inode's nanoseconds are a second or more");
+        }
+        if !inode.has_valid_flags() {
+            return bad(i, "an inode's flags are unknown or do not go with its type");
         }
         match inode.file_type() {
             mode::DIR => {

@@ -61,6 +61,9 @@ fn missing_parents_are_made_and_may_be_described_later() {
         tree(&mut tar),
         "/a dir 755 0:0 x3\n/a/b dir 711 0:0 x2\n/a/b/c file 644 0:0 x1 0\n"
     );
+    let index = tar.index();
+    let implied = |path: &[u8]| index.inode(index.lookup_path(path).unwrap()).unwrap().is_implied();
+    assert_eq!([&b"a"[..], b"a/b", b""].map(implied), [true, false, false]);
 }
 
 #[test]
@@ -275,11 +278,11 @@ fn whiteouts_are_devices_and_opaque_marks_are_attributes() {
 }
 
 #[test]
-fn a_whiteout_never_hides_the_same_layer() {
+fn of_a_whiteout_and_its_name_the_later_counts() {
     let mut tar = Tar::default();
-    tar.file("f", b"kept")
+    tar.file("f", b"gone")
         .file(".wh.f", b"")
-        .file("d/x", b"kept")
+        .file("d/x", b"gone")
         .file(".wh.d", b"")
         .file(".wh.w", b"");
     tar.add(
@@ -296,9 +299,8 @@ fn a_whiteout_never_hides_the_same_layer() {
         .dir("s", 0o755);
     assert_eq!(
         tree(&mut tar),
-        "/d dir 755 0:0 x2 trusted.overlay.opaque=y
-/d/x file 644 0:0 x1 4
-/f file 644 0:0 x1 4
+        "/d char 0 0:0 x1 0:0
+/f char 0 0:0 x1 0:0
 /r file 644 0:0 x1 8
 /s dir 755 0:0 x2
 /w char 0 9:0 x1 0:0

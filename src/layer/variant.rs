@@ -6,7 +6,7 @@
 //!   that of the same path in the nearest layer below that has one: mode, owner, time, extended attributes (but for `trusted.*`).
 //!   Each layer is asked by itself: what lies between hides nothing, and symlinks on the path are followed within the layer that has
 //!   them. Where the nearest layer that has the path has something else there (a whiteout, say), or none has it, the directory is
-//!   0755 root:root. Without this a layer that mentions `tmp/x` would take the sticky bit from everybody's `/tmp`.
+//!   0755 root:root, with the group of its parent if that hands its group on (setgid). Without this a layer that mentions `tmp/x` would take the sticky bit from everybody's `/tmp`.
 //! - *Whiteouts in the lowest layer.* There is nothing below to hide, and the lowest layer is unpacked without overlayfs: whiteouts
 //!   leave no device, opaque markers no attribute. (What they hid of their own layer is gone from the index already, except that an
 //!   opaque marker leaves alone what the unpacker would remove: the contents of directories without an entry.)
@@ -27,6 +27,8 @@ const MAX_LINKS: u32 = 40;
 const MAX_STEPS: u64 = 100 << 20;
 /// Attributes with this prefix belong to one layer alone.
 const TRUSTED_PREFIX: &[u8] = b"trusted.";
+/// The bit by which a directory hands its group on to what is made in it.
+const SETGID: u32 = 0o2000;
 
 /// The index of a layer as it looks on the layers `below`, of which the topmost comes first; `None` if that is how it looks anyway,
 /// which is found out in one pass over its inodes. Of a layer below that is `None` nothing is known: it is passed over.
@@ -43,17 +45,17 @@ pub fn on_top_of(index: &LayerIndex, below: &[Option<&LayerIndex>]) -> Result<Op
         return Ok(None);
     }
     let below: Vec<&LayerIndex> = below.iter().copied().flatten().collect();
-    let found = described_below(index, &below)?;
-    let differing: Vec<_> = found
+    let looks = looks_on(index, &below)?;
+    let differing: Vec<_> = looks
         .into_iter()
-        .filter(|(ino, describing, described)| !looks_like(index, *ino, describing, described))
+        .filter(|(ino, look)| !look.is_of(index, *ino))
         .collect();
     if differing.is_empty() {
         return Ok(None);
     }
     let mut patch = Patch::of(index.parts().clone());
-    for (ino, describing, described) in differing {
-        patch.describe(index, ino, describing, &described)?;
+    for (ino, look) in differing {
+        patch.apply(index, ino, look)?;
     }
     LayerIndex::new(patch.parts).map(Some)
 }
@@ -72,17 +74,47 @@ enum Place {
     Missing,
 }
 
-/// Every directory without an entry for which a layer below has a description: its number, that layer, and the directory there.
-fn described_below<'a>(
-    index: &LayerIndex,
-    below: &[&'a LayerIndex],
-) -> Result<Vec<(Ino, &'a LayerIndex, Inode)>, LayerError> {
+/// How a directory without an entry has to look.
+#[derive(Clone, Copy)]
+enum Look<'a> {
+    /// As this directory of a layer below.
+    Of(&'a LayerIndex, Inode),
+    /// As by itself, with this group.
+    Group(u32),
+}
+
+impl Look<'_> {
+    /// The group that the directory hands on, if it does.
+    fn hands_on(&self) -> Option<u32> {
+        match self {
+            Look::Of(_, described) if described.mode & SETGID != 0 => Some(described.gid),
+            // The unpacker sets the permissions of what it makes, and so takes the bit away.
+            _ => None,
+        }
+    }
+
+    /// Whether a directory looks like this already.
+    fn is_of(&self, index: &LayerIndex, ino: Ino) -> bool {
+        let attributes = |inode: &Inode| (inode.mode, inode.uid, inode.gid, inode.mtime, inode.mtime_nsec);
+        index.inode(ino).is_some_and(|inode| match self {
+            Look::Of(below, described) => {
+                attributes(inode) == attributes(described) && inherited(index, inode).eq(inherited(below, described))
+            }
+            Look::Group(gid) => inode.gid == *gid,
+        })
+    }
+}
+
+/// A directory to look into, with its places in the layers below, and the group that it hands on.
+type Pending = (Ino, Rc<[Place]>, Option<u32>);
+
+/// The looks of all directories without an entry that do not look as by themselves.
+fn looks_on<'a>(index: &LayerIndex, below: &[&'a LayerIndex]) -> Result<Vec<(Ino, Look<'a>)>, LayerError> {
     let on_the_way = ways_to_implied(index);
     let mut steps = 0;
     let mut found = Vec::new();
-    // Directories to look into, with their places in the layers below.
-    let mut pending: Vec<(Ino, Rc<[Place]>)> = vec![(ROOT_INO, below.iter().map(|_| Place::Dir(ROOT_INO)).collect())];
-    while let Some((ino, places)) = pending.pop() {
+    let mut pending: Vec<Pending> = vec![(ROOT_INO, below.iter().map(|_| Place::Dir(ROOT_INO)).collect(), None)];
+    while let Some((ino, places, group)) = pending.pop() {
         let Some(dir) = index.inode(ino) else { continue };
         for entry in index.entries(dir) {
             if !on_the_way.get(entry.ino as usize).is_some_and(|&wanted| wanted) {
@@ -96,15 +128,16 @@ fn described_below<'a>(
                     other => other,
                 });
             }
+            let mut look = None;
             if index.inode(entry.ino).is_some_and(Inode::is_implied) {
                 let nearest = own.iter().zip(below).find(|(place, _)| **place != Place::Missing);
-                if let Some((Place::Dir(described), layer)) = nearest
-                    && let Some(described) = layer.inode(*described)
-                {
-                    found.push((entry.ino, *layer, *described));
-                }
+                look = match nearest {
+                    Some((Place::Dir(ino), layer)) => layer.inode(*ino).map(|inode| Look::Of(layer, *inode)),
+                    _ => group.map(Look::Group),
+                };
+                found.extend(look.map(|look| (entry.ino, look)));
             }
-            pending.push((entry.ino, own.into()));
+            pending.push((entry.ino, own.into(), look.and_then(|look| look.hands_on())));
         }
     }
     Ok(found)
@@ -182,14 +215,6 @@ fn inherited<'a>(layer: &'a LayerIndex, dir: &Inode) -> impl Iterator<Item = (&'
     layer.xattrs(dir).filter(|(name, _)| !name.starts_with(TRUSTED_PREFIX))
 }
 
-/// Whether a directory without an entry looks like `described` of the layer `below` already.
-fn looks_like(index: &LayerIndex, ino: Ino, below: &LayerIndex, described: &Inode) -> bool {
-    let attributes = |inode: &Inode| (inode.mode, inode.uid, inode.gid, inode.mtime, inode.mtime_nsec);
-    index.inode(ino).is_some_and(|inode| {
-        attributes(inode) == attributes(described) && inherited(index, inode).eq(inherited(below, described))
-    })
-}
-
 /// An index being changed.
 struct Patch {
     parts: IndexParts,
@@ -205,19 +230,22 @@ impl Patch {
         }
     }
 
-    /// Gives the directory `ino`, which no entry describes, the attributes of `described` in the layer `below`.
-    fn describe(
-        &mut self,
-        index: &LayerIndex,
-        ino: Ino,
-        below: &LayerIndex,
-        described: &Inode,
-    ) -> Result<(), LayerError> {
+    /// Gives the directory `ino` of the index a look.
+    fn apply(&mut self, index: &LayerIndex, ino: Ino, look: Look<'_>) -> Result<(), LayerError> {
         let first = self.parts.xattrs.len();
         let Some(old) = index.inode(ino) else { return Ok(()) };
+        let (below, described) = match look {
+            Look::Of(below, described) => (below, described),
+            Look::Group(gid) => {
+                if let Some(inode) = self.parts.inodes.get_mut(ino as usize - 1) {
+                    inode.gid = gid;
+                }
+                return Ok(());
+            }
+        };
         // A marker may have made it opaque, which is no matter of the layers below.
         let own = index.xattrs(old).filter(|(name, _)| name.starts_with(TRUSTED_PREFIX));
-        for (name, value) in own.chain(inherited(below, described)) {
+        for (name, value) in own.chain(inherited(below, &described)) {
             let xattr = Xattr {
                 name: self.text(name)?,
                 name_len: name.len() as u32,

@@ -18,3 +18,4 @@ mod pull;
 mod restart;
 mod stage;
 mod trees;
+mod variants;

@@ -1,6 +1,6 @@
 //! Tests of what entries do to a tree. They come as tars: that is how they come in life.
 
-use crate::layer::testing::{Head, Tar, picture};
+use crate::layer::testing::{Head, Tar, picture, record};
 
 /// The picture of a tar's tree, without the line of the root.
 fn tree(tar: &mut Tar) -> String {
@@ -441,4 +441,35 @@ fn deep_and_wide_trees() {
     let mut tar = Tar(tar.0[..tar.0.len() - 1024].to_vec());
     tar.file("d", b"").file("wide", b"");
     assert_eq!(tree(&mut tar).lines().count(), 3);
+}
+
+#[test]
+fn global_headers_are_nothing_and_take_its_place() {
+    let global = |tar: &mut Tar, name: &[u8], body: &[u8]| {
+        let size = body.len() as u64;
+        tar.add(
+            Head {
+                kind: b'g',
+                name,
+                size,
+                ..Head::default()
+            },
+            body,
+        );
+    };
+    let mut tar = Tar::default();
+    tar.file("replaced", b"").file("named", b"").dir("d", 0o700);
+    global(&mut tar, b"headers/one", &record("comment", b"x"));
+    global(&mut tar, b"replaced", &record("mtime", b"5"));
+    global(&mut tar, b"other", &record("path", b"named"));
+    for name in [&b"./"[..], b"d/.wh.gone", b"free"] {
+        global(&mut tar, name, &[]);
+    }
+    assert_eq!(
+        tree(&mut tar),
+        "/d dir 700 0:0 x2
+/d/gone char 0 0:0 x1 0:0
+/headers dir 755 0:0 x2
+"
+    );
 }

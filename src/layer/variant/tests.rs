@@ -69,6 +69,32 @@ fn directories_without_an_entry_look_as_below() {
 }
 
 #[test]
+fn a_group_that_is_handed_on_below_is_handed_on() {
+    let below = layer(|tar| {
+        tar.add(
+            Head {
+                name: b"d",
+                mode: 0o2770,
+                mtime: 0,
+                ..NOBODY
+            },
+            b"",
+        );
+    });
+    let above = layer(|tar| {
+        tar.file("d/made/deeper/file", b"");
+    });
+    assert_eq!(
+        on(&above, &[&below]).unwrap(),
+        "/d dir 2770 7:8 x3
+/d/made dir 755 0:8 x3
+/d/made/deeper dir 755 0:0 x2
+/d/made/deeper/file file 644 0:0 x1 0
+"
+    );
+}
+
+#[test]
 fn most_layers_are_the_same_everywhere() {
     let ordinary = layer(|tar| {
         tar.dir("a", 0o700).file("a/x", b"").file(".wh.b", b"");

@@ -222,7 +222,7 @@ impl Catalog {
             .read_live()
             .iter()
             .filter(|(_, live)| !live.is_variant)
-            .map(|(digest, live)| layer_status(digest, live))
+            .map(|(digest, live)| status::of_layer(digest, live))
             .collect();
         layers.sort_by(|a, b| a.digest.cmp(&b.digest));
         let images = self.images().unwrap_or_else(|error| {
@@ -230,7 +230,10 @@ impl Catalog {
             Vec::new()
         });
         let is_live = |digest: &str| layers.iter().any(|layer| layer.digest == digest);
-        let images = images.into_iter().map(|image| image_status(image, is_live)).collect();
+        let images = images
+            .into_iter()
+            .map(|image| status::of_image(image, is_live))
+            .collect();
         let loading = self.loader.fetcher().streams_under_way().into_iter();
         let loading = loading.map(|(digest, received_bytes, blob_bytes)| status::LoadingStatus {
             digest: digest.to_string(),
@@ -580,40 +583,6 @@ fn new_image_record(plan: &ImagePlan) -> ImageRecord {
                 refused: None,
             })
             .collect(),
-    }
-}
-
-fn layer_status(digest: &Digest, live: &Live) -> status::LayerStatus {
-    let index = live.layer.index();
-    let stats = live.layer.stats();
-    status::LayerStatus {
-        digest: digest.to_string(),
-        format: live.format.clone(),
-        lazy: index.access() == Access::Ranges,
-        blob_bytes: index.blob_size(),
-        total_bytes: stats.total_bytes,
-        present_bytes: stats.present_bytes,
-        requests: stats.requests,
-        fetched_bytes: stats.fetched_bytes,
-    }
-}
-
-fn image_status(image: ImageRecord, is_live: impl Fn(&str) -> bool) -> status::ImageStatus {
-    let name = image
-        .names
-        .first()
-        .cloned()
-        .unwrap_or_else(|| format!("{}/{}", image.host, image.repository));
-    let layers = image.layers.into_iter().map(|layer| status::ImageLayerStatus {
-        live: is_live(&layer.digest),
-        digest: layer.digest,
-        refused: layer.refused,
-    });
-    status::ImageStatus {
-        name,
-        namespace: image.namespace,
-        manifest: image.manifest.to_string(),
-        layers: layers.collect(),
     }
 }
 

@@ -6,7 +6,8 @@
 //!   that of the same path in the nearest layer below that has one: mode, owner, time, extended attributes (but for `trusted.*`).
 //!   Each layer is asked by itself: what lies between hides nothing, and symlinks on the path are followed within the layer that has
 //!   them. Where the nearest layer that has the path has something else there (a whiteout, say), or none has it, the directory is
-//!   0755 root:root, with the group of its parent if that hands its group on (setgid). Without this a layer that mentions `tmp/x` would take the sticky bit from everybody's `/tmp`.
+//!   0755 root:root, with the group of its parent if that hands its group on (setgid). Without this a layer that mentions `tmp/x`
+//!   would take the sticky bit from everybody's `/tmp`.
 //! - *Whiteouts in the lowest layer.* There is nothing below to hide, and the lowest layer is unpacked without overlayfs: whiteouts
 //!   leave no device, opaque markers no attribute. (What they hid of their own layer is gone from the index already, except that an
 //!   opaque marker leaves alone what the unpacker would remove: the contents of directories without an entry.)

@@ -6,6 +6,9 @@
 //! all its layers are loaded at once, side by side ([`loader`]): one task per layer, which every later question for that layer
 //! joins. A layer that is loaded gets a *slot*, its directory in the FUSE tree, for ever the same number for the same digest.
 //!
+//! A layer may look different on its parents than by itself ([`crate::layer::variant`]): then it is a *variant* of the layer that is
+//! live for the snapshot ([`variants`]), with a digest and a slot of its own. Snapshots know it by that digest as they know layers.
+//!
 //! # A restart
 //! The database knows every layer that a committed snapshot refers to. Those whose index is in the cache are live again before the
 //! daemon says it is ready, without a question to the network; the others are loaded again in the background.
@@ -35,11 +38,13 @@ pub mod images;
 pub mod loader;
 pub mod sources;
 pub mod status;
+pub mod variants;
 
 use containerd::Containerd;
 use images::{ImagePlan, Images};
 use loader::{LayerSpec, Loader, Refusal};
 use sources::Failover;
+use variants::Shelf;
 
 /// How long a layer stays live without a snapshot that refers to it. A pull loads all layers of an image at once and commits them
 /// one by one, each after those below it; a slow layer may hold up the ones above for minutes.
@@ -59,7 +64,7 @@ pub struct LayerRequest {
 /// What became of a [`LayerRequest`].
 #[derive(Debug, Clone)]
 pub enum Resolution {
-    /// Lazuli serves the layer.
+    /// Lazuli serves the layer: its digest, or that of a variant of it.
     Live(Digest),
     /// containerd has to unpack it; the text says why Lazuli does not.
     Refused(String),
@@ -88,6 +93,8 @@ struct Live {
     slot: u32,
     layer: Arc<Layer>,
     format: String,
+    /// Whether it is the layer as it looks on certain parents. Such a layer is live by itself as well.
+    is_variant: bool,
     /// Keeps its bytes in the cache as long as there is anything else to remove.
     _in_use: InUse,
     /// When a pull last asked for it.
@@ -106,6 +113,8 @@ pub struct Catalog {
     root: PathBuf,
     cache_max_bytes: u64,
     live: RwLock<HashMap<Digest, Live>>,
+    /// The variants on disk.
+    shelf: Shelf,
     flights: Mutex<HashMap<Digest, Flight>>,
 }
 
@@ -149,6 +158,7 @@ impl Catalog {
             session: RwLock::new(Some(session)),
             store,
             metrics,
+            shelf: Shelf::new(root.join(variants::DIRECTORY)),
             root,
             cache_max_bytes,
             live: RwLock::default(),
@@ -162,17 +172,20 @@ impl Catalog {
     /// # Errors
     /// [`StoreError`] when the database cannot be read.
     pub fn restore(self: &Arc<Self>, referenced: &[Digest]) -> Result<(), StoreError> {
-        let referenced: HashSet<_> = referenced.iter().collect();
+        let mut referenced: HashSet<_> = referenced.iter().copied().collect();
         let (mut restored, mut missing) = (0_usize, 0_usize);
+        let (mut layers, mut variants) = (Vec::new(), Vec::new());
         for (digest, record) in self.store.layers()? {
-            let record = match record {
-                Ok(record) if referenced.contains(&digest) => record,
-                Ok(_) => continue,
-                Err(error) => {
-                    tracing::error!(%error, layer = %digest, "its record is lost; pull its image again");
-                    continue;
-                }
-            };
+            match record {
+                Ok(record) if record.variant_of.is_some() => variants.push(record),
+                Ok(record) => layers.push(record),
+                Err(error) => tracing::error!(%error, layer = %digest, "its record is lost; pull its image again"),
+            }
+        }
+        variants.retain(|record| referenced.contains(&record.digest) || self.forget_variant(&record.digest));
+        referenced.extend(variants.iter().filter_map(|record| record.variant_of));
+        for record in layers.into_iter().filter(|record| referenced.contains(&record.digest)) {
+            let digest = record.digest;
             let spec = spec_of(&record);
             let Some(blob) = self.blob(&spec, &record.sources) else {
                 tracing::error!(layer = %record.digest, "no source is recorded; pull its image again");
@@ -192,6 +205,7 @@ impl Catalog {
                 Err(refusal) => tracing::error!(layer = %record.digest, reason = %refusal, "cannot be brought back"),
             }
         }
+        self.restore_variants(variants);
         tracing::info!(restored, missing, "layers of committed snapshots are back");
         Ok(())
     }
@@ -207,7 +221,8 @@ impl Catalog {
         let mut layers: Vec<_> = self
             .read_live()
             .iter()
-            .map(|(digest, live)| layer_status(digest, live))
+            .filter(|(_, live)| !live.is_variant)
+            .map(|(digest, live)| status::of_layer(digest, live))
             .collect();
         layers.sort_by(|a, b| a.digest.cmp(&b.digest));
         let images = self.images().unwrap_or_else(|error| {
@@ -215,7 +230,10 @@ impl Catalog {
             Vec::new()
         });
         let is_live = |digest: &str| layers.iter().any(|layer| layer.digest == digest);
-        let images = images.into_iter().map(|image| image_status(image, is_live)).collect();
+        let images = images
+            .into_iter()
+            .map(|image| status::of_image(image, is_live))
+            .collect();
         let loading = self.loader.fetcher().streams_under_way().into_iter();
         let loading = loading.map(|(digest, received_bytes, blob_bytes)| status::LoadingStatus {
             digest: digest.to_string(),
@@ -261,24 +279,28 @@ impl Catalog {
 
     async fn resolve_layer(self: Arc<Self>, request: LayerRequest) -> Result<Digest, Refusal> {
         let plan = self.images.find(&request).await?;
-        let Some(planned) = plan.layer(&request.chain_id) else {
+        let Some(position) = plan.position(&request.chain_id) else {
             let (manifest, chain_id) = (plan.manifest, &request.chain_id);
             return Err(Refusal::unresolved(
                 format!("manifest {manifest} has no layer with chain id {chain_id}"),
                 false,
             ));
         };
-        let digest = planned.spec.digest;
+        let digest = plan.layers[position].spec.digest;
         let flights = self.begin_image(&plan);
         let result = match flights.get(&digest) {
             Some(flight) => flight.clone().await,
             // Already live: `begin_image` starts flights for all others.
             None => Ok(()),
         };
+        let result = match result {
+            Ok(()) => self.on_its_parents(&plan, position, &flights).await,
+            Err(refusal) => Err(refusal),
+        };
         if let Err(error) = self.record_image(&plan, &digest, result.as_ref().err()) {
             tracing::error!(%error, manifest = %plan.manifest, "what became of the image cannot be recorded");
         }
-        result.map(|()| digest)
+        result
     }
 
     /// Begins to load every layer of an image that is not live, and gives the tasks of those that are being loaded.
@@ -351,6 +373,7 @@ impl Catalog {
             .map_err(|error| of_store(&error))?;
         let record = LayerRecord {
             digest: spec.digest,
+            variant_of: None,
             diff_id: spec.diff_id,
             media_type: spec.media_type.clone(),
             size: spec.size,
@@ -370,27 +393,13 @@ impl Catalog {
     fn attach(&self, spec: &LayerSpec, slot: u32, layer: Arc<Layer>) -> Result<String, Refusal> {
         let format = loader::format_name(spec, layer.index());
         let in_use = layer.cached().pin();
-        match &*self.session() {
-            Some(session) => session
-                .attach(slot, Arc::clone(&layer) as Arc<dyn LayerData>)
-                .map_err(|error| Refusal {
-                    word: "closed",
-                    text: error.to_string(),
-                    retry_helps: false,
-                })?,
-            None => {
-                return Err(Refusal {
-                    word: "closed",
-                    text: "the daemon ends".to_owned(),
-                    retry_helps: true,
-                });
-            }
-        }
+        self.show(slot, Arc::clone(&layer) as Arc<dyn LayerData>)?;
         let access = access_label(layer.index().access());
         let live = Live {
             slot,
             layer,
             format: format.clone(),
+            is_variant: false,
             _in_use: in_use,
             wanted: Instant::now(),
         };
@@ -398,6 +407,22 @@ impl Catalog {
             self.metrics.layers_live.with_label_values(&[access]).inc();
         }
         Ok(format)
+    }
+
+    /// Puts a layer or a variant into the FUSE tree.
+    fn show(&self, slot: u32, layer: Arc<dyn LayerData>) -> Result<(), Refusal> {
+        match &*self.session() {
+            Some(session) => session.attach(slot, layer).map_err(|error| Refusal {
+                word: "closed",
+                text: error.to_string(),
+                retry_helps: false,
+            }),
+            None => Err(Refusal {
+                word: "closed",
+                text: "the daemon ends".to_owned(),
+                retry_helps: true,
+            }),
+        }
     }
 
     /// A handle on the blob at all its sources. Asks nobody yet.
@@ -428,10 +453,12 @@ impl Catalog {
         self.store.put_image(&record)
     }
 
-    fn release(&self, keep: &HashSet<Digest>) {
+    /// Releases what is not to be kept. `keep` gets the layers whose variants are kept.
+    fn release(&self, keep: &mut HashSet<Digest>) {
+        keep.extend(self.release_variants(keep));
         let released: Vec<(Digest, Live)> = self
             .write_live()
-            .extract_if(|digest, live| !keep.contains(digest) && live.wanted.elapsed() > GRACE)
+            .extract_if(|digest, live| !live.is_variant && !keep.contains(digest) && live.wanted.elapsed() > GRACE)
             .collect();
         for (digest, live) in released {
             if let Some(session) = &*self.session() {
@@ -502,8 +529,8 @@ impl Layers for Handle {
         let catalog = Arc::clone(&self.0);
         async move {
             let done = tokio::task::spawn_blocking(move || {
-                let keep: HashSet<Digest> = layers.into_iter().collect();
-                catalog.release(&keep);
+                let mut keep: HashSet<Digest> = layers.into_iter().collect();
+                catalog.release(&mut keep);
                 catalog.forget_images(&keep)
             });
             match done.await {
@@ -556,40 +583,6 @@ fn new_image_record(plan: &ImagePlan) -> ImageRecord {
                 refused: None,
             })
             .collect(),
-    }
-}
-
-fn layer_status(digest: &Digest, live: &Live) -> status::LayerStatus {
-    let index = live.layer.index();
-    let stats = live.layer.stats();
-    status::LayerStatus {
-        digest: digest.to_string(),
-        format: live.format.clone(),
-        lazy: index.access() == Access::Ranges,
-        blob_bytes: index.blob_size(),
-        total_bytes: stats.total_bytes,
-        present_bytes: stats.present_bytes,
-        requests: stats.requests,
-        fetched_bytes: stats.fetched_bytes,
-    }
-}
-
-fn image_status(image: ImageRecord, is_live: impl Fn(&str) -> bool) -> status::ImageStatus {
-    let name = image
-        .names
-        .first()
-        .cloned()
-        .unwrap_or_else(|| format!("{}/{}", image.host, image.repository));
-    let layers = image.layers.into_iter().map(|layer| status::ImageLayerStatus {
-        live: is_live(&layer.digest),
-        digest: layer.digest,
-        refused: layer.refused,
-    });
-    status::ImageStatus {
-        name,
-        namespace: image.namespace,
-        manifest: image.manifest.to_string(),
-        layers: layers.collect(),
     }
 }
 

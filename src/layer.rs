@@ -1,7 +1,7 @@
 //! Pure layer formats: bytes in, [`LayerIndex`] out.
 //!
-//! This room knows what the bytes of a layer mean: tar headers, gzip members, zstd frames, eStargz tables of contents, and what
-//! overlayfs makes of whiteouts. It never does I/O, never panics on any input, and never allocates more than its input (or a
+//! This room knows what the bytes of a layer mean: tar headers, gzip members, zstd frames, eStargz tables of contents, what overlayfs
+//! makes of whiteouts, and what a layer takes over from those below it. It never does I/O, never panics on any input, and never allocates more than its input (or a
 //! stated limit) justifies: everything here is fed with bytes that an image author chose.
 
 pub mod compression;
@@ -13,6 +13,7 @@ pub mod tar;
 #[cfg(test)]
 mod testing;
 pub mod tree;
+pub mod variant;
 
 pub use compression::{Compression, decode_member, decoder};
 pub use digest::Digest;

@@ -6,8 +6,8 @@
 //! | `meta` | `schema`, `next_snapshot_id`, `next_slot` | `u64` |
 //! | `snapshots` | key or name of the snapshot | [`SnapshotRecord`] as JSON |
 //! | `children` (multimap) | name of the parent, empty for none | keys of the snapshots on it |
-//! | `layers` | SHA-256 of the blob, 32 bytes | [`LayerRecord`] as JSON |
-//! | `slots` | SHA-256 of the blob, 32 bytes | `u32`, given once and never taken back |
+//! | `layers` | SHA-256 of the blob or digest of the variant, 32 bytes | [`LayerRecord`] as JSON |
+//! | `slots` | SHA-256 of the blob or digest of the variant, 32 bytes | `u32`, given once and never taken back |
 //! | `images` | SHA-256 of the manifest, 32 bytes | [`ImageRecord`] as JSON |
 //!
 //! JSON, because a record is small, read rarely, and has to be readable by the next version: fields may be added with a

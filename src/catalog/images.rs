@@ -55,7 +55,12 @@ pub struct PlannedLayer {
 impl ImagePlan {
     /// The layer with this chain id.
     pub fn layer(&self, chain_id: &str) -> Option<&PlannedLayer> {
-        self.layers.iter().find(|layer| layer.chain_id == chain_id)
+        self.layers.get(self.position(chain_id)?)
+    }
+
+    /// How many layers are below the layer with this chain id.
+    pub fn position(&self, chain_id: &str) -> Option<usize> {
+        self.layers.iter().position(|layer| layer.chain_id == chain_id)
     }
 }
 

@@ -2,6 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::Live;
+use crate::fetch::LayerData as _;
+use crate::layer::{Access, Digest};
+use crate::store::ImageRecord;
+
 /// Everything the daemon serves now.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Status {
@@ -75,4 +80,40 @@ pub struct LoadingStatus {
     pub blob_bytes: u64,
     /// How many of them have arrived.
     pub received_bytes: u64,
+}
+
+/// What the document says of a live layer.
+pub(super) fn of_layer(digest: &Digest, live: &Live) -> LayerStatus {
+    let index = live.layer.index();
+    let stats = live.layer.stats();
+    LayerStatus {
+        digest: digest.to_string(),
+        format: live.format.clone(),
+        lazy: index.access() == Access::Ranges,
+        blob_bytes: index.blob_size(),
+        total_bytes: stats.total_bytes,
+        present_bytes: stats.present_bytes,
+        requests: stats.requests,
+        fetched_bytes: stats.fetched_bytes,
+    }
+}
+
+/// What the document says of an image; `is_live` tells of the digest of a layer whether Lazuli serves it.
+pub(super) fn of_image(image: ImageRecord, is_live: impl Fn(&str) -> bool) -> ImageStatus {
+    let name = image
+        .names
+        .first()
+        .cloned()
+        .unwrap_or_else(|| format!("{}/{}", image.host, image.repository));
+    let layers = image.layers.into_iter().map(|layer| ImageLayerStatus {
+        live: is_live(&layer.digest),
+        digest: layer.digest,
+        refused: layer.refused,
+    });
+    ImageStatus {
+        name,
+        namespace: image.namespace,
+        manifest: image.manifest.to_string(),
+        layers: layers.collect(),
+    }
 }

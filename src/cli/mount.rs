@@ -12,8 +12,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::cache::Cache;
 use crate::catalog::images::plan_layers;
 use crate::catalog::loader::Loader;
+use crate::catalog::variants;
 use crate::config::Config;
-use crate::fetch::{Fetcher, LayerData};
+use crate::fetch::Fetcher;
 use crate::fs::{Session, SessionOptions};
 use crate::metrics::Metrics;
 use crate::registry::image::{ImageConfig, Manifest, resolve};
@@ -70,8 +71,8 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
     };
     let session = Session::mount(&private.path().join("fuse"), options, runtime, metrics)?;
     let mut lower_dirs = Vec::new();
-    for (slot, layer) in (1..).zip(&layers) {
-        session.attach(slot, Arc::clone(layer) as Arc<dyn LayerData>)?;
+    for (slot, layer) in (1..).zip(variants::on_each_other(&layers)?) {
+        session.attach(slot, layer)?;
         lower_dirs.push(session.path(slot));
     }
     // overlayfs wants the uppermost layer first, and at least two directories.

@@ -109,6 +109,16 @@ pub struct Inode {
     pub xattr_first: u32,
     /// Number of its extended attributes.
     pub xattr_count: u32,
+    /// What the attributes do not say of where it comes from: bits of [`flags`].
+    pub flags: u32,
+}
+
+/// Bits of [`Inode::flags`]. Nobody who reads the layer sees them; [`on_top_of`](super::variant::on_top_of) goes by them.
+pub mod flags {
+    /// A directory that no entry describes: what it looks like depends on the layers below.
+    pub const IMPLIED: u32 = 1;
+    /// Made of an entry `.wh.NAME`, not of one for a device 0:0.
+    pub const WHITEOUT: u32 = 2;
 }
 
 impl Inode {
@@ -135,6 +145,21 @@ impl Inode {
     /// Whether it is what overlayfs takes as a deleted name: a character device 0:0.
     pub fn is_whiteout(&self) -> bool {
         self.file_type() == mode::CHR && self.rdev_major == 0 && self.rdev_minor == 0
+    }
+
+    /// Whether it is a directory that no entry describes.
+    pub fn is_implied(&self) -> bool {
+        self.flags & flags::IMPLIED != 0
+    }
+
+    /// Whether its flags are known, and go with its type.
+    fn has_valid_flags(&self) -> bool {
+        match self.flags {
+            0 => true,
+            flags::IMPLIED => self.is_dir(),
+            flags::WHITEOUT => self.is_whiteout(),
+            _ => false,
+        }
     }
 }
 
@@ -290,6 +315,11 @@ impl LayerIndex {
             ino = self.lookup(self.inode(ino)?, name)?;
         }
         Some(ino)
+    }
+
+    /// The parts, to make another index of them.
+    pub(super) fn parts(&self) -> &IndexParts {
+        &self.parts
     }
 
     /// Target of a symlink; empty for anything else.

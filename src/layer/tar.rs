@@ -25,7 +25,7 @@ mod sparse;
 mod tests;
 
 use super::index::MAX_DATA_SIZE;
-use super::tree::{EntryKind, Tree, TreeBuilder};
+use super::tree::{Entry, EntryKind, Tree, TreeBuilder};
 use super::{Access, Chunk, Codec, LayerError, LayerIndex};
 use header::{BLOCK, Block, Header};
 use member::{Member, Pending, SparseFile, Sparseness, checked_size};
@@ -259,6 +259,9 @@ impl TarIndexer {
                 });
             }
             self.body.clear();
+            if header.kind == b'g' {
+                self.pending.global = header.name;
+            }
             self.state = State::Extended {
                 kind: header.kind,
                 left,
@@ -327,7 +330,10 @@ impl TarIndexer {
                 let pax = pax::parse(&self.body).map_err(|(at, what)| malformed(begin + at as u64, what))?;
                 match kind {
                     // A global header is an entry to Go's reader, and ends what came before it.
-                    b'g' => self.pending = Pending::default(),
+                    b'g' => {
+                        let path = pax.path.unwrap_or(std::mem::take(&mut self.pending).global);
+                        self.tree.add(begin - BLOCK as u64, &nothing(&path))?;
+                    }
                     _ => self.pending.pax = pax,
                 }
             }
@@ -459,6 +465,20 @@ pub(super) fn file_header(block: &[u8; 512]) -> Result<(Vec<u8>, u64), String> {
     match (header.kind, u64::try_from(header.size)) {
         (0 | b'0', Ok(size)) => Ok((header.name, size)),
         _ => Err("its tar does not begin with a file".to_owned()),
+    }
+}
+
+/// A global header as an entry: it describes nothing, and yet takes its name's place.
+fn nothing(path: &[u8]) -> Entry<'_> {
+    Entry {
+        path,
+        kind: EntryKind::Nothing,
+        mode: 0,
+        uid: 0,
+        gid: 0,
+        mtime: 0,
+        mtime_nsec: 0,
+        xattrs: Vec::new(),
     }
 }
 

@@ -5,15 +5,17 @@
 //!
 //! - Names, and targets of hard links and symlinks on the way, are bytes, cleaned lexically; `..` stops at the root. Symlinks among an
 //!   entry's *parents* are followed, inside the root; its last component never is.
-//! - Missing parents become directories 0755 root:root of the epoch. (containerd leaves the time of the unpacking there, and copies
-//!   attributes from the layers below, which one layer alone does not know.)
+//! - Missing parents become directories 0755 root:root of the epoch (containerd leaves the time of the unpacking there), and are marked:
+//!   on top of other layers they look as in those ([`super::variant`]).
 //! - A directory over a directory keeps the children and the extended attributes, and takes the new attributes. Anything else replaces
 //!   what had the name, with its whole subtree. The content of an inode lives as long as one of its names.
 //! - A hard link's own attributes go to the inode it links to, and take its `security.capability` away, as chown(2) does.
 //! - The entry of the root itself sets only the root's time: the unpacker leaves a root it did not make alone.
 //! - `.wh.NAME` becomes a character device 0:0 of mode 0; `.wh..wh..opq` marks its directory with `trusted.overlay.opaque`; other AUFS
-//!   names (`.wh..wh.plnk`) are whiteouts of `.wh.plnk`. A whiteout of a name that the layer already holds, where the unpacker gives up,
-//!   hides what is below (as the image specification says): a file stays as it is, a directory becomes opaque.
+//!   names (`.wh..wh.plnk`) are whiteouts of `.wh.plnk`. Of a whiteout and an entry for the same name the later one counts: so does the
+//!   unpacker in a lowest layer, and in others it gives up.
+//! - A global PAX header makes the parents of its own name, and removes what has that name: the unpacker takes it for an entry, and only
+//!   then ignores it.
 //! - Extended attributes: `user.*` on files and directories, `security.*`, and POSIX ACLs. `trusted.*` and names that no Linux file system
 //!   takes are ignored, as the unpacker ignores them.
 //! - Times before 1970 or after 2262 become the epoch.
@@ -32,10 +34,11 @@ use std::hash::{BuildHasher, RandomState};
 
 use hashbrown::HashTable;
 
-use super::index::{Dirent, Ino, Inode, MAX_INODES, MAX_STRINGS, MAX_TARGET_LEN, ROOT_INO, Xattr, mode};
+use super::index::{Dirent, Ino, Inode, MAX_INODES, MAX_STRINGS, MAX_TARGET_LEN, ROOT_INO, Xattr, flags, mode};
 use super::{IndexParts, LayerError};
 pub(super) use path::quoted;
 use path::{clean, lexical, split};
+pub(super) use xattrs::OPAQUE_XATTR;
 
 /// Prefix of a name that deletes the rest of the name from the layers below.
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
@@ -121,6 +124,8 @@ pub enum EntryKind<'a> {
     },
     /// A named pipe.
     Fifo,
+    /// A global PAX header: nothing with a name.
+    Nothing,
 }
 
 /// Inodes and names of a layer: those parts of [`IndexParts`] that do not depend on where the bytes are.
@@ -228,6 +233,9 @@ impl TreeBuilder {
         let path = clean(entry.path)?;
         let (parents, base) = split(&path);
         if base.is_empty() {
+            if entry.kind == EntryKind::Nothing {
+                return Ok(());
+            }
             let (mtime, nsec) = bounded_time(entry);
             let root = self.inode_mut(ROOT_INO);
             (root.mtime, root.mtime_nsec) = (mtime, nsec);
@@ -251,6 +259,7 @@ impl TreeBuilder {
             self.remove(old);
         }
         let ino = match entry.kind {
+            EntryKind::Nothing => return Ok(()),
             EntryKind::Hardlink(target) => {
                 let ino = self.hardlink_target(target)?;
                 self.drop_xattr(ino, CAPABILITY_XATTR);
@@ -297,7 +306,7 @@ impl TreeBuilder {
                 (inode.rdev_major, inode.rdev_minor) = (major, minor);
             }
             EntryKind::Fifo => inode.mode = mode::FIFO,
-            EntryKind::Hardlink(_) => return bad("a hard link has no inode of its own"),
+            EntryKind::Hardlink(_) | EntryKind::Nothing => return bad("it has no inode of its own"),
         }
         limit("number of inodes", self.nodes.len() + 1, MAX_INODES)?;
         self.nodes.push(Node {
@@ -332,18 +341,14 @@ impl TreeBuilder {
         if matches!(hidden, b"" | b"." | b"..") {
             return bad("it is a whiteout of no name");
         }
-        let ino = match self.find(dir, hidden).map(|name| self.names[name as usize].ino) {
-            Some(ino) if self.is_dir(ino) => return self.set_opaque(ino),
-            Some(ino) if !self.inode(ino).is_whiteout() => return Ok(()),
-            Some(ino) => ino,
-            None => {
-                let ino = self.make_node(dir, EntryKind::Char { major: 0, minor: 0 })?;
-                self.link(dir, hidden, ino)?;
-                ino
-            }
-        };
+        if let Some(old) = self.find(dir, hidden) {
+            self.remove(old);
+        }
+        let ino = self.make_node(dir, EntryKind::Char { major: 0, minor: 0 })?;
+        self.link(dir, hidden, ino)?;
         let (mtime, nsec) = bounded_time(entry);
         let inode = self.inode_mut(ino);
+        inode.flags = flags::WHITEOUT;
         (inode.uid, inode.gid) = (entry.uid, entry.gid);
         (inode.mtime, inode.mtime_nsec) = (mtime, nsec);
         Ok(())
@@ -376,7 +381,7 @@ impl TreeBuilder {
                     // As mkdir(2) does it in a directory that hands its group on.
                     let parent = *self.inode(dir);
                     let inode = self.inode_mut(made);
-                    inode.mode = IMPLIED_DIR_MODE;
+                    (inode.mode, inode.flags) = (IMPLIED_DIR_MODE, flags::IMPLIED);
                     inode.gid = if parent.mode & SETGID != 0 { parent.gid } else { 0 };
                     self.link(dir, part, made)?;
                     dir = made;
@@ -492,6 +497,7 @@ impl TreeBuilder {
         if !inode.is_symlink() {
             inode.mode = inode.file_type() | (entry.mode & PERMISSIONS);
         }
+        inode.flags = 0;
         (inode.uid, inode.gid) = (entry.uid, entry.gid);
         (inode.mtime, inode.mtime_nsec) = (mtime, nsec);
         self.set_xattrs(ino, &entry.xattrs)

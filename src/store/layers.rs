@@ -17,8 +17,11 @@ const NEXT_SLOT: &str = "next_slot";
 /// A layer that was live once: everything that is needed to bring it back without the network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerRecord {
-    /// Digest of the blob.
+    /// Digest of the blob; of a variant, its own.
     pub digest: Digest,
+    /// Of a variant, which is a layer as it looks on its parents: digest of the layer's blob. All else is said of that blob.
+    #[serde(default)]
+    pub variant_of: Option<Digest>,
     /// Digest of the uncompressed tar, where the image's config names it.
     pub diff_id: Option<Digest>,
     /// Media type of the blob.

@@ -38,6 +38,7 @@ fn layer(store: &Store, bytes: &[u8]) -> LayerRecord {
     let digest = Digest::of(bytes);
     LayerRecord {
         digest,
+        variant_of: None,
         diff_id: Some(Digest::of(b"tar")),
         media_type: "application/vnd.oci.image.layer.v1.tar+gzip".to_owned(),
         size: 7,

@@ -20,3 +20,4 @@ mod refused;
 mod restart;
 mod stage;
 mod trees;
+mod variants;

@@ -775,7 +775,11 @@ pub fn archives() -> Case {
         block[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
         tar.raw(&block)
     }));
-    case("archives", layers)
+    Case {
+        // A global header's own name is in it.
+        implied_dirs: vec!["PaxHeaders.0".to_owned()],
+        ..case("archives", layers)
+    }
 }
 
 /// Regular entries of the layer with very many.

@@ -52,6 +52,9 @@ pub(super) fn check(p: &IndexParts) -> Result<(), LayerError> {
         if inode.mtime_nsec >= 1_000_000_000 {
             return bad(i, "an inode's nanoseconds are a second or more");
         }
+        if !inode.has_valid_flags() {
+            return bad(i, "an inode's flags are unknown or do not go with its type");
+        }
         match inode.file_type() {
             mode::DIR => {
                 if !range_ok(inode.data, inode.count.into(), p.dirents.len()) {

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! 0   magic     8   "LZLINDEX"
-//! 8   version   4   1
+//! 8   version   4   2
 //! 12  access    1   0 = stream, 1 = ranges
 //! 13  codec     1   0 = none, 1 = gzip, 2 = zstd
 //! 14  zero      2
@@ -12,7 +12,7 @@
 //! 24  blob_size 8   bytes of the layer's blob in the registry
 //! 32  counts    16  inodes, directory entries, xattrs, chunks: u32 each
 //! 48  strings   8   bytes of the string area
-//! 56  inodes    76 each
+//! 56  inodes    76 each: the fields of [`Inode`] in their order, `flags` last, 4 zero bytes
 //!     entries   12 each: name offset u32, name length u32, inode u32
 //!     xattrs    16 each: name offset, name length, value offset, value length: u32 each
 //!     chunks    60 each
@@ -25,7 +25,7 @@ use crate::layer::{Digest, LayerError};
 
 const MAGIC: &[u8; 8] = b"LZLINDEX";
 /// Version of the on-disk form. A file with another version is discarded and made again.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const HEADER_LEN: usize = 56;
 const INODE_LEN: usize = 76;
 const DIRENT_LEN: usize = 12;
@@ -64,7 +64,7 @@ impl LayerIndex {
             put32(&mut out, i.mtime_nsec);
             put32(&mut out, i.parent);
             put64(&mut out, i.data);
-            for word in [i.count, i.xattr_first, i.xattr_count, 0, 0] {
+            for word in [i.count, i.xattr_first, i.xattr_count, i.flags, 0] {
                 put32(&mut out, word);
             }
         }
@@ -238,7 +238,7 @@ fn decode_inode(mut r: Reader<'_>) -> Inode {
     let [mode, uid, gid, nlink, rdev_major, rdev_minor] = std::array::from_fn(|_| r.u32());
     let (size, mtime) = (r.u64(), r.u64() as i64);
     let (mtime_nsec, parent, data) = (r.u32(), r.u32(), r.u64());
-    let (count, xattr_first, xattr_count) = (r.u32(), r.u32(), r.u32());
+    let [count, xattr_first, xattr_count, flags] = std::array::from_fn(|_| r.u32());
     Inode {
         mode,
         uid,
@@ -254,6 +254,7 @@ fn decode_inode(mut r: Reader<'_>) -> Inode {
         count,
         xattr_first,
         xattr_count,
+        flags,
     }
 }
 

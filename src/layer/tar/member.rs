@@ -16,6 +16,8 @@ pub(super) struct Pending {
     pub pax: Pax,
     pub name: Option<Vec<u8>>,
     pub link: Option<Vec<u8>>,
+    /// The name that a global header has itself.
+    pub global: Vec<u8>,
 }
 
 #[derive(Debug)]

@@ -1,6 +1,6 @@
 //! Tests of what entries do to a tree. They come as tars: that is how they come in life.
 
-use crate::layer::testing::{Head, Tar, picture};
+use crate::layer::testing::{Head, Tar, picture, record};
 
 /// The picture of a tar's tree, without the line of the root.
 fn tree(tar: &mut Tar) -> String {
@@ -78,6 +78,9 @@ fn missing_parents_are_made_and_may_be_described_later() {
 /g/h/i file 644 0:0 x1 0
 "
     );
+    let index = tar.index();
+    let implied = |path: &[u8]| index.inode(index.lookup_path(path).unwrap()).unwrap().is_implied();
+    assert_eq!([&b"a"[..], b"a/b", b""].map(implied), [true, false, false]);
 }
 
 #[test]
@@ -292,11 +295,11 @@ fn whiteouts_are_devices_and_opaque_marks_are_attributes() {
 }
 
 #[test]
-fn a_whiteout_never_hides_the_same_layer() {
+fn of_a_whiteout_and_its_name_the_later_counts() {
     let mut tar = Tar::default();
-    tar.file("f", b"kept")
+    tar.file("f", b"gone")
         .file(".wh.f", b"")
-        .file("d/x", b"kept")
+        .file("d/x", b"gone")
         .file(".wh.d", b"")
         .file(".wh.w", b"");
     tar.add(
@@ -313,9 +316,8 @@ fn a_whiteout_never_hides_the_same_layer() {
         .dir("s", 0o755);
     assert_eq!(
         tree(&mut tar),
-        "/d dir 755 0:0 x2 trusted.overlay.opaque=y
-/d/x file 644 0:0 x1 4
-/f file 644 0:0 x1 4
+        "/d char 0 0:0 x1 0:0
+/f char 0 0:0 x1 0:0
 /r file 644 0:0 x1 8
 /s dir 755 0:0 x2
 /w char 0 9:0 x1 0:0
@@ -456,4 +458,35 @@ fn deep_and_wide_trees() {
     let mut tar = Tar(tar.0[..tar.0.len() - 1024].to_vec());
     tar.file("d", b"").file("wide", b"");
     assert_eq!(tree(&mut tar).lines().count(), 3);
+}
+
+#[test]
+fn global_headers_are_nothing_and_take_its_place() {
+    let global = |tar: &mut Tar, name: &[u8], body: &[u8]| {
+        let size = body.len() as u64;
+        tar.add(
+            Head {
+                kind: b'g',
+                name,
+                size,
+                ..Head::default()
+            },
+            body,
+        );
+    };
+    let mut tar = Tar::default();
+    tar.file("replaced", b"").file("named", b"").dir("d", 0o700);
+    global(&mut tar, b"headers/one", &record("comment", b"x"));
+    global(&mut tar, b"replaced", &record("mtime", b"5"));
+    global(&mut tar, b"other", &record("path", b"named"));
+    for name in [&b"./"[..], b"d/.wh.gone", b"free"] {
+        global(&mut tar, name, &[]);
+    }
+    assert_eq!(
+        tree(&mut tar),
+        "/d dir 700 0:0 x2
+/d/gone char 0 0:0 x1 0:0
+/headers dir 755 0:0 x2
+"
+    );
 }

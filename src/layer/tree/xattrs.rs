@@ -7,7 +7,7 @@ use super::{EntryXattr, Fault, TreeBuilder, bad, limit, text_at};
 use crate::layer::index::{Ino, MAX_INODES, MAX_NAME_LEN, Xattr, mode};
 
 /// The attribute by which overlayfs knows an opaque directory, and its value.
-const OPAQUE_XATTR: (&[u8], &[u8]) = (b"trusted.overlay.opaque", b"y");
+pub(in crate::layer) const OPAQUE_XATTR: (&[u8], &[u8]) = (b"trusted.overlay.opaque", b"y");
 /// Most extended attributes of one inode. File systems have room for far fewer.
 const MAX_XATTRS: usize = 1024;
 /// Longest value of an extended attribute, in bytes (XATTR_SIZE_MAX of Linux).

@@ -1,0 +1,385 @@
+//! Layers as they look on their parents, where that differs from how they look by themselves ([`crate::layer::variant`]).
+//!
+//! A variant is another index over the bytes of a layer: it shares the layer's chunks in the cache and its fetches, and has its own
+//! slot in the FUSE tree. Its digest is the SHA-256 of [`DIGEST_DOMAIN`], the digest of the layer's blob, and its encoded index; so
+//! the same layer on parents that make the same of it is the same variant, before and after a restart.
+//!
+//! # On disk
+//! `<root>/variants/<hex of the variant's digest>` holds the index in its own on-disk form ([`crate::layer::index`]). It is written
+//! under a temporary name, synced and renamed, before the database has the variant's record. A file without a record is removed at
+//! start, and so are file and record of a variant that no snapshot refers to.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, File};
+use std::io::{self, Write as _};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+
+use super::images::{ImagePlan, PlannedLayer};
+use super::loader::{self, Refusal};
+use super::{Catalog, Flight, GRACE, Live, of_store, spec_of};
+use crate::fetch::{FetchError, Layer, LayerData};
+use crate::layer::variant::{depends_on_below, on_top_of};
+use crate::layer::{Digest, LayerError, LayerIndex};
+use crate::store::LayerRecord;
+
+/// Where variants are, below the daemon's root directory.
+pub const DIRECTORY: &str = "variants";
+/// Tells the digest of a variant from digests of other things.
+const DIGEST_DOMAIN: &[u8] = b"lazuli variant\0";
+
+/// A layer with another index.
+pub struct Variant {
+    layer: Arc<Layer>,
+    index: LayerIndex,
+}
+
+impl LayerData for Variant {
+    fn digest(&self) -> &Digest {
+        self.layer.digest()
+    }
+
+    fn index(&self) -> &LayerIndex {
+        &self.index
+    }
+
+    fn read_ready(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {
+        self.layer.read_ready(offset, buf)
+    }
+
+    fn read(&self, offset: u64, len: u32, deadline: Duration) -> BoxFuture<'static, Result<Bytes, FetchError>> {
+        self.layer.read(offset, len, deadline)
+    }
+
+    fn present_bytes(&self) -> u64 {
+        self.layer.present_bytes()
+    }
+}
+
+/// All layers of an image, from the lowest up, each as it looks on those below it.
+///
+/// # Errors
+/// [`LayerError`] when a limit is exceeded.
+pub fn on_each_other(layers: &[Arc<Layer>]) -> Result<Vec<Arc<dyn LayerData>>, LayerError> {
+    let indexes: Vec<_> = layers.iter().map(|layer| Some(layer.index())).collect();
+    let changed = stack(&indexes)?;
+    let layers = layers.iter().map(Arc::clone).zip(changed);
+    Ok(layers
+        .map(|(layer, changed)| match changed {
+            Some(index) => Arc::new(Variant { layer, index }) as Arc<dyn LayerData>,
+            None => layer,
+        })
+        .collect())
+}
+
+/// For every layer, from the lowest up: its index on those below it, if that is another one. Nothing is known of layers that are `None`.
+fn stack(layers: &[Option<&LayerIndex>]) -> Result<Vec<Option<LayerIndex>>, LayerError> {
+    let mut changed: Vec<Option<LayerIndex>> = Vec::with_capacity(layers.len());
+    for layer in layers {
+        let below: Vec<_> = changed
+            .iter()
+            .zip(layers)
+            .map(|(changed, own)| changed.as_ref().or(*own))
+            .rev()
+            .collect();
+        let on_those = layer.map(|index| on_top_of(index, &below)).transpose()?;
+        changed.push(on_those.flatten());
+    }
+    Ok(changed)
+}
+
+fn digest_of(layer: &Digest, encoded: &[u8]) -> Digest {
+    Digest::of(&[DIGEST_DOMAIN, layer.as_bytes(), Digest::of(encoded).as_bytes()].concat())
+}
+
+/// Whether two indexes are of the same bytes in the same places, so that one may stand for the other.
+fn same_space(a: &LayerIndex, b: &LayerIndex) -> bool {
+    let shape = |index: &LayerIndex| (index.access(), index.codec(), index.data_size(), index.blob_size());
+    shape(a) == shape(b) && a.chunks() == b.chunks()
+}
+
+/// The directory of variants.
+pub(super) struct Shelf {
+    dir: PathBuf,
+    /// Held while a variant comes or goes, with its file and its record: it must not go while it comes back.
+    changing: Mutex<()>,
+}
+
+impl Shelf {
+    pub(super) fn new(dir: PathBuf) -> Self {
+        Shelf {
+            dir,
+            changing: Mutex::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn path(&self, variant: &Digest) -> PathBuf {
+        self.dir.join(variant.hex())
+    }
+
+    fn write(&self, variant: &Digest, encoded: &[u8]) -> io::Result<()> {
+        fs::create_dir_all(&self.dir)?;
+        let mut file = tempfile::NamedTempFile::new_in(&self.dir)?;
+        file.write_all(encoded)?;
+        file.as_file().sync_all()?;
+        file.persist(self.path(variant))?;
+        File::open(&self.dir)?.sync_all()
+    }
+
+    fn read(&self, variant: &Digest) -> io::Result<LayerIndex> {
+        LayerIndex::decode(&fs::read(self.path(variant))?).map_err(io::Error::other)
+    }
+
+    fn remove(&self, variant: &Digest) -> io::Result<()> {
+        match fs::remove_file(self.path(variant)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes all files but those of `variants`: what a crash has left behind.
+    fn keep_only(&self, variants: &HashSet<String>) -> io::Result<()> {
+        let entries = match fs::read_dir(&self.dir) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries?,
+        };
+        for entry in entries {
+            let entry = entry?;
+            if !entry.file_name().to_str().is_some_and(|name| variants.contains(name)) {
+                fs::remove_file(entry.path())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Catalog {
+    /// The live layer at `position` as it looks on those below it: its own digest, or that of its variant, which is live then.
+    pub(super) async fn on_its_parents(
+        self: &Arc<Self>,
+        plan: &ImagePlan,
+        position: usize,
+        flights: &HashMap<Digest, Flight>,
+    ) -> Result<Digest, Refusal> {
+        let Some((planned, below)) = plan.layers.get(..=position).and_then(<[PlannedLayer]>::split_last) else {
+            return Err(Refusal::unresolved("the image has no such layer", false));
+        };
+        let digest = planned.spec.digest;
+        let layer = self.live_layer(&digest).ok_or_else(|| released(&digest))?;
+        if !below.is_empty() && !depends_on_below(layer.index()) {
+            return Ok(digest);
+        }
+        let mut layers = Vec::with_capacity(below.len() + 1);
+        for lower in below {
+            let lower = &lower.spec.digest;
+            if let Some(flight) = flights.get(lower) {
+                // Why it is not served is told to whoever asks for it.
+                let _ = flight.clone().await;
+            }
+            let lower_layer = self.live_layer(lower);
+            if lower_layer.is_none() {
+                tracing::debug!(layer = %digest, %lower, "is on a layer that Lazuli does not serve, and takes nothing over from it");
+            }
+            layers.push(lower_layer);
+        }
+        layers.push(Some(Arc::clone(&layer)));
+        let record = LayerRecord {
+            digest,
+            variant_of: Some(digest),
+            diff_id: planned.spec.diff_id,
+            media_type: planned.spec.media_type.clone(),
+            size: planned.spec.size,
+            annotations: planned.spec.annotations.clone(),
+            slot: 0,
+            sources: plan.sources.clone(),
+            images: plan.name.iter().cloned().collect(),
+        };
+        let catalog = Arc::clone(self);
+        let publish = move || {
+            let indexes: Vec<_> = layers.iter().map(|layer| layer.as_deref().map(Layer::index)).collect();
+            let changed = stack(&indexes).map_err(|error| Refusal {
+                word: "format",
+                text: error.to_string(),
+                retry_helps: false,
+            })?;
+            match changed.into_iter().next_back().flatten() {
+                Some(index) => catalog.publish_variant(record, layer, index),
+                None => Ok(digest),
+            }
+        };
+        let published = tokio::task::spawn_blocking(publish).await;
+        published.unwrap_or_else(|_| Err(released(&digest)))
+    }
+
+    fn live_layer(&self, layer: &Digest) -> Option<Arc<Layer>> {
+        self.read_live().get(layer).map(|live| Arc::clone(&live.layer))
+    }
+
+    /// Makes a variant live, and remembers it. `record` lacks only the variant's digest and slot.
+    fn publish_variant(&self, record: LayerRecord, layer: Arc<Layer>, index: LayerIndex) -> Result<Digest, Refusal> {
+        let encoded = index.encode();
+        let (base, variant) = (record.digest, digest_of(&record.digest, &encoded));
+        let _changing = self.shelf.lock();
+        if let Some(live) = self.write_live().get_mut(&variant) {
+            live.wanted = Instant::now();
+            return Ok(variant);
+        }
+        self.shelf.write(&variant, &encoded).map_err(|error| Refusal {
+            word: "disk",
+            text: format!("{}: {error}", self.shelf.path(&variant).display()),
+            retry_helps: true,
+        })?;
+        let slot = self.store.allocate_slot(&variant).map_err(|error| of_store(&error))?;
+        let record = LayerRecord {
+            digest: variant,
+            slot,
+            ..record
+        };
+        self.store.put_layer(&record).map_err(|error| of_store(&error))?;
+        self.attach_variant(&record, layer, index)?;
+        tracing::info!(layer = %base, %variant, "looks different on its parents, and is live as it looks there");
+        Ok(variant)
+    }
+
+    fn attach_variant(&self, record: &LayerRecord, layer: Arc<Layer>, index: LayerIndex) -> Result<(), Refusal> {
+        let live = Live {
+            slot: record.slot,
+            format: loader::format_name(&spec_of(record), &index),
+            is_variant: true,
+            _in_use: layer.cached().pin(),
+            layer: Arc::clone(&layer),
+            wanted: Instant::now(),
+        };
+        self.show(record.slot, Arc::new(Variant { layer, index }))?;
+        self.write_live().insert(record.digest, live);
+        Ok(())
+    }
+
+    /// Brings variants back, at once where their layers are live, and otherwise as soon as these are loaded again.
+    pub(super) fn restore_variants(self: &Arc<Self>, records: Vec<LayerRecord>) {
+        let names = records.iter().map(|record| record.digest.hex()).collect();
+        if let Err(error) = self.shelf.keep_only(&names) {
+            tracing::warn!(%error, "{} cannot be tidied up", self.shelf.dir.display());
+        }
+        for record in records {
+            let Some(base) = record.variant_of else { continue };
+            // In this order: a flight that ends leaves the list after its layer is live.
+            let flight = self.lock_flights().get(&base).cloned();
+            let Some(flight) = flight else {
+                self.restore_variant(&record);
+                continue;
+            };
+            let catalog = Arc::clone(self);
+            tokio::spawn(async move {
+                // The failure is told where it happens.
+                if flight.await.is_ok() {
+                    let _ = tokio::task::spawn_blocking(move || catalog.restore_variant(&record)).await;
+                }
+            });
+        }
+    }
+
+    fn restore_variant(&self, record: &LayerRecord) {
+        let lost = |reason: &dyn std::fmt::Display| {
+            tracing::error!(variant = %record.digest, layer = ?record.variant_of, %reason,
+                "cannot be brought back; remove its image and pull it again");
+        };
+        let _changing = self.shelf.lock();
+        let Some(layer) = record.variant_of.and_then(|base| self.live_layer(&base)) else {
+            return lost(&"its layer is not live");
+        };
+        let index = match self.shelf.read(&record.digest) {
+            Ok(index) => index,
+            Err(error) => return lost(&error),
+        };
+        if !same_space(&index, layer.index()) {
+            return lost(&"its layer has been indexed in another way");
+        }
+        if let Err(refusal) = self.attach_variant(record, layer, index) {
+            lost(&refusal);
+        }
+    }
+
+    /// Releases the variants that are not to be kept, and gives the layers of the others.
+    pub(super) fn release_variants(&self, keep: &HashSet<Digest>) -> Vec<Digest> {
+        let _changing = self.shelf.lock();
+        let mut live = self.write_live();
+        let goes = |digest: &Digest, live: &mut Live| {
+            live.is_variant && !keep.contains(digest) && live.wanted.elapsed() > GRACE
+        };
+        let gone: Vec<(Digest, Live)> = live.extract_if(goes).collect();
+        let stay = live.values().filter(|live| live.is_variant);
+        let bases = stay.map(|live| *live.layer.digest()).collect();
+        drop(live);
+        for (variant, live) in gone {
+            if let Some(session) = &*self.session() {
+                session.detach(live.slot);
+            }
+            self.forget_variant(&variant);
+            tracing::info!(layer = %live.layer.digest(), %variant, "is released as it looked on its parents");
+        }
+        bases
+    }
+
+    /// Removes what is stored of a variant. Always `false`: it is not there any more.
+    pub(super) fn forget_variant(&self, variant: &Digest) -> bool {
+        // The record first: a record without a file would be an error at the next start.
+        let removed = self.store.remove_layer(variant).map_err(io::Error::other);
+        if let Err(error) = removed.and_then(|_| self.shelf.remove(variant)) {
+            tracing::warn!(%error, %variant, "what is stored of it cannot be removed");
+        }
+        false
+    }
+}
+
+/// The answer for a layer that was live a moment ago.
+fn released(layer: &Digest) -> Refusal {
+    Refusal {
+        word: "closed",
+        text: format!("{layer} was released while it was asked for"),
+        retry_helps: true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_variants_come_and_go() {
+        let root = tempfile::tempdir().unwrap();
+        let shelf = Shelf::new(root.path().join(DIRECTORY));
+        let [a, b] = ["a", "b"].map(|text| Digest::of(text.as_bytes()));
+        shelf.keep_only(&HashSet::new()).unwrap();
+        shelf.remove(&a).unwrap();
+        for digest in [&a, &b] {
+            shelf.write(digest, b"not an index").unwrap();
+        }
+        assert!(shelf.read(&a).is_err());
+        File::create(shelf.dir.join(".tmp")).unwrap();
+        shelf.keep_only(&HashSet::from([b.hex()])).unwrap();
+        let left: Vec<_> = fs::read_dir(&shelf.dir)
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .collect();
+        assert_eq!(left, [shelf.path(&b)]);
+        shelf.remove(&b).unwrap();
+        assert!(!shelf.path(&b).exists());
+    }
+
+    #[test]
+    fn digests_tell_layers_and_indexes_apart() {
+        let [a, b] = ["a", "b"].map(|text| Digest::of(text.as_bytes()));
+        assert_eq!(digest_of(&a, b"x"), digest_of(&a, b"x"));
+        assert_ne!(digest_of(&a, b"x"), digest_of(&b, b"x"));
+        assert_ne!(digest_of(&a, b"x"), digest_of(&a, b"y"));
+    }
+}

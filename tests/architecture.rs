@@ -215,17 +215,19 @@ fn first_names(tokens: &[(usize, String)], at: usize, found: &mut Vec<(usize, St
         return;
     }
     let mut level = 0;
-    for at in at..tokens.len() {
-        let begins = level == 1 && ["{", ","].contains(&word(at - 1));
-        match word(at) {
+    let mut before = "";
+    for token in &tokens[at..] {
+        let begins = level == 1 && ["{", ","].contains(&before);
+        match token.1.as_str() {
             "{" => level += 1,
             "}" => level -= 1,
-            _ if begins => found.push(tokens[at].clone()),
+            _ if begins => found.push(token.clone()),
             _ => {}
         }
         if level == 0 {
             break;
         }
+        before = token.1.as_str();
     }
 }
 

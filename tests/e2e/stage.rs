@@ -80,7 +80,7 @@ impl Stage {
     pub fn push_converted(&self, image: &Image, name: &str, options: &[&str]) -> String {
         let plain = self.push(image, &format!("{name}-plain"));
         let converted = format!("{}/{name}", self.proxy.host());
-        self.containerd.pull(&plain, REFERENCE).expect_success();
+        self.containerd.fetch(&plain);
         self.containerd.convert(&plain, &converted, options);
         self.containerd.push(&converted);
         self.containerd.remove_image(&plain);
@@ -92,7 +92,7 @@ impl Stage {
     /// Makes an eStargz image of an ordinary one and takes it out of the registry, for tests that serve it themselves.
     pub fn converted(&self, image: &Image, options: &[&str]) -> Image {
         let reference = self.push_converted(image, "convert/this:1", options);
-        self.containerd.pull(&reference, REFERENCE).expect_success();
+        self.containerd.fetch(&reference);
         let manifest = self.containerd.manifest(&reference);
         let layers = manifest["layers"]
             .as_array()

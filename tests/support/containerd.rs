@@ -163,6 +163,12 @@ impl Containerd {
         run(command.env("CONTAINERD_SNAPSHOTTER", snapshotter), 5 * COMMAND_TIMEOUT)
     }
 
+    /// Downloads an image without unpacking it.
+    pub fn fetch(&self, reference: &str) {
+        let mut command = self.ctr(&["content", "fetch", "--plain-http", reference]);
+        run(&mut command, 5 * COMMAND_TIMEOUT).expect_success();
+    }
+
     /// Runs a shell script in a new container that is removed afterwards.
     pub fn run(&self, reference: &str, snapshotter: &str, script: &str) -> Finished {
         let id = self.new_id();

@@ -17,7 +17,7 @@
 //! Everything blocks: a test reads as a list of steps. Nothing has a fixed name or port, so tests run side by side.
 
 // Each user of this directory needs a part of it only.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
 
 pub mod containerd;
 pub mod fault_registry;

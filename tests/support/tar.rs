@@ -523,9 +523,9 @@ fn split_prefix(path: &[u8]) -> (Vec<u8>, Vec<u8>) {
     if path.len() <= 100 {
         return (Vec::new(), path.to_vec());
     }
+    let fits = |at: &usize| path[*at] == b'/' && *at <= 155 && path.len() - at - 1 <= 100;
     let at = (0..path.len())
-        .filter(|at| path[*at] == b'/' && *at <= 155 && path.len() - at - 1 <= 100)
-        .next_back()
+        .rfind(fits)
         .unwrap_or_else(|| panic!("a path of {} bytes does not fit into a ustar header", path.len()));
     (path[..at].to_vec(), path[at + 1..].to_vec())
 }

@@ -121,7 +121,10 @@ impl Sandbox {
 /// leaves no daemons behind. (What daemons leave, the next run's [`sweep`] removes.)
 fn with_parent(command: &Command) -> Command {
     let mut bound = Command::new(require_program("setpriv"));
-    bound.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
+    bound
+        .args(["--pdeathsig", "KILL", "--"])
+        .arg(command.get_program())
+        .args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {
             Some(value) => bound.env(name, value),
@@ -146,7 +149,9 @@ fn sweep(base: &Path) {
         if !entry.file_name().to_string_lossy().starts_with(PREFIX) {
             continue;
         }
-        let Ok(owner) = fs::read_to_string(root.join(OWNER)) else { continue };
+        let Ok(owner) = fs::read_to_string(root.join(OWNER)) else {
+            continue;
+        };
         let pid = owner.split(' ').next().and_then(|pid| pid.parse().ok());
         if pid.and_then(identity).as_ref() != Some(&owner) {
             clear(&root);

@@ -19,8 +19,9 @@ pub const TOC_DIGEST_ANNOTATION: &str = "containerd.io/snapshot/stargz/toc.diges
 /// An eStargz layer whose blob is smaller than this (bytes) is streamed: one request brings all of it, where its table of contents
 /// alone would take one or two.
 const STREAM_BELOW: u64 = 256 << 10;
-/// The end of the blob that is read in the hope that the whole table of contents lies in it: this share of the blob ...
-const TAIL_SHARE: u64 = 100;
+/// The end of the blob that is read in the hope that the whole table of contents lies in it: this share of the blob (tables of Debian's
+/// packages take between 1/207 and 1/167) ...
+const TAIL_SHARE: u64 = 128;
 /// ... but at least so many bytes ...
 const TAIL_MIN: u64 = 32 << 10;
 /// ... and at most so many.

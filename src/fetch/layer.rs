@@ -14,7 +14,8 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::queue::{Answer, Queue, Ranks, View, families};
+use super::queue::{Answer, Queue, Ranks, View, owners};
+use super::window::Owner;
 use super::{FetchError, Fetcher, LayerData};
 use crate::cache::{CacheError, CachedLayer};
 use crate::layer::{Access, Digest, LayerIndex};
@@ -29,8 +30,8 @@ pub struct Layer {
     pub(super) fetcher: Arc<Fetcher>,
     pub(super) cached: Arc<CachedLayer>,
     pub(super) ranks: Ranks,
-    /// The directory of each chunk.
-    families: Vec<u32>,
+    /// The file of each chunk.
+    owners: Vec<Owner>,
     blob: RwLock<Arc<dyn Blob>>,
     queue: Mutex<Queue>,
     /// Ends the requests under way when the layer is closed.
@@ -57,8 +58,8 @@ impl Layer {
     pub(super) fn new(fetcher: Arc<Fetcher>, cached: Arc<CachedLayer>, blob: Arc<dyn Blob>) -> Arc<Layer> {
         Arc::new_cyclic(|me| Layer {
             ranks: Ranks::new(cached.index().chunks()),
-            families: match cached.index().access() {
-                Access::Ranges => families(cached.index()),
+            owners: match cached.index().access() {
+                Access::Ranges => owners(cached.index()),
                 Access::Stream => Vec::new(),
             },
             fetcher,
@@ -276,8 +277,8 @@ impl View for Layer {
         record.map_or(0..0, |record| record.blob_offset..record.blob_end())
     }
 
-    fn family(&self, chunk: usize) -> u32 {
-        self.families.get(chunk).copied().unwrap_or(0)
+    fn owner(&self, chunk: usize) -> Owner {
+        self.owners.get(chunk).copied().unwrap_or_default()
     }
 
     fn is_ready(&self, chunk: usize) -> bool {

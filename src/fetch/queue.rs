@@ -9,7 +9,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::FetchError;
-use super::window::{Chunks, Plan, State, Window};
+use super::window::{Chunks, Owner, Plan, State, Window};
 use crate::layer::{LayerIndex, ROOT_INO};
 use crate::sync::Class;
 
@@ -86,19 +86,22 @@ impl Ranks {
     }
 }
 
-/// The directory of each chunk: that of a file whose content is in it.
-pub(super) fn families(index: &LayerIndex) -> Vec<u32> {
+/// The owner of each chunk: a file whose content is in it, and that file's directory.
+pub(super) fn owners(index: &LayerIndex) -> Vec<Owner> {
     let chunks = index.chunks();
-    let mut families = vec![0; chunks.len()];
+    let mut owners = vec![Owner::default(); chunks.len()];
     for (dir, inode) in (ROOT_INO..).zip(index.inodes()) {
-        for file in index.entries(inode).iter().filter_map(|entry| index.inode(entry.ino)) {
-            if file.is_reg() {
-                let places = families.get_mut(index.chunks_at(file.data, file.size));
-                places.into_iter().for_each(|places| places.fill(dir));
-            }
+        for entry in index.entries(inode) {
+            let Some(file) = index.inode(entry.ino).filter(|inode| inode.is_reg()) else {
+                continue;
+            };
+            let places = owners.get_mut(index.chunks_at(file.data, file.size));
+            places
+                .into_iter()
+                .for_each(|places| places.fill(Owner { dir, file: entry.ino }));
         }
     }
-    families
+    owners
 }
 
 /// A request that is to be made.
@@ -234,8 +237,8 @@ pub(super) trait View {
     fn len(&self) -> usize;
     /// Bytes of the blob that hold a chunk.
     fn blob(&self, chunk: usize) -> std::ops::Range<u64>;
-    /// The directory that a chunk belongs to.
-    fn family(&self, chunk: usize) -> u32;
+    /// The file that a chunk belongs to.
+    fn owner(&self, chunk: usize) -> Owner;
     /// Whether a chunk is on disk.
     fn is_ready(&self, chunk: usize) -> bool;
 }
@@ -255,8 +258,8 @@ impl<V: View> Chunks for Asked<'_, V> {
         self.view.blob(self.ranks.chunk(rank))
     }
 
-    fn family(&self, rank: usize) -> u32 {
-        self.view.family(self.ranks.chunk(rank))
+    fn owner(&self, rank: usize) -> Owner {
+        self.view.owner(self.ranks.chunk(rank))
     }
 
     fn state(&self, rank: usize) -> State {

@@ -63,6 +63,15 @@ impl Blob for Failover {
         self.blobs.first().map_or(0, |blob| blob.size())
     }
 
+    fn distrust(&self) {
+        let at = self.preferred.load(Ordering::Relaxed);
+        if let Some(blob) = self.blobs.get(at) {
+            blob.distrust();
+        }
+        self.preferred
+            .store((at + 1) % self.blobs.len().max(1), Ordering::Relaxed);
+    }
+
     fn describe(&self) -> String {
         let at = self.preferred.load(Ordering::Relaxed);
         self.blobs.get(at).map(|blob| blob.describe()).unwrap_or_default()
@@ -132,6 +141,16 @@ mod tests {
                 panic!("no source can deliver")
             };
             assert!(matches!(error, RegistryError::NotFound { .. }), "{error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_source_that_sent_damaged_bytes_is_asked_last() {
+        let blob = Failover::over(vec![Arc::new(Fixed(Ok(b"xyz"))), Arc::new(Fixed(Ok(b"abc")))]).unwrap();
+        for expected in [b"xyz", b"abc", b"xyz"] {
+            let parts: Vec<Bytes> = blob.read(0..3).await.unwrap().try_collect().await.unwrap();
+            assert_eq!(parts.concat(), expected);
+            blob.distrust();
         }
     }
 

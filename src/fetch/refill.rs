@@ -33,10 +33,11 @@ impl Layer {
                     result = me.refill_pass() => result,
                     () = me.closing.cancelled() => Err(Fault::Closed),
                 };
-                let from = me.blob().describe();
+                let blob = me.blob();
+                let from = blob.describe();
                 let error = match result {
                     Ok(()) => None,
-                    Err(fault) if me.fetcher.damaged(&fault, *me.cached.digest(), &from) && pass < PASSES => {
+                    Err(fault) if me.fetcher.damaged(&fault, *me.cached.digest(), &*blob) && pass < PASSES => {
                         pass += 1;
                         continue;
                     }

@@ -234,6 +234,7 @@ impl Layer {
             "the source sent bytes that are not the layer's: {}",
             first.error
         );
+        self.blob().distrust();
         for Damage { chunk, error } in damaged {
             let again = self.queue().again(*chunk, self.ranks.rank(*chunk), DAMAGE_LIMIT);
             if !again {

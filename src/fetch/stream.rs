@@ -93,7 +93,7 @@ impl Fetcher {
                     return Ok(cached);
                 }
                 Err(fault) => {
-                    if self.damaged(&fault, layer, &from) && pass < PASSES {
+                    if self.damaged(&fault, layer, &*request.blob) && pass < PASSES {
                         pass += 1;
                         continue;
                     }
@@ -160,11 +160,12 @@ impl Fetcher {
     }
 
     /// Whether another download may help; notes that the source sent damaged bytes.
-    pub(super) fn damaged(&self, fault: &Fault, layer: Digest, from: &str) -> bool {
+    pub(super) fn damaged(&self, fault: &Fault, layer: Digest, blob: &dyn Blob) -> bool {
         let Fault::Layer(error) = fault else { return false };
         if error.retry_helps() {
             self.metrics.verify_failures_total.with_label_values(&["source"]).inc();
-            tracing::warn!(layer = %layer, source = from, "the source sent bytes that are not the layer's: {error}");
+            tracing::warn!(layer = %layer, source = blob.describe(), "the source sent bytes that are not the layer's: {error}");
+            blob.distrust();
         }
         error.retry_helps()
     }

@@ -34,11 +34,14 @@ use crate::registry::{Blob, Registry};
 use crate::store::{ImageLayer, ImageRecord, LayerRecord, LayerSource, Store, StoreError};
 
 pub mod containerd;
+mod handle;
 pub mod images;
 pub mod loader;
 pub mod sources;
 pub mod status;
 pub mod variants;
+
+pub use handle::Handle;
 
 use containerd::Containerd;
 use images::{ImagePlan, Images};
@@ -49,6 +52,9 @@ use variants::Shelf;
 /// How long a layer stays live without a snapshot that refers to it. A pull loads all layers of an image at once and commits them
 /// one by one, each after those below it; a slow layer may hold up the ones above for minutes.
 const GRACE: Duration = Duration::from_secs(900);
+
+/// Most sources of one layer that are remembered.
+const SOURCES_MAX: usize = 8;
 
 /// A layer that containerd asks for: one `Prepare` with `containerd.io/snapshot.ref`.
 #[derive(Debug, Clone)]
@@ -310,15 +316,43 @@ impl Catalog {
             let digest = planned.spec.digest;
             if let Some(live) = self.write_live().get_mut(&digest) {
                 live.wanted = Instant::now();
-                if let Some(blob) = self.blob(&planned.spec, &plan.sources) {
-                    live.layer.set_blob(blob);
-                }
+                let (catalog, sources) = (Arc::clone(self), plan.sources.clone());
+                tokio::task::spawn_blocking(move || catalog.learn_sources(&digest, sources));
                 continue;
             }
             let names = plan.name.iter().cloned().collect();
             flights.insert(digest, self.begin(planned.spec.clone(), plan.sources.clone(), names));
         }
         flights
+    }
+
+    /// Notes that a live layer can be had from `sources` as well. They come first, as credentials for them were just used; the ones
+    /// known before stay, or an image that names a repository without the blob would cut off containers that run.
+    fn learn_sources(&self, digest: &Digest, mut sources: Vec<LayerSource>) {
+        let learned = self.store.layer(digest).and_then(|record| {
+            let Some(mut record) = record else { return Ok(()) };
+            let known = record
+                .sources
+                .iter()
+                .filter(|source| !sources.contains(source))
+                .cloned();
+            let known: Vec<_> = known.collect();
+            sources.extend(known);
+            sources.truncate(SOURCES_MAX);
+            if sources == record.sources {
+                return Ok(());
+            }
+            record.sources = sources;
+            self.store.put_layer(&record)?;
+            let blob = self.blob(&spec_of(&record), &record.sources);
+            if let (Some(blob), Some(live)) = (blob, self.read_live().get(digest)) {
+                live.layer.set_blob(blob);
+            }
+            Ok(())
+        });
+        if let Err(error) = learned {
+            tracing::warn!(%error, layer = %digest, "another source of the layer cannot be recorded");
+        }
     }
 
     /// Begins to load a layer, or joins the task that does.
@@ -496,50 +530,6 @@ impl Catalog {
 
     fn lock_flights(&self) -> MutexGuard<'_, HashMap<Digest, Flight>> {
         self.flights.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The catalog as `snapshots` sees it: a handle that can start tasks of its own.
-pub struct Handle(pub Arc<Catalog>);
-
-impl Layers for Handle {
-    fn resolve(&self, request: LayerRequest) -> BoxFuture<'_, Resolution> {
-        let catalog = Arc::clone(&self.0);
-        async move {
-            match catalog.resolve_layer(request).await {
-                Ok(digest) => Resolution::Live(digest),
-                Err(refusal) => Resolution::Refused(refusal.text),
-            }
-        }
-        .boxed()
-    }
-
-    fn path(&self, layer: &Digest) -> Option<PathBuf> {
-        let slot = self.0.read_live().get(layer)?.slot;
-        self.0.session().as_ref().map(|session| session.path(slot))
-    }
-
-    fn usage(&self, layer: &Digest) -> Option<(u64, u64)> {
-        let live = self.0.read_live();
-        let layer = &live.get(layer)?.layer;
-        Some((layer.present_bytes(), layer.index().inodes().len() as u64))
-    }
-
-    fn retain(&self, layers: Vec<Digest>) -> BoxFuture<'_, ()> {
-        let catalog = Arc::clone(&self.0);
-        async move {
-            let done = tokio::task::spawn_blocking(move || {
-                let mut keep: HashSet<Digest> = layers.into_iter().collect();
-                catalog.release(&mut keep);
-                catalog.forget_images(&keep)
-            });
-            match done.await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::error!(%error, "images cannot be forgotten"),
-                Err(error) => tracing::error!(%error, "releasing layers was interrupted"),
-            }
-        }
-        .boxed()
     }
 }
 

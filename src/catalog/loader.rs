@@ -148,12 +148,16 @@ impl Loader {
         let compression = supported(spec)?;
         if let Some(toc_digest) = toc_digest(spec) {
             match self.estargz(spec, &blob, &toc_digest?).await {
-                Ok(index) => {
-                    let cached = self
-                        .cache
-                        .insert(&spec.digest, index)
-                        .map_err(|error| Refusal::of_cache(&error))?;
-                    return Ok(self.fetcher.open(cached, blob));
+                Ok(toc) => {
+                    let (cache, digest) = (Arc::clone(&self.cache), spec.digest);
+                    let inserted = tokio::task::spawn_blocking(move || cache.insert(&digest, toc.index)).await;
+                    let cached = match inserted {
+                        Ok(inserted) => inserted.map_err(|error| Refusal::of_cache(&error))?,
+                        Err(_) => return Err(Refusal::unresolved("storing its index was interrupted", true)),
+                    };
+                    let layer = self.fetcher.open(cached, blob);
+                    layer.count(toc.requests, toc.bytes);
+                    return Ok(layer);
                 }
                 // The registry cannot deliver; streaming would ask the same registry for more.
                 Err(TocError::Registry(error)) => return Err(Refusal::of_registry(&error)),
@@ -174,10 +178,12 @@ impl Loader {
             .stream(request)
             .await
             .map_err(|error| Refusal::of_fetch(&error))?;
-        Ok(self.fetcher.open(cached, blob))
+        let layer = self.fetcher.open(cached, blob);
+        layer.count(1, spec.size);
+        Ok(layer)
     }
 
-    async fn estargz(&self, spec: &LayerSpec, blob: &Arc<dyn Blob>, expected: &Digest) -> Result<LayerIndex, TocError> {
+    async fn estargz(&self, spec: &LayerSpec, blob: &Arc<dyn Blob>, expected: &Digest) -> Result<Toc, TocError> {
         let tail_len = (spec.size / TAIL_SHARE).clamp(TAIL_MIN, TAIL_MAX).min(spec.size);
         let tail_start = spec.size - tail_len;
         let tail = read(blob, tail_start, spec.size).await?;
@@ -195,20 +201,30 @@ impl Loader {
         }
         // `find_toc` has checked that the table lies within the blob.
         let (start, end) = (location.offset, location.offset + location.len);
+        let (mut requests, mut bytes) = (1, tail_len);
         let member = if start >= tail_start {
             tail.slice((start - tail_start) as usize..(end - tail_start) as usize)
         } else {
             let head = read(blob, start, tail_start.min(end)).await?;
+            requests += 1;
+            bytes += head.len() as u64;
             let rest = &tail[..end.saturating_sub(tail_start) as usize];
             Bytes::from([&head[..], rest].concat())
         };
         let (blob_size, expected) = (spec.size, *expected);
         let parsed =
             tokio::task::spawn_blocking(move || estargz::index_from_toc(&member, start, blob_size, &expected)).await;
-        parsed
-            .unwrap_or_else(|panic| Err(LayerError::malformed("eStargz TOC", start, panic.to_string())))
-            .map_err(Into::into)
+        let index =
+            parsed.unwrap_or_else(|panic| Err(LayerError::malformed("eStargz TOC", start, panic.to_string())))?;
+        Ok(Toc { index, requests, bytes })
     }
+}
+
+/// An index made of a table of contents, and what it took.
+struct Toc {
+    index: LayerIndex,
+    requests: u64,
+    bytes: u64,
 }
 
 /// Why a table of contents could not be had.

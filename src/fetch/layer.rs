@@ -88,6 +88,12 @@ impl Layer {
         &self.cached
     }
 
+    /// Adds what it took to make the layer readable (its table of contents, or the stream) to its counts.
+    pub fn count(&self, requests: u64, bytes: u64) {
+        self.requests.fetch_add(requests, Ordering::Relaxed);
+        self.fetched.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// Counts since the layer was opened.
     pub fn stats(&self) -> LayerStats {
         LayerStats {

@@ -170,14 +170,16 @@ async fn serve_catalog(
     let admin = Admin::new(metrics, Arc::clone(catalog), mountpoint);
     let stop = stop_signal()?;
     if let Some(address) = config.admin_address {
-        let what = format!("admin_address {address}");
-        let listener = TcpListener::bind(address).await.map_err(io_error(what))?;
         let (admin, stop) = (Arc::clone(&admin), stop.clone());
-        tokio::spawn(async move {
-            if let Err(error) = admin.serve(listener, stop).await {
-                tracing::error!(%error, "the admin address serves no more");
-            }
-        });
+        // A port that somebody else has is no reason to leave a node without its snapshots.
+        match TcpListener::bind(address).await {
+            Err(error) => tracing::error!(%error, %address, "no metrics and no health: admin_address cannot be used"),
+            Ok(listener) => drop(tokio::spawn(async move {
+                if let Err(error) = admin.serve(listener, stop).await {
+                    tracing::error!(%error, "the admin address serves no more");
+                }
+            })),
+        }
     }
     let control = ControlServer::new(ControlService(Arc::clone(catalog))).max_encoding_message_size(MAX_MESSAGE);
     admin.set_ready(true);

@@ -481,7 +481,6 @@ impl Catalog {
         }
         let text = digest.to_string();
         for layer in record.layers.iter_mut().filter(|layer| layer.digest == text) {
-            layer.live = refusal.is_none();
             layer.refused = refusal.map(|refusal| refusal.text.clone());
         }
         self.store.put_image(&record)
@@ -568,8 +567,6 @@ fn new_image_record(plan: &ImagePlan) -> ImageRecord {
                 media_type: layer.spec.media_type.clone(),
                 diff_id: layer.spec.diff_id.map(|id| id.to_string()).unwrap_or_default(),
                 chain_id: layer.chain_id.clone(),
-                live: false,
-                format: None,
                 refused: None,
             })
             .collect(),

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::TryStreamExt;
@@ -26,6 +27,8 @@ const TAIL_SHARE: u64 = 128;
 const TAIL_MIN: u64 = 32 << 10;
 /// ... and at most so many.
 const TAIL_MAX: u64 = 1 << 20;
+/// Longest wait for a table of contents: a source that drips must not hold up a pull for ever. 1 MiB takes 84 s at 100 kbit/s.
+const TOC_DEADLINE: Duration = Duration::from_secs(300);
 /// Largest compressed table of contents, in bytes. A million files take about 60 MiB.
 const TOC_MAX: u64 = 128 << 20;
 
@@ -147,7 +150,8 @@ impl Loader {
         }
         let compression = supported(spec)?;
         if let Some(toc_digest) = toc_digest(spec) {
-            match self.estargz(spec, &blob, &toc_digest?).await {
+            let toc = tokio::time::timeout(TOC_DEADLINE, self.estargz(spec, &blob, &toc_digest?)).await;
+            match toc.unwrap_or(Err(TocError::Slow)) {
                 Ok(toc) => {
                     let (cache, digest) = (Arc::clone(&self.cache), spec.digest);
                     let inserted = tokio::task::spawn_blocking(move || cache.insert(&digest, toc.index)).await;
@@ -161,6 +165,17 @@ impl Loader {
                 }
                 // The registry cannot deliver; streaming would ask the same registry for more.
                 Err(TocError::Registry(error)) => return Err(Refusal::of_registry(&error)),
+                Err(TocError::Slow) => {
+                    let text = format!(
+                        "its table of contents did not arrive within {} s",
+                        TOC_DEADLINE.as_secs()
+                    );
+                    return Err(Refusal {
+                        word: "source",
+                        text,
+                        retry_helps: true,
+                    });
+                }
                 Err(TocError::Layer(error)) => {
                     tracing::warn!(layer = %spec.digest, %error, "cannot be read as eStargz, will be streamed");
                 }
@@ -234,6 +249,8 @@ enum TocError {
     Registry(#[from] RegistryError),
     #[error(transparent)]
     Layer(#[from] LayerError),
+    #[error("it did not arrive in time")]
+    Slow,
 }
 
 /// How the layer says it is compressed (its first bytes decide), or why it is of no kind that Lazuli reads.

@@ -39,11 +39,6 @@ pub struct ImageLayer {
     pub diff_id: String,
     /// Digest of the chain of diff ids up to this one.
     pub chain_id: String,
-    /// Whether Lazuli serves it.
-    pub live: bool,
-    /// Format, once it is known: `estargz`, `gzip`, ...
-    #[serde(default)]
-    pub format: Option<String>,
     /// Why Lazuli does not serve it.
     #[serde(default)]
     pub refused: Option<String>,

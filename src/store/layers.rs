@@ -34,7 +34,7 @@ pub struct LayerRecord {
     pub slot: u32,
     /// Where the blob can be had.
     pub sources: Vec<LayerSource>,
-    /// Digests of the manifests it was seen in.
+    /// Names of the images it was pulled with, as far as containerd told them.
     pub images: Vec<String>,
 }
 

@@ -78,8 +78,6 @@ fn everything_is_there_after_a_restart() {
             media_type: "x".to_owned(),
             diff_id: "sha256:d".to_owned(),
             chain_id: "sha256:c".to_owned(),
-            live: false,
-            format: None,
             refused: Some("digest algorithm".to_owned()),
         }],
     };

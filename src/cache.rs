@@ -6,8 +6,10 @@
 //!     .lock                         locked by the one process that uses the cache
 //!     .incoming/<hex>-<random>/     layers in the making, and layers being deleted; emptied at start
 //!     <hex digest>/index            the layer's index (crate::layer::index)
-//!     <hex digest>/data             its data space as a sparse file
+//!     <hex digest>/data             its data space as a sparse file, and zeros up to the end of a page of 4096 bytes
 //!     <hex digest>/map              which chunks are ready (map.rs)
+//!     <hex digest>/mounted          the boot in which the data was mounted (hold.rs)
+//!     <hex digest>/data.next        a data file that was to take the place of one that was mounted (evict.rs)
 //! ```
 //! A layer appears by the rename of a directory in which everything is already durable, so there are no half-made layers.
 //!
@@ -25,6 +27,10 @@
 //! again in between stands for bytes written after the hole, because stores and evictions of one layer exclude each other
 //! (`mutation`, which stores share). A reader whose loads differ reads again on the slow way, which shares `mutation`.
 //!
+//! # Files that are mounted
+//! A layer that is complete can be mounted from its file, without the cache in between. So that no unverified byte comes to a reader
+//! that way either, everything is verified by this very process before (check.rs), and nothing of the file changes after (hold.rs).
+//!
 //! # Budget
 //! `max_size` and `min_free` (budget.rs): room is made by dropping layers that no container uses, least recently used first; then groups
 //! of chunks of layers in use, then, as the last resort, whole streamed layers in use, which have to be streamed again from their
@@ -32,8 +38,11 @@
 
 mod bitmap;
 mod budget;
+mod check;
 mod dir;
 pub mod error;
+mod evict;
+mod hold;
 mod hot;
 mod layer;
 mod map;
@@ -41,7 +50,9 @@ mod staging;
 #[cfg(test)]
 mod tests;
 
+pub use check::Checked;
 pub use dir::Cache;
 pub use error::CacheError;
+pub use hold::{Hold, NotWhole};
 pub use layer::{CachedLayer, InUse, Stored};
 pub use staging::Staging;

@@ -12,13 +12,19 @@
 //!
 //! Streams (stream.rs, pipeline.rs) are for layers that cannot be read in ranges: one pass over the whole blob makes index and data.
 //! When such a layer has been evicted, the first read that misses streams it again (refill.rs), chunk by chunk against its index.
+//!
+//! # Whole layers
+//! A layer that is complete is given to the kernel as a file ([`LayerData::local_file`]). What an earlier process left of it is verified
+//! before, in the background (verify.rs).
 
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
+use crate::cache::Hold;
 use crate::layer::{Digest, LayerIndex};
 
 pub mod error;
@@ -32,6 +38,7 @@ mod request;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod verify;
 pub mod window;
 
 pub use error::FetchError;
@@ -39,6 +46,15 @@ pub use fetcher::Fetcher;
 pub use layer::{Layer, LayerStats};
 pub use pipeline::Progress;
 pub use stream::StreamRequest;
+
+/// A layer's data space as a file.
+#[derive(Debug)]
+pub struct LocalFile {
+    /// Where it is. It is as long as the data space, rounded up to 4096 bytes.
+    pub path: PathBuf,
+    /// Keeps every byte of it in its place for as long as this lives.
+    pub hold: Hold,
+}
 
 /// A layer that can be read: what the faces in `fs` serve from.
 ///
@@ -62,4 +78,10 @@ pub trait LayerData: Send + Sync + 'static {
 
     /// Bytes of the data space that are on the local disk (for statfs and Usage).
     fn present_bytes(&self) -> u64;
+
+    /// The whole data space as a local file, if all of it is there and was verified by this process. If it only has to be verified, that
+    /// begins in the background, and a later call finds it. Waits for nothing but the local disk.
+    fn local_file(&self) -> Option<LocalFile> {
+        None
+    }
 }

@@ -69,6 +69,13 @@ impl Bitmap {
         self.words.len()
     }
 
+    /// How many bits are set.
+    pub fn count(&self) -> usize {
+        (0..self.words.len())
+            .map(|at| self.word(at).count_ones() as usize)
+            .sum()
+    }
+
     /// Positions of the bits that are set.
     pub fn ones(&self) -> impl Iterator<Item = usize> {
         (0..self.words.len()).flat_map(|at| {
@@ -93,6 +100,7 @@ mod tests {
         assert!(!map.set(64), "already set");
         assert!(!map.set(130), "outside");
         assert_eq!(map.ones().collect::<Vec<_>>(), [0, 64, 129]);
+        assert_eq!(map.count(), 3);
         assert!(map.clear(64) && !map.clear(64));
         assert!(map.get(129) && !map.get(64) && !map.get(130) && !map.get(usize::MAX));
     }

@@ -6,16 +6,20 @@
 //! In this order, until there is room: layers that no container uses, least recently used first (those that nobody has open vanish, of
 //! the others the index stays); then the least recently used groups of chunks of layers in use that can be fetched in ranges; then, as
 //! the last resort, streamed layers in use as a whole, but never the one that is being written: a miss in such a layer downloads
-//! all of it again, so it is cheaper to serve others past the disk, and dropping is only for when not even that would go on.
+//! all of it again, so it is cheaper to serve others past the disk, and dropping is only for when not even that would go on. Layers whose
+//! files are held (hold.rs) count, but never go.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::{Cache, CacheError, CachedLayer};
 use crate::layer::{Access, Digest};
 
 /// More than what is needed is freed at once, by this part of `max_size`, so that the next store does not have to evict again.
 const SLACK_PART: u64 = 32;
+/// How long it is not told again that the budget cannot be met: it comes up with every chunk.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
 /// Most that is freed beyond what is needed, in bytes.
 const MAX_SLACK: u64 = 256 << 20;
 
@@ -105,6 +109,9 @@ impl Cache {
         if self.evict_unused(writer, &mut free) && self.evict_groups(&mut free) {
             self.evict_streamed(writer, &mut free);
         }
+        if freed < bytes {
+            self.tell_held(bytes - freed);
+        }
         if freed > 0 {
             self.freed.fetch_add(freed, Ordering::Relaxed);
             self.metrics().cache_evicted_bytes_total.inc_by(freed);
@@ -139,7 +146,7 @@ impl Cache {
                     Some(Some(open)) => open,
                 }
             };
-            if !open.is_pinned() && open.present_bytes() > 0 && !free(open.evict_all()) {
+            if !open.is_pinned() && !open.is_held() && open.present_bytes() > 0 && !free(open.evict_all()) {
                 return false;
             }
         }
@@ -148,29 +155,59 @@ impl Cache {
 
     /// Groups of chunks of layers in use.
     fn evict_groups(&self, free: &mut impl FnMut(u64) -> bool) -> bool {
-        let mut groups: Vec<(u64, usize, u64)> = Vec::new();
+        let mut groups: Vec<(bool, u64, usize, u64)> = Vec::new();
         let layers = self.open_layers(Access::Ranges);
         for (at, layer) in layers.iter().enumerate() {
-            groups.extend(layer.groups().into_iter().map(|(used, group)| (used, at, group)));
+            // Those that were mounted last: they go as a whole, and while they still are, that frees nothing.
+            let exposed = layer.is_exposed();
+            let used = layer.groups().into_iter();
+            groups.extend(used.map(|(used, group)| (exposed, used, at, group)));
         }
         groups.sort_unstable();
         groups
             .iter()
-            .all(|(_, at, group)| free(layers[*at].evict_group(*group)))
+            .all(|(_, _, at, group)| free(layers[*at].evict_group(*group)))
     }
 
     /// Streamed layers in use.
     fn evict_streamed(&self, writer: Option<&Digest>, free: &mut impl FnMut(u64) -> bool) -> bool {
         let mut layers = self.open_layers(Access::Stream);
         layers.retain(|layer| Some(layer.digest()) != writer && layer.present_bytes() > 0);
-        layers.sort_by_cached_key(|layer| layer.last_used());
+        layers.sort_by_cached_key(|layer| (layer.is_exposed(), layer.last_used()));
         layers.iter().all(|layer| free(layer.evict_all()))
     }
 
+    /// Layers that somebody has open, without those that are held.
     fn open_layers(&self, access: Access) -> Vec<Arc<CachedLayer>> {
         let known = self.known();
         let open = known.iter().filter_map(|(_, entry)| entry.open.upgrade());
-        open.filter(|layer| layer.index().access() == access).collect()
+        open.filter(|layer| layer.index().access() == access && !layer.is_held())
+            .collect()
+    }
+
+    /// Bytes on disk that cannot be evicted because their files are mounted.
+    pub fn held_bytes(&self) -> u64 {
+        let known = self.known();
+        let open = known.iter().filter_map(|(_, entry)| entry.open.upgrade());
+        open.filter(|layer| layer.is_held())
+            .map(|layer| layer.allocated_bytes())
+            .sum()
+    }
+
+    /// Logs, not too often, that there is no room because of what is mounted.
+    fn tell_held(&self, missing: u64) {
+        let held = self.held_bytes();
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if held > 0 && told.is_none_or(|told| told.elapsed() > TELL_AGAIN) {
+            *told = Some(Instant::now());
+            tracing::warn!(
+                held,
+                missing,
+                used = self.used_bytes(),
+                "the cache's budget cannot be met: complete layers of running containers are mounted from their files; \
+                 what finds no room is served without being kept"
+            );
+        }
     }
 }
 

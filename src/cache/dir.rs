@@ -6,10 +6,11 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use lru::LruCache;
 
+use super::hold::{boot_id, file_size, is_exposed, unmark};
 use super::hot::HotChunks;
 use super::layer::{BLOCK, Files};
 use super::map::{self, MapFile};
@@ -41,6 +42,10 @@ pub struct Cache {
     /// Counts up with every store: the time by which uses are ordered.
     clock: AtomicU64,
     hot: HotChunks,
+    /// This boot of the machine: see hold.rs.
+    boot_id: String,
+    /// When it was last told that the budget cannot be met.
+    pub(super) told: Mutex<Option<Instant>>,
     me: Weak<Cache>,
 }
 
@@ -101,6 +106,8 @@ impl Cache {
             evicting: Mutex::new(()),
             clock: AtomicU64::new(1),
             hot: HotChunks::new(),
+            boot_id: boot_id(),
+            told: Mutex::default(),
             me: me.clone(),
         });
         cache.occupy(used);
@@ -179,6 +186,10 @@ impl Cache {
 
     pub(super) fn hot(&self) -> &HotChunks {
         &self.hot
+    }
+
+    pub(super) fn boot_id(&self) -> &str {
+        &self.boot_id
     }
 
     pub(super) fn now(&self) -> u64 {
@@ -266,24 +277,34 @@ impl Cache {
         let (path, map_path) = (dir.join("data"), dir.join("map"));
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false);
-        let data = options.open(&path).map_err(CacheError::io("open", &path))?;
+        let mut data = options.open(&path).map_err(CacheError::io("open", &path))?;
         let map = options.open(&map_path).map_err(CacheError::io("open", &map_path))?;
         let saved = fs::read(&map_path).map_err(CacheError::io("read", &map_path))?;
+        let mut exposed = is_exposed(&dir, &self.boot_id);
         let len = data.metadata().map_err(CacheError::io("read", &path))?.len();
         let (sealed, words) = match map::decode(&saved, chunks.len(), &id) {
-            Ok(saved) if len == index.data_size() => (saved.sealed, saved.words),
+            // The first versions did not fill the last page.
+            Ok(saved) if len == index.data_size() || len == file_size(&index) => {
+                data.set_len(file_size(&index))
+                    .map_err(CacheError::io("resize", &path))?;
+                (saved.sealed, saved.words)
+            }
             Ok(saved) => {
                 tracing::warn!(layer = %digest, len, "the data in the cache has the wrong length, its chunks are verified again");
                 write_map(&map, &map_path, chunks.len(), &id, &saved.words)?;
-                data.set_len(index.data_size())
+                data.set_len(file_size(&index))
                     .map_err(CacheError::io("resize", &path))?;
                 (false, saved.words)
             }
             Err(what) => {
                 tracing::warn!(layer = %digest, "the data in the cache is dropped, its map cannot be used: {what}");
-                data.set_len(0)
-                    .and_then(|()| data.set_len(index.data_size()))
-                    .map_err(CacheError::io("empty", &path))?;
+                // Another file, not an empty one: the old one may be mounted.
+                fs::remove_file(&path).map_err(CacheError::io("delete", &path))?;
+                unmark(&dir).map_err(CacheError::io("delete", &dir))?;
+                data = options.open(&path).map_err(CacheError::io("open", &path))?;
+                data.set_len(file_size(&index))
+                    .map_err(CacheError::io("resize", &path))?;
+                exposed = false;
                 let words = vec![0; chunks.len().div_ceil(64)];
                 write_map(&map, &map_path, chunks.len(), &id, &words)?;
                 (false, words)
@@ -298,6 +319,8 @@ impl Cache {
             data,
             map: MapFile::new(map, chunks.len(), id, sealed),
             words,
+            fresh: false,
+            exposed,
             allocated,
         };
         Ok(Some(CachedLayer::new(me, *digest, index, files)))

@@ -1,16 +1,16 @@
-//! One layer on disk: the hit path, stores, verification after a crash, eviction of chunks.
+//! One layer on disk: the hit path and stores. (Verification: check.rs; eviction: evict.rs; mounting its file: hold.rs.)
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
-use rustix::fs::FallocateFlags;
 
 use super::bitmap::{Bitmap, WORD};
 use super::error::is_full;
@@ -33,30 +33,39 @@ pub enum Stored {
 
 /// A layer in the cache. All offsets are bytes of its data space.
 pub struct CachedLayer {
-    digest: Digest,
-    index: LayerIndex,
-    /// Directory of the layer, for messages.
-    dir: PathBuf,
-    data: File,
+    pub(super) digest: Digest,
+    pub(super) index: LayerIndex,
+    /// Directory of the layer.
+    pub(super) dir: PathBuf,
+    /// The data space. Another file takes its place when one that was mounted is evicted.
+    pub(super) data: ArcSwap<File>,
     map: Mutex<MapFile>,
-    /// Chunks whose bytes are on disk and have been verified.
-    ready: Bitmap,
+    /// Chunks whose bytes are on disk and have been verified, by this process or before the last orderly end.
+    pub(super) ready: Bitmap,
     /// Chunks whose bytes may be on disk, and have to be verified before they are ready.
-    suspect: Bitmap,
+    pub(super) suspect: Bitmap,
+    /// Chunks whose bytes this process has verified: those that may be mounted.
+    pub(super) checked: Bitmap,
+    /// Whether bytes of the file that no chunk covers are known to be zeros.
+    pub(super) clean: AtomicBool,
     /// Chunks that are not ready. 0 saves the hit path from looking at the chunks.
-    unready: AtomicUsize,
+    pub(super) unready: AtomicUsize,
     /// Bytes of the chunks that are ready or suspect.
-    present: AtomicU64,
+    pub(super) present: AtomicU64,
     /// Times that chunks were evicted; see the readers' protocol in `cache`.
-    evictions: AtomicU64,
-    /// Shared by stores, verifications and locked reads; exclusive for evictions and seals.
-    mutation: RwLock<()>,
+    pub(super) evictions: AtomicU64,
+    /// Shared by stores, verifications, locked reads and new holds; exclusive for evictions and seals.
+    pub(super) mutation: RwLock<()>,
     /// When each group was used last, in ticks of the cache's clock.
     used: Box<[AtomicU64]>,
     pins: AtomicU32,
+    /// Holds on the file; see hold.rs.
+    pub(super) holds: AtomicU32,
+    /// Whether the file may be mounted somewhere, also after the last hold on it has gone.
+    pub(super) exposed: AtomicBool,
     /// Bytes on disk, shared with the cache's list of layers.
-    allocated: Arc<AtomicU64>,
-    cache: Arc<Cache>,
+    pub(super) allocated: Arc<AtomicU64>,
+    pub(super) cache: Arc<Cache>,
 }
 
 /// The files of a layer that is being opened.
@@ -66,6 +75,10 @@ pub(super) struct Files {
     pub map: MapFile,
     /// Bits of the chunks that are there.
     pub words: Vec<u64>,
+    /// Whether this process made them, so that nothing but verified bytes is in them.
+    pub fresh: bool,
+    /// Whether the data may be mounted.
+    pub exposed: bool,
     pub allocated: Arc<AtomicU64>,
 }
 
@@ -84,20 +97,28 @@ impl CachedLayer {
         } else {
             (empty, known, chunks.len())
         };
+        let checked = Bitmap::new(chunks.len());
+        for chunk in ready.ones().filter(|_| files.fresh) {
+            checked.set(chunk);
+        }
         let groups = index.data_size().div_ceil(GROUP);
         CachedLayer {
             digest,
             dir: files.dir,
-            data: files.data,
+            data: ArcSwap::from_pointee(files.data),
             map: Mutex::new(files.map),
             ready,
             suspect,
+            checked,
+            clean: AtomicBool::new(files.fresh),
             unready: AtomicUsize::new(unready),
             present: AtomicU64::new(present),
             evictions: AtomicU64::new(0),
             mutation: RwLock::new(()),
             used: (0..groups).map(|_| AtomicU64::new(0)).collect(),
             pins: AtomicU32::new(0),
+            holds: AtomicU32::new(0),
+            exposed: AtomicBool::new(files.exposed),
             allocated: files.allocated,
             index,
             cache,
@@ -205,7 +226,7 @@ impl CachedLayer {
                 place.copy_from_slice(bytes);
             } else if !self.verify(at) {
                 missing.push(at);
-            } else if let Err(error) = self.data.read_exact_at(place, from) {
+            } else if let Err(error) = self.data.load().read_exact_at(place, from) {
                 missing.push(at);
                 failed = Some(error);
             }
@@ -224,7 +245,7 @@ impl CachedLayer {
     /// # Errors
     /// [`CacheError::Corrupt`] if they are not the chunk's bytes, [`CacheError::Io`] if the disk fails.
     pub fn store(&self, chunk: usize, bytes: &[u8]) -> Result<Stored, CacheError> {
-        let record = self.check(chunk, bytes)?;
+        let record = self.check_bytes(chunk, bytes)?;
         if self.ready.get(chunk) {
             return Ok(Stored::Cached);
         }
@@ -286,7 +307,7 @@ impl CachedLayer {
     }
 
     /// Checks bytes against the digest of a chunk.
-    fn check(&self, chunk: usize, bytes: &[u8]) -> Result<&Chunk, CacheError> {
+    fn check_bytes(&self, chunk: usize, bytes: &[u8]) -> Result<&Chunk, CacheError> {
         let corrupt = |error| CacheError::Corrupt {
             layer: self.digest,
             chunk,
@@ -324,8 +345,9 @@ impl CachedLayer {
             return Ok(false);
         }
         self.map().unseal()?;
-        self.data.write_all_at(bytes, record.data_offset)?;
+        self.data.load().write_all_at(bytes, record.data_offset)?;
         let was_suspect = self.suspect.clear(chunk);
+        self.checked.set(chunk);
         if !self.ready.set(chunk) {
             return Ok(false);
         }
@@ -343,36 +365,6 @@ impl CachedLayer {
         Ok(true)
     }
 
-    /// Verifies a chunk that is suspect; whether it is ready then. The caller holds `mutation`.
-    fn verify(&self, chunk: usize) -> bool {
-        if !self.suspect.get(chunk) {
-            return self.ready.get(chunk);
-        }
-        let Some(record) = self.index.chunks().get(chunk) else {
-            return false;
-        };
-        let mut bytes = vec![0; record.data_len as usize];
-        let read = self.data.read_exact_at(&mut bytes, record.data_offset);
-        if read.is_ok() && Digest::of(&bytes) == record.digest {
-            if self.ready.set(chunk) {
-                self.unready.fetch_sub(1, Ordering::SeqCst);
-            }
-            self.suspect.clear(chunk);
-            return true;
-        }
-        if self.suspect.clear(chunk) {
-            self.present.fetch_sub(u64::from(record.data_len), Ordering::Relaxed);
-            self.cache
-                .metrics()
-                .verify_failures_total
-                .with_label_values(&["disk"])
-                .inc();
-            let why = read.err().map_or_else(|| "other bytes".to_owned(), |e| e.to_string());
-            tracing::warn!(layer = %self.digest, chunk, "a chunk in the cache is damaged and will be fetched again: {why}");
-        }
-        self.ready.get(chunk)
-    }
-
     /// After an error of the disk: what it should have read has to be verified before it is used.
     fn distrust(&self, offset: u64, len: u64, error: &io::Error) {
         tracing::error!(layer = %self.digest, offset, len, "cannot read {}: {error}", self.dir.display());
@@ -381,96 +373,20 @@ impl CachedLayer {
             if self.ready.clear(chunk) {
                 self.unready.fetch_add(1, Ordering::SeqCst);
                 self.suspect.set(chunk);
+                self.checked.clear(chunk);
             }
         }
     }
 
-    /// Removes the chunks at `chunks` from the disk; the bytes that were freed.
-    fn evict(&self, chunks: Range<usize>) -> u64 {
-        let records = self.index.chunks();
-        let (Some(first), Some(last)) = (records.get(chunks.start), records.get(chunks.end.wrapping_sub(1))) else {
-            return 0;
-        };
-        let _exclusive = self.mutation.write().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = self.map().unseal() {
-            // Bits under a seal must not outlive their bytes.
-            tracing::error!(layer = %self.digest, "cannot write the map in {}: {error}", self.dir.display());
-            return 0;
-        }
-        for chunk in chunks.clone() {
-            let was_ready = self.ready.clear(chunk);
-            if was_ready {
-                self.unready.fetch_add(1, Ordering::SeqCst);
-            }
-            if self.suspect.clear(chunk) || was_ready {
-                self.present
-                    .fetch_sub(u64::from(records[chunk].data_len), Ordering::Relaxed);
-            }
-        }
-        self.evictions.fetch_add(1, Ordering::SeqCst);
-        let whole = chunks.len() == records.len();
-        let result = self.write_map(chunks).and_then(|()| {
-            if whole {
-                // Also frees what no bit tells of, and works where holes do not.
-                self.data.set_len(0)?;
-                return self.data.set_len(self.index.data_size());
-            }
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            let len = last.data_end() - first.data_offset;
-            Ok(rustix::fs::fallocate(&self.data, flags, first.data_offset, len)?)
-        });
-        if let Err(error) = result {
-            tracing::error!(layer = %self.digest, "cannot evict from {}: {error}", self.dir.display());
-        }
-        self.account()
-    }
-
-    /// Brings the count of bytes on disk up to date; the bytes that are less than before. The caller holds `mutation` exclusively.
-    fn account(&self) -> u64 {
-        let Ok(metadata) = self.data.metadata() else { return 0 };
-        let now = metadata.blocks() * BLOCK;
-        let before = self.allocated.swap(now, Ordering::Relaxed);
-        let freed = before.saturating_sub(now);
-        self.cache.release(freed);
-        self.cache.occupy(now.saturating_sub(before));
-        freed
-    }
-
-    /// Removes everything but the index from the disk; the bytes that were freed.
-    pub(crate) fn evict_all(&self) -> u64 {
-        self.evict(0..self.index.chunks().len())
-    }
-
-    /// Removes the chunks that begin in a group; the bytes that were freed.
-    pub(super) fn evict_group(&self, group: u64) -> u64 {
-        self.evict(self.group_chunks(group))
-    }
-
-    /// Groups that hold any bytes, and when they were used last.
-    pub(super) fn groups(&self) -> Vec<(u64, u64)> {
-        let chunks = self.index.chunks();
-        let mut groups: Vec<u64> = self
-            .ready
-            .ones()
-            .chain(self.suspect.ones())
-            .filter_map(|at| Some(chunks.get(at)?.data_offset / GROUP))
-            .collect();
-        groups.sort_unstable();
-        groups.dedup();
-        let used = |group: &u64| self.used.get(*group as usize).map_or(0, |t| t.load(Ordering::Relaxed));
-        groups.iter().map(|group| (used(group), *group)).collect()
+    /// When a group was used last.
+    pub(super) fn group_used(&self, group: u64) -> u64 {
+        let used = usize::try_from(group).ok().and_then(|group| self.used.get(group));
+        used.map_or(0, |time| time.load(Ordering::Relaxed))
     }
 
     /// When any of the layer was used last.
     pub(super) fn last_used(&self) -> u64 {
         self.used.iter().map(|t| t.load(Ordering::Relaxed)).max().unwrap_or(0)
-    }
-
-    fn group_chunks(&self, group: u64) -> Range<usize> {
-        let chunks = self.index.chunks();
-        let start = chunks.partition_point(|chunk| chunk.data_offset < group.saturating_mul(GROUP));
-        let end = chunks.partition_point(|chunk| chunk.data_offset < group.saturating_add(1).saturating_mul(GROUP));
-        start..end
     }
 
     /// Makes everything durable and believed after the next start.
@@ -481,6 +397,7 @@ impl CachedLayer {
             return Ok(());
         }
         self.data
+            .load()
             .sync_all()
             .and_then(|()| self.map().seal(&self.ready))
             .map_err(CacheError::io("write", &self.dir))
@@ -495,12 +412,12 @@ impl CachedLayer {
         let _ = self.map().touch();
     }
 
-    fn map(&self) -> MutexGuard<'_, MapFile> {
+    pub(super) fn map(&self) -> MutexGuard<'_, MapFile> {
         self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes the bits of `chunks` to the map. The words are loaded under the lock, so that an older one never replaces a newer one.
-    fn write_map(&self, chunks: Range<usize>) -> io::Result<()> {
+    pub(super) fn write_map(&self, chunks: Range<usize>) -> io::Result<()> {
         let map = self.map();
         for word in chunks.start / WORD..chunks.end.div_ceil(WORD) {
             map.write_word(word, self.ready.word(word) | self.suspect.word(word))?;
@@ -525,7 +442,7 @@ impl CachedLayer {
         let inside = self.index.data_size().saturating_sub(offset).min(buf.len() as u64) as usize;
         let (inside, outside) = buf.split_at_mut(inside);
         outside.fill(0);
-        self.data.read_exact_at(inside, offset)
+        self.data.load().read_exact_at(inside, offset)
     }
 }
 

@@ -12,6 +12,7 @@ use super::bitmap::Bitmap;
 use super::budget::full;
 use super::dir::DIR_MODE;
 use super::error::is_full;
+use super::hold::file_size;
 use super::layer::{BLOCK, Files};
 use super::map::{self, MapFile};
 use super::{Cache, CacheError, CachedLayer};
@@ -116,6 +117,8 @@ impl Staging {
         let data_path = dir.join("data");
         self.data
             .set_len(index.data_size())
+            // In two steps, so that nothing that was written behind the end shows up again.
+            .and_then(|()| self.data.set_len(file_size(&index)))
             .and_then(|()| self.data.sync_all())
             .map_err(CacheError::io("write", &data_path))?;
         write_durably(&dir.join("index"), &encoded)?;
@@ -132,6 +135,8 @@ impl Staging {
             data: self.data.try_clone().map_err(CacheError::io("open", &data_path))?,
             map: MapFile::new(map, chunks, id, true),
             words,
+            fresh: true,
+            exposed: false,
             allocated,
         };
         let layer = CachedLayer::new(Arc::clone(&self.cache), self.digest, index, files);

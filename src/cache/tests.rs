@@ -13,6 +13,8 @@ use crate::layer::index::{IndexParts, Inode, mode};
 use crate::layer::{Access, Chunk, Codec, Digest, LayerIndex};
 use crate::metrics::Metrics;
 
+mod whole;
+
 /// Bytes of a test's chunks.
 const CHUNK: usize = 64 << 10;
 

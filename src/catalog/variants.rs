@@ -22,7 +22,7 @@ use futures::future::BoxFuture;
 use super::images::{ImagePlan, PlannedLayer};
 use super::loader::{self, Refusal};
 use super::{Catalog, Flight, GRACE, Live, of_store, spec_of};
-use crate::fetch::{FetchError, Layer, LayerData};
+use crate::fetch::{FetchError, Layer, LayerData, LocalFile};
 use crate::layer::variant::{depends_on_below, on_top_of};
 use crate::layer::{Digest, LayerError, LayerIndex};
 use crate::store::LayerRecord;
@@ -57,6 +57,10 @@ impl LayerData for Variant {
 
     fn present_bytes(&self) -> u64 {
         self.layer.present_bytes()
+    }
+
+    fn local_file(&self) -> Option<LocalFile> {
+        self.layer.local_file()
     }
 }
 

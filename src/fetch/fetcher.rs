@@ -30,6 +30,8 @@ pub struct Fetcher {
     progress: Mutex<HashMap<Digest, Arc<Progress>>>,
     /// Limits the requests under way.
     pub(super) gate: Arc<Gate>,
+    /// Lets one layer be verified at a time.
+    pub(super) verifications: Arc<Semaphore>,
     /// Largest ranged request, in bytes.
     pub(super) max_request: u64,
     /// Longest time without any progress before a request is given up: it must not keep its place at the gate for ever.
@@ -52,6 +54,7 @@ impl Fetcher {
             runtime,
             metrics,
             gate: Gate::new(config.max_concurrent_requests),
+            verifications: Arc::new(Semaphore::new(1)),
             max_request: config.max_request.0,
             patience: config.read_deadline,
         })

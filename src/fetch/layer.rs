@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::queue::{Answer, Queue, Ranks, View, owners};
 use super::window::Owner;
-use super::{FetchError, Fetcher, LayerData};
+use super::{FetchError, Fetcher, LayerData, LocalFile};
 use crate::cache::{CacheError, CachedLayer};
 use crate::layer::{Access, Digest, LayerIndex};
 use crate::registry::Blob;
@@ -38,7 +38,9 @@ pub struct Layer {
     pub(super) closing: CancellationToken,
     pub(super) requests: AtomicU64,
     pub(super) fetched: AtomicU64,
-    me: Weak<Layer>,
+    /// Whether its bytes are being verified, or wait for that.
+    pub(super) verifying: AtomicBool,
+    pub(super) me: Weak<Layer>,
 }
 
 /// Counts for `lazuli status`.
@@ -69,6 +71,7 @@ impl Layer {
             closing: CancellationToken::new(),
             requests: AtomicU64::new(0),
             fetched: AtomicU64::new(0),
+            verifying: AtomicBool::new(false),
             me: me.clone(),
         })
     }
@@ -325,5 +328,9 @@ impl LayerData for Layer {
 
     fn present_bytes(&self) -> u64 {
         self.cached.present_bytes()
+    }
+
+    fn local_file(&self) -> Option<LocalFile> {
+        self.whole_file()
     }
 }

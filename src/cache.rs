@@ -34,6 +34,7 @@ mod bitmap;
 mod budget;
 mod dir;
 pub mod error;
+mod hold;
 mod hot;
 mod layer;
 mod map;
@@ -43,5 +44,6 @@ mod tests;
 
 pub use dir::Cache;
 pub use error::CacheError;
+pub use hold::Hold;
 pub use layer::{CachedLayer, InUse, Stored};
 pub use staging::Staging;

@@ -14,11 +14,13 @@
 //! When such a layer has been evicted, the first read that misses streams it again (refill.rs), chunk by chunk against its index.
 
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
+use crate::cache::Hold;
 use crate::layer::{Digest, LayerIndex};
 
 pub mod error;
@@ -62,4 +64,24 @@ pub trait LayerData: Send + Sync + 'static {
 
     /// Bytes of the data space that are on the local disk (for statfs and Usage).
     fn present_bytes(&self) -> u64;
+
+    /// The layer's whole data space as a local file, if all of it is there and was verified. The file is at least as long as the data
+    /// space rounded up to 4096 bytes.
+    fn local_file(&self) -> Option<LocalFile> {
+        None
+    }
+
+    /// Tells that the kernel may read the layer's data file without Lazuli from now on and nobody knows until when, since a mount that an
+    /// earlier process made was found and could not be kept. Where bytes of the layer are removed later, it must be done by a new file in
+    /// place of that one, never by punching a hole into it.
+    fn file_may_be_mounted(&self) {}
+}
+
+/// The whole data space of a layer as a file, for the kernel to mount.
+#[derive(Debug)]
+pub struct LocalFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Keeps every byte of it in place as long as it lives.
+    pub hold: Hold,
 }

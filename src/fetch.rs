@@ -42,6 +42,15 @@ pub use layer::{Layer, LayerStats};
 pub use pipeline::Progress;
 pub use stream::StreamRequest;
 
+/// A layer's data space as a file.
+#[derive(Debug)]
+pub struct LocalFile {
+    /// Where it is. It is as long as the data space, rounded up to 4096 bytes.
+    pub path: PathBuf,
+    /// Keeps every byte of it in its place for as long as this lives.
+    pub hold: Hold,
+}
+
 /// A layer that can be read: what the faces in `fs` serve from.
 ///
 /// All offsets and lengths are bytes of the layer's data space ([`crate::layer::index`]).
@@ -65,23 +74,9 @@ pub trait LayerData: Send + Sync + 'static {
     /// Bytes of the data space that are on the local disk (for statfs and Usage).
     fn present_bytes(&self) -> u64;
 
-    /// The layer's whole data space as a local file, if all of it is there and was verified. The file is at least as long as the data
-    /// space rounded up to 4096 bytes.
+    /// The whole data space as a local file, if all of it is there and was verified by this process. If it only has to be verified, that
+    /// begins in the background, and a later call finds it. Waits for nothing but the local disk.
     fn local_file(&self) -> Option<LocalFile> {
         None
     }
-
-    /// Tells that the kernel may read the layer's data file without Lazuli from now on and nobody knows until when, since a mount that an
-    /// earlier process made was found and could not be kept. Where bytes of the layer are removed later, it must be done by a new file in
-    /// place of that one, never by punching a hole into it.
-    fn file_may_be_mounted(&self) {}
-}
-
-/// The whole data space of a layer as a file, for the kernel to mount.
-#[derive(Debug)]
-pub struct LocalFile {
-    /// Where it is.
-    pub path: PathBuf,
-    /// Keeps every byte of it in place as long as it lives.
-    pub hold: Hold,
 }

@@ -1,16 +1,20 @@
-//! How fast the pure formats are: building, writing and loading an index, and streaming a layer.
+//! How fast the pure formats are: building, writing and loading an index, merging a chain, and streaming a layer.
 
 use std::hint::black_box;
 use std::io::{Cursor, Read, Write};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use lazuli::layer::digest::Hasher;
+use lazuli::layer::merge::merge;
 use lazuli::layer::{Access, Chunk, Codec, Compression, Digest, LayerIndex, TarIndexer, decoder};
 
 /// Entries of the layer whose index is built: a large image.
 const ENTRIES: u64 = 100_000;
 /// Bytes of each file of that layer. Content costs the indexer next to nothing.
 const SMALL: usize = 100;
+/// Layers of the chain that is merged, and the files of all of them together: an ordinary image.
+const LAYERS: u64 = 10;
+const CHAIN_ENTRIES: u64 = 17_000;
 /// Files of the layer that is streamed, and their size in bytes: 64 MiB together.
 const FILES: u64 = 256;
 const LARGE: usize = 256 << 10;
@@ -101,6 +105,37 @@ fn indexes(c: &mut Criterion) {
     assert!(built.lookup(&root, b"usr").is_some());
 }
 
+/// Merging. What a layer does to the others is what its directories have in common with theirs.
+fn chains(c: &mut Criterion) {
+    let each = CHAIN_ENTRIES / LAYERS;
+    let chain = |path: fn(u64, u64) -> String| -> Vec<LayerIndex> {
+        let layer = |at| {
+            let files = (0..each).flat_map(|i| header(&path(at, i), 0));
+            let tar: Vec<u8> = files.chain([0; 1024]).collect();
+            index(&tar)
+        };
+        (0..LAYERS).map(layer).collect()
+    };
+    let mut group = c.benchmark_group("merge 10 layers with 17,000 files");
+    group.throughput(Throughput::Elements(CHAIN_ENTRIES));
+    for (name, path) in [
+        (
+            "each with directories of its own",
+            (|at, i| format!("usr/lib/{at}-{}/module/file-{i}.py", i / 50)) as fn(u64, u64) -> String,
+        ),
+        ("all in the same directories", |at, i| {
+            format!("usr/lib/package-{:05}/module/{at}-{i}.py", i / 5)
+        }),
+        ("each replaces the one below", |_, i| {
+            format!("usr/lib/package-{:05}/module/file-{i}.py", i / 50)
+        }),
+    ] {
+        let layers = chain(path);
+        let layers: Vec<&LayerIndex> = layers.iter().collect();
+        group.bench_function(name, |b| b.iter(|| merge(black_box(&layers)).unwrap()));
+    }
+}
+
 /// One pass over a layer, as a plain gzip layer takes it: blob digest, decompression, diff id, tar.
 fn stream(compression: Compression, blob: Vec<u8>) -> (Digest, u64) {
     let mut stream = decoder(compression, Cursor::new(blob));
@@ -139,5 +174,5 @@ fn streams(c: &mut Criterion) {
     group.bench_function("tar alone", |b| b.iter(|| index(black_box(&tar))));
 }
 
-criterion_group!(benches, indexes, streams);
+criterion_group!(benches, indexes, chains, streams);
 criterion_main!(benches);

@@ -135,6 +135,21 @@ pub struct FetchConfig {
 pub struct FuseConfig {
     /// Threads that answer the kernel; each holds a buffer of 16 MiB of address space. 0 means one per processor, at most 8.
     pub threads: usize,
+    /// What the kernel is shown of a layer.
+    pub face: FaceChoice,
+}
+
+/// Which face of a layer serves.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FaceChoice {
+    /// The image where the kernel can do it, else the tree.
+    #[default]
+    Auto,
+    /// EROFS metadata over the layer's bytes. A kernel that cannot do it is an error at the start.
+    Image,
+    /// FUSE directories.
+    Tree,
 }
 
 impl Default for Config {
@@ -490,6 +505,20 @@ mod tests {
         let config = parse("[registry.credentials.\"r.example\"]\nusername = \"u\"\npassword = \"hunter2\"").unwrap();
         assert!(!format!("{config:?}").contains("hunter2"));
         assert!(!toml::to_string(&config).unwrap().contains("hunter2"));
+    }
+
+    #[test]
+    fn a_face_is_chosen_by_its_name() {
+        assert_eq!(parse("").unwrap().fuse.face, FaceChoice::Auto);
+        for (name, face) in [
+            ("auto", FaceChoice::Auto),
+            ("image", FaceChoice::Image),
+            ("tree", FaceChoice::Tree),
+        ] {
+            assert_eq!(parse(&format!("[fuse]\nface = \"{name}\"")).unwrap().fuse.face, face);
+        }
+        let error = parse("[fuse]\nface = \"erofs\"").unwrap_err().to_string();
+        assert!(error.contains("`auto`, `image`, `tree`"), "{error}");
     }
 
     #[test]

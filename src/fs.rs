@@ -20,6 +20,7 @@ mod counters;
 pub mod errno;
 pub mod error;
 mod face;
+pub mod faces;
 pub mod read;
 mod readdir;
 pub mod session;
@@ -27,4 +28,5 @@ mod tree;
 mod warn;
 
 pub use error::FsError;
+pub use faces::{Face, Faces, FacesOptions, Serving, Shown};
 pub use session::{Session, SessionOptions};

@@ -1,14 +1,17 @@
 //! Pure layer formats: bytes in, [`LayerIndex`] out.
 //!
 //! This room knows what the bytes of a layer mean: tar headers, gzip members, zstd frames, eStargz tables of contents, what overlayfs
-//! makes of whiteouts, and what a layer takes over from those below it. It never does I/O, never panics on any input, and never allocates more than its input (or a
-//! stated limit) justifies: everything here is fed with bytes that an image author chose.
+//! makes of whiteouts and of a chain of layers, and what a layer takes over from those below it. It never does I/O, never panics on
+//! any input, and never allocates more than its input (or a stated limit) justifies: everything here is fed with bytes that an image
+//! author chose.
 
 pub mod compression;
 pub mod digest;
+pub mod erofs;
 pub mod error;
 pub mod estargz;
 pub mod index;
+pub mod merge;
 pub mod tar;
 #[cfg(test)]
 mod testing;

@@ -27,6 +27,19 @@ pub struct Metrics {
     pub fuse_requests_total: IntCounterVec,
     /// FUSE requests answered with an error other than ENOENT and ENODATA, by `errno`.
     pub fuse_errors_total: IntCounterVec,
+    /// EROFS mounts of layers and chains that exist now, by `kind` (`file`: over files of the cache alone, `image`: with FUSE below).
+    pub face_mounts: IntGaugeVec,
+    /// EROFS mounts that failed, by `cause` (`index`: EROFS cannot express the layer, `disk`: metadata could not be stored, `mount`: the
+    /// kernel refused, `deadline`: the kernel did not answer). What they were to show is shown as a tree.
+    pub face_mount_failures_total: IntCounterVec,
+    /// Duration of EROFS mounts in seconds, from the index to the mount.
+    pub face_mount_seconds: Histogram,
+    /// Mount calls that did not come back in time and are still waited for by a thread of their own.
+    pub face_calls_left_behind: IntGauge,
+    /// Chains of layers merged into one image, by `outcome` (`built`, `loaded`: found on disk, `failed`).
+    pub face_chains_total: IntCounterVec,
+    /// Extended attributes left out of images, since EROFS cannot express them.
+    pub face_dropped_xattrs_total: IntCounter,
     /// Bytes returned to readers.
     pub read_bytes_total: IntCounter,
     /// Reads that had to wait for a fetch: their duration in seconds.
@@ -92,6 +105,39 @@ impl Metrics {
                 "lazuli_fuse_errors_total",
                 "FUSE requests answered with an error other than ENOENT and ENODATA.",
                 &["errno"],
+            ),
+            face_mounts: gauge_vec(
+                &r,
+                "lazuli_face_mounts",
+                "EROFS mounts of layers and chains that exist now.",
+                &["kind"],
+            ),
+            face_mount_failures_total: counter_vec(
+                &r,
+                "lazuli_face_mount_failures_total",
+                "EROFS mounts that failed; a tree is shown instead.",
+                &["cause"],
+            ),
+            face_mount_seconds: histogram(
+                &r,
+                "lazuli_face_mount_seconds",
+                "Duration of EROFS mounts in seconds, from the index to the mount.",
+            ),
+            face_calls_left_behind: gauge(
+                &r,
+                "lazuli_face_calls_left_behind",
+                "Mount calls that did not come back in time.",
+            ),
+            face_chains_total: counter_vec(
+                &r,
+                "lazuli_face_chains_total",
+                "Chains of layers merged into one image.",
+                &["outcome"],
+            ),
+            face_dropped_xattrs_total: counter(
+                &r,
+                "lazuli_face_dropped_xattrs_total",
+                "Extended attributes left out of images, since EROFS cannot express them.",
             ),
             read_bytes_total: counter(&r, "lazuli_read_bytes_total", "Bytes returned to readers."),
             cold_read_seconds: histogram(

@@ -2,6 +2,7 @@
 //!
 //! Everything here is a thin, safe wrapper of system calls: it says which call failed and on what, and decides nothing.
 
+pub mod erofs;
 pub mod error;
 pub mod fuse;
 pub mod limits;

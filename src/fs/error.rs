@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::layer::Digest;
+use crate::layer::{Digest, LayerError};
 use crate::sys::SysError;
 
 /// An error of the FUSE session.
@@ -54,6 +54,34 @@ pub enum FsError {
     Stuck {
         /// The directory.
         mountpoint: PathBuf,
+    },
+    /// The image face was asked for in the configuration, and cannot be had.
+    #[error("fuse.face = \"image\" is not possible here: {reason}")]
+    NoImage {
+        /// Why.
+        reason: String,
+    },
+    /// A directory or file of the faces cannot be read or written. A retry helps when the cause (a full disk, say) is gone.
+    #[error("{path}: {source}")]
+    Files {
+        /// The directory or file.
+        path: PathBuf,
+        /// The cause.
+        source: io::Error,
+    },
+    /// No layer is attached to the slot.
+    #[error("no layer is attached to slot {slot}")]
+    NotAttached {
+        /// The slot.
+        slot: u32,
+    },
+    /// The layers of a chain cannot be shown as one image. Without another build of Lazuli a retry does not help.
+    #[error("the chain in slot {slot} cannot be one image: {source}")]
+    Chain {
+        /// The chain's slot.
+        slot: u32,
+        /// The limit that it exceeds.
+        source: LayerError,
     },
     /// Slot 0 cannot be used: it has the root directory's inode number.
     #[error("layer {layer} cannot be attached to slot 0")]

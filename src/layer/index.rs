@@ -14,6 +14,8 @@ mod disk;
 #[cfg(test)]
 mod tests;
 
+use std::sync::OnceLock;
+
 use super::{Digest, LayerError};
 
 /// Number of an inode within its layer. The root directory is [`ROOT_INO`].
@@ -240,10 +242,21 @@ pub struct IndexParts {
 }
 
 /// A checked index: every reference in it points at something that exists.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct LayerIndex {
     parts: IndexParts,
+    /// See [`LayerIndex::fingerprint`].
+    fingerprint: OnceLock<Digest>,
 }
+
+impl PartialEq for LayerIndex {
+    fn eq(&self, other: &Self) -> bool {
+        // Whether somebody asked for the fingerprint makes no difference.
+        self.parts == other.parts
+    }
+}
+
+impl Eq for LayerIndex {}
 
 const FORMAT: &str = "layer index";
 
@@ -254,7 +267,10 @@ impl LayerIndex {
     /// [`LayerError`] when a limit is exceeded or a reference points nowhere.
     pub fn new(parts: IndexParts) -> Result<Self, LayerError> {
         check::check(&parts)?;
-        Ok(LayerIndex { parts })
+        Ok(LayerIndex {
+            parts,
+            fingerprint: OnceLock::new(),
+        })
     }
 
     /// How its bytes can be had.

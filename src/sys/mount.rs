@@ -18,7 +18,7 @@ use rustix::mount::{
 use super::SysError;
 
 /// Longest value that `fsconfig` takes as a string, in bytes, its terminator included.
-const FSCONFIG_STRING_MAX: usize = 256;
+pub(super) const FSCONFIG_STRING_MAX: usize = 256;
 /// Longest options of `mount(2)`, in bytes, the terminator included: one page.
 const MOUNT_OPTIONS_MAX: usize = 4096;
 /// Most that the kernel writes about one failure into a file system context, in bytes.

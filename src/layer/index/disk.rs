@@ -88,8 +88,20 @@ impl LayerIndex {
         }
         out.extend_from_slice(&p.strings);
         let digest = Digest::of(&out);
+        let _ = self.fingerprint.set(digest);
         out.extend_from_slice(digest.as_bytes());
         out
+    }
+
+    /// Tells this index from every other one: the checksum of its on-disk form. Free for an index that was encoded or decoded before,
+    /// as long as an encoding the first time for any other.
+    pub fn fingerprint(&self) -> Digest {
+        self.fingerprint.get().copied().unwrap_or_else(|| {
+            let bytes = self.encode();
+            // It ends with its checksum.
+            let checksum = bytes.last_chunk::<{ Digest::LEN }>();
+            checksum.map_or_else(|| Digest::of(&bytes), |checksum| Digest::from_bytes(*checksum))
+        })
     }
 
     /// Reads the on-disk form.
@@ -119,7 +131,8 @@ impl LayerIndex {
                 what: format!("version {version} of the layer index"),
             });
         }
-        if Digest::of(body).as_bytes() != checksum {
+        let fingerprint = Digest::of(body);
+        if fingerprint.as_bytes() != checksum {
             return Err(LayerError::malformed(
                 FORMAT,
                 body_len as u64,
@@ -165,7 +178,7 @@ impl LayerIndex {
                 "there are bytes after its strings",
             ));
         }
-        LayerIndex::new(IndexParts {
+        let index = LayerIndex::new(IndexParts {
             access,
             codec,
             data_size,
@@ -187,7 +200,9 @@ impl LayerIndex {
                 .map(|b| decode_chunk(Reader { bytes: b }))
                 .collect(),
             strings: strings.to_vec(),
-        })
+        })?;
+        let _ = index.fingerprint.set(fingerprint);
+        Ok(index)
     }
 }
 

@@ -208,3 +208,16 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_fingerprint_is_that_of_the_form_on_disk() {
+    let index = sample();
+    let fingerprint = index.fingerprint();
+    let bytes = index.encode();
+    assert_eq!(&bytes[bytes.len() - Digest::LEN..], fingerprint.as_bytes());
+    assert_eq!(LayerIndex::decode(&bytes).unwrap().fingerprint(), fingerprint);
+    assert_eq!(index, sample(), "whether it was asked for makes no difference");
+    let mut parts = sample_parts();
+    parts.inodes[0].uid += 1;
+    assert_ne!(LayerIndex::new(parts).unwrap().fingerprint(), fingerprint);
+}

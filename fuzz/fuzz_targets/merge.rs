@@ -1,0 +1,70 @@
+//! Any tars as a chain of layers, and any index as one of them. What merges keeps to its layers: nothing is left of whiteouts, every file lies in the
+//! data space of one layer, and a merged chain merges to itself.
+
+#![no_main]
+
+use lazuli::layer::index::flags;
+use lazuli::layer::merge::{Merged, merge};
+use lazuli::layer::variant::on_top_of;
+use lazuli::layer::{Access, Codec, Digest, LayerIndex, TarIndexer};
+use libfuzzer_sys::fuzz_target;
+
+/// What ends a layer in the input: no tar needs it.
+const SEPARATOR: &[u8] = b"\xffLAYER\xff";
+
+/// One layer: an index whose magic number and checksum are made right, or a tar.
+fn layer(bytes: &[u8]) -> Option<LayerIndex> {
+    if let Some(rest) = bytes.strip_prefix(b"I") {
+        let mut body = b"LZLINDEX\x02\0\0\0".to_vec();
+        body.extend_from_slice(rest);
+        let digest = Digest::of(&body);
+        body.extend_from_slice(digest.as_bytes());
+        return LayerIndex::decode(&body).ok();
+    }
+    let mut indexer = TarIndexer::new();
+    indexer.push(bytes).ok()?;
+    let layout = indexer.finish().ok()?;
+    layout.into_index(Access::Stream, Codec::None, Vec::new(), 0).ok()
+}
+
+fn check(layers: &[&LayerIndex], merged: &Merged) {
+    let index = &merged.index;
+    assert_eq!(merged.devices.len(), layers.len());
+    let mut starts = vec![0];
+    for (device, layer) in merged.devices.iter().zip(layers) {
+        assert_eq!(*device, layer.data_size());
+        starts.push(starts[starts.len() - 1] + device.next_multiple_of(512));
+    }
+    assert_eq!(starts.last(), Some(&index.data_size()));
+    for inode in index.inodes() {
+        assert!(!inode.is_whiteout() && inode.flags & (flags::IMPLIED | flags::WHITEOUT) == 0);
+        assert_eq!(index.xattr(inode, b"trusted.overlay.opaque"), None);
+        if inode.is_reg() && inode.size > 0 {
+            let at = starts.partition_point(|start| *start <= inode.data) - 1;
+            assert!(inode.data + inode.size <= starts[at] + merged.devices[at]);
+        }
+    }
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    let mut chain: Vec<LayerIndex> = Vec::new();
+    let mut rest = bytes;
+    loop {
+        let end = rest.windows(SEPARATOR.len()).position(|window| window == SEPARATOR);
+        if let Some(layer) = layer(&rest[..end.unwrap_or(rest.len())]) {
+            let below: Vec<_> = chain.iter().rev().map(Some).collect();
+            let looks = on_top_of(&layer, &below).ok().flatten();
+            chain.push(looks.unwrap_or(layer));
+        }
+        let Some(end) = end else { break };
+        rest = &rest[end + SEPARATOR.len()..];
+    }
+    let layers: Vec<_> = chain.iter().collect();
+    let Ok(merged) = merge(&layers) else { return };
+    check(&layers, &merged);
+    assert_eq!(LayerIndex::decode(&merged.index.encode()).as_ref(), Ok(&merged.index));
+    assert_eq!(
+        merge(&[&merged.index]).map(|again| again.index).as_ref(),
+        Ok(&merged.index)
+    );
+});

@@ -1,0 +1,127 @@
+//! EROFS: mounting an image that lies in files, and telling which image a mount shows.
+//!
+//! Through `fsopen` and its kin: one page of options for `mount(2)` would hold the devices of a few dozen layers, not of 500.
+
+use std::ffi::OsStr;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::mount::MountAttrFlags;
+
+use super::SysError;
+use super::mount::{Context, DetachedMount, FSCONFIG_STRING_MAX};
+
+/// Type of the mount in the list of mounts.
+pub const FS_TYPE: &str = "erofs";
+/// `FS_IOC_GETFSUUID` of `linux/fs.h`: `_IOR(0x15, 0, struct fsuuid2)`, and that struct is 17 bytes long.
+const FS_IOC_GETFSUUID: u32 = 0x8011_1500;
+
+/// How an image is mounted.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ErofsOptions {
+    /// Whether the kernel reads metadata and devices past their own page cache, so that each byte is cached once (since Linux 6.15).
+    pub direct_io: bool,
+}
+
+/// Mounts the image in the file `metadata`, whose devices are the files `devices` in their order: read-only; set-id bits and device nodes
+/// are in force, as they are in the layers below a container anywhere else.
+///
+/// The kernel opens the files, and reads the first blocks of the metadata: it waits for who serves them.
+///
+/// # Errors
+/// [`SysError`]: ENODEV when the kernel has no EROFS; ENOTBLK when it takes no file as an image, or not one that lies there.
+pub fn mount(metadata: &Path, devices: &[PathBuf], options: ErofsOptions) -> Result<DetachedMount, SysError> {
+    let context = Context::open(FS_TYPE, metadata)?;
+    // Until the mount is made: the descriptors behind the short names of long paths.
+    let mut open = Vec::new();
+    context.string("source", short(metadata, &mut open)?.as_os_str())?;
+    for device in devices {
+        context.string("device", short(device, &mut open)?.as_os_str())?;
+    }
+    if options.direct_io {
+        context.flag("directio")?;
+    }
+    context.mount(MountAttrFlags::MOUNT_ATTR_RDONLY)
+}
+
+/// A name of `path` that fits into a string of `fsconfig`: itself, or that of a descriptor which is put into `open`.
+fn short(path: &Path, open: &mut Vec<OwnedFd>) -> Result<PathBuf, SysError> {
+    if path.as_os_str().len() < FSCONFIG_STRING_MAX {
+        return Ok(path.to_owned());
+    }
+    let fd = rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|error| SysError::new("open", path, error))?;
+    let name = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    open.push(fd);
+    Ok(name.into())
+}
+
+/// The UUID of the file system that is seen at the directory `path`; for EROFS, that of the image. `None`: it has none, or the kernel
+/// does not tell (before 6.9).
+///
+/// # Errors
+/// [`SysError`] when the directory cannot be opened.
+pub fn uuid(path: &Path) -> Result<Option<[u8; 16]>, SysError> {
+    /// `struct fsuuid2`.
+    #[repr(C)]
+    struct FsUuid {
+        len: u8,
+        uuid: [u8; 16],
+    }
+    let dir = rustix::fs::open(
+        path,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .map_err(|error| SysError::new("open", path, error))?;
+    let mut answer = FsUuid { len: 0, uuid: [0; 16] };
+    // SAFETY: the request makes the kernel write one `struct fsuuid2`, which `FsUuid` is laid out as, and which outlives the call.
+    let result = unsafe { libc::ioctl(dir.as_raw_fd(), FS_IOC_GETFSUUID as _, &raw mut answer) };
+    Ok((result == 0 && usize::from(answer.len) == answer.uuid.len()).then_some(answer.uuid))
+}
+
+/// Device number of the file system that is seen at the directory `path`, and of the mount itself if that is one.
+///
+/// # Errors
+/// [`SysError`].
+pub fn device(path: &Path) -> Result<u64, SysError> {
+    rustix::fs::lstat(path)
+        .map(|stat| stat.st_dev)
+        .map_err(|error| SysError::new("lstat", path, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_path_gets_a_short_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut open = Vec::new();
+        let path = dir.path().join("x");
+        assert_eq!(short(&path, &mut open).unwrap(), path);
+        assert!(open.is_empty());
+
+        let long = dir.path().join("d".repeat(200));
+        std::fs::create_dir(&long).unwrap();
+        let long = long.join("f".repeat(200));
+        std::fs::write(&long, "here").unwrap();
+        let name = short(&long, &mut open).unwrap();
+        assert!(name.as_os_str() < OsStr::new("/proc/self/fd/\u{7f}"), "{}", name.display());
+        assert_eq!(std::fs::read(name).unwrap(), b"here");
+        assert!(short(&long.with_file_name("g".repeat(200)), &mut open).is_err());
+    }
+
+    #[test]
+    fn what_is_no_image_is_not_mounted() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("zeros");
+        std::fs::write(&file, [0; 8192]).unwrap();
+        // Without root or EROFS it fails earlier; it never mounts.
+        mount(&file, &[], ErofsOptions::default()).unwrap_err();
+        // The file system that holds the temporary directory may have a UUID or not; asking is no error.
+        uuid(dir.path()).unwrap();
+        assert_eq!(device(dir.path()).unwrap(), device(&file).unwrap());
+    }
+}

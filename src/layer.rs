@@ -6,6 +6,7 @@
 
 pub mod compression;
 pub mod digest;
+pub mod erofs;
 pub mod error;
 pub mod estargz;
 pub mod index;

@@ -1,0 +1,163 @@
+//! EROFS metadata of a layer: from an index to an image that the kernel mounts beside the layer's data space.
+//!
+//! The image holds names, attributes, xattrs, directories and symlinks. Bytes of regular files are on *devices*: files that show the data
+//! space of a layer each. The index's data space is that of all devices one after the other, each rounded up to a whole block. A file's
+//! extent must lie inside one device, or there is no image: what is written never points anywhere else.
+//!
+//! Form: blocks of 512 bytes (what tar aligns to), extended inodes (64 bytes: 32-bit owners, exact times, 64-bit sizes), one unified
+//! address space of 32-bit block numbers with the image first and the devices behind it. The tail of a directory or symlink lies behind
+//! its inode where it fits into the block; directories are otherwise whole blocks. In `layout.rs` each inode gets its place, in the order
+//! in which a walk of the tree meets it: a directory's blocks, then the inodes of all its entries, so that listing a directory with
+//! attributes reads neighbours. `emit.rs` writes them there.
+//!
+//! What the format takes:
+//! - Links: 32 bits, and the kernel keeps 32 bits of it. Limits of 65,000 or 65,535 links are those of other file systems; none applies.
+//! - Times: a signed 64-bit second and its nanoseconds. There is one time, the modification; the kernel shows it as all the others.
+//! - Xattrs `user.*`, `trusted.*`, `security.*` and POSIX ACLs, with values up to 65,535 bytes, and all of one inode in 256 KiB. Others
+//!   are left out and counted in [`Image::dropped_xattrs`]: other name spaces, and ACLs that are none (the kernel would refuse every
+//!   access to the file). The mark of an opaque directory comes first, and is never left out.
+//! - An opaque directory carries `trusted.overlay.opaque` alone. `user.overlay.opaque` is for mounts inside a user namespace, which can
+//!   not mount this image, and everybody else would see it in a directory's list.
+//!
+//! One index gives the same bytes always; the UUID comes from the bytes, because overlayfs tells file systems apart by it.
+//!
+//! Cost: the image, 16 bytes for an inode, and 4 for one in the tree. Figures are in `benches/layer.rs`.
+
+mod emit;
+mod format;
+mod layout;
+mod xattrs;
+
+
+use sha2::{Digest as _, Sha256};
+
+use super::{Digest, LayerError, LayerIndex};
+pub use format::{BLOCK, MAX_DEVICES, MAX_IMAGE};
+use format::{MAX_BLOCK, TABLE};
+
+/// Format name in errors.
+const FORMAT: &str = "layer index";
+
+/// One device of an image: the data space of a layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    /// Names the device in the image: the digest of the layer.
+    pub tag: Digest,
+    /// Bytes of its data space. The device must be readable up to the end of the last block of 512 bytes.
+    pub size: u64,
+}
+
+/// A metadata image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// All of it: whole blocks of [`BLOCK`] bytes.
+    pub bytes: Vec<u8>,
+    /// Inodes in it.
+    pub inodes: u64,
+    /// Extended attributes of the index that it does not hold, since EROFS cannot express them.
+    pub dropped_xattrs: u64,
+}
+
+/// A device's place.
+struct Span {
+    /// First byte in the index's data space.
+    data: u64,
+    /// Bytes.
+    size: u64,
+}
+
+/// Writes the metadata of `index`. Its data space is that of all `devices` one after the other, each rounded up to a whole block.
+///
+/// # Errors
+/// [`LayerError::TooLarge`] naming the limit that the index exceeds, [`LayerError::Malformed`] when it says what no image can: a file
+/// outside every device or not at the beginning of a block, or an inode without links.
+pub fn write(index: &LayerIndex, devices: &[Device]) -> Result<Image, LayerError> {
+    let spans = spans(devices)?;
+    let table_end = TABLE + devices.len() as u64 * format::DEVICE;
+    let plan = layout::plan(index, table_end)?;
+    // Addresses of the devices begin where the image ends.
+    let base = plan.size / BLOCK;
+    let data_blocks = spans.last().map_or(0, |span| (span.data + span.size).div_ceil(BLOCK));
+    limit(
+        "end of the unified address space in blocks of 512 bytes",
+        base + data_blocks,
+        MAX_BLOCK,
+    )?;
+
+    let mut bytes = vec![0; plan.size as usize];
+    emit::inodes(index, &plan, &Extents { base, spans: &spans }, &mut bytes)?;
+    emit::devices(devices, &spans, base, &mut bytes);
+    emit::superblock(&plan, devices.len(), &mut bytes);
+    let uuid = uuid(&bytes);
+    emit::seal(uuid, &mut bytes);
+    Ok(Image {
+        bytes,
+        inodes: plan.order.len() as u64,
+        dropped_xattrs: plan.dropped_xattrs,
+    })
+}
+
+/// Where each device begins in the index's data space.
+fn spans(devices: &[Device]) -> Result<Vec<Span>, LayerError> {
+    limit("number of devices", devices.len() as u64, MAX_DEVICES)?;
+    let mut data = 0;
+    let mut spans = Vec::with_capacity(devices.len());
+    for device in devices {
+        let size = device.size;
+        // Sizes below this, and few devices: no sum below can overflow.
+        limit("size of a device in bytes", size, MAX_BLOCK * BLOCK)?;
+        spans.push(Span { data, size });
+        data += size.next_multiple_of(BLOCK);
+    }
+    Ok(spans)
+}
+
+/// Where files are in the unified address space.
+struct Extents<'a> {
+    /// Block at which the first device begins.
+    base: u64,
+    spans: &'a [Span],
+}
+
+impl Extents<'_> {
+    /// First block of the `size` bytes at `offset` of the index's data space. `at` is the inode's position, for errors.
+    fn block(&self, at: u64, offset: u64, size: u64) -> Result<u32, LayerError> {
+        let bad = |what: &str| LayerError::malformed(FORMAT, at, what);
+        if !offset.is_multiple_of(BLOCK) {
+            return Err(bad("a file's content does not begin at a whole block"));
+        }
+        // Of devices at the same place all but the last are empty.
+        let after = self.spans.partition_point(|span| span.data <= offset);
+        let span = after.checked_sub(1).and_then(|at| self.spans.get(at));
+        let inside = span.is_some_and(|span| {
+            (offset - span.data)
+                .checked_add(size)
+                .is_some_and(|end| end <= span.size)
+        });
+        let block = self
+            .base
+            .checked_add(offset / BLOCK)
+            .and_then(|block| u32::try_from(block).ok());
+        match block {
+            Some(block) if inside => Ok(block),
+            _ => Err(bad("a file's content does not lie inside one device")),
+        }
+    }
+}
+
+/// A UUID of version 8 (its owner's own scheme) out of the bytes of the image.
+fn uuid(bytes: &[u8]) -> [u8; 16] {
+    let digest = Sha256::digest(bytes);
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&digest[..16]);
+    uuid[6] = uuid[6] & 0x0f | 0x80;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    uuid
+}
+
+fn limit(what: &'static str, value: u64, limit: u64) -> Result<(), LayerError> {
+    if value > limit {
+        return Err(LayerError::TooLarge { what, value, limit });
+    }
+    Ok(())
+}

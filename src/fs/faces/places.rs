@@ -38,6 +38,8 @@ impl Kind {
 
 /// Prefix of files that are being written.
 const TEMPORARY: &str = ".new-";
+/// Prefix of what the probe at the start needs.
+pub(super) const PROBE: &str = "probe.";
 /// Suffixes of files.
 const METADATA: &str = "meta";
 const CHAIN: &str = "chain";
@@ -61,8 +63,11 @@ impl Places {
             let entry = entry.map_err(fail)?;
             let name = entry.file_name();
             let name = name.to_string_lossy();
-            let leftover = name.starts_with(TEMPORARY) || name.strip_suffix(METADATA).is_some_and(|n| n.ends_with('.'));
-            if leftover && let Err(error) = fs::remove_file(entry.path()) {
+            let suffix = name.rsplit_once('.').map(|(_, suffix)| suffix);
+            let leftover = name.starts_with(TEMPORARY) || name.starts_with(PROBE) || suffix == Some(METADATA);
+            // Not asked of the file: a mount point may be that of a dead server.
+            let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
+            if leftover && is_file && let Err(error) = fs::remove_file(entry.path()) {
                 tracing::warn!("cannot remove {}: {error}", entry.path().display());
             }
         }

@@ -8,7 +8,11 @@
 //! <mountpoint>/           inode 1
 //!     7/                  inode 7 << 32 | 1: root directory of the layer in slot 7
 //!         bin/sh          inode 7 << 32 | n: inode n of that layer's index
+//!     7.data              inode 7 << 32 | 0xffff_ffff: the data space of the layer in slot 7
+//!     9.meta              inode 9 << 32 | 0xffff_fffe: metadata of an image, from a local file
 //! ```
+//!
+//! Of the data files, which are read-only for root alone, the kernel's EROFS makes the *image* face.
 //!
 //! Inode numbers depend on the slot and the index alone, file handles are always 0, and the inode generation comes from the layer's
 //! digest: a later process that attaches the same layers to the same slots can take the session over.
@@ -20,7 +24,11 @@ mod counters;
 pub mod errno;
 pub mod error;
 mod face;
+<<<<<<< HEAD
 pub mod faces;
+=======
+mod image;
+>>>>>>> image
 pub mod read;
 mod readdir;
 pub mod session;

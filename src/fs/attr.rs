@@ -8,7 +8,7 @@ use crate::layer::Inode;
 use crate::layer::index::mode;
 
 /// Unit of `st_blocks`, in bytes (fixed by stat(2)).
-const BLOCK: u64 = 512;
+pub(super) const BLOCK: u64 = 512;
 /// Preferred size of reads as stat(2) tells it, in bytes: what ext4 says, so that programs behave as they do there.
 pub(super) const IO_SIZE: u32 = 4096;
 /// Size of a directory as stat(2) tells it, in bytes; what ext4 says for a small one.

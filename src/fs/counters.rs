@@ -16,7 +16,12 @@ pub(super) struct Counters {
     pub(super) readlink: IntCounter,
     pub(super) open: IntCounter,
     pub(super) opendir: IntCounter,
+    /// Reads of files of the tree face.
     pub(super) read: IntCounter,
+    /// Reads of data spaces, for the image face.
+    pub(super) read_data: IntCounter,
+    /// Reads of images' metadata.
+    pub(super) read_metadata: IntCounter,
     pub(super) readdir: IntCounter,
     pub(super) readdirplus: IntCounter,
     pub(super) getxattr: IntCounter,
@@ -40,6 +45,8 @@ impl Counters {
             open: op("open"),
             opendir: op("opendir"),
             read: op("read"),
+            read_data: op("read_data"),
+            read_metadata: op("read_metadata"),
             readdir: op("readdir"),
             readdirplus: op("readdirplus"),
             getxattr: op("getxattr"),

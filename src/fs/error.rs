@@ -83,6 +83,14 @@ pub enum FsError {
         /// The limit that it exceeds.
         source: LayerError,
     },
+    /// What was given as the metadata of an image cannot be shown.
+    #[error("cannot show the metadata of slot {slot}: {source}")]
+    Metadata {
+        /// The slot.
+        slot: u32,
+        /// The cause.
+        source: io::Error,
+    },
     /// Slot 0 cannot be used: it has the root directory's inode number.
     #[error("layer {layer} cannot be attached to slot 0")]
     SlotZero {

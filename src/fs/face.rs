@@ -1,9 +1,10 @@
-//! The tree face: FUSE requests, answered from the indexes of the attached layers.
+//! FUSE requests, answered from the indexes of the attached layers and from their data.
 //!
 //! # What the kernel keeps
-//! Names, absence, attributes, symlink targets, directory listings and pages are kept for ever, except the slots in the root, whose
-//! names are asked for each time. OPEN and OPENDIR are answered with ENOSYS once, whereupon the kernel opens everything by itself,
-//! with FOPEN_KEEP_CACHE and FOPEN_CACHE_DIR. FORGET means nothing, since inodes are never made: they are places in an index.
+//! Names, absence, attributes, symlink targets, directory listings and pages are kept for ever, except what is in the root, whose
+//! names are asked for each time. OPENDIR is answered with ENOSYS once, whereupon the kernel opens all directories by itself, with
+//! FOPEN_CACHE_DIR. So is OPEN (the kernel goes on with FOPEN_KEEP_CACHE), unless data files are to be opened past the page cache,
+//! which only an answer to OPEN can say: then each OPEN is answered. File handles are 0 in either case. FORGET means nothing, since inodes are never made: they are places in an index.
 //!
 //! # Panics
 //! A panic in one request is a bug. It must not end the thread, or after a few of them nobody would answer: it is caught, logged, and
@@ -19,20 +20,21 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, Generation, INodeNo, InitFlags,
-    IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
-    Request, TimeOrNow, WriteFlags,
+    AccessFlags, BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo,
+    InitFlags, IoctlFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyIoctl, ReplyLseek, ReplyOpen, ReplyStatfs,
+    ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use super::attr::{self, IO_SIZE};
 use super::counters::Counters;
 use super::read::Reads;
 use super::readdir;
-use super::tree::{self, Tree};
+use super::tree::{self, Place, Tree};
 use crate::layer::index::MAX_NAME_LEN;
 
 /// How long the kernel keeps what never changes: 136 years, which no kernel's clock arithmetic overflows at.
@@ -72,11 +74,18 @@ pub(super) struct Face {
     tree: Arc<Tree>,
     reads: Reads,
     counters: Arc<Counters>,
+    /// Whether data files are opened past the page cache.
+    direct: Arc<AtomicBool>,
 }
 
 impl Face {
-    pub(super) fn new(tree: Arc<Tree>, reads: Reads, counters: Arc<Counters>) -> Self {
-        Face { tree, reads, counters }
+    pub(super) fn new(tree: Arc<Tree>, reads: Reads, counters: Arc<Counters>, direct: Arc<AtomicBool>) -> Self {
+        Face {
+            tree,
+            reads,
+            counters,
+            direct,
+        }
     }
 
     /// Runs the body of a request; see the head of this file.
@@ -124,7 +133,7 @@ impl Filesystem for Face {
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         self.counters.lookup.inc();
-        self.guard("lookup", || match self.tree.lookup(parent, name.as_bytes()) {
+        self.guard("lookup", || match self.tree.view().lookup(parent, name.as_bytes()) {
             Ok(Some(found)) => {
                 let ttl = if found.volatile { NEVER } else { FOREVER };
                 reply.entry_with_ttls(&FOREVER, &ttl, &found.attr, found.generation);
@@ -142,7 +151,7 @@ impl Filesystem for Face {
         self.counters.getattr.inc();
         self.guard("getattr", || {
             let ttl = if ino == INodeNo::ROOT { NEVER } else { FOREVER };
-            match self.tree.attr(ino) {
+            match self.tree.view().attr(ino) {
                 Ok(attr) => reply.attr(&ttl, &attr),
                 Err(errno) => reply.error(self.counters.failed(errno)),
             }
@@ -152,21 +161,37 @@ impl Filesystem for Face {
     fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
         self.counters.readlink.inc();
         self.guard("readlink", || {
-            let result = self.tree.inode(ino).and_then(|(attached, ino)| {
-                let inode = *attached.inode(ino)?;
-                Ok((attached, inode))
+            let view = self.tree.view();
+            let target = view.place(ino).and_then(|place| match place {
+                Place::Inode(attached, ino) => {
+                    let inode = attached.inode(ino)?;
+                    let target = inode.is_symlink().then(|| attached.layer.index().target(inode));
+                    target.ok_or(Errno::EINVAL)
+                }
+                _ => Err(Errno::EINVAL),
             });
-            match result {
-                Ok((attached, inode)) if inode.is_symlink() => reply.data(attached.layer.index().target(&inode)),
-                Ok(_) => reply.error(self.counters.failed(Errno::EINVAL)),
+            match target {
+                Ok(target) => reply.data(target),
                 Err(errno) => reply.error(self.counters.failed(errno)),
             }
         });
     }
 
-    fn open(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         self.counters.open.inc();
-        reply.error(self.counters.failed(Errno::ENOSYS));
+        if !self.direct.load(Ordering::Relaxed) {
+            return reply.error(self.counters.failed(Errno::ENOSYS));
+        }
+        self.guard("open", || {
+            let flags = self.tree.view().place(ino).map(|place| match place {
+                Place::Data(_) => FopenFlags::FOPEN_DIRECT_IO,
+                _ => FopenFlags::FOPEN_KEEP_CACHE,
+            });
+            match flags {
+                Ok(flags) => reply.opened(FileHandle(0), flags),
+                Err(errno) => reply.error(self.counters.failed(errno)),
+            }
+        });
     }
 
     fn opendir(&self, _req: &Request, _ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
@@ -185,17 +210,25 @@ impl Filesystem for Face {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.counters.read.inc();
         self.guard("read", || {
-            let result = self.tree.inode(ino).and_then(|(attached, ino)| {
-                let inode = *attached.inode(ino)?;
-                Ok((attached, ino, inode))
-            });
-            match result {
-                Ok((attached, ino, inode)) if inode.is_reg() => {
-                    self.reads.read(&attached.layer, ino, &inode, offset, size, reply);
-                }
-                Ok(_) => reply.error(self.counters.failed(Errno::EISDIR)),
+            let view = self.tree.view();
+            let place = view.place(ino);
+            match place {
+                Ok(Place::Data(_)) => self.counters.read_data.inc(),
+                Ok(Place::Metadata(..)) => self.counters.read_metadata.inc(),
+                _ => self.counters.read.inc(),
+            }
+            match place {
+                Ok(Place::Data(attached)) => self.reads.read_data(&attached.layer, offset, size, reply),
+                Ok(Place::Metadata(slot, metadata)) => self.reads.read_metadata(slot, metadata, offset, size, reply),
+                Ok(Place::Inode(attached, ino)) => match attached.inode(ino) {
+                    Ok(inode) if inode.is_reg() => {
+                        self.reads.read_file(&attached.layer, ino, inode, offset, size, reply);
+                    }
+                    Ok(_) => reply.error(self.counters.failed(Errno::EISDIR)),
+                    Err(errno) => reply.error(self.counters.failed(errno)),
+                },
+                Ok(Place::Root) => reply.error(self.counters.failed(Errno::EISDIR)),
                 Err(errno) => reply.error(self.counters.failed(errno)),
             }
         });
@@ -204,7 +237,7 @@ impl Filesystem for Face {
     fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectory) {
         self.counters.readdir.inc();
         self.guard("readdir", || {
-            if let Err((errno, reply)) = readdir::names(&self.tree, ino, offset, reply) {
+            if let Err((errno, reply)) = readdir::names(&self.tree.view(), ino, offset, reply) {
                 reply.error(self.counters.failed(errno));
             }
         });
@@ -213,7 +246,7 @@ impl Filesystem for Face {
     fn readdirplus(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectoryPlus) {
         self.counters.readdirplus.inc();
         self.guard("readdirplus", || {
-            if let Err((errno, reply)) = readdir::entries(&self.tree, ino, offset, reply) {
+            if let Err((errno, reply)) = readdir::entries(&self.tree.view(), ino, offset, reply) {
                 reply.error(self.counters.failed(errno));
             }
         });
@@ -221,24 +254,26 @@ impl Filesystem for Face {
 
     fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         self.counters.getxattr.inc();
-        self.guard("getxattr", || match self.tree.place(ino) {
-            Ok(tree::Place::Root) => self.answer_xattr(Err(Errno::ENODATA), size, reply),
-            Ok(tree::Place::Inode(attached, ino)) => {
-                let value = attached
-                    .inode(ino)
-                    .and_then(|inode| tree::xattr(&attached, inode, name.as_bytes()).ok_or(Errno::ENODATA));
-                self.answer_xattr(value, size, reply);
-            }
-            Err(errno) => self.answer_xattr(Err(errno), size, reply),
+        self.guard("getxattr", || {
+            let view = self.tree.view();
+            let value = view.place(ino).and_then(|place| match place {
+                Place::Inode(attached, ino) => {
+                    let inode = attached.inode(ino)?;
+                    tree::xattr(attached, inode, name.as_bytes()).ok_or(Errno::ENODATA)
+                }
+                _ => Err(Errno::ENODATA),
+            });
+            self.answer_xattr(value, size, reply);
         });
     }
 
     fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         self.counters.listxattr.inc();
         self.guard("listxattr", || {
-            let names = self.tree.place(ino).and_then(|place| match place {
-                tree::Place::Root => Ok(Vec::new()),
-                tree::Place::Inode(attached, ino) => Ok(tree::xattr_names(&attached, attached.inode(ino)?)),
+            let view = self.tree.view();
+            let names = view.place(ino).and_then(|place| match place {
+                Place::Inode(attached, ino) => Ok(tree::xattr_names(attached, attached.inode(ino)?)),
+                _ => Ok(Vec::new()),
             });
             self.answer_xattr(names.as_deref().map_err(|errno| *errno), size, reply);
         });
@@ -247,7 +282,7 @@ impl Filesystem for Face {
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
         self.counters.statfs.inc();
         self.guard("statfs", || {
-            let totals = self.tree.totals();
+            let totals = self.tree.view().totals();
             reply.statfs(
                 totals.blocks,
                 0,

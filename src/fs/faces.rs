@@ -1,13 +1,42 @@
 //! The faces of layers and chains: which of them the kernel is shown, and the mounts this takes.
+//!
+//! *Image*: EROFS metadata of a layer, written here from its index, mounted with the layer's data space as its device. The data space is
+//! a file in the FUSE session, or, once the layer is whole, its file in the cache: then no process is needed to read it. *Tree*:
+//! directories of the FUSE session. The image serves where the kernel can do it (probe.rs tries), and a layer whose image cannot be made
+//! or mounted is shown as a tree all the same. A chain of layers can be merged into one image (chains.rs).
+//!
+//! # What is trusted
+//! The kernel trusts metadata. Those of a layer are written at its first mount in this process, from an index that was checked;
+//! what a chain's file holds is believed only together with its digest and the fingerprints of the indexes (stored.rs).
+//!
+//! # Never in a reader's way
+//! A mount makes the kernel ask this very session for files, and the kernel may not answer at all. So each mount call has a thread of
+//! its own and a deadline (calls.rs), and no lock that a FUSE request needs is held meanwhile.
+//!
+//! # After a restart
+//! Mounts over a dead session are taken away at once. Those over files of the cache alone go on, also for containers: such a mount is
+//! adopted when its layer is asked for, if it shows the very image that would be mounted now, and taken away when no snapshot needs it.
 
-use std::collections::HashSet;
+mod calls;
+mod chains;
+mod mounts;
+mod places;
+mod probe;
+mod stored;
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
+use self::mounts::{Cause, Metadata, Mounts, State, Trouble};
+use self::places::{Kind, Places};
+use self::stored::Part;
 use super::{FsError, Session};
 use crate::config::FaceChoice;
-use crate::fetch::LayerData;
+use crate::fetch::{LayerData, LocalFile};
+use crate::layer::erofs;
 use crate::metrics::Metrics;
 
 /// How faces are shown.
@@ -15,7 +44,7 @@ use crate::metrics::Metrics;
 pub struct FacesOptions {
     /// What the configuration asks for.
     pub choice: FaceChoice,
-    /// Directory of mount points and metadata, which is made if it is missing. Its parent must have mode 0700.
+    /// Directory of mount points and metadata, which is made if it is missing, with mode 0700.
     pub dir: PathBuf,
     /// Longest time that one mount call may take.
     pub deadline: Duration,
@@ -51,37 +80,88 @@ pub struct Serving {
     pub metadata_through_fuse: bool,
 }
 
-/// What is shown of a slot now.
+/// What is shown of a slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shown {
-    /// `file`: EROFS over the layer's file in the cache; `image`: EROFS over FUSE; `tree`: FUSE directories.
+    /// `file`: EROFS over files in the cache; `image`: EROFS with FUSE below; `tree`: FUSE directories; `stack`: the layers of a chain one
+    /// by one.
     pub word: &'static str,
-    /// Why it is the tree, if the image face serves.
+    /// Why it is no image, if the image face serves.
     pub reason: Option<String>,
-    /// Whether an EROFS mount of it exists.
+    /// Whether an EROFS mount of it exists. If not, the word tells what a container would get now.
     pub mounted: bool,
 }
 
-/// Shows layers and chains. Owns the FUSE session.
+/// A layer as a device of an image.
+struct Device {
+    slot: u32,
+    layer: Arc<dyn LayerData>,
+}
+
+/// Shows layers and chains. Owns the FUSE session. Dropped, everything is unmounted.
+///
+/// Methods block for system calls, and at most about the deadline of one mount call more than once: not for asynchronous tasks.
 pub struct Faces {
+    // Before the session: these mounts are on top of it.
+    mounts: Mounts,
     session: Session,
     serving: Serving,
+    /// Whether files of the cache can be mounted.
+    files: bool,
+    layers: RwLock<HashMap<u32, Arc<dyn LayerData>>>,
+    /// Held while a chain's image is made.
+    building: Mutex<()>,
+    metrics: Arc<Metrics>,
 }
 
 impl Faces {
-    /// Finds out which face can serve, with a real mount, and takes away what an earlier process left mounted.
+    /// Takes away what an earlier process left mounted, and finds out which face can serve: where the image may, by a real mount.
     ///
     /// # Errors
-    /// [`FsError::NoImage`], [`FsError::Files`].
-    pub fn open(session: Session, options: FacesOptions, _metrics: Arc<Metrics>) -> Result<Faces, FsError> {
-        let _ = options;
+    /// [`FsError::Files`], [`FsError::Stale`], and [`FsError::NoImage`] if nothing but the image will do and that is not possible.
+    pub fn open(session: Session, options: FacesOptions, metrics: Arc<Metrics>) -> Result<Faces, FsError> {
+        let places = Places::open(&options.dir)?;
+        let mounts = Mounts::open(places, options.deadline, Arc::clone(&metrics))?;
+        let probed = match options.choice {
+            FaceChoice::Tree => Err("fuse.face is \"tree\" in the configuration".to_owned()),
+            FaceChoice::Auto | FaceChoice::Image => probe::probe(&session, &mounts),
+        };
+        let (serving, files) = match probed {
+            Ok(probed) => {
+                if let Some(reason) = &probed.no_files {
+                    tracing::info!("layers that are wholly in the cache are shown through FUSE as well: {reason}");
+                }
+                let kernel = rustix::system::uname();
+                let through = match probed.metadata_through_fuse {
+                    true => ", but not from the file system of the root directory: metadata go through FUSE",
+                    false => "",
+                };
+                let serving = Serving {
+                    face: Face::Image,
+                    reason: format!("Linux {} mounts EROFS from files{through}", kernel.release().to_string_lossy()),
+                    metadata_through_fuse: probed.metadata_through_fuse,
+                };
+                (serving, probed.no_files.is_none())
+            }
+            Err(reason) if options.choice == FaceChoice::Image => return Err(FsError::NoImage { reason }),
+            Err(reason) => {
+                let serving = Serving {
+                    face: Face::Tree,
+                    reason,
+                    metadata_through_fuse: false,
+                };
+                (serving, false)
+            }
+        };
+        tracing::info!(face = serving.face.word(), "layers are shown by this face: {}", serving.reason);
         Ok(Faces {
+            mounts,
             session,
-            serving: Serving {
-                face: Face::Tree,
-                reason: "this build has no other".to_owned(),
-                metadata_through_fuse: false,
-            },
+            serving,
+            files,
+            layers: RwLock::default(),
+            building: Mutex::default(),
+            metrics,
         })
     }
 
@@ -90,53 +170,100 @@ impl Faces {
         &self.serving
     }
 
-    /// Puts `layer` into `slot`. The same layer may be attached again, and its new reader replaces the old one.
+    /// Puts `layer` into `slot`. The same layer may be attached again, and its new reader replaces the old one. If its index is another
+    /// one, mounts made of the old index are taken away.
     ///
     /// # Errors
     /// [`FsError::SlotZero`], [`FsError::SlotTaken`].
     pub fn attach(&self, slot: u32, layer: Arc<dyn LayerData>) -> Result<(), FsError> {
-        self.session.attach(slot, layer)
+        self.session.attach(slot, Arc::clone(&layer))?;
+        let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
+        layers.insert(slot, Arc::clone(&layer));
+        drop(layers);
+        if let Some(entry) = self.mounts.find(slot) {
+            let mut state = entry.lock();
+            if let Some(metadata) = &state.metadata
+                && metadata.parts != [Part::of(layer.index())]
+            {
+                tracing::info!(slot, layer = %layer.digest(), "the layer has another index now");
+                let _ = self.mounts.dismount(slot, &mut state);
+                self.drop_metadata(slot, &mut state);
+            }
+            state.trouble = None;
+            // A mount of an earlier process shows the layer's file: it has to stay, and to be verified before the mount is adopted.
+            if let (Some(holds), Some(file)) = (&mut state.leftover, layer.local_file()) {
+                holds.push(file.hold);
+            }
+            entry.tell(&state, Face::Tree.word());
+        }
+        Ok(())
     }
 
     /// Takes the layer in `slot` and all its mounts away. Tells whether there was one.
     pub fn detach(&self, slot: u32) -> bool {
+        let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
+        layers.remove(&slot);
+        drop(layers);
+        if let Some(entry) = self.mounts.find(slot) {
+            let mut state = entry.lock();
+            let _ = self.mounts.dismount(slot, &mut state);
+            self.drop_metadata(slot, &mut state);
+            self.mounts.remove(slot);
+        }
         self.session.detach(slot)
     }
 
-    /// The directory that shows the layer in `slot`, mounted now if it is not.
+    /// The directory that shows the layer in `slot`, mounted now if it is not. A layer that cannot be shown as an image is shown as a
+    /// tree; [`Faces::shown`] says why.
     ///
     /// # Errors
     /// [`FsError::NotAttached`].
     pub fn layer_path(&self, slot: u32) -> Result<PathBuf, FsError> {
-        Ok(self.session.path(slot))
+        let layer = self.layer(slot).ok_or(FsError::NotAttached { slot })?;
+        if self.serving.face == Face::Tree {
+            return Ok(self.session.path(slot));
+        }
+        let entry = self.mounts.entry(slot);
+        let mut state = entry.lock();
+        let path = self.show(slot, &mut state, &[Device { slot, layer }]);
+        entry.tell(&state, Face::Tree.word());
+        Ok(path.unwrap_or_else(|| self.session.path(slot)))
     }
 
-    /// Makes and stores the image of a chain, whose `layers` are slots, the lowest first, unless it is stored already.
+    /// Unmounts every layer and chain that is not in `needed`. They stay attached, and are mounted again when they are asked for.
     ///
-    /// # Errors
-    /// [`FsError`]; the layers have to be stacked then.
-    pub fn build_chain(&self, _slot: u32, _layers: &[u32]) -> Result<(), FsError> {
-        Ok(())
+    /// Paths that were handed out for slots in `needed` stay. An overlay goes on with what it was made of, but files of the cache may then
+    /// be evicted below it: a slot is needed until no overlay uses it.
+    pub fn retain(&self, needed: &HashSet<u32>) {
+        self.mounts.retain(needed, |slot, entry, state| {
+            let fallback = match self.layer(slot) {
+                Some(_) => {
+                    self.drop_metadata(slot, state);
+                    Face::Tree.word()
+                }
+                None => chains::STACK,
+            };
+            entry.tell(state, fallback);
+        });
     }
-
-    /// The directory that shows the chain in `slot`, mounted now if it is not. `None`: there is no image of it, or it cannot be mounted;
-    /// its layers have to be stacked.
-    pub fn chain_path(&self, _slot: u32, _layers: &[u32]) -> Option<PathBuf> {
-        None
-    }
-
-    /// Unmounts the chain in `slot`, and removes what is stored of it.
-    pub fn forget_chain(&self, _slot: u32) {}
-
-    /// Unmounts every layer and chain that is not in `needed`. They stay attached.
-    pub fn retain(&self, _needed: &HashSet<u32>) {}
 
     /// What is shown of the layer or chain in `slot`.
-    pub fn shown(&self, _slot: u32) -> Shown {
-        Shown {
-            word: Face::Tree.word(),
-            reason: None,
-            mounted: false,
+    pub fn shown(&self, slot: u32) -> Shown {
+        let nothing = || {
+            let layer = self.layer(slot).is_some();
+            Shown {
+                word: match (self.serving.face, layer) {
+                    (Face::Image, true) => Kind::Image.word(),
+                    (Face::Tree, true) => Face::Tree.word(),
+                    (_, false) => chains::STACK,
+                },
+                reason: None,
+                mounted: false,
+            }
+        };
+        match self.serving.face {
+            Face::Image => self.mounts.find(slot).and_then(|entry| entry.shown()).unwrap_or_else(nothing),
+            Face::Tree => nothing(),
         }
     }
 
@@ -150,6 +277,152 @@ impl Faces {
     /// # Errors
     /// [`FsError::Unmount`], [`FsError::Stuck`].
     pub fn close(self) -> Result<(), FsError> {
-        self.session.unmount()
+        let Faces { mounts, session, .. } = self;
+        drop(mounts);
+        session.unmount()
+    }
+
+    fn layer(&self, slot: u32) -> Option<Arc<dyn LayerData>> {
+        let layers = self.layers.read().unwrap_or_else(PoisonError::into_inner);
+        layers.get(&slot).cloned()
+    }
+
+    /// Where the image of `devices` is mounted, which happens now if it is not: over files of the cache if all of them are whole.
+    /// `None`: it cannot be, and the state says why.
+    fn show(&self, slot: u32, state: &mut State, devices: &[Device]) -> Option<PathBuf> {
+        self.mounts.look(state);
+        if let Some(path) = state.path(Kind::File) {
+            return Some(path);
+        }
+        let files = self.files_of(devices);
+        let shown = state.path(Kind::Image);
+        if (files.is_none() && shown.is_some()) || state.is_troubled() {
+            return shown;
+        }
+        let begun = Instant::now();
+        if state.metadata.is_none() {
+            match self.write_layer(slot, devices) {
+                Ok(metadata) => state.metadata = Some(metadata),
+                Err(trouble) => {
+                    self.mounts.fail(slot, state, trouble);
+                    return None;
+                }
+            }
+        }
+        let mut mounted = match files {
+            Some(files) => self.mount_files(slot, state, files),
+            None => self.mount_image(slot, state, devices, true),
+        };
+        if mounted.is_none() && shown.is_none() {
+            // It was tried with files of the cache, in part or whole; without them, there is still FUSE.
+            let trouble = state.trouble.take();
+            mounted = match &trouble {
+                Some(trouble) if trouble.cause == Cause::Deadline => None,
+                _ => self.mount_image(slot, state, devices, false),
+            };
+            // Not before a while is the first way tried again.
+            state.trouble = state.trouble.take().or(trouble);
+        }
+        if mounted.is_some() {
+            self.metrics.face_mount_seconds.observe(begun.elapsed().as_secs_f64());
+        }
+        mounted.or(shown)
+    }
+
+    /// Mounts over files of the cache alone.
+    fn mount_files(&self, slot: u32, state: &mut State, files: Vec<LocalFile>) -> Option<PathBuf> {
+        let (paths, holds): (Vec<_>, Vec<_>) = files.into_iter().map(|file| (file.path, file.hold)).unzip();
+        let holds = match self.mounts.adopt(slot, state, holds) {
+            Ok(path) => return Some(path),
+            Err(holds) => holds,
+        };
+        match self.mounts.mount(slot, state, Kind::File, paths, holds) {
+            Ok(path) => Some(path),
+            Err(trouble) => {
+                self.mounts.fail(slot, state, trouble);
+                None
+            }
+        }
+    }
+
+    /// Mounts over FUSE, but for layers that are whole in the cache if `files` may be used.
+    fn mount_image(&self, slot: u32, state: &mut State, devices: &[Device], files: bool) -> Option<PathBuf> {
+        let mut holds = Vec::new();
+        let mut paths = Vec::with_capacity(devices.len());
+        for device in devices {
+            let file = match files && self.files {
+                true => device.layer.local_file(),
+                false => None,
+            };
+            match file {
+                Some(file) => {
+                    holds.push(file.hold);
+                    paths.push(file.path);
+                }
+                None => paths.push(self.session.data_path(device.slot)),
+            }
+        }
+        match self.mounts.mount(slot, state, Kind::Image, paths, holds) {
+            Ok(path) => Some(path),
+            Err(trouble) => {
+                self.mounts.fail(slot, state, trouble);
+                None
+            }
+        }
+    }
+
+    /// The files of all devices, if all are whole in the cache.
+    fn files_of(&self, devices: &[Device]) -> Option<Vec<LocalFile>> {
+        match self.files {
+            true => devices.iter().map(|device| device.layer.local_file()).collect(),
+            false => None,
+        }
+    }
+
+    /// Writes the metadata of the one layer in `devices`. (A chain comes with its own.)
+    fn write_layer(&self, slot: u32, devices: &[Device]) -> Result<Metadata, Trouble> {
+        let [Device { layer, .. }] = devices else {
+            return Err(Trouble::lasting(Cause::Index, "the chain has no image".to_owned()));
+        };
+        let index = layer.index();
+        let device = erofs::Device {
+            tag: *layer.digest(),
+            size: index.data_size(),
+        };
+        let image =
+            erofs::write(index, &[device]).map_err(|error| Trouble::lasting(Cause::Index, error.to_string()))?;
+        self.count_dropped(slot, image.dropped_xattrs);
+        let path = self.mounts.places.metadata(slot);
+        self.mounts.places.write(&path, &[&image.bytes], false)?;
+        Ok(Metadata {
+            source: self.source(slot, path)?,
+            uuid: stored::uuid(&image.bytes),
+            parts: vec![Part::of(index)],
+        })
+    }
+
+    /// What the kernel mounts for the metadata in the file `path`.
+    fn source(&self, slot: u32, path: PathBuf) -> Result<PathBuf, FsError> {
+        if !self.serving.metadata_through_fuse {
+            return Ok(path);
+        }
+        let file = File::open(&path).map_err(|source| places::files_error(&path, source))?;
+        self.session.attach_metadata(slot, file)?;
+        Ok(self.session.metadata_path(slot))
+    }
+
+    /// Forgets the metadata of a layer.
+    fn drop_metadata(&self, slot: u32, state: &mut State) {
+        if state.metadata.take().is_some() {
+            self.session.detach_metadata(slot);
+            self.mounts.places.remove(&self.mounts.places.metadata(slot));
+        }
+    }
+
+    fn count_dropped(&self, slot: u32, count: u64) {
+        if count > 0 {
+            tracing::warn!(slot, count, "extended attributes are left out, since EROFS cannot express them");
+            self.metrics.face_dropped_xattrs_total.inc_by(count);
+        }
     }
 }

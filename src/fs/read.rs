@@ -1,4 +1,4 @@
-//! Reading a file of a layer.
+//! Reading a file of a layer, its data space, or metadata.
 //!
 //! Bytes that are ready are read into a buffer of the FUSE thread and answered there. For all others the reply moves into a task,
 //! and the FUSE thread is free at once: a registry that does not answer stops the readers of its bytes, and nobody else.
@@ -14,6 +14,7 @@ use tokio::runtime::Handle;
 
 use super::counters::Counters;
 use super::errno::{self, ReadError};
+use super::image::{self, Metadata};
 use super::warn::WarnLimit;
 use crate::fetch::LayerData;
 use crate::layer::{Ino, Inode, LayerIndex, ROOT_INO};
@@ -63,24 +64,77 @@ pub fn answer_ready<A: Answer>(
     len: u32,
     answer: A,
 ) -> Result<(), (A, Option<std::io::Error>)> {
-    let len = len as usize;
+    answer_ready_padded(layer, Range { offset, len, zeros: 0 }, answer)
+}
+
+fn answer_ready_padded<A: Answer>(
+    layer: &dyn LayerData,
+    range: Range,
+    answer: A,
+) -> Result<(), (A, Option<std::io::Error>)> {
+    with_buffer(range.total(), |buffer| {
+        let (bytes, zeros) = buffer.split_at_mut(range.len as usize);
+        let ready = match bytes.is_empty() {
+            true => Some(Ok(())),
+            false => layer.read_ready(range.offset, bytes),
+        };
+        match ready {
+            Some(Ok(())) => {
+                zeros.fill(0);
+                answer.data(buffer);
+                Ok(())
+            }
+            Some(Err(error)) => Err((answer, Some(error))),
+            None => Err((answer, None)),
+        }
+    })
+}
+
+/// Calls `use_it` with `len` bytes of this thread's buffer, whatever is in them.
+fn with_buffer<T>(len: usize, use_it: impl FnOnce(&mut [u8]) -> T) -> T {
     let mut buffer = BUFFER.take();
     if buffer.len() < len {
         buffer.resize(len, 0);
     }
-    let (bytes, _) = buffer.split_at_mut(len);
-    let result = match layer.read_ready(offset, bytes) {
-        Some(Ok(())) => {
-            answer.data(bytes);
-            Ok(())
-        }
-        Some(Err(error)) => Err((answer, Some(error))),
-        None => Err((answer, None)),
-    };
+    let result = use_it(buffer.split_at_mut(len).0);
     if buffer.len() <= BUFFER_MAX {
         BUFFER.set(buffer);
     }
     result
+}
+
+/// A part of the data space, and zeros behind it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Range {
+    offset: u64,
+    len: u32,
+    zeros: u32,
+}
+
+impl Range {
+    /// What `size` bytes at `offset` of the data file are. The data space ends before the file does.
+    fn of_data(index: &LayerIndex, offset: u64, size: u32) -> Range {
+        let until = |end: u64| end.saturating_sub(offset).min(u64::from(size)) as u32;
+        let (len, total) = (until(index.data_size()), until(image::data_size(index)));
+        Range {
+            offset,
+            len,
+            zeros: total - len,
+        }
+    }
+
+    fn total(self) -> usize {
+        self.len as usize + self.zeros as usize
+    }
+}
+
+/// Through what a layer is read, for the log.
+#[derive(Debug, Clone, Copy)]
+enum Through {
+    /// A file of the tree face.
+    File(Ino),
+    /// The data file.
+    Data,
 }
 
 /// Serves reads of files.
@@ -118,7 +172,7 @@ impl Reads {
     }
 
     /// Answers a read of `size` bytes at `offset` of the file `inode`, which has number `ino`: now, or later from a task.
-    pub(super) fn read<A: Answer>(
+    pub(super) fn read_file<A: Answer>(
         &self,
         layer: &Arc<dyn LayerData>,
         ino: Ino,
@@ -128,15 +182,25 @@ impl Reads {
         answer: A,
     ) {
         let (offset, len) = extent(inode, offset, size);
-        if len == 0 {
+        self.read(layer, Through::File(ino), Range { offset, len, zeros: 0 }, answer);
+    }
+
+    /// Answers a read of `size` bytes at `offset` of the layer's data file: now, or later from a task.
+    pub(super) fn read_data<A: Answer>(&self, layer: &Arc<dyn LayerData>, offset: u64, size: u32, answer: A) {
+        let range = Range::of_data(layer.index(), offset, size);
+        self.read(layer, Through::Data, range, answer);
+    }
+
+    fn read<A: Answer>(&self, layer: &Arc<dyn LayerData>, through: Through, range: Range, answer: A) {
+        if range.total() == 0 {
             return answer.data(&[]);
         }
-        let answer = match answer_ready(layer.as_ref(), offset, len, answer) {
-            Ok(()) => return self.shared.read_bytes.inc_by(len.into()),
+        let answer = match answer_ready_padded(layer.as_ref(), range, answer) {
+            Ok(()) => return self.shared.read_bytes.inc_by(range.total() as u64),
             Err((answer, None)) => answer,
             // The disk does not give what was there. `fetch` may know another way; if not, it says what is wrong.
             Err((answer, Some(error))) => {
-                self.shared.warn(layer.as_ref(), ino, offset, len, &error.into());
+                self.shared.warn(layer.as_ref(), through, range, &error.into());
                 answer
             }
         };
@@ -144,24 +208,48 @@ impl Reads {
         let layer = Arc::clone(layer);
         self.shared
             .runtime
-            .spawn(async move { shared.read_cold(layer, ino, offset, len, answer).await });
+            .spawn(async move { shared.read_cold(layer, through, range, answer).await });
+    }
+
+    /// Answers a read of `size` bytes at `offset` of the metadata in `slot`.
+    pub(super) fn read_metadata<A: Answer>(&self, slot: u32, metadata: &Metadata, offset: u64, size: u32, answer: A) {
+        let len = metadata.size().saturating_sub(offset).min(u64::from(size)) as usize;
+        with_buffer(len, |buffer| match metadata.read(offset, buffer) {
+            Ok(()) => {
+                answer.data(buffer);
+                self.shared.read_bytes.inc_by(len as u64);
+            }
+            Err(error) => {
+                let error = ReadError::Disk(error);
+                answer.error(self.shared.counters.failed(errno::of(&error)));
+                if let Some(suppressed) = self.shared.warnings.admit() {
+                    tracing::warn!(slot, offset, len, suppressed, "a read of metadata failed: {error}");
+                }
+            }
+        });
     }
 }
 
 impl Shared {
-    async fn read_cold<A: Answer>(&self, layer: Arc<dyn LayerData>, ino: Ino, offset: u64, len: u32, answer: A) {
+    async fn read_cold<A: Answer>(&self, layer: Arc<dyn LayerData>, through: Through, range: Range, answer: A) {
         let start = Instant::now();
-        let result = self.fetch(layer.as_ref(), offset, len).await;
+        let result = self.fetch(layer.as_ref(), range.offset, range.len).await;
         self.cold_seconds.observe(start.elapsed().as_secs_f64());
         match result {
             Ok(bytes) => {
-                answer.data(&bytes);
-                self.read_bytes.inc_by(len.into());
+                if range.zeros == 0 {
+                    answer.data(&bytes);
+                } else {
+                    let mut padded = Vec::from(bytes);
+                    padded.resize(range.total(), 0);
+                    answer.data(&padded);
+                }
+                self.read_bytes.inc_by(range.total() as u64);
             }
             Err(error) => {
                 // The reader first: putting the line together takes longer than the answer.
                 answer.error(self.counters.failed(errno::of(&error)));
-                self.warn(layer.as_ref(), ino, offset, len, &error);
+                self.warn(layer.as_ref(), through, range, &error);
             }
         }
     }
@@ -180,19 +268,38 @@ impl Shared {
         Ok(bytes)
     }
 
-    fn warn(&self, layer: &dyn LayerData, ino: Ino, offset: u64, len: u32, error: &ReadError) {
+    fn warn(&self, layer: &dyn LayerData, through: Through, range: Range, error: &ReadError) {
         let Some(suppressed) = self.warnings.admit() else {
             return;
         };
+        let index = layer.index();
+        let (face, path) = match through {
+            Through::File(ino) => ("tree", path(index, ino)),
+            Through::Data => (
+                "image",
+                file_at(index, range).map_or_else(String::new, |ino| path(index, ino)),
+            ),
+        };
         tracing::warn!(
             layer = %layer.digest(),
-            path = %path(layer.index(), ino),
-            offset,
-            len,
+            face,
+            path,
+            offset = range.offset,
+            len = range.len,
             suppressed,
             "a read failed: {error}"
         );
     }
+}
+
+/// The first file that has any of the bytes of `range`. It is searched for, since the data space does not know its files.
+fn file_at(index: &LayerIndex, range: Range) -> Option<Ino> {
+    let end = range.offset.saturating_add(range.len.into());
+    let overlaps =
+        |inode: &Inode| inode.is_reg() && inode.data < end && inode.data.saturating_add(inode.size) > range.offset;
+    let files = index.inodes().iter().enumerate().filter(|(_, inode)| overlaps(inode));
+    let (position, _) = files.min_by_key(|(_, inode)| inode.data)?;
+    Ino::try_from(position + 1).ok()
 }
 
 /// A path that leads to `ino`, for people to read. It is searched for, since files do not know their directory.
@@ -243,6 +350,38 @@ mod tests {
     }
 
     #[test]
+    fn the_data_file_ends_with_a_whole_page() {
+        let of = |data_size, offset, size| {
+            let index = LayerIndex::new(IndexParts {
+                access: Access::Stream,
+                codec: Codec::None,
+                data_size,
+                blob_size: 0,
+                inodes: vec![Inode {
+                    mode: mode::DIR,
+                    parent: 1,
+                    ..Inode::default()
+                }],
+                dirents: Vec::new(),
+                xattrs: Vec::new(),
+                chunks: Vec::new(),
+                strings: Vec::new(),
+            })
+            .expect("the parts are an index");
+            let range = Range::of_data(&index, offset, size);
+            (range.offset, range.len, range.zeros)
+        };
+        assert_eq!(of(10_000, 0, 4096), (0, 4096, 0));
+        assert_eq!(of(10_000, 8192, 4096), (8192, 1808, 2288));
+        assert_eq!(of(10_000, 9000, 1 << 20), (9000, 1000, 2288));
+        assert_eq!(of(10_000, 11_000, 4096), (11_000, 0, 1288));
+        assert_eq!(of(10_000, 12_288, 4096), (12_288, 0, 0));
+        assert_eq!(of(10_000, u64::MAX, u32::MAX), (u64::MAX, 0, 0));
+        assert_eq!(of(8192, 4096, 8192), (4096, 4096, 0));
+        assert_eq!(of(0, 0, 4096), (0, 0, 0));
+    }
+
+    #[test]
     fn a_log_line_names_the_file() {
         let dir = |parent, data| Inode {
             mode: mode::DIR,
@@ -253,13 +392,15 @@ mod tests {
         };
         let file = Inode {
             mode: mode::REG,
+            data: 512,
+            size: 100,
             ..Inode::default()
         };
         let dirent = |name, name_len, ino| Dirent { name, name_len, ino };
         let index = LayerIndex::new(IndexParts {
             access: Access::Stream,
             codec: Codec::None,
-            data_size: 0,
+            data_size: 1024,
             blob_size: 0,
             inodes: vec![dir(1, 0), dir(1, 1), file],
             dirents: vec![dirent(0, 3, 2), dirent(3, 3, 3)],
@@ -271,5 +412,8 @@ mod tests {
         assert_eq!(path(&index, 3), r"/usr/x\n\xff");
         assert_eq!(path(&index, 2), "/usr");
         assert_eq!(path(&index, 9), "inode 9");
+        let at = |offset, len| file_at(&index, Range { offset, len, zeros: 0 });
+        assert_eq!((at(512, 1), at(0, 1024), at(611, 1)), (Some(3), Some(3), Some(3)));
+        assert_eq!((at(0, 512), at(612, 412)), (None, None));
     }
 }

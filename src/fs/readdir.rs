@@ -7,12 +7,12 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::time::Duration;
 
-use fuser::{Errno, FileAttr, Generation, INodeNo, ReplyDirectory, ReplyDirectoryPlus};
+use fuser::{Errno, FileAttr, FileType, Generation, INodeNo, ReplyDirectory, ReplyDirectoryPlus};
 
 use super::attr;
 use super::face::{FOREVER, NEVER};
-use super::tree::{Attached, FUSE_ROOT, Place, Tree};
-use crate::layer::ROOT_INO;
+use super::image::Entry;
+use super::tree::{self, FUSE_ROOT, Place, View};
 
 /// Entries before those of the index: `.` and `..`.
 const DOTS: u64 = 2;
@@ -20,7 +20,7 @@ const DOTS: u64 = 2;
 /// One line of a listing.
 pub(super) struct Line<'a> {
     pub(super) number: u64,
-    pub(super) kind: fuser::FileType,
+    pub(super) kind: FileType,
     pub(super) name: &'a OsStr,
     /// Where the listing goes on after this line.
     pub(super) cookie: u64,
@@ -32,13 +32,14 @@ pub(super) struct Line<'a> {
 /// Calls `line` for each entry of the directory `number` behind `cookie`, with a function that gives the entry's attributes, until it
 /// says that there is no more room.
 pub(super) fn list(
-    tree: &Tree,
+    view: &View<'_>,
     number: INodeNo,
     cookie: u64,
     mut line: impl FnMut(Line<'_>, &dyn Fn() -> Result<FileAttr, Errno>) -> Result<bool, Errno>,
 ) -> Result<(), Errno> {
-    match tree.place(number)? {
-        Place::Root => list_slots(tree, cookie, &mut line),
+    match view.place(number)? {
+        Place::Root => list_slots(view, cookie, &mut line),
+        Place::Data(_) | Place::Metadata(..) => Err(Errno::ENOTDIR),
         Place::Inode(attached, ino) => {
             let dir = attached.inode(ino)?;
             if !dir.is_dir() {
@@ -46,7 +47,7 @@ pub(super) fn list(
             }
             let parent = attached.parent_number(ino, dir);
             let numbers = [number.0, parent];
-            if dots(tree, numbers, attached.generation, cookie, &mut line)? {
+            if dots(view, numbers, attached.generation, cookie, &mut line)? {
                 return Ok(());
             }
             let index = attached.layer.index();
@@ -75,34 +76,45 @@ pub(super) fn list(
 }
 
 fn list_slots(
-    tree: &Tree,
+    view: &View<'_>,
     cookie: u64,
     line: &mut impl FnMut(Line<'_>, &dyn Fn() -> Result<FileAttr, Errno>) -> Result<bool, Errno>,
 ) -> Result<(), Errno> {
-    if dots(tree, [FUSE_ROOT, FUSE_ROOT], Generation(0), cookie, line)? {
+    if dots(view, [FUSE_ROOT, FUSE_ROOT], Generation(0), cookie, line)? {
         return Ok(());
     }
-    // Slots come and go between two calls: the cookie is the slot itself, so that no other one is left out or seen twice.
-    let slots = tree.slots();
-    let first = u32::try_from(cookie.saturating_sub(DOTS))
-        .unwrap_or(u32::MAX)
-        .saturating_add(1);
-    for (slot, attached) in slots.range(first..) {
-        let attached: &Attached = attached;
-        let name = slot.to_string();
-        let full = line(
-            Line {
-                number: attached.number(ROOT_INO),
-                kind: fuser::FileType::Directory,
-                name: OsStr::new(&name),
-                cookie: u64::from(*slot) + DOTS,
-                ttl: NEVER,
-                generation: attached.generation,
-            },
-            &|| attached.attr(ROOT_INO),
-        )?;
-        if full {
-            break;
+    // Slots come and go between two calls: the cookie is made of the slot and what it is of it, so that nothing else is left out or seen
+    // twice.
+    let kinds = Entry::ALL.len() as u64;
+    let passed = cookie.saturating_sub(DOTS);
+    let first = u32::try_from(passed / kinds).unwrap_or(u32::MAX);
+    for (&slot, there) in view.slots().range(first..) {
+        for (position, entry) in Entry::ALL.into_iter().enumerate() {
+            let position = u64::from(slot) * kinds + position as u64;
+            if position <= passed {
+                continue;
+            }
+            let (kind, generation) = match (entry, &there.layer, &there.metadata) {
+                (Entry::Tree, Some(layer), _) => (FileType::Directory, layer.generation),
+                (Entry::Data, Some(layer), _) => (FileType::RegularFile, layer.generation),
+                (Entry::Metadata, _, Some(_)) => (FileType::RegularFile, Generation(0)),
+                _ => continue,
+            };
+            let number = tree::number(slot, entry.ino());
+            let full = line(
+                Line {
+                    number,
+                    kind,
+                    name: OsStr::new(&entry.name(slot)),
+                    cookie: position + DOTS,
+                    ttl: NEVER,
+                    generation,
+                },
+                &|| view.attr(INodeNo(number)),
+            )?;
+            if full {
+                return Ok(());
+            }
         }
     }
     Ok(())
@@ -110,7 +122,7 @@ fn list_slots(
 
 /// Lists `.` and `..`, whose inode numbers are given; tells whether there is no more room.
 fn dots(
-    tree: &Tree,
+    view: &View<'_>,
     numbers: [u64; 2],
     generation: Generation,
     cookie: u64,
@@ -124,13 +136,13 @@ fn dots(
         let full = line(
             Line {
                 number,
-                kind: fuser::FileType::Directory,
+                kind: FileType::Directory,
                 name: OsStr::new(name),
                 cookie: position + 1,
                 ttl: NEVER,
                 generation,
             },
-            &|| tree.attr(INodeNo(number)),
+            &|| view.attr(INodeNo(number)),
         )?;
         if full {
             return Ok(true);
@@ -141,12 +153,12 @@ fn dots(
 
 /// Answers READDIR: names, types and inode numbers.
 pub(super) fn names(
-    tree: &Tree,
+    view: &View<'_>,
     number: INodeNo,
     cookie: u64,
     mut reply: ReplyDirectory,
 ) -> Result<(), (Errno, ReplyDirectory)> {
-    let listed = list(tree, number, cookie, |line, _| {
+    let listed = list(view, number, cookie, |line, _| {
         Ok(reply.add(INodeNo(line.number), line.cookie, line.kind, line.name))
     });
     match listed {
@@ -160,12 +172,12 @@ pub(super) fn names(
 
 /// Answers READDIRPLUS: all that a look-up of each name would give as well.
 pub(super) fn entries(
-    tree: &Tree,
+    view: &View<'_>,
     number: INodeNo,
     cookie: u64,
     mut reply: ReplyDirectoryPlus,
 ) -> Result<(), (Errno, ReplyDirectoryPlus)> {
-    let listed = list(tree, number, cookie, |line, attr| {
+    let listed = list(view, number, cookie, |line, attr| {
         Ok(reply.add(
             INodeNo(line.number),
             line.cookie,

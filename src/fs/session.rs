@@ -4,10 +4,11 @@
 //! the descriptor could as well come from an earlier process.
 
 use std::ffi::OsStr;
-use std::fs::DirBuilder;
+use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -18,8 +19,9 @@ use tokio::runtime::Handle;
 use super::FsError;
 use super::counters::Counters;
 use super::face::Face;
+use super::image::Entry;
 use super::read::Reads;
-use super::tree::Tree;
+use super::tree::{self, Tree};
 use crate::fetch::LayerData;
 use crate::metrics::Metrics;
 use crate::sys::mount::{Unmount, unmount};
@@ -54,6 +56,8 @@ pub struct Session {
     mountpoint: PathBuf,
     notifier: Notifier,
     runtime: Handle,
+    /// Whether data files are opened past the page cache.
+    direct: Arc<AtomicBool>,
     /// The mount, until it is unmounted.
     mount: Option<Mount>,
     /// Tells when all threads have ended.
@@ -95,7 +99,8 @@ impl Session {
         let tree = Arc::new(Tree::new());
         let counters = Arc::new(Counters::new(Arc::clone(&metrics)));
         let reads = Reads::new(runtime.clone(), options.read_deadline, Arc::clone(&counters), &metrics);
-        let face = Face::new(Arc::clone(&tree), reads, counters);
+        let direct = Arc::new(AtomicBool::new(false));
+        let face = Face::new(Arc::clone(&tree), reads, counters, Arc::clone(&direct));
         let mut config = fuser::Config::default();
         config.n_threads = Some(threads(options.threads));
         // One descriptor for all threads: a later process can take over one, not as many as there are threads.
@@ -130,34 +135,73 @@ impl Session {
             mountpoint,
             notifier,
             runtime,
+            direct,
             mount,
             ended: Mutex::new(ended),
         })
     }
 
-    /// Shows `layer` at [`Session::path`] of `slot`. The same layer may be attached again, and its new reader replaces the old one.
+    /// Whether data files are opened past the page cache (FOPEN_DIRECT_IO) from now on; if nothing is said, they are not.
+    ///
+    /// To say so, the session has to answer the opening of each file, also in the tree face, which costs a round trip each. Once the
+    /// kernel was told that this is not needed, it never asks again: `true` has to be said before the first file is opened.
+    pub fn open_directly(&self, direct: bool) {
+        self.direct.store(direct, Ordering::Relaxed);
+    }
+
+    /// Shows `layer` at [`Session::path`] of `slot`, and its data space at [`Session::data_path`]. The same layer may be attached again, and its new reader replaces the old one.
     ///
     /// # Errors
     /// [`FsError::SlotZero`], [`FsError::SlotTaken`].
     pub fn attach(&self, slot: u32, layer: Arc<dyn LayerData>) -> Result<(), FsError> {
         self.tree.attach(slot, layer)?;
-        self.forget(None);
+        self.forget(None, slot, &[]);
         Ok(())
     }
 
-    /// Takes the layer in `slot` away. Its directory disappears; what is still open in it fails with ESTALE as far as the kernel has
+    /// Takes the layer in `slot` away. Its directory and its data file disappear; what is still open in it fails with ESTALE as far as the kernel has
     /// to ask, and reads under way are answered. Tells whether there was a layer.
     pub fn detach(&self, slot: u32) -> bool {
         let there = self.tree.detach(slot);
         if there {
-            self.forget(Some(slot));
+            self.forget(None, slot, &[Entry::Tree, Entry::Data]);
+        }
+        there
+    }
+
+    /// Shows `file`, a regular file that nobody changes any more, at [`Session::metadata_path`] of `slot`, in place of what was there.
+    /// The slot need not have a layer.
+    ///
+    /// # Errors
+    /// [`FsError::Metadata`]: the slot is 0, or the file is not a regular one.
+    pub fn attach_metadata(&self, slot: u32, file: File) -> Result<(), FsError> {
+        self.tree.attach_metadata(slot, file)?;
+        self.forget(Some(Entry::Metadata), slot, &[]);
+        Ok(())
+    }
+
+    /// Takes the metadata in `slot` away; what the kernel does not have of it fails with ESTALE. Tells whether there was any.
+    pub fn detach_metadata(&self, slot: u32) -> bool {
+        let there = self.tree.detach_metadata(slot);
+        if there {
+            self.forget(None, slot, &[Entry::Metadata]);
         }
         there
     }
 
     /// The directory that shows the layer in `slot`.
     pub fn path(&self, slot: u32) -> PathBuf {
-        self.mountpoint.join(slot.to_string())
+        self.mountpoint.join(Entry::Tree.name(slot))
+    }
+
+    /// The file that shows the data space of the layer in `slot`, and zeros behind it up to a whole page of 4096 bytes.
+    pub fn data_path(&self, slot: u32) -> PathBuf {
+        self.mountpoint.join(Entry::Data.name(slot))
+    }
+
+    /// The file that shows the metadata attached to `slot`.
+    pub fn metadata_path(&self, slot: u32) -> PathBuf {
+        self.mountpoint.join(Entry::Metadata.name(slot))
     }
 
     /// Where the session is mounted: absolute, without symbolic links.
@@ -204,16 +248,26 @@ impl Session {
         unmounted.map_err(|source| FsError::Unmount { mountpoint, source })
     }
 
-    /// Makes the kernel forget the listing of the root directory, and the directory of `slot` with what is below it.
+    /// Makes the kernel forget the listing of the root directory, the content of one of a slot's entries, and the names of others with
+    /// what is below them.
     ///
     /// Not here but later, on a thread that may block: the kernel takes the root directory's lock for it, which somebody may hold who
-    /// waits for an answer of this session. Correctness does not depend on it, since names in the root are asked for each time.
-    fn forget(&self, slot: Option<u32>) {
+    /// waits for an answer of this session. Correctness does not depend on it, since names in the root are asked for each time, and a
+    /// slot has the same content for ever.
+    fn forget(&self, content: Option<Entry>, slot: u32, gone: &'static [Entry]) {
         let notifier = self.notifier.clone();
         self.runtime.spawn_blocking(move || {
             let mut result = notifier.inval_inode(INodeNo::ROOT, 0, 0);
-            if let Some(slot) = slot {
-                result = result.and(notifier.inval_entry(INodeNo::ROOT, OsStr::new(&slot.to_string())));
+            if let Some(entry) = content {
+                let known = notifier.inval_inode(INodeNo(tree::number(slot, entry.ino())), 0, 0);
+                // Nobody has looked at it yet.
+                result = result.and(known.or_else(|error| match error.kind() {
+                    io::ErrorKind::NotFound => Ok(()),
+                    _ => Err(error),
+                }));
+            }
+            for entry in gone {
+                result = result.and(notifier.inval_entry(INodeNo::ROOT, OsStr::new(&entry.name(slot))));
             }
             if let Err(error) = result {
                 tracing::debug!("the kernel did not take an invalidation: {error}");

@@ -1,16 +1,20 @@
-//! The tree face without FUSE: which layer is in which slot, and what an inode number or a name means.
+//! What the faces show without FUSE: what is in which slot, and what an inode number or a name means.
 //!
-//! Readers never lock: the table of slots is replaced as a whole when a layer comes or goes.
+//! Readers never lock, and count nothing that all of them share: the table of slots is replaced as a whole when a layer comes or goes, and
+//! a request looks at the table that was there when it began ([`View`]).
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 use fuser::{Errno, FileAttr, FileType, Generation, INodeNo};
 
 use super::FsError;
 use super::attr::{self, DIR_SIZE, IO_SIZE};
+use super::image::{self, DATA_INO, Entry, METADATA_INO, Metadata};
 use crate::fetch::LayerData;
 use crate::layer::{Digest, Ino, Inode, ROOT_INO};
 
@@ -35,7 +39,7 @@ pub(super) struct Attached {
 impl Attached {
     /// Inode number in FUSE of the layer's inode `ino`.
     pub(super) fn number(&self, ino: Ino) -> u64 {
-        u64::from(self.slot) << SLOT_SHIFT | u64::from(ino)
+        number(self.slot, ino)
     }
 
     pub(super) fn inode(&self, ino: Ino) -> Result<&Inode, Errno> {
@@ -55,12 +59,29 @@ impl Attached {
     }
 }
 
+/// What is in a slot.
+#[derive(Clone, Default)]
+pub(super) struct Slot {
+    pub(super) layer: Option<Arc<Attached>>,
+    pub(super) metadata: Option<Arc<Metadata>>,
+}
+
+impl Slot {
+    fn is_empty(&self) -> bool {
+        self.layer.is_none() && self.metadata.is_none()
+    }
+}
+
 /// What an inode number stands for.
-pub(super) enum Place {
+pub(super) enum Place<'a> {
     /// The FUSE root directory.
     Root,
     /// An inode of a layer. The layer may not have it.
-    Inode(Arc<Attached>, Ino),
+    Inode(&'a Attached, Ino),
+    /// The data space of a layer.
+    Data(&'a Attached),
+    /// Metadata of the slot with this number.
+    Metadata(u32, &'a Metadata),
 }
 
 /// Answer to a look-up.
@@ -79,7 +100,7 @@ pub(super) struct Totals {
     pub(super) inodes: u64,
 }
 
-type Slots = BTreeMap<u32, Arc<Attached>>;
+pub(super) type Slots = BTreeMap<u32, Slot>;
 
 /// The slots and what is in them.
 pub(super) struct Tree {
@@ -109,14 +130,15 @@ impl Tree {
             layer,
             generation: generation(&digest),
         });
+        let holder = |slots: &Slots| Some(*slots.get(&slot)?.layer.as_ref()?.layer.digest());
         let previous = self.slots.rcu(|slots| {
             let mut slots = Slots::clone(slots);
-            if slots.get(&slot).is_none_or(|there| *there.layer.digest() == digest) {
-                slots.insert(slot, Arc::clone(&attached));
+            if holder(&slots).is_none_or(|there| there == digest) {
+                slots.entry(slot).or_default().layer = Some(Arc::clone(&attached));
             }
             slots
         });
-        match previous.get(&slot).map(|there| *there.layer.digest()) {
+        match holder(&previous) {
             Some(holder) if holder != digest => Err(FsError::SlotTaken {
                 slot,
                 layer: digest,
@@ -126,36 +148,78 @@ impl Tree {
         }
     }
 
-    /// Empties a slot; tells whether something was in it.
+    /// Takes the layer out of a slot; tells whether there was one.
     pub(super) fn detach(&self, slot: u32) -> bool {
-        let previous = self.slots.rcu(|slots| {
+        self.take(slot, |slot| slot.layer.take().is_some())
+    }
+
+    /// Puts metadata into a slot, in place of what was there.
+    pub(super) fn attach_metadata(&self, slot: u32, file: File) -> Result<(), FsError> {
+        let fail = |source| FsError::Metadata { slot, source };
+        if slot == 0 {
+            return Err(fail(io::Error::from(io::ErrorKind::InvalidInput)));
+        }
+        let metadata = Arc::new(Metadata::new(file).map_err(fail)?);
+        self.slots.rcu(|slots| {
             let mut slots = Slots::clone(slots);
-            slots.remove(&slot);
+            slots.entry(slot).or_default().metadata = Some(Arc::clone(&metadata));
             slots
         });
-        previous.contains_key(&slot)
+        Ok(())
     }
 
+    /// Takes the metadata out of a slot; tells whether there was any.
+    pub(super) fn detach_metadata(&self, slot: u32) -> bool {
+        self.take(slot, |slot| slot.metadata.take().is_some())
+    }
+
+    fn take(&self, slot: u32, take: impl Fn(&mut Slot) -> bool) -> bool {
+        let mut taken = false;
+        self.slots.rcu(|slots| {
+            let mut slots = Slots::clone(slots);
+            taken = slots.get_mut(&slot).is_some_and(&take);
+            slots.retain(|_, slot| !slot.is_empty());
+            slots
+        });
+        taken
+    }
+
+    /// What is in the slots now.
+    pub(super) fn view(&self) -> View<'_> {
+        View {
+            slots: self.slots.load(),
+            tree: self,
+        }
+    }
+}
+
+/// The slots as they were at one moment.
+pub(super) struct View<'a> {
+    slots: Guard<Arc<Slots>>,
+    tree: &'a Tree,
+}
+
+impl View<'_> {
     /// All slots in their order.
-    pub(super) fn slots(&self) -> Arc<Slots> {
-        self.slots.load_full()
+    pub(super) fn slots(&self) -> &Slots {
+        &self.slots
     }
 
-    /// What `number` stands for; ESTALE if its layer is gone.
-    pub(super) fn place(&self, number: INodeNo) -> Result<Place, Errno> {
+    /// What `number` stands for; ESTALE if that is gone.
+    pub(super) fn place(&self, number: INodeNo) -> Result<Place<'_>, Errno> {
         if number.0 == FUSE_ROOT {
             return Ok(Place::Root);
         }
-        let slot = (number.0 >> SLOT_SHIFT) as u32;
-        let attached = self.slots.load().get(&slot).cloned().ok_or(Errno::ESTALE)?;
-        Ok(Place::Inode(attached, number.0 as u32))
-    }
-
-    /// The layer and inode that `number` stands for; EINVAL for the FUSE root directory.
-    pub(super) fn inode(&self, number: INodeNo) -> Result<(Arc<Attached>, Ino), Errno> {
-        match self.place(number)? {
-            Place::Root => Err(Errno::EINVAL),
-            Place::Inode(attached, ino) => Ok((attached, ino)),
+        let (number, ino) = ((number.0 >> SLOT_SHIFT) as u32, number.0 as u32);
+        let slot = self.slots.get(&number).ok_or(Errno::ESTALE)?;
+        let layer = || slot.layer.as_deref().ok_or(Errno::ESTALE);
+        match ino {
+            DATA_INO => layer().map(Place::Data),
+            METADATA_INO => {
+                let metadata = slot.metadata.as_deref().ok_or(Errno::ESTALE)?;
+                Ok(Place::Metadata(number, metadata))
+            }
+            ino => layer().map(|layer| Place::Inode(layer, ino)),
         }
     }
 
@@ -163,25 +227,31 @@ impl Tree {
         match self.place(number)? {
             Place::Root => Ok(self.root_attr()),
             Place::Inode(attached, ino) => attached.attr(ino),
+            Place::Data(attached) => {
+                let size = image::data_size(attached.layer.index());
+                Ok(image::attr(number.0, size, self.tree.owner))
+            }
+            Place::Metadata(_, metadata) => Ok(image::attr(number.0, metadata.size(), self.tree.owner)),
         }
     }
 
     /// Attributes of the FUSE root directory.
     pub(super) fn root_attr(&self) -> FileAttr {
-        let subdirectories = u32::try_from(self.slots.load().len()).unwrap_or(u32::MAX);
+        let layers = self.slots.values().filter(|slot| slot.layer.is_some()).count();
+        let subdirectories = u32::try_from(layers).unwrap_or(u32::MAX);
         FileAttr {
             ino: INodeNo(FUSE_ROOT),
             size: DIR_SIZE,
             blocks: DIR_SIZE / 512,
-            atime: self.since,
-            mtime: self.since,
-            ctime: self.since,
-            crtime: self.since,
+            atime: self.tree.since,
+            mtime: self.tree.since,
+            ctime: self.tree.since,
+            crtime: self.tree.since,
             kind: FileType::Directory,
             perm: FUSE_ROOT_PERMISSIONS,
             nlink: subdirectories.saturating_add(2),
-            uid: self.owner.0,
-            gid: self.owner.1,
+            uid: self.tree.owner.0,
+            gid: self.tree.owner.1,
             rdev: 0,
             blksize: IO_SIZE,
             flags: 0,
@@ -195,6 +265,9 @@ impl Tree {
         let (attached, ino) = match self.place(parent)? {
             Place::Root => return self.lookup_slot(name).map(Some),
             Place::Inode(attached, ino) => (attached, ino),
+            // `.` of a file: the kernel has a handle of it.
+            Place::Data(_) | Place::Metadata(..) if name == b"." => return self.found(parent).map(Some),
+            Place::Data(_) | Place::Metadata(..) => return Err(Errno::ENOTDIR),
         };
         let inode = attached.inode(ino)?;
         let found = match name {
@@ -222,19 +295,27 @@ impl Tree {
                 volatile: true,
             });
         }
-        let slot = parse_slot(name).ok_or(Errno::ENOENT)?;
-        let slots = self.slots.load();
-        let attached = slots.get(&slot).ok_or(Errno::ENOENT)?;
+        let (slot, entry) = Entry::parse(name).ok_or(Errno::ENOENT)?;
+        self.found(INodeNo(number(slot, entry.ino())))
+            .map_err(|_| Errno::ENOENT)
+    }
+
+    /// What is known of something in the FUSE root.
+    fn found(&self, number: INodeNo) -> Result<Found, Errno> {
         Ok(Found {
-            attr: attached.attr(ROOT_INO)?,
-            generation: attached.generation,
+            attr: self.attr(number)?,
+            generation: match self.place(number)? {
+                Place::Inode(attached, _) | Place::Data(attached) => attached.generation,
+                // The same slot has the same metadata for ever.
+                Place::Root | Place::Metadata(..) => Generation(0),
+            },
             volatile: true,
         })
     }
 
     pub(super) fn totals(&self) -> Totals {
         let mut totals = Totals::default();
-        for attached in self.slots.load().values() {
+        for attached in self.slots.values().filter_map(|slot| slot.layer.as_deref()) {
             let index = attached.layer.index();
             let blocks = index.data_size().div_ceil(IO_SIZE.into());
             totals.blocks = totals.blocks.saturating_add(blocks);
@@ -271,26 +352,14 @@ fn generation(digest: &Digest) -> Generation {
     Generation(u32::from_le_bytes([a, b, c, d]).into())
 }
 
-/// The slot that a name in the FUSE root stands for: its decimal form, and nothing that means the same.
-fn parse_slot(name: &[u8]) -> Option<u32> {
-    let text = std::str::from_utf8(name).ok()?;
-    let slot = text.parse::<u32>().ok()?;
-    (slot.to_string() == text).then_some(slot)
+/// Inode number in FUSE of what has the number `ino` in the slot `slot`.
+pub(super) fn number(slot: u32, ino: Ino) -> u64 {
+    u64::from(slot) << SLOT_SHIFT | u64::from(ino)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_slot_has_one_name() {
-        assert_eq!(parse_slot(b"7"), Some(7));
-        assert_eq!(parse_slot(b"4294967295"), Some(u32::MAX));
-        for name in ["", "07", "+7", "-7", "7 ", "4294967296", "x"] {
-            assert_eq!(parse_slot(name.as_bytes()), None, "{name:?}");
-        }
-        assert_eq!(parse_slot(b"\xff"), None);
-    }
 
     #[test]
     fn a_generation_fits_into_what_the_kernel_keeps() {
@@ -301,7 +370,8 @@ mod tests {
 
     #[test]
     fn an_empty_tree_has_only_its_root() {
-        let tree = Tree::new();
+        let empty = Tree::new();
+        let tree = empty.view();
         assert_eq!(tree.attr(INodeNo(FUSE_ROOT)).map(|attr| attr.perm), Ok(0o700));
         assert_eq!(tree.attr(INodeNo(1 << SLOT_SHIFT | 1)).err(), Some(Errno::ESTALE));
         // Number 0 and the numbers of slot 0 mean nothing.
@@ -309,6 +379,7 @@ mod tests {
         assert_eq!(tree.attr(INodeNo(2)).err(), Some(Errno::ESTALE));
         assert_eq!(tree.lookup(INodeNo(FUSE_ROOT), b"1").err(), Some(Errno::ENOENT));
         assert_eq!(tree.totals(), Totals::default());
-        assert!(!tree.detach(1));
+        assert!(!empty.detach(1));
+        assert!(!empty.detach_metadata(1));
     }
 }

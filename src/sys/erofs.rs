@@ -81,7 +81,8 @@ pub fn uuid(path: &Path) -> Result<Option<[u8; 16]>, SysError> {
     Ok((result == 0 && usize::from(answer.len) == answer.uuid.len()).then_some(answer.uuid))
 }
 
-/// Device number of the file system that is seen at the directory `path`, and of the mount itself if that is one.
+/// Device number of the file system that is seen at the directory `path`: of what is mounted there, if anything is. EROFS answers from
+/// memory.
 ///
 /// # Errors
 /// [`SysError`].

@@ -9,13 +9,18 @@
 //! A layer may look different on its parents than by itself ([`crate::layer::variant`]): then it is a *variant* of the layer that is
 //! live for the snapshot ([`variants`]), with a digest and a slot of its own. Snapshots know it by that digest as they know layers.
 //!
+//! # What containers are made on
+//! Layers are mounted when a container needs them, and unmounted when none does ([`crate::fs::Faces`]). A container over several layers is made on
+//! their *chain* ([`chains`]) if that has been merged by then.
+//!
 //! # A restart
 //! The database knows every layer that a committed snapshot refers to. Those whose index is in the cache are live again before the
 //! daemon says it is ready, without a question to the network; the others are loaded again in the background.
 //!
 //! # Release
-//! [`Layers::retain`] names the layers that snapshots refer to. Any other is taken out of the FUSE tree, unless it was loaded just
-//! now: its snapshot may be about to be committed. Its bytes stay in the cache until the budget needs the room.
+//! [`Layers::retain`] names the layers that snapshots refer to, and those that containers are made on. Any other is taken out of the FUSE
+//! tree, unless it was loaded just now: its snapshot may be about to be committed. Its bytes stay in the cache until the budget needs the
+//! room. What no container is made on is unmounted.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -27,22 +32,26 @@ use futures::future::{BoxFuture, Shared};
 
 use crate::cache::InUse;
 use crate::fetch::{Layer, LayerData};
-use crate::fs::Session;
+use crate::fs::Faces;
 use crate::layer::{Access, Digest};
 use crate::metrics::Metrics;
 use crate::registry::{Blob, Registry};
 use crate::store::{ImageLayer, ImageRecord, LayerRecord, LayerSource, Store, StoreError};
 
+mod chains;
 pub mod containerd;
 mod handle;
 pub mod images;
 pub mod loader;
+mod release;
 pub mod sources;
 pub mod status;
 pub mod variants;
 
+pub use chains::Lowers;
 pub use handle::Handle;
 
+use chains::Chains;
 use containerd::Containerd;
 use images::{ImagePlan, Images};
 use loader::{LayerSpec, Loader, Refusal};
@@ -70,8 +79,13 @@ pub struct LayerRequest {
 /// What became of a [`LayerRequest`].
 #[derive(Debug, Clone)]
 pub enum Resolution {
-    /// Lazuli serves the layer: its digest, or that of a variant of it.
-    Live(Digest),
+    /// Lazuli serves the layer.
+    Live {
+        /// Its digest, or that of a variant of it.
+        layer: Digest,
+        /// Whether it is the topmost one of its image: containers will be made on it.
+        is_top: bool,
+    },
     /// containerd has to unpack it; the text says why Lazuli does not.
     Refused(String),
 }
@@ -82,14 +96,33 @@ pub trait Layers: Send + Sync + 'static {
     /// live at least until the next [`Layers::retain`] that does not name it.
     fn resolve(&self, request: LayerRequest) -> BoxFuture<'_, Resolution>;
 
-    /// The directory that shows a live layer, or `None` if it is not live. Never waits for the network.
-    fn path(&self, layer: &Digest) -> Option<PathBuf>;
+    /// Whether Lazuli shows the layer.
+    fn is_live(&self, layer: &Digest) -> bool;
+
+    /// The directories that show live layers, topmost first and each once; mounted now if they are not. They stay until a
+    /// [`Layers::retain`] that does not name these layers as a base. Never waits for the network; blocks for mount calls.
+    ///
+    /// # Errors
+    /// The layer that is not live.
+    fn lowers(&self, layers: &[Digest]) -> Result<Lowers, Digest>;
+
+    /// Tells that containers will be made on these layers, topmost first. Waits for nothing.
+    fn expect(&self, layers: &[Digest]);
 
     /// Bytes and inodes that a live layer uses on the local disk now.
     fn usage(&self, layer: &Digest) -> Option<(u64, u64)>;
 
-    /// Tells which layers committed snapshots refer to; all others may be released. Called after removals, and at start.
-    fn retain(&self, layers: Vec<Digest>) -> BoxFuture<'_, ()>;
+    /// Tells what is needed; layers that are not may be released, and unmounted. Called after removals, and at start.
+    fn retain(&self, needed: Needed) -> BoxFuture<'_, ()>;
+}
+
+/// What snapshots need of layers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Needed {
+    /// Layers that committed snapshots refer to.
+    pub layers: Vec<Digest>,
+    /// Of each active snapshot and each view on remote ones, the layers that it was made on, as they were given to [`Layers::lowers`].
+    pub bases: Vec<Vec<Digest>>,
 }
 
 /// A layer that is being loaded; everybody who needs it waits for the same task.
@@ -112,8 +145,8 @@ pub struct Catalog {
     images: Images,
     loader: Loader,
     registry: Arc<Registry>,
-    /// The FUSE session, until the daemon ends.
-    session: RwLock<Option<Session>>,
+    /// What layers are shown by, until the daemon ends.
+    faces: RwLock<Option<Faces>>,
     store: Arc<Store>,
     metrics: Arc<Metrics>,
     root: PathBuf,
@@ -121,6 +154,9 @@ pub struct Catalog {
     live: RwLock<HashMap<Digest, Live>>,
     /// The variants on disk.
     shelf: Shelf,
+    chains: Chains,
+    /// Where work in the background runs.
+    runtime: tokio::runtime::Handle,
     flights: Mutex<HashMap<Digest, Flight>>,
 }
 
@@ -132,8 +168,8 @@ pub struct Parts {
     pub registry: Arc<Registry>,
     /// The loader with its cache and fetcher.
     pub loader: Loader,
-    /// The FUSE session.
-    pub session: Session,
+    /// What layers are shown by.
+    pub faces: Faces,
     /// The database.
     pub store: Arc<Store>,
     /// Metrics.
@@ -145,13 +181,13 @@ pub struct Parts {
 }
 
 impl Catalog {
-    /// A catalog in which nothing is live yet.
+    /// A catalog in which nothing is live yet. Call it on a tokio runtime.
     pub fn new(parts: Parts) -> Arc<Self> {
         let Parts {
             containerd,
             registry,
             loader,
-            session,
+            faces,
             store,
             metrics,
             root,
@@ -161,12 +197,14 @@ impl Catalog {
             images: Images::new(containerd, Arc::clone(&registry)),
             loader,
             registry,
-            session: RwLock::new(Some(session)),
+            faces: RwLock::new(Some(faces)),
             store,
             metrics,
             shelf: Shelf::new(root.join(variants::DIRECTORY)),
             root,
             cache_max_bytes,
+            chains: Chains::new(),
+            runtime: tokio::runtime::Handle::current(),
             live: RwLock::default(),
             flights: Mutex::default(),
         })
@@ -212,49 +250,9 @@ impl Catalog {
             }
         }
         self.restore_variants(variants);
+        self.restore_chains(&referenced)?;
         tracing::info!(restored, missing, "layers of committed snapshots are back");
         Ok(())
-    }
-
-    /// The status document as JSON.
-    pub fn status_json(&self) -> String {
-        // Serialising plain structs with text keys cannot fail.
-        serde_json::to_string_pretty(&self.status()).unwrap_or_default()
-    }
-
-    /// The status document.
-    pub fn status(&self) -> status::Status {
-        let mut layers: Vec<_> = self
-            .read_live()
-            .iter()
-            .filter(|(_, live)| !live.is_variant)
-            .map(|(digest, live)| status::of_layer(digest, live))
-            .collect();
-        layers.sort_by(|a, b| a.digest.cmp(&b.digest));
-        let images = self.images().unwrap_or_else(|error| {
-            tracing::error!(%error, "images cannot be listed");
-            Vec::new()
-        });
-        let is_live = |digest: &str| layers.iter().any(|layer| layer.digest == digest);
-        let images = images
-            .into_iter()
-            .map(|image| status::of_image(image, is_live))
-            .collect();
-        let loading = self.loader.fetcher().streams_under_way().into_iter();
-        let loading = loading.map(|(digest, received_bytes, blob_bytes)| status::LoadingStatus {
-            digest: digest.to_string(),
-            blob_bytes,
-            received_bytes,
-        });
-        status::Status {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            root: self.root.display().to_string(),
-            cache_bytes: self.loader.cache().used_bytes(),
-            cache_max_bytes: self.cache_max_bytes,
-            images,
-            loading: loading.collect(),
-            layers,
-        }
     }
 
     /// Ends everything: waiters get errors, the cache is marked clean, the FUSE mount is taken away.
@@ -263,8 +261,8 @@ impl Catalog {
             live.layer.close();
         }
         self.loader.cache().close();
-        let session = self.session.write().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(Err(error)) = session.map(Session::unmount) {
+        let faces = self.faces.write().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Err(error)) = faces.map(Faces::close) {
             tracing::error!(%error, "the FUSE mount is left behind; the next start takes it away");
         }
     }
@@ -279,11 +277,12 @@ impl Catalog {
             .collect())
     }
 
-    fn session(&self) -> RwLockReadGuard<'_, Option<Session>> {
-        self.session.read().unwrap_or_else(PoisonError::into_inner)
+    fn faces(&self) -> RwLockReadGuard<'_, Option<Faces>> {
+        self.faces.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn resolve_layer(self: Arc<Self>, request: LayerRequest) -> Result<Digest, Refusal> {
+    /// The layer that shows what is asked for, and whether it is the topmost of its image.
+    async fn resolve_layer(self: Arc<Self>, request: LayerRequest) -> Result<(Digest, bool), Refusal> {
         let plan = self.images.find(&request).await?;
         let Some(position) = plan.position(&request.chain_id) else {
             let (manifest, chain_id) = (plan.manifest, &request.chain_id);
@@ -306,7 +305,7 @@ impl Catalog {
         if let Err(error) = self.record_image(&plan, &digest, result.as_ref().err()) {
             tracing::error!(%error, manifest = %plan.manifest, "what became of the image cannot be recorded");
         }
-        result
+        Ok((result?, position + 1 == plan.layers.len()))
     }
 
     /// Begins to load every layer of an image that is not live, and gives the tasks of those that are being loaded.
@@ -445,8 +444,8 @@ impl Catalog {
 
     /// Puts a layer or a variant into the FUSE tree.
     fn show(&self, slot: u32, layer: Arc<dyn LayerData>) -> Result<(), Refusal> {
-        match &*self.session() {
-            Some(session) => session.attach(slot, layer).map_err(|error| Refusal {
+        match &*self.faces() {
+            Some(faces) => faces.attach(slot, layer).map_err(|error| Refusal {
                 word: "closed",
                 text: error.to_string(),
                 retry_helps: false,
@@ -484,39 +483,6 @@ impl Catalog {
             layer.refused = refusal.map(|refusal| refusal.text.clone());
         }
         self.store.put_image(&record)
-    }
-
-    /// Releases what is not to be kept. `keep` gets the layers whose variants are kept.
-    fn release(&self, keep: &mut HashSet<Digest>) {
-        keep.extend(self.release_variants(keep));
-        let released: Vec<(Digest, Live)> = self
-            .write_live()
-            .extract_if(|digest, live| !live.is_variant && !keep.contains(digest) && live.wanted.elapsed() > GRACE)
-            .collect();
-        for (digest, live) in released {
-            if let Some(session) = &*self.session() {
-                session.detach(live.slot);
-            }
-            live.layer.close();
-            let access = access_label(live.layer.index().access());
-            self.metrics.layers_live.with_label_values(&[access]).dec();
-            tracing::info!(layer = %digest, "layer is released; its bytes stay in the cache while there is room");
-        }
-    }
-
-    /// Forgets images none of whose layers is referred to any more.
-    fn forget_images(&self, keep: &HashSet<Digest>) -> Result<(), StoreError> {
-        let kept = |layer: &ImageLayer| layer.digest.parse().is_ok_and(|digest| keep.contains(&digest));
-        for image in self.images()? {
-            let young = image
-                .layers
-                .iter()
-                .any(|layer| layer.digest.parse().is_ok_and(|d| self.read_live().contains_key(&d)));
-            if !young && !image.layers.iter().any(kept) {
-                self.store.remove_image(&image.manifest)?;
-            }
-        }
-        Ok(())
     }
 
     fn read_live(&self) -> RwLockReadGuard<'_, HashMap<Digest, Live>> {

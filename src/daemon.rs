@@ -1,6 +1,6 @@
 //! Wiring: builds every room in order, runs them, and takes them down again.
 //!
-//! Order of the start: lock the root directory, open the cache and the database, mount FUSE, bring the layers back, and only then
+//! Order of the start: lock the root directory, open the cache and the database, mount FUSE, try the faces, bring the layers back, and only then
 //! listen: containerd never meets a daemon that does not know its snapshots yet. Order of the end: stop listening, answer what is
 //! under way, close the cache (which marks it clean), unmount.
 
@@ -24,7 +24,7 @@ use crate::catalog::loader::Loader;
 use crate::catalog::{Catalog, Handle, Parts};
 use crate::config::{Config, LogConfig, LogFormat};
 use crate::fetch::Fetcher;
-use crate::fs::{FsError, Session, SessionOptions};
+use crate::fs::{Faces, FacesOptions, FsError, Session, SessionOptions};
 use crate::layer::Digest;
 use crate::metrics::Metrics;
 use crate::proto::control::control_server::{Control, ControlServer};
@@ -32,6 +32,12 @@ use crate::proto::control::{StatusRequest, StatusResponse};
 use crate::registry::{Registry, RegistryError};
 use crate::snapshots::{Service, SnapshotsError};
 use crate::store::{Store, StoreError};
+
+/// Longest time that the kernel may take for one mount; more, and something is broken. It takes a millisecond.
+const MOUNT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Directory of the faces' mount points and metadata, below the root directory.
+const FACES_DIRECTORY: &str = "faces";
 
 /// Longest wait for calls under way when the daemon is told to end.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -134,11 +140,19 @@ async fn run(config: Config) -> Result<(), DaemonError> {
         source_name: "lazuli".to_owned(),
     };
     let session = Session::mount(&mountpoint, options, runtime, Arc::clone(&metrics))?;
+    let options = FacesOptions {
+        choice: config.fuse.face,
+        dir: config.root.join(FACES_DIRECTORY),
+        deadline: MOUNT_DEADLINE,
+    };
+    let faces_metrics = Arc::clone(&metrics);
+    let faces = tokio::task::spawn_blocking(move || Faces::open(session, options, faces_metrics)).await;
+    let faces = faces.map_err(|error| io_error("looking for a face")(io::Error::other(error)))??;
     let catalog = Catalog::new(Parts {
         containerd: Containerd::new(&config.containerd_address),
         registry,
         loader: Loader::new(cache, fetcher),
-        session,
+        faces,
         store: Arc::clone(&store),
         metrics: Arc::clone(&metrics),
         root: config.root.clone(),

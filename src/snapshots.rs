@@ -9,11 +9,14 @@
 //! make, the committed snapshot of that layer by itself. If so it is recorded, durably, and the answer is
 //! AlreadyExists; containerd then lists the snapshots with that label and that parent, and takes the one it finds.
 //! Otherwise the Prepare is an ordinary one, and containerd downloads and unpacks the layer. The committed snapshot has
-//! no files of its own: its lower directory is a link to the layer's.
+//! no files of its own: its lower directory is a link to what shows the layer, made when something is made on it, because
+//! only then is the layer mounted. The remote snapshots at the lower end of a chain are one directory if there is a
+//! merged image of them.
 //!
 //! No lock is held while a layer is being resolved, which may take minutes. Layers are released with
 //! [`Layers::retain`], and between "it is live" and "a snapshot refers to it" such a release could come; so the second
-//! step takes a lock that a release takes too, and looks again.
+//! step takes a lock that a release takes too, and looks again. For the same reason a release waits for snapshots that are
+//! being made: what was mounted for them is needed only once they are recorded.
 //!
 //! # Durability
 //! Records are on disk before an RPC is answered, and so is the name of the directory of a committed snapshot. The
@@ -64,6 +67,8 @@ pub struct Service {
     metrics: Arc<Metrics>,
     /// Held from seeing a layer live to having recorded a snapshot of it, and while layers are released.
     references: Arc<tokio::sync::Mutex<()>>,
+    /// Held, shared, from mounting what a new snapshot is made on to having recorded it, and exclusively by a release.
+    making: Arc<tokio::sync::RwLock<()>>,
     /// Whether a release of layers is due; more than one at a time would do the same.
     release_due: Arc<std::sync::atomic::AtomicBool>,
     /// Permits to measure active snapshots.
@@ -87,6 +92,7 @@ impl Service {
             layers,
             metrics,
             references: Arc::default(),
+            making: Arc::default(),
             release_due: Arc::default(),
             measuring: Arc::new(tokio::sync::Semaphore::new(MAX_MEASURED)),
         };

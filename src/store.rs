@@ -1,4 +1,4 @@
-//! The metadata database: snapshots, layers, images. One [redb] file, `metadata.redb`, mode 0600.
+//! The metadata database: snapshots, layers, images, chains. One [redb] file, `metadata.redb`, mode 0600.
 //!
 //! # Layout
 //! | table | key | value |
@@ -7,11 +7,13 @@
 //! | `snapshots` | key or name of the snapshot | [`SnapshotRecord`] as JSON |
 //! | `children` (multimap) | name of the parent, empty for none | keys of the snapshots on it |
 //! | `layers` | SHA-256 of the blob or digest of the variant, 32 bytes | [`LayerRecord`] as JSON |
-//! | `slots` | SHA-256 of the blob or digest of the variant, 32 bytes | `u32`, given once and never taken back |
+//! | `slots` | SHA-256 of the blob, digest of the variant or of the chain, 32 bytes | `u32`, given once and never taken back |
 //! | `images` | SHA-256 of the manifest, 32 bytes | [`ImageRecord`] as JSON |
+//! | `chains` | digest of the chain, 32 bytes | [`ChainRecord`] as JSON |
 //!
 //! JSON, because a record is small, read rarely, and has to be readable by the next version: fields may be added with a
-//! default; anything else raises [`SCHEMA`] and adds a step to the migrations.
+//! default, and tables whose records may be lost; anything else raises [`SCHEMA`] and adds a step to the migrations. (`chains` is such a
+//! table: a version that does not know it leaves records behind, which the next one that does removes.)
 //!
 //! # Rules
 //! Every change is one transaction, on disk (fsync) before the call returns. Readers see the last committed state and
@@ -29,12 +31,14 @@ use redb::{Builder, Database, DatabaseError, ReadTransaction, ReadableDatabase a
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+mod chains;
 mod error;
 mod images;
 mod layers;
 mod schema;
 mod snapshots;
 
+pub use chains::ChainRecord;
 pub use error::StoreError;
 pub use images::{ImageLayer, ImageRecord};
 pub use layers::{LayerRecord, LayerSource};

@@ -1,13 +1,11 @@
 //! The catalog as `snapshots` sees it.
 
-use std::collections::HashSet;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
-use super::{Catalog, LayerRequest, Layers, Resolution};
+use super::{Catalog, LayerRequest, Layers, Lowers, Needed, Resolution};
 use crate::fetch::LayerData;
 use crate::layer::Digest;
 
@@ -19,16 +17,23 @@ impl Layers for Handle {
         let catalog = Arc::clone(&self.0);
         async move {
             match catalog.resolve_layer(request).await {
-                Ok(digest) => Resolution::Live(digest),
+                Ok((layer, is_top)) => Resolution::Live { layer, is_top },
                 Err(refusal) => Resolution::Refused(refusal.text),
             }
         }
         .boxed()
     }
 
-    fn path(&self, layer: &Digest) -> Option<PathBuf> {
-        let slot = self.0.read_live().get(layer)?.slot;
-        self.0.session().as_ref().map(|session| session.path(slot))
+    fn is_live(&self, layer: &Digest) -> bool {
+        self.0.read_live().contains_key(layer)
+    }
+
+    fn lowers(&self, layers: &[Digest]) -> Result<Lowers, Digest> {
+        self.0.lowers(layers)
+    }
+
+    fn expect(&self, layers: &[Digest]) {
+        self.0.expect(layers);
     }
 
     fn usage(&self, layer: &Digest) -> Option<(u64, u64)> {
@@ -37,15 +42,10 @@ impl Layers for Handle {
         Some((layer.present_bytes(), layer.index().inodes().len() as u64))
     }
 
-    fn retain(&self, layers: Vec<Digest>) -> BoxFuture<'_, ()> {
+    fn retain(&self, needed: Needed) -> BoxFuture<'_, ()> {
         let catalog = Arc::clone(&self.0);
         async move {
-            let done = tokio::task::spawn_blocking(move || {
-                let mut keep: HashSet<Digest> = layers.into_iter().collect();
-                catalog.release(&mut keep);
-                catalog.forget_images(&keep)
-            });
-            match done.await {
+            match tokio::task::spawn_blocking(move || catalog.release(needed)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::error!(%error, "images cannot be forgotten"),
                 Err(error) => tracing::error!(%error, "releasing layers was interrupted"),

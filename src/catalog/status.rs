@@ -2,8 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Live;
+use std::collections::HashMap;
+
+use super::{Catalog, Live};
 use crate::fetch::LayerData as _;
+use crate::fs::{Faces, Serving, Shown};
 use crate::layer::{Access, Digest};
 use crate::store::ImageRecord;
 
@@ -18,12 +21,51 @@ pub struct Status {
     pub cache_bytes: u64,
     /// Most bytes it may keep; 0 means as many as the disk allows.
     pub cache_max_bytes: u64,
+    /// How many of them cannot be evicted now, because their files are mounted.
+    #[serde(default)]
+    pub cache_held_bytes: u64,
+    /// By which face layers are shown.
+    #[serde(default)]
+    pub face: FaceStatus,
     /// Images that were pulled through Lazuli.
     pub images: Vec<ImageStatus>,
     /// Layers that are live.
     pub layers: Vec<LayerStatus>,
+    /// Layers that are shown merged.
+    #[serde(default)]
+    pub chains: Vec<ChainStatus>,
     /// Layers that are being made live at this moment.
     pub loading: Vec<LoadingStatus>,
+}
+
+/// The face that serves.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FaceStatus {
+    /// `image` or `tree`.
+    pub face: String,
+    /// Why.
+    pub reason: String,
+    /// Whether EROFS metadata come through FUSE, because the kernel mounts no EROFS file from the root directory's file system.
+    pub metadata_through_fuse: bool,
+}
+
+/// One chain: layers that are shown merged, as one directory.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChainStatus {
+    /// Digest of the chain.
+    pub digest: String,
+    /// Digests of its layers and variants, the lowest first.
+    pub layers: Vec<String>,
+    /// `waiting` while its image is made, `stored`, or `failed`.
+    pub state: String,
+    /// By what it is shown, or would be now: `file`, `image`, or `stack` if its layers are stacked. Empty if it is not stored.
+    pub face: String,
+    /// Why its layers are stacked, if they are.
+    pub reason: Option<String>,
+    /// Whether it is mounted.
+    pub mounted: bool,
+    /// Bytes of its image on disk, which hold names and attributes only.
+    pub bytes: u64,
 }
 
 /// One image.
@@ -69,6 +111,15 @@ pub struct LayerStatus {
     pub requests: u64,
     /// Bytes fetched for its content since the daemon started.
     pub fetched_bytes: u64,
+    /// By what it is shown, or would be now: `file` (EROFS over its file in the cache), `image` (EROFS over FUSE) or `tree`.
+    #[serde(default)]
+    pub face: String,
+    /// Why it is shown as a tree although the image face serves.
+    #[serde(default)]
+    pub face_reason: Option<String>,
+    /// Whether it is mounted by itself. (A container may see it as a part of a chain.)
+    #[serde(default)]
+    pub mounted: bool,
 }
 
 /// One layer on its way.
@@ -83,7 +134,7 @@ pub struct LoadingStatus {
 }
 
 /// What the document says of a live layer.
-pub(super) fn of_layer(digest: &Digest, live: &Live) -> LayerStatus {
+fn of_layer(digest: &Digest, live: &Live, shown: Shown) -> LayerStatus {
     let index = live.layer.index();
     let stats = live.layer.stats();
     LayerStatus {
@@ -95,11 +146,14 @@ pub(super) fn of_layer(digest: &Digest, live: &Live) -> LayerStatus {
         present_bytes: stats.present_bytes,
         requests: stats.requests,
         fetched_bytes: stats.fetched_bytes,
+        face: shown.word.to_owned(),
+        face_reason: shown.reason,
+        mounted: shown.mounted,
     }
 }
 
 /// What the document says of an image; `is_live` tells of the digest of a layer whether Lazuli serves it.
-pub(super) fn of_image(image: ImageRecord, is_live: impl Fn(&str) -> bool) -> ImageStatus {
+fn of_image(image: ImageRecord, is_live: impl Fn(&str) -> bool) -> ImageStatus {
     let name = image
         .names
         .first()
@@ -115,5 +169,84 @@ pub(super) fn of_image(image: ImageRecord, is_live: impl Fn(&str) -> bool) -> Im
         namespace: image.namespace,
         manifest: image.manifest.to_string(),
         layers: layers.collect(),
+    }
+}
+
+impl From<&Serving> for FaceStatus {
+    fn from(serving: &Serving) -> Self {
+        FaceStatus {
+            face: serving.face.word().to_owned(),
+            reason: serving.reason.clone(),
+            metadata_through_fuse: serving.metadata_through_fuse,
+        }
+    }
+}
+
+impl Catalog {
+    /// The status document as JSON.
+    pub fn status_json(&self) -> String {
+        // Serialising plain structs with text keys cannot fail.
+        serde_json::to_string_pretty(&self.status()).unwrap_or_default()
+    }
+
+    /// The status document.
+    pub fn status(&self) -> Status {
+        let faces = self.faces();
+        let faces = faces.as_ref();
+        let mut layers = self.layers_status(faces);
+        layers.sort_by(|a, b| a.digest.cmp(&b.digest));
+        let images = self.images().unwrap_or_else(|error| {
+            tracing::error!(%error, "images cannot be listed");
+            Vec::new()
+        });
+        let is_live = |digest: &str| layers.iter().any(|layer| layer.digest == digest);
+        let images = images.into_iter().map(|image| of_image(image, is_live)).collect();
+        let loading = self.loader.fetcher().streams_under_way().into_iter();
+        let loading = loading.map(|(digest, received_bytes, blob_bytes)| LoadingStatus {
+            digest: digest.to_string(),
+            blob_bytes,
+            received_bytes,
+        });
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            root: self.root.display().to_string(),
+            cache_bytes: self.loader.cache().used_bytes(),
+            cache_max_bytes: self.cache_max_bytes,
+            cache_held_bytes: self.loader.cache().held_bytes(),
+            face: faces.map(|faces| faces.serving().into()).unwrap_or_default(),
+            images,
+            loading: loading.collect(),
+            layers,
+            chains: faces.map(|faces| self.chains_status(faces)).unwrap_or_default(),
+        }
+    }
+
+    fn layers_status(&self, faces: Option<&Faces>) -> Vec<LayerStatus> {
+        let live = self.read_live();
+        let shown = |slot| match faces {
+            Some(faces) => faces.shown(slot),
+            None => Shown {
+                word: "",
+                reason: None,
+                mounted: false,
+            },
+        };
+        // A layer that looks different on its parents is mounted as it looks there.
+        let variants: HashMap<&Digest, Shown> = live
+            .values()
+            .filter(|live| live.is_variant)
+            .map(|live| (live.layer.digest(), shown(live.slot)))
+            .filter(|(_, shown)| shown.mounted || shown.reason.is_some())
+            .collect();
+        live.iter()
+            .filter(|(_, live)| !live.is_variant)
+            .map(|(digest, live)| {
+                let own = shown(live.slot);
+                match variants.get(digest) {
+                    Some(variant) if !own.mounted => of_layer(digest, live, variant.clone()),
+                    _ => of_layer(digest, live, own),
+                }
+            })
+            .collect()
     }
 }

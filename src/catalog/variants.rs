@@ -324,8 +324,8 @@ impl Catalog {
         let bases = stay.map(|live| *live.layer.digest()).collect();
         drop(live);
         for (variant, live) in gone {
-            if let Some(session) = &*self.session() {
-                session.detach(live.slot);
+            if let Some(faces) = &*self.faces() {
+                faces.detach(live.slot);
             }
             self.forget_variant(&variant);
             tracing::info!(layer = %live.layer.digest(), %variant, "is released as it looked on its parents");

@@ -6,20 +6,60 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::SnapshotsError;
-use super::dirs::{Built, Content, Dirs, RootAttributes, delete};
+use super::dirs::{Built, Content, Dirs, Link, RootAttributes, delete};
 use super::filters::Filters;
 use super::info::{Named, info, now};
 use super::mounts::Overlay;
 use super::rules::{self, NewSnapshot, Published, check_key, kept_labels};
 use super::usage::usage;
-use crate::catalog::Layers;
+use crate::catalog::{Layers, Lowers, Needed};
 use crate::layer::Digest;
 use crate::proto::snapshots::v1::Info;
 use crate::proto::types::Mount;
 use crate::store::{Kind, SnapshotRecord, Store, StoreError, Usage};
 
+/// A snapshot with its key or name.
+type Entry = (String, SnapshotRecord);
+
 /// A committed snapshot and its ancestors, nearest first.
-type Chain = Vec<(String, SnapshotRecord)>;
+type Chain = Vec<Entry>;
+
+/// A part of a chain that is shown in one way.
+enum Part<'a> {
+    /// The directory of the local snapshot with this id.
+    Local(u64),
+    /// Layers, topmost first: all of the lowest remote snapshots, which may be shown merged, or a single one that has a local one below it:
+    /// merged layers have no whiteouts any more, and would not hide anything.
+    Remote(Vec<(&'a Entry, Digest)>),
+}
+
+/// What a chain is made of, topmost first.
+///
+/// A layer that occurs twice (empty layers often do) is shown once, where it is topmost: all that it has below is hidden by itself, and
+/// overlayfs refuses the same directory twice.
+fn parts(chain: &Chain) -> Vec<Part<'_>> {
+    let base = chain.len()
+        - chain
+            .iter()
+            .rev()
+            .take_while(|(_, record)| record.layer.is_some())
+            .count();
+    let mut seen = HashSet::new();
+    let mut parts = Vec::new();
+    let mut lowest = Vec::new();
+    for (position, entry) in chain.iter().enumerate() {
+        match entry.1.layer {
+            None => parts.push(Part::Local(entry.1.id)),
+            Some(layer) if !seen.insert(layer) => {}
+            Some(layer) if position < base => parts.push(Part::Remote(vec![(entry, layer)])),
+            Some(layer) => lowest.push((entry, layer)),
+        }
+    }
+    if !lowest.is_empty() {
+        parts.push(Part::Remote(lowest));
+    }
+    parts
+}
 
 pub(super) struct Core {
     dirs: Dirs,
@@ -32,8 +72,8 @@ pub(super) struct Core {
 pub(super) struct Removed {
     /// Where its directory is now.
     pub trash: Option<PathBuf>,
-    /// Whether a layer has lost a reference.
-    pub remote: bool,
+    /// Whether something may be needed no more: a layer, or a mount of it.
+    pub releases: bool,
 }
 
 impl Core {
@@ -60,10 +100,12 @@ impl Core {
     /// Makes the directory of a snapshot what its record says, as far as that is possible.
     fn restore(&self, key: &str, record: &SnapshotRecord) -> Result<(), SnapshotsError> {
         match record.layer {
-            Some(layer) => match self.layers.path(&layer) {
-                Some(path) => self.dirs.link(record.id, &path)?,
-                None => tracing::warn!(key, %layer, "the layer of a snapshot is not available"),
-            },
+            Some(layer) => {
+                self.dirs.ensure(record.id)?;
+                if !self.layers.is_live(&layer) {
+                    tracing::warn!(key, %layer, "the layer of a snapshot is not available");
+                }
+            }
             None if self.dirs.own(record.id).is_dir() => {}
             // Made right before a power cut, and never written to.
             None if record.kind != Kind::Committed => {
@@ -130,12 +172,12 @@ impl Core {
         labels: HashMap<String, String>,
         layer: Digest,
     ) -> Result<Option<String>, SnapshotsError> {
-        let Some(path) = self.layers.path(&layer) else {
+        if !self.layers.is_live(&layer) {
             return Ok(None);
-        };
+        }
         // Asked before the transaction: who answers may use the database too.
         let present_is_live = self.published(parent, chain_id)?.is_some();
-        let built = self.dirs.build(&Content::Remote(&path))?;
+        let built = self.dirs.build(&Content::Remote)?;
         let (name, record) = self.store.write_snapshots(|snapshots| {
             let wish = (chain_id, layer);
             let (name, published) =
@@ -149,7 +191,6 @@ impl Core {
             };
             Ok::<_, SnapshotsError>((name, record))
         })?;
-        // One that was there may show another blob now.
         self.restore(&name, &record)?;
         Ok(Some(name))
     }
@@ -158,7 +199,7 @@ impl Core {
     pub fn published(&self, parent: &str, chain_id: &str) -> Result<Option<String>, SnapshotsError> {
         let name = rules::remote_name(parent, chain_id);
         let layer = self.store.snapshot(&name)?.and_then(|record| record.layer);
-        Ok(layer.filter(|layer| self.layers.path(layer).is_some()).map(|_| name))
+        Ok(layer.filter(|layer| self.layers.is_live(layer)).map(|_| name))
     }
 
     /// The mounts of an active snapshot or a view.
@@ -207,7 +248,7 @@ impl Core {
         });
         Ok(Removed {
             trash,
-            remote: record.layer.is_some(),
+            releases: record.layer.is_some() || (record.kind != Kind::Committed && record.parent.is_some()),
         })
     }
 
@@ -282,13 +323,39 @@ impl Core {
         self.dirs.empty_trash()
     }
 
-    /// Layers that snapshots refer to.
-    pub fn referenced(&self) -> Result<Vec<Digest>, SnapshotsError> {
-        let mut layers = BTreeSet::new();
+    /// What snapshots need of layers.
+    pub fn needed(&self) -> Result<Needed, SnapshotsError> {
+        let (mut layers, mut users) = (BTreeSet::new(), BTreeSet::new());
         for (_, record) in self.store.snapshots()? {
-            layers.extend(record?.layer);
+            let record = record?;
+            layers.extend(record.layer);
+            if record.kind != Kind::Committed {
+                users.extend(record.parent);
+            }
         }
-        Ok(layers.into_iter().collect())
+        let mut bases = BTreeSet::new();
+        for parent in users {
+            let chain = self.store.chain(&parent)?;
+            let parts = parts(&chain);
+            bases.extend(parts.into_iter().filter_map(|part| match part {
+                Part::Local(_) => None,
+                Part::Remote(remote) => Some(remote.iter().map(|(_, layer)| *layer).collect::<Vec<_>>()),
+            }));
+        }
+        Ok(Needed {
+            layers: layers.into_iter().collect(),
+            bases: bases.into_iter().collect(),
+        })
+    }
+
+    /// Tells the layers that containers will be made on the snapshot `name`.
+    pub fn expect(&self, name: &str) -> Result<(), SnapshotsError> {
+        let chain = self.store.chain(name)?;
+        if let Some(Part::Remote(base)) = parts(&chain).pop() {
+            let layers: Vec<_> = base.iter().map(|(_, layer)| *layer).collect();
+            self.layers.expect(&layers);
+        }
+        Ok(())
     }
 
     /// The directory of a new local snapshot over `lowers`.
@@ -308,28 +375,40 @@ impl Core {
     }
 
     /// The directories of a chain, topmost first.
-    ///
-    /// A layer that occurs twice (empty layers often do) is shown once, where it is topmost: all that it has below is
-    /// hidden by itself, and overlayfs refuses the same directory twice.
     fn lowers(&self, chain: &Chain) -> Result<Vec<PathBuf>, SnapshotsError> {
-        let mut seen = HashSet::new();
         let mut lowers = Vec::with_capacity(chain.len());
-        for (key, record) in chain {
-            let Some(layer) = record.layer else {
-                lowers.push(self.dirs.own(record.id));
-                continue;
-            };
-            if !seen.insert(layer) {
-                continue;
+        for part in parts(chain) {
+            match part {
+                Part::Local(id) => lowers.push(self.dirs.own(id)),
+                Part::Remote(remote) => self.remote_lowers(&remote, &mut lowers)?,
             }
-            let path = self.layers.path(&layer).ok_or_else(|| SnapshotsError::NotLive {
-                layer,
-                key: super::error::quoted(key),
-            })?;
-            self.dirs.link(record.id, &path)?;
-            lowers.push(self.dirs.linked(record.id));
         }
         Ok(lowers)
+    }
+
+    /// The directories of layers, as paths in the tree of snapshots.
+    fn remote_lowers(&self, remote: &[(&Entry, Digest)], lowers: &mut Vec<PathBuf>) -> Result<(), SnapshotsError> {
+        let layers: Vec<Digest> = remote.iter().map(|(_, layer)| *layer).collect();
+        let shown = self.layers.lowers(&layers).map_err(|missing| SnapshotsError::NotLive {
+            layer: missing,
+            key: remote
+                .iter()
+                .find(|(_, layer)| *layer == missing)
+                .map_or_else(String::new, |((key, _), _)| super::error::quoted(key)),
+        })?;
+        match shown {
+            Lowers::Merged(path) => {
+                if let Some(((_, top), _)) = remote.first() {
+                    lowers.push(self.dirs.link(top.id, Link::Chain, &path)?);
+                }
+            }
+            Lowers::Stacked(paths) => {
+                for (((_, record), _), path) in remote.iter().zip(&paths) {
+                    lowers.push(self.dirs.link(record.id, Link::Layer, path)?);
+                }
+            }
+        }
+        Ok(())
     }
 
     fn show(&self, record: &SnapshotRecord, lowers: &[PathBuf]) -> Vec<Mount> {

@@ -5,13 +5,14 @@
 //!   snapshots/<id>/             0700
 //!     fs/                       a local snapshot's own files: the upper directory, and later a lower one
 //!     work/                     overlayfs' work directory, of an active snapshot
-//!     fs -> <layer directory>   of a remote snapshot, in place of a directory
+//!     fs -> <layer directory>   of a remote snapshot, in place of a directory, once something was made on it
+//!     chain -> <directory>      of a remote snapshot: its layer merged with all below it, once something was made on that
 //!   new/<random>/               being made, before its id is known; moved to snapshots/<id> within the transaction
 //!   trash/<id>.<n>/             removed, to be deleted
 //! ```
 //!
-//! Ids, not keys, are names: keys hold slashes and blanks. All lower directories are `snapshots/<id>/fs` (with `/.`
-//! behind it if remote), so that containerd, which changes into their common directory when the option string is too
+//! Ids, not keys, are names: keys hold slashes and blanks. All lower directories are `snapshots/<id>/fs` or
+//! `snapshots/<id>/chain` (with `/.` behind it if remote), so that containerd, which changes into their common directory when the option string is too
 //! long for one page, can mount 128 of them.
 //!
 //! The `/.` makes a program that looks at a lower directory without following symlinks, as BuildKit's overlay differ
@@ -47,11 +48,20 @@ pub(super) struct RootAttributes {
 }
 
 /// What a new snapshot's directory holds.
-pub(super) enum Content<'a> {
+pub(super) enum Content {
     /// A directory of its own, and a work directory if it is active.
     Local(Kind, Option<RootAttributes>),
-    /// The directory of a layer.
-    Remote(&'a Path),
+    /// Nothing yet: a layer is linked when something is made on it.
+    Remote,
+}
+
+/// A link to what is shown of layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Link {
+    /// One layer.
+    Layer,
+    /// A layer and all below it, merged.
+    Chain,
 }
 
 /// A snapshot's directory that has no id yet; deleted unless it is placed.
@@ -120,12 +130,12 @@ impl Dirs {
     }
 
     /// Makes the directory of a new snapshot.
-    pub fn build(&self, content: &Content<'_>) -> Result<Built, SnapshotsError> {
+    pub fn build(&self, content: &Content) -> Result<Built, SnapshotsError> {
         // Its mode is 0700 whatever the umask.
         let dir = TempDir::new_in(&self.new).map_err(SnapshotsError::io("create a directory in", &self.new))?;
         let own = dir.path().join("fs");
         match content {
-            Content::Remote(target) => symlink(target, &own).map_err(SnapshotsError::io("create", &own))?,
+            Content::Remote => {}
             Content::Local(kind, attributes) => {
                 make(&own, attributes.map_or(ROOT_MODE, |attributes| attributes.mode))?;
                 if let Some(attributes) = attributes {
@@ -198,17 +208,27 @@ impl Dirs {
         Ok(())
     }
 
-    /// Points the directory of a remote snapshot at its layer, if it does not yet.
-    pub fn link(&self, id: u64, target: &Path) -> Result<(), SnapshotsError> {
-        let link = self.own(id);
-        if fs::read_link(&link).is_ok_and(|now| now == target) {
-            return Ok(());
+    /// Points a link of a remote snapshot at what shows it, and gives its path. Where the link points there already, nothing is written.
+    pub fn link(&self, id: u64, link: Link, target: &Path) -> Result<PathBuf, SnapshotsError> {
+        let path = self.dir(id).join(match link {
+            Link::Layer => "fs",
+            Link::Chain => "chain",
+        });
+        if !fs::read_link(&path).is_ok_and(|now| now == target) {
+            self.ensure(id)?;
+            let built = self.build(&Content::Remote)?;
+            let new = built.0.path().join("link");
+            symlink(target, &new).map_err(SnapshotsError::io("create", &new))?;
+            fs::rename(&new, &path).map_err(SnapshotsError::io("replace", &path))?;
         }
-        let built = self.build(&Content::Remote(target))?;
-        if self.dir(id).is_dir() {
-            fs::rename(built.0.path().join("fs"), &link).map_err(SnapshotsError::io("replace", &link))
-        } else {
-            self.place(built, id)
+        Ok(path.join("."))
+    }
+
+    /// Makes the directory of a remote snapshot if it is missing.
+    pub fn ensure(&self, id: u64) -> Result<(), SnapshotsError> {
+        match self.dir(id).is_dir() {
+            true => Ok(()),
+            false => self.place(self.build(&Content::Remote)?, id),
         }
     }
 
@@ -220,11 +240,6 @@ impl Dirs {
     /// The directory of overlayfs' own.
     pub fn work(&self, id: u64) -> PathBuf {
         self.dir(id).join("work")
-    }
-
-    /// A remote snapshot's layer, as a path in this tree.
-    pub fn linked(&self, id: u64) -> PathBuf {
-        self.own(id).join(".")
     }
 
     fn dir(&self, id: u64) -> PathBuf {

@@ -12,7 +12,7 @@ use tonic::Code;
 
 use super::core::Core;
 use super::rules::{REF_LABEL, remote_name};
-use crate::catalog::{LayerRequest, Layers, Resolution};
+use crate::catalog::{LayerRequest, Layers, Lowers, Needed, Resolution};
 use crate::layer::Digest;
 use crate::proto::snapshots::v1::{Info, Kind as ApiKind};
 use crate::store::{Kind, Store};
@@ -22,18 +22,33 @@ struct OneDirectory(PathBuf);
 
 impl Layers for OneDirectory {
     fn resolve(&self, request: LayerRequest) -> BoxFuture<'_, Resolution> {
-        async move { Resolution::Live(Digest::of(request.chain_id.as_bytes())) }.boxed()
+        async move {
+            Resolution::Live {
+                layer: Digest::of(request.chain_id.as_bytes()),
+                is_top: true,
+            }
+        }
+        .boxed()
     }
 
-    fn path(&self, _: &Digest) -> Option<PathBuf> {
-        Some(self.0.clone())
+    fn is_live(&self, _: &Digest) -> bool {
+        true
     }
+
+    fn lowers(&self, layers: &[Digest]) -> Result<Lowers, Digest> {
+        Ok(match layers.len() % 2 {
+            0 => Lowers::Merged(self.0.clone()),
+            _ => Lowers::Stacked(vec![self.0.clone(); layers.len()]),
+        })
+    }
+
+    fn expect(&self, _: &[Digest]) {}
 
     fn usage(&self, _: &Digest) -> Option<(u64, u64)> {
         None
     }
 
-    fn retain(&self, _: Vec<Digest>) -> BoxFuture<'_, ()> {
+    fn retain(&self, _: Needed) -> BoxFuture<'_, ()> {
         async {}.boxed()
     }
 }

@@ -1,5 +1,6 @@
 //! The ten RPCs: messages in, messages out; what blocks goes to a thread where it may.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -19,6 +20,7 @@ use crate::proto::snapshots::v1::{
     StatSnapshotResponse, UpdateSnapshotRequest, UpdateSnapshotResponse, UsageRequest, UsageResponse,
     ViewSnapshotRequest, ViewSnapshotResponse,
 };
+use crate::proto::types::Mount;
 use crate::store::Kind;
 
 /// Most snapshots in one message of a list, as containerd's own server does it.
@@ -86,10 +88,26 @@ impl Service {
         let PrepareSnapshotRequest {
             key, parent, labels, ..
         } = request;
-        let mounts = self
-            .blocking(move |core| core.create(Kind::Active, &key, &parent, labels))
-            .await?;
+        let mounts = self.create(Kind::Active, key, parent, labels).await?;
         Ok(PrepareSnapshotResponse { mounts })
+    }
+
+    /// Makes a local snapshot.
+    async fn create(
+        &self,
+        kind: Kind,
+        key: String,
+        parent: String,
+        labels: HashMap<String, String>,
+    ) -> Result<Vec<Mount>, SnapshotsError> {
+        // It goes with the work, which goes on if this future is dropped.
+        let making = Arc::clone(&self.making).read_owned().await;
+        self.blocking(move |core| {
+            let mounts = core.create(kind, &key, &parent, labels);
+            drop(making);
+            mounts
+        })
+        .await
     }
 
     /// The name of the committed snapshot of a layer that Lazuli serves; `None` if containerd has to unpack it.
@@ -108,8 +126,8 @@ impl Service {
                 chain_id: chain_id.to_owned(),
                 labels: request.labels.clone(),
             };
-            let layer = match self.layers.resolve(wish).await {
-                Resolution::Live(layer) => layer,
+            let (layer, is_top) = match self.layers.resolve(wish).await {
+                Resolution::Live { layer, is_top } => (layer, is_top),
                 Resolution::Refused(reason) => {
                     refusal = reason;
                     break;
@@ -121,7 +139,13 @@ impl Service {
             let published = self.blocking(move |core| {
                 let published = core.publish(&parent, &chain_id, labels, layer);
                 drop(lock);
-                published
+                let published = published?;
+                if let Some(name) = published.as_ref().filter(|_| is_top)
+                    && let Err(error) = core.expect(name)
+                {
+                    tracing::warn!(%error, name, "layers are not merged ahead");
+                }
+                Ok(published)
             });
             if let Some(name) = published.await? {
                 return Ok(Some(name));
@@ -145,7 +169,7 @@ impl Service {
         Ok(None)
     }
 
-    /// Lets go of layers that no snapshot refers to, in the background.
+    /// Lets go of layers and mounts that no snapshot needs, in the background.
     pub(super) fn release_layers(&self) {
         if self.release_due.swap(true, Ordering::AcqRel) {
             return;
@@ -153,10 +177,11 @@ impl Service {
         let service = self.clone();
         tokio::spawn(async move {
             let _lock = service.references.lock().await;
+            let _making = service.making.write().await;
             // What is removed from here on needs another release.
             service.release_due.store(false, Ordering::Release);
-            match service.blocking(Core::referenced).await {
-                Ok(layers) => service.layers.retain(layers).await,
+            match service.blocking(Core::needed).await {
+                Ok(needed) => service.layers.retain(needed).await,
                 Err(error) => tracing::error!(%error, "layers without snapshots are not released"),
             }
         });
@@ -164,7 +189,7 @@ impl Service {
 
     async fn do_remove(&self, key: String) -> Result<(), SnapshotsError> {
         let removed = self.blocking(move |core| core.remove(&key)).await?;
-        if removed.remote {
+        if removed.releases {
             self.release_layers();
         }
         if let Some(trash) = removed.trash {
@@ -237,10 +262,10 @@ impl Snapshots for Service {
         let ViewSnapshotRequest {
             key, parent, labels, ..
         } = request.into_inner();
-        let work = self.blocking(move |core| {
-            let mounts = core.create(Kind::View, &key, &parent, labels)?;
+        let work = async {
+            let mounts = self.create(Kind::View, key, parent, labels).await?;
             Ok(ViewSnapshotResponse { mounts })
-        });
+        };
         self.answer("View", work).await
     }
 

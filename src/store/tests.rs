@@ -313,3 +313,44 @@ fn readers_see_the_last_commit_and_do_not_wait_for_writers() {
         .unwrap();
     assert_eq!(store.snapshot("a").unwrap(), None);
 }
+
+#[test]
+fn chains_come_and_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    let digest = Digest::of(b"chain");
+    let record = ChainRecord {
+        digest,
+        slot: store.allocate_slot(&digest).unwrap(),
+        layers: vec![Digest::of(b"low"), Digest::of(b"high")],
+    };
+    store.put_chain(&record).unwrap();
+    drop(store);
+    let store = open(&dir);
+    let listed: Vec<_> = store.chains().unwrap().into_iter().map(|(_, r)| r.unwrap()).collect();
+    assert_eq!(listed, [record]);
+    damage(&store, "chains", digest.as_bytes());
+    assert!(store.chains().unwrap()[0].1.is_err());
+    assert!(store.remove_chain(&digest).unwrap());
+    assert!(!store.remove_chain(&digest).unwrap());
+    assert!(store.chains().unwrap().is_empty());
+}
+
+#[test]
+fn a_database_from_before_there_were_chains_gets_them() {
+    const CHAINS: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new("chains");
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    let layer = layer(&store, b"blob");
+    store.put_layer(&layer).unwrap();
+    store
+        .write(|transaction| {
+            assert!(transaction.delete_table(CHAINS)?);
+            Ok::<_, StoreError>(())
+        })
+        .unwrap();
+    drop(store);
+    let store = open(&dir);
+    assert!(store.chains().unwrap().is_empty());
+    assert_eq!(store.layer(&layer.digest).unwrap(), Some(layer));
+}

@@ -79,6 +79,11 @@ impl Faces {
         path
     }
 
+    /// Bytes that the image of the chain in `slot` takes on disk; 0 if there is none.
+    pub fn chain_bytes(&self, slot: u32) -> u64 {
+        std::fs::metadata(self.mounts.places.chain(slot)).map_or(0, |metadata| metadata.len())
+    }
+
     /// Unmounts the chain in `slot`, and removes what is stored of it.
     pub fn forget_chain(&self, slot: u32) {
         if let Some(entry) = self.mounts.find(slot) {

@@ -34,7 +34,7 @@ use crate::snapshots::{Service, SnapshotsError};
 use crate::store::{Store, StoreError};
 
 /// Longest time that the kernel may take for one mount; more, and something is broken. It takes a millisecond.
-const MOUNT_DEADLINE: Duration = Duration::from_secs(10);
+pub const MOUNT_DEADLINE: Duration = Duration::from_secs(10);
 
 /// Directory of the faces' mount points and metadata, below the root directory.
 const FACES_DIRECTORY: &str = "faces";

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use super::{Catalog, GRACE, Live, Needed, access_label};
+use crate::fetch::LayerData as _;
 use crate::layer::Digest;
 use crate::store::{ImageLayer, StoreError};
 

@@ -1,6 +1,6 @@
 //! `lazuli mount`: an image as a read-only directory tree, without containerd and without a daemon.
 //!
-//! The layers are served by the same FUSE face as the daemon's, in a private directory, and stacked with overlayfs on the mountpoint.
+//! The layers are shown by the same faces as the daemon's, in a private directory, merged where that is possible, and mounted with overlayfs.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,8 +14,9 @@ use crate::catalog::images::plan_layers;
 use crate::catalog::loader::Loader;
 use crate::catalog::variants;
 use crate::config::Config;
-use crate::fetch::Fetcher;
-use crate::fs::{Session, SessionOptions};
+use crate::daemon::MOUNT_DEADLINE;
+use crate::fetch::{Fetcher, LayerData};
+use crate::fs::{Faces, FacesOptions, FsError, Session, SessionOptions};
 use crate::metrics::Metrics;
 use crate::registry::image::{ImageConfig, Manifest, resolve};
 use crate::registry::layout::OciLayout;
@@ -69,14 +70,21 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
         read_deadline: config.fetch.read_deadline,
         source_name: "lazuli".to_owned(),
     };
-    let session = Session::mount(&private.path().join("fuse"), options, runtime, metrics)?;
-    let mut lower_dirs = Vec::new();
-    for (slot, layer) in (1..).zip(variants::on_each_other(&layers)?) {
-        session.attach(slot, layer)?;
-        lower_dirs.push(session.path(slot));
-    }
-    // overlayfs wants the uppermost layer first, and at least two directories.
-    lower_dirs.reverse();
+    let session = Session::mount(&private.path().join("fuse"), options, runtime, Arc::clone(&metrics))?;
+    let options = FacesOptions {
+        choice: config.fuse.face,
+        dir: private.path().join("faces"),
+        deadline: MOUNT_DEADLINE,
+    };
+    let on_each_other = variants::on_each_other(&layers)?;
+    // These block, for mounts that this process itself serves.
+    let opened = tokio::task::spawn_blocking(move || {
+        let faces = Faces::open(session, options, metrics)?;
+        let lower_dirs = lower_dirs(&faces, on_each_other)?;
+        Ok::<_, FsError>((faces, lower_dirs))
+    });
+    let (faces, mut lower_dirs) = opened.await??;
+    // overlayfs wants at least two directories.
     for name in ["empty", "empty-too"]
         .into_iter()
         .take(2_usize.saturating_sub(lower_dirs.len()))
@@ -86,12 +94,33 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
         lower_dirs.push(empty);
     }
     let result = show(&lower_dirs, &args.mountpoint, &image.manifest_digest.to_string()).await;
-    let unmounted = session.unmount();
+    let unmounted = tokio::task::spawn_blocking(move || faces.close()).await?;
     for layer in layers {
         layer.close();
     }
     cache.close();
     result.and(unmounted.map_err(Into::into))
+}
+
+/// Directories that show the layers, which come lowest first: one where they can be merged, else one for each, the uppermost first.
+fn lower_dirs(faces: &Faces, layers: Vec<Arc<dyn LayerData>>) -> Result<Vec<PathBuf>, FsError> {
+    let mut slots = Vec::with_capacity(layers.len());
+    for (slot, layer) in (1..).zip(layers) {
+        faces.attach(slot, layer)?;
+        slots.push(slot);
+    }
+    if let [_, .., last] = slots[..] {
+        let chain = last + 1;
+        match faces.build_chain(chain, &slots) {
+            Ok(()) => {
+                if let Some(path) = faces.chain_path(chain, &slots) {
+                    return Ok(vec![path]);
+                }
+            }
+            Err(error) => tracing::warn!(%error, "layers cannot be merged, and are stacked"),
+        }
+    }
+    slots.iter().rev().map(|slot| faces.layer_path(*slot)).collect()
 }
 
 /// Mounts the stack, waits for a signal, and unmounts it.

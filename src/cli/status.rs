@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 
 use crate::catalog::containerd::{ContainerdError, MAX_MESSAGE, unix_channel};
-use crate::catalog::status::{LayerStatus, Status};
+use crate::catalog::status::{ChainStatus, LayerStatus, Status};
 use crate::config::ByteSize;
 use crate::proto::control::StatusRequest;
 use crate::proto::control::control_client::ControlClient;
@@ -77,6 +77,11 @@ fn table(status: &Status) -> String {
         status.root,
         ByteSize(status.cache_bytes)
     );
+    let _ = writeln!(out, "layers are shown by the {} face: {}", status.face.face, status.face.reason);
+    if status.cache_held_bytes > 0 {
+        let held = ByteSize(status.cache_held_bytes);
+        let _ = writeln!(out, "{held} of the cache are mounted as files, and stay while containers use them");
+    }
     for image in &status.images {
         let _ = writeln!(out, "\n{} [{}] {}", image.name, image.namespace, short(&image.manifest));
         for layer in &image.layers {
@@ -103,6 +108,12 @@ fn table(status: &Status) -> String {
             let _ = writeln!(out, "  {}  {}", short(&layer.digest), describe(layer));
         }
     }
+    if !status.chains.is_empty() {
+        let _ = writeln!(out, "\nmerged layers");
+        for chain in &status.chains {
+            let _ = writeln!(out, "  {}  {}", short(&chain.digest), describe_chain(chain));
+        }
+    }
     for layer in &status.loading {
         let (received, all) = (ByteSize(layer.received_bytes), ByteSize(layer.blob_bytes));
         let _ = writeln!(out, "\nloading {}: {received} of {all}", short(&layer.digest));
@@ -113,14 +124,41 @@ fn table(status: &Status) -> String {
 /// One line on a live layer.
 pub(super) fn describe(layer: &LayerStatus) -> String {
     let kind = if layer.lazy { "lazy" } else { "streamed" };
-    format!(
+    let mut line = format!(
         "{kind} {}: {} of {} here, {} requests, {} fetched",
         layer.format,
         ByteSize(layer.present_bytes),
         ByteSize(layer.total_bytes),
         layer.requests,
         ByteSize(layer.fetched_bytes),
-    )
+    );
+    if layer.mounted || layer.face_reason.is_some() {
+        let _ = write!(line, "; {}", shown(&layer.face, layer.mounted, layer.face_reason.as_deref()));
+    }
+    line
+}
+
+/// One line on a chain.
+fn describe_chain(chain: &ChainStatus) -> String {
+    let layers = chain.layers.len();
+    let reason = chain.reason.as_deref();
+    match chain.state.as_str() {
+        "stored" => {
+            let names = ByteSize(chain.bytes);
+            format!("{layers} layers, {names} of names; {}", shown(&chain.face, chain.mounted, reason))
+        }
+        "failed" => format!("{layers} layers, stacked: {}", reason.unwrap_or("they cannot be merged")),
+        state => format!("{layers} layers, {state}"),
+    }
+}
+
+/// By what something is shown.
+fn shown(face: &str, mounted: bool, reason: Option<&str>) -> String {
+    let mounted = if mounted { "mounted" } else { "not mounted" };
+    match reason {
+        Some(reason) => format!("{face}: {reason}"),
+        None => format!("{face}, {mounted}"),
+    }
 }
 
 /// A digest shortened for people.
@@ -132,15 +170,36 @@ pub(super) fn short(digest: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::status::{ImageLayerStatus, ImageStatus, LoadingStatus};
+    use crate::catalog::status::{FaceStatus, ImageLayerStatus, ImageStatus, LoadingStatus};
 
     #[test]
     fn table_tells_lazy_refused_and_loading() {
         let digest = |c: char| format!("sha256:{}", c.to_string().repeat(64));
+        let chain = |c, state: &str, reason: Option<&str>| ChainStatus {
+            digest: digest(c),
+            layers: vec![digest('a'), digest('c')],
+            state: state.into(),
+            face: if state == "stored" { "file".into() } else { String::new() },
+            reason: reason.map(str::to_owned),
+            mounted: state == "stored",
+            bytes: 1 << 10,
+        };
+        let chains = vec![
+            chain('1', "stored", None),
+            chain('2', "waiting", None),
+            chain('3', "failed", Some("too many names")),
+        ];
         let status = Status {
             version: "1".into(),
             root: "/r".into(),
             cache_bytes: 3 << 20,
+            cache_held_bytes: 1 << 20,
+            face: FaceStatus {
+                face: "image".into(),
+                reason: "Linux 6.18 mounts EROFS from files".into(),
+                metadata_through_fuse: false,
+            },
+            chains,
             images: vec![ImageStatus {
                 name: "r.example/a:1".into(),
                 namespace: "default".into(),
@@ -164,11 +223,15 @@ mod tests {
                     format: "estargz".into(),
                     lazy: true,
                     requests: 3,
+                    face: "image".into(),
+                    mounted: true,
                     ..Default::default()
                 },
                 LayerStatus {
                     digest: digest('c'),
                     format: "gzip".into(),
+                    face: "tree".into(),
+                    face_reason: Some("a name is too long".into()),
                     ..Default::default()
                 },
             ],
@@ -181,13 +244,20 @@ mod tests {
         };
         insta::assert_snapshot!(table(&status), @r"
         lazuli 1 at /r; cache 3.0 MiB (no limit)
+        layers are shown by the image face: Linux 6.18 mounts EROFS from files
+        1.0 MiB of the cache are mounted as files, and stay while containers use them
 
         r.example/a:1 [default] ffffffffffff
-          aaaaaaaaaaaa  lazy estargz: 0 B of 0 B here, 3 requests, 0 B fetched
+          aaaaaaaaaaaa  lazy estargz: 0 B of 0 B here, 3 requests, 0 B fetched; image, mounted
           bbbbbbbbbbbb  left to containerd: it is encrypted
 
         other layers
-          cccccccccccc  streamed gzip: 0 B of 0 B here, 0 requests, 0 B fetched
+          cccccccccccc  streamed gzip: 0 B of 0 B here, 0 requests, 0 B fetched; tree: a name is too long
+
+        merged layers
+          111111111111  2 layers, 1.0 KiB of names; file, mounted
+          222222222222  2 layers, waiting
+          333333333333  2 layers, stacked: too many names
 
         loading dddddddddddd: 5 B of 10 B
         ");

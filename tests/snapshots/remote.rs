@@ -3,6 +3,7 @@
 use std::os::unix::fs::MetadataExt as _;
 use std::sync::atomic::Ordering;
 
+use lazuli::catalog::Needed;
 use lazuli::layer::Digest;
 use lazuli::proto::snapshots::v1::Kind;
 use tonic::Code;
@@ -187,7 +188,12 @@ async fn everything_is_back_after_a_restart() {
     assert_eq!(mounted.names(), ["one", "two"]);
     // No layer was resolved for that, and the ones in use were named.
     assert_eq!(daemon.layers.requests().len(), 1);
-    let kept = || daemon.layers.last_retained() == Some(vec![Digest::of(b"one")]);
+    let one_layer = vec![Digest::of(b"one")];
+    let needed = Needed {
+        layers: one_layer.clone(),
+        bases: vec![one_layer],
+    };
+    let kept = || daemon.layers.last_retained().as_ref() == Some(&needed);
     eventually("unused layers are released at start", kept).await;
     assert_eq!(daemon.pull("default/4/x", "", "sha256:1").await, one);
 }
@@ -205,9 +211,8 @@ async fn links_to_layers_are_restored_and_follow_them() {
         .path();
     std::fs::remove_dir_all(&directory).unwrap();
     let daemon = daemon.restart().await;
-    assert!(directory.join("fs/one").exists());
+    assert!(directory.is_dir());
     // Even one that points elsewhere.
-    std::fs::remove_file(directory.join("fs")).unwrap();
     std::os::unix::fs::symlink("/nowhere", directory.join("fs")).unwrap();
     let mounted = daemon.mount(&daemon.view("default/2/v", &one).await.unwrap());
     assert_eq!(mounted.names(), ["one"]);
@@ -350,4 +355,91 @@ async fn usage_of_a_remote_snapshot_is_its_layers() {
     daemon.layers.release(&layer);
     let usage = daemon.usage(&one).await.unwrap();
     assert_eq!((usage.size, usage.inodes), (0, 0));
+}
+
+#[tokio::test]
+async fn nothing_is_mounted_for_a_pull_and_links_come_with_the_first_use() {
+    let daemon = Daemon::start().await;
+    daemon.layers.add("sha256:1", "one");
+    let one = daemon.pull("default/1/x", "", "sha256:1").await;
+    let snapshots = daemon.root().join("snapshots");
+    assert_eq!(std::fs::read_dir(snapshots.join("1")).unwrap().count(), 0);
+    daemon.prepare("default/2/c", &one).await.unwrap();
+    assert!(std::fs::read_link(snapshots.join("1/fs")).unwrap().ends_with("one"));
+}
+
+#[tokio::test]
+async fn remote_layers_are_one_directory_where_they_are_merged() {
+    let daemon = Daemon::start().await;
+    daemon.layers.merges.store(true, Ordering::Relaxed);
+    let mut parent = String::new();
+    let mut layers = Vec::new();
+    // The same layer twice is in the chain once, where it is topmost.
+    for (chain_id, content) in [("sha256:1", "empty"), ("sha256:2", "two"), ("sha256:3 top", "empty")] {
+        layers.push(daemon.layers.add(chain_id, content));
+        parent = daemon.pull(&format!("default/1/{chain_id}"), &parent, chain_id).await;
+    }
+    let base = vec![layers[2], layers[1]];
+    assert_eq!(daemon.layers.expected(), [base.clone()], "for the topmost layer alone");
+
+    let mounts = daemon.prepare("default/2/c", &parent).await.unwrap();
+    let chain = daemon.root().join("snapshots/3/chain/.").display().to_string();
+    assert_eq!(lowers(&mounts), [chain.clone()]);
+    assert_eq!(daemon.mount(&mounts).names(), ["empty", "two"]);
+    // A view of one directory is a bind mount.
+    let view = daemon.view("default/3/v", &parent).await.unwrap();
+    assert_eq!((view[0].r#type.as_str(), view[0].source.as_str()), ("bind", chain.as_str()));
+    let mounted = daemon.mount(&view);
+    assert_eq!(mounted.names(), ["empty", "two"]);
+    assert!(mounted.is_read_only());
+    drop(mounted);
+
+    // What is local stays on it.
+    daemon.layer("default/4/local", &parent, "local").await;
+    let mounts = daemon.prepare("default/5/c", "default/4/local").await.unwrap();
+    assert_eq!(lowers(&mounts).len(), 2);
+    assert_eq!(lowers(&mounts)[1], chain);
+    assert_eq!(daemon.mount(&mounts).names(), ["empty", "local", "two"]);
+    // Above it nothing can be merged, as whiteouts would be lost.
+    let top = daemon.layers.add("sha256:5", "five");
+    let on_local = daemon.pull("default/6/x", "default/4/local", "sha256:5").await;
+    let six = daemon.layers.add("sha256:6", "six");
+    let on_local = daemon.pull("default/6/y", &on_local, "sha256:6").await;
+    let mounts = daemon.prepare("default/7/c", &on_local).await.unwrap();
+    assert_eq!(lowers(&mounts).len(), 4);
+    assert_eq!(daemon.mount(&mounts).names(), ["empty", "five", "local", "six", "two"]);
+
+    // What is needed is what is in use, and no more once it is removed.
+    daemon.remove("default/2/c").await.unwrap();
+    let needed = |bases: &[Vec<Digest>]| {
+        let mut bases = bases.to_vec();
+        bases.sort();
+        move || daemon.layers.last_retained().is_some_and(|needed| needed.bases == bases)
+    };
+    eventually("bases are named", needed(&[base.clone(), vec![top], vec![six]])).await;
+    for key in ["default/7/c", "default/5/c", "default/3/v"] {
+        daemon.remove(key).await.unwrap();
+    }
+    eventually("no base is needed", needed(&[])).await;
+    assert!(daemon.layers.is_live(&top));
+}
+
+#[tokio::test]
+async fn a_snapshot_follows_its_layers_from_one_form_to_the_other() {
+    let daemon = Daemon::start().await;
+    daemon.layers.add("sha256:1", "one");
+    daemon.layers.add("sha256:2", "two");
+    let one = daemon.pull("default/1/x", "", "sha256:1").await;
+    let two = daemon.pull("default/2/x", &one, "sha256:2").await;
+    let stacked = daemon.prepare("default/3/c", &two).await.unwrap();
+    assert_eq!(lowers(&stacked).len(), 2);
+    daemon.layers.merges.store(true, Ordering::Relaxed);
+    let merged = daemon.mounts("default/3/c").await.unwrap();
+    assert_eq!(lowers(&merged).len(), 1);
+    for mounts in [&stacked, &merged] {
+        assert_eq!(daemon.mount(mounts).names(), ["one", "two"]);
+    }
+    let daemon = daemon.restart().await;
+    daemon.layers.merges.store(false, Ordering::Relaxed);
+    assert_eq!(daemon.mounts("default/3/c").await.unwrap(), stacked);
 }

@@ -3,14 +3,14 @@
 use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
-use lazuli::catalog::{LayerRequest, Layers, Resolution};
+use lazuli::catalog::{LayerRequest, Layers, Lowers, Needed, Resolution};
 use lazuli::layer::Digest;
 use lazuli::metrics::Metrics;
 use lazuli::proto::snapshots::v1::snapshots_client::SnapshotsClient;
@@ -47,6 +47,8 @@ pub struct FakeLayers {
     pub held: watch::Sender<bool>,
     /// How many of the next resolved layers are released at once, as if a release came just then.
     pub lost: AtomicUsize,
+    /// Whether several layers are shown as one directory.
+    pub merges: AtomicBool,
 }
 
 #[derive(Default)]
@@ -54,7 +56,8 @@ struct FakeState {
     known: HashMap<String, (Digest, PathBuf)>,
     live: HashSet<Digest>,
     resolved: Vec<LayerRequest>,
-    retained: Vec<Vec<Digest>>,
+    retained: Vec<Needed>,
+    expected: Vec<Vec<Digest>>,
 }
 
 impl FakeLayers {
@@ -64,6 +67,7 @@ impl FakeLayers {
             state: Mutex::default(),
             held: watch::channel(false).0,
             lost: AtomicUsize::new(0),
+            merges: AtomicBool::new(false),
         })
     }
 
@@ -112,8 +116,37 @@ impl FakeLayers {
         self.state().resolved.clone()
     }
 
-    pub fn last_retained(&self) -> Option<Vec<Digest>> {
+    pub fn last_retained(&self) -> Option<Needed> {
         self.state().retained.last().cloned()
+    }
+
+    /// Layers on which containers were said to be made, topmost first.
+    pub fn expected(&self) -> Vec<Vec<Digest>> {
+        self.state().expected.clone()
+    }
+
+    /// The directory of a live layer.
+    fn path(&self, layer: &Digest) -> Option<PathBuf> {
+        let state = self.state();
+        let known = state.known.values().find(|(digest, _)| digest == layer);
+        known
+            .filter(|_| state.live.contains(layer))
+            .map(|(_, path)| path.clone())
+    }
+
+    /// One directory with the files of all these.
+    fn merged(&self, paths: &[PathBuf]) -> PathBuf {
+        let names: Vec<_> = paths.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
+        let merged = self.root.path().join(format!("chain {}", Digest::of(names.join(" ").as_bytes()).hex()));
+        for path in paths {
+            std::fs::create_dir_all(&merged).unwrap();
+            for entry in std::fs::read_dir(path).unwrap() {
+                let entry = entry.unwrap();
+                std::fs::copy(entry.path(), merged.join(entry.file_name())).unwrap();
+            }
+        }
+        std::fs::set_permissions(&merged, std::fs::Permissions::from_mode(0o755)).unwrap();
+        merged
     }
 }
 
@@ -133,27 +166,39 @@ impl Layers for FakeLayers {
             if lost.is_err() {
                 state.live.insert(layer);
             }
-            Resolution::Live(layer)
+            Resolution::Live {
+                layer,
+                is_top: request.chain_id.ends_with("top"),
+            }
         }
         .boxed()
     }
 
-    fn path(&self, layer: &Digest) -> Option<PathBuf> {
-        let state = self.state();
-        let known = state.known.values().find(|(digest, _)| digest == layer);
-        known
-            .filter(|_| state.live.contains(layer))
-            .map(|(_, path)| path.clone())
+    fn is_live(&self, layer: &Digest) -> bool {
+        self.path(layer).is_some()
+    }
+
+    fn lowers(&self, layers: &[Digest]) -> Result<Lowers, Digest> {
+        let paths = layers.iter().map(|layer| self.path(layer).ok_or(*layer));
+        let paths = paths.collect::<Result<Vec<_>, _>>()?;
+        Ok(match self.merges.load(Ordering::Relaxed) && paths.len() > 1 {
+            true => Lowers::Merged(self.merged(&paths)),
+            false => Lowers::Stacked(paths),
+        })
+    }
+
+    fn expect(&self, layers: &[Digest]) {
+        self.state().expected.push(layers.to_vec());
     }
 
     fn usage(&self, layer: &Digest) -> Option<(u64, u64)> {
         self.path(layer).map(|_| (4711, 42))
     }
 
-    fn retain(&self, layers: Vec<Digest>) -> BoxFuture<'_, ()> {
+    fn retain(&self, needed: Needed) -> BoxFuture<'_, ()> {
         let mut state = self.state();
-        state.live.retain(|layer| layers.contains(layer));
-        state.retained.push(layers);
+        state.live.retain(|layer| needed.layers.contains(layer));
+        state.retained.push(needed);
         async {}.boxed()
     }
 }

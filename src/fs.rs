@@ -24,11 +24,8 @@ mod counters;
 pub mod errno;
 pub mod error;
 mod face;
-<<<<<<< HEAD
 pub mod faces;
-=======
 mod image;
->>>>>>> image
 pub mod read;
 mod readdir;
 pub mod session;

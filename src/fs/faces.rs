@@ -138,7 +138,10 @@ impl Faces {
                 };
                 let serving = Serving {
                     face: Face::Image,
-                    reason: format!("Linux {} mounts EROFS from files{through}", kernel.release().to_string_lossy()),
+                    reason: format!(
+                        "Linux {} mounts EROFS from files{through}",
+                        kernel.release().to_string_lossy()
+                    ),
                     metadata_through_fuse: probed.metadata_through_fuse,
                 };
                 (serving, probed.no_files.is_none())
@@ -153,7 +156,11 @@ impl Faces {
                 (serving, false)
             }
         };
-        tracing::info!(face = serving.face.word(), "layers are shown by this face: {}", serving.reason);
+        tracing::info!(
+            face = serving.face.word(),
+            "layers are shown by this face: {}",
+            serving.reason
+        );
         Ok(Faces {
             mounts,
             session,
@@ -262,7 +269,11 @@ impl Faces {
             }
         };
         match self.serving.face {
-            Face::Image => self.mounts.find(slot).and_then(|entry| entry.shown()).unwrap_or_else(nothing),
+            Face::Image => self
+                .mounts
+                .find(slot)
+                .and_then(|entry| entry.shown())
+                .unwrap_or_else(nothing),
             Face::Tree => nothing(),
         }
     }
@@ -421,7 +432,11 @@ impl Faces {
 
     fn count_dropped(&self, slot: u32, count: u64) {
         if count > 0 {
-            tracing::warn!(slot, count, "extended attributes are left out, since EROFS cannot express them");
+            tracing::warn!(
+                slot,
+                count,
+                "extended attributes are left out, since EROFS cannot express them"
+            );
             self.metrics.face_dropped_xattrs_total.inc_by(count);
         }
     }

@@ -28,7 +28,6 @@ mod format;
 mod layout;
 mod xattrs;
 
-
 use sha2::{Digest as _, Sha256};
 
 use super::{Digest, LayerError, LayerIndex};

@@ -2,7 +2,6 @@
 //!
 //! Through `fsopen` and its kin: one page of options for `mount(2)` would hold the devices of a few dozen layers, not of 500.
 
-use std::ffi::OsStr;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
@@ -62,6 +61,7 @@ fn short(path: &Path, open: &mut Vec<OwnedFd>) -> Result<PathBuf, SysError> {
 ///
 /// # Errors
 /// [`SysError`] when the directory cannot be opened.
+#[allow(unsafe_code)]
 pub fn uuid(path: &Path) -> Result<Option<[u8; 16]>, SysError> {
     /// `struct fsuuid2`.
     #[repr(C)]
@@ -94,6 +94,8 @@ pub fn device(path: &Path) -> Result<u64, SysError> {
 
 #[cfg(test)]
 mod tests {
+    use std::ffi::OsStr;
+
     use super::*;
 
     #[test]
@@ -109,7 +111,11 @@ mod tests {
         let long = long.join("f".repeat(200));
         std::fs::write(&long, "here").unwrap();
         let name = short(&long, &mut open).unwrap();
-        assert!(name.as_os_str() < OsStr::new("/proc/self/fd/\u{7f}"), "{}", name.display());
+        assert!(
+            name.as_os_str() < OsStr::new("/proc/self/fd/\u{7f}"),
+            "{}",
+            name.display()
+        );
         assert_eq!(std::fs::read(name).unwrap(), b"here");
         assert!(short(&long.with_file_name("g".repeat(200)), &mut open).is_err());
     }

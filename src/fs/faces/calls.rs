@@ -165,7 +165,10 @@ mod tests {
             gates.push(open);
         }
         let error = calls.run(|| Ok(())).unwrap_err();
-        assert!(error.is_silence() && error.to_string().contains("8 mount calls"), "{error}");
+        assert!(
+            error.is_silence() && error.to_string().contains("8 mount calls"),
+            "{error}"
+        );
         drop(gates);
         for _ in 0..LEFT_MAX {
             drops.recv_timeout(Duration::from_secs(60)).unwrap();

@@ -157,7 +157,12 @@ impl Faces {
         let path = self.mounts.places.chain(slot);
         let trailer = stored::trailer(&image, &parts);
         self.mounts.places.write(&path, &[&image.bytes, &trailer], true)?;
-        tracing::debug!(slot, layers = devices.len(), inodes = image.inodes, "a chain was merged");
+        tracing::debug!(
+            slot,
+            layers = devices.len(),
+            inodes = image.inodes,
+            "a chain was merged"
+        );
         Ok(Metadata {
             source: self.source(slot, path)?,
             uuid: stored::uuid(&image.bytes),
@@ -171,7 +176,10 @@ impl Faces {
             .iter()
             .map(|slot| {
                 self.layer(*slot)
-                    .map(|layer| Device { slot: *slot, layer: Arc::clone(&layer) })
+                    .map(|layer| Device {
+                        slot: *slot,
+                        layer: Arc::clone(&layer),
+                    })
                     .ok_or(FsError::NotAttached { slot: *slot })
             })
             .collect()

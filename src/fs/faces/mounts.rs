@@ -103,7 +103,11 @@ impl Trouble {
 
 impl From<CallError> for Trouble {
     fn from(error: CallError) -> Self {
-        let cause = if error.is_silence() { Cause::Deadline } else { Cause::Mount };
+        let cause = if error.is_silence() {
+            Cause::Deadline
+        } else {
+            Cause::Mount
+        };
         Trouble::passing(cause, error.to_string())
     }
 }
@@ -266,9 +270,9 @@ impl Mounts {
     /// Forgets mounts that somebody else has taken away.
     pub(super) fn look(&self, state: &mut State) {
         for kind in Kind::ALL {
-            let gone = state.place(kind).take_if(|mounted| {
-                !erofs::device(&mounted.path).is_ok_and(|device| device == mounted.device)
-            });
+            let gone = state
+                .place(kind)
+                .take_if(|mounted| !erofs::device(&mounted.path).is_ok_and(|device| device == mounted.device));
             if let Some(mounted) = gone {
                 tracing::warn!("{} was unmounted by somebody else", mounted.path.display());
                 self.count(mounted.kind, -1);
@@ -390,7 +394,10 @@ impl Mounts {
 
     /// Forgets `slot`; its mounts must have been taken away.
     pub(super) fn remove(&self, slot: u32) {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).remove(&slot);
+        self.entries
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&slot);
     }
 
     /// Notes a failure, in the log and in the metrics.

@@ -67,7 +67,10 @@ impl Places {
             let leftover = name.starts_with(TEMPORARY) || name.starts_with(PROBE) || suffix == Some(METADATA);
             // Not asked of the file: a mount point may be that of a dead server.
             let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
-            if leftover && is_file && let Err(error) = fs::remove_file(entry.path()) {
+            if leftover
+                && is_file
+                && let Err(error) = fs::remove_file(entry.path())
+            {
                 tracing::warn!("cannot remove {}: {error}", entry.path().display());
             }
         }

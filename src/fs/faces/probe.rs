@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,8 +16,8 @@ use futures::future::BoxFuture;
 use super::calls::CallError;
 use super::mounts::Mounts;
 use super::places::{PROBE, make_mount_point};
-use super::super::{FsError, Session};
 use crate::fetch::{FetchError, LayerData};
+use crate::fs::{FsError, Session};
 use crate::layer::index::{Dirent, mode};
 use crate::layer::{Access, Codec, Digest, IndexParts, Inode, LayerError, LayerIndex, ROOT_INO, erofs};
 use crate::sys::SysError;
@@ -102,7 +102,10 @@ fn show(mounts: &Mounts, source: &Path, device: &Path) -> Result<(), CallError> 
     });
     let unmounted = mounts.unmount(path.clone());
     if read? != CONTENT {
-        let error = io::Error::new(io::ErrorKind::InvalidData, "the kernel shows other bytes than it was given");
+        let error = io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the kernel shows other bytes than it was given",
+        );
         return Err(fail(error).into());
     }
     unmounted
@@ -115,7 +118,9 @@ fn explain(error: &CallError) -> String {
             "this kernel mounts EROFS from block devices only; it takes Linux 6.12 or later with CONFIG_EROFS_FS_BACKED_BY_FILE"
         }
         Some(libc::EPERM) => "mounting EROFS takes CAP_SYS_ADMIN in the initial user namespace",
-        Some(libc::ENOSYS) => "this kernel has no fsopen; it takes Linux 5.2 or later, or a sandbox that lets it through",
+        Some(libc::ENOSYS) => {
+            "this kernel has no fsopen; it takes Linux 5.2 or later, or a sandbox that lets it through"
+        }
         _ => return error.to_string(),
     };
     format!("{known}: {error}")

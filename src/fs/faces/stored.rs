@@ -18,8 +18,8 @@ use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-use super::super::FsError;
 use super::places::files_error;
+use crate::fs::FsError;
 use crate::layer::digest::Hasher;
 use crate::layer::erofs::Image;
 use crate::layer::merge::MAX_LAYERS;

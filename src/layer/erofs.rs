@@ -28,6 +28,8 @@ mod format;
 mod layout;
 mod xattrs;
 
+#[cfg(test)]
+mod tests;
 
 use sha2::{Digest as _, Sha256};
 

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use lazuli::layer::erofs::{self, Image};
 use lazuli::layer::index::mode;
-use lazuli::layer::{Ino, LayerIndex, ROOT_INO};
+use lazuli::layer::{Digest, Ino, LayerIndex, ROOT_INO};
 use proptest::prelude::*;
 
 use super::reader::{self, Read};
@@ -135,7 +135,7 @@ fn overlayfs_tells_images_apart() {
     assert_eq!(uuid(one(b"a")), uuid(one(b"a")));
     assert_ne!(uuid(one(b"a")), uuid(one(b"b")));
     let mut other = one(b"a");
-    other.devices[0].tag = lazuli::layer::Digest::of(b"another layer with such a tree");
+    other.devices[0].tag = Digest::of(b"another layer with such a tree");
     assert_ne!(uuid(one(b"a")), uuid(other));
 }
 
@@ -152,6 +152,27 @@ proptest! {
         let devices: Vec<_> = sizes.iter().map(|&size| erofs::Device { tag: made.devices[0].tag, size }).collect();
         if let Ok(image) = erofs::write(&made.index, &devices) {
             reader::read(&image.bytes).unwrap();
+        }
+    }
+
+    /// Indexes with damaged fields that still are valid: a sound image or an error.
+    #[test]
+    fn no_index_makes_an_unsound_image(
+        steps in trees::steps(),
+        damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+    ) {
+        let made = trees::random(2, &steps);
+        let mut bytes = made.index.encode();
+        let body = bytes.len() - Digest::LEN;
+        for (at, byte) in damage {
+            bytes[at.index(body)] = byte;
+        }
+        let digest = Digest::of(&bytes[..body]);
+        bytes[body..].copy_from_slice(digest.as_bytes());
+        if let Ok(index) = LayerIndex::decode(&bytes)
+            && let Ok(image) = erofs::write(&index, &made.devices)
+        {
+            prop_assert_eq!(reader::read(&image.bytes).unwrap().inodes, image.inodes);
         }
     }
 }

@@ -1,10 +1,11 @@
-//! How fast the pure formats are: building, writing and loading an index, merging a chain, and streaming a layer.
+//! How fast the pure formats are: building, writing and loading an index, merging a chain, writing EROFS metadata, and streaming a layer.
 
 use std::hint::black_box;
 use std::io::{Cursor, Read, Write};
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use lazuli::layer::digest::Hasher;
+use lazuli::layer::erofs::{self, Device};
 use lazuli::layer::merge::merge;
 use lazuli::layer::{Access, Chunk, Codec, Compression, Digest, LayerIndex, TarIndexer, decoder};
 
@@ -136,6 +137,23 @@ fn chains(c: &mut Criterion) {
     }
 }
 
+/// EROFS metadata: writing it, from an index that is there. Its memory is that of the image and 20 bytes for an inode.
+fn images(c: &mut Criterion) {
+    let mut group = c.benchmark_group("EROFS metadata");
+    group.sample_size(10);
+    for (name, count) in [("100,000 files", ENTRIES), ("1,000,000 files", 10 * ENTRIES)] {
+        let built = index(&tar(count, 0));
+        let devices = [Device {
+            tag: Digest::from_bytes([0; 32]),
+            size: built.data_size(),
+        }];
+        let image = erofs::write(&built, &devices).unwrap();
+        println!("{name}: {} inodes in {} bytes", image.inodes, image.bytes.len());
+        group.throughput(Throughput::Elements(count));
+        group.bench_function(name, |b| b.iter(|| erofs::write(black_box(&built), &devices).unwrap()));
+    }
+}
+
 /// One pass over a layer, as a plain gzip layer takes it: blob digest, decompression, diff id, tar.
 fn stream(compression: Compression, blob: Vec<u8>) -> (Digest, u64) {
     let mut stream = decoder(compression, Cursor::new(blob));
@@ -174,5 +192,5 @@ fn streams(c: &mut Criterion) {
     group.bench_function("tar alone", |b| b.iter(|| index(black_box(&tar))));
 }
 
-criterion_group!(benches, indexes, chains, streams);
+criterion_group!(benches, indexes, chains, images, streams);
 criterion_main!(benches);

@@ -1,5 +1,5 @@
-//! Any tars as a chain of layers, and any index as one of them. What merges keeps to its layers: nothing is left of whiteouts, every file lies in the
-//! data space of one layer, and a merged chain merges to itself.
+//! Any tars as a chain of layers, and any index as one of them. What merges keeps to its layers: nothing is left of whiteouts, every
+//! file lies in the data space of one layer, and a merged chain merges to itself.
 
 #![no_main]
 

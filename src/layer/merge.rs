@@ -2,18 +2,18 @@
 //!
 //! The rules are the kernel's:
 //!
-//! - Of a name that several layers have, the topmost decides. A whiteout (a character device 0:0) means that there is nothing; anything else
-//!   that is no directory hides whatever is below it.
+//! - Of a name that several layers have, the topmost decides. A whiteout (a character device 0:0) means that there is nothing; anything
+//!   else that is no directory hides whatever is below it.
 //! - A directory is merged with those of the layers below, down to the first layer that has something else there (a whiteout, a file), or
 //!   up to and including the first directory that is marked opaque. Its attributes and extended attributes are those of the topmost.
 //!   The root is merged of all layers: overlayfs does not ask whether a root is opaque.
 //! - Names of one file of one layer stay names of one file, and its link count is the one of its layer, though names may be hidden.
 //!   For a merged directory overlayfs says 1 ("not counted"); here it is 2 plus the subdirectories that are seen, since there is one
 //!   directory now.
-//! - `trusted.overlay.*` are overlayfs' own marks, and nobody sees them. No parser lets one through but the opaque mark, which has done its
-//!   work here. Others (`redirect`, `metacopy`, ...) would make overlayfs do what is not done here: a chain in which one would count
-//!   is refused. Escaped ones (`trusted.overlay.overlay.*`) are kept as they are: overlayfs takes the escape away from the merged tree as it does
-//!   from a layer. `user.overlay.*` are ordinary attributes for an overlay mounted without `userxattr`, and kept.
+//! - `trusted.overlay.*` are overlayfs' own marks, and nobody sees them. No parser lets one through but the opaque mark, which has done
+//!   its work here. Others (`redirect`, `metacopy`, ...) would make overlayfs do what is not done here: a chain in which one would count
+//!   is refused. Escaped ones (`trusted.overlay.overlay.*`) are kept as they are: overlayfs takes the escape away from the merged tree
+//!   as it does from a layer. `user.overlay.*` are ordinary attributes for an overlay mounted without `userxattr`, and kept.
 //! - One thing is different on purpose: overlayfs *lists* a whiteout in a directory that only one layer has, and then finds nothing of
 //!   that name. Here it is not listed.
 //!
@@ -35,8 +35,8 @@ use super::{IndexParts, Ino, Inode, LayerError, LayerIndex, ROOT_INO};
 
 /// Most layers of a chain: overlayfs takes no more lower directories (OVL_MAX_STACK).
 pub const MAX_LAYERS: usize = 500;
-/// What the data space of each layer is rounded up to in that of the chain, in bytes: the alignment of files in a layer, and the block of its
-/// image.
+/// What the data space of each layer is rounded up to in that of the chain, in bytes: the alignment of files in a layer, and the block
+/// of its image.
 const ALIGNMENT: u64 = 512;
 /// Most directory entries and most extended attributes of an index.
 const MAX_RECORDS: usize = 2 * MAX_INODES;

@@ -1,0 +1,39 @@
+//! Any bytes as a layer index on disk, with the magic number and the checksum made right, and any sizes of devices. What is written reads
+//! back whole with a reader of its own, all extents inside the devices; nothing else is written.
+
+#![no_main]
+
+use lazuli::layer::erofs::{self, Device};
+use lazuli::layer::{Digest, LayerIndex};
+use libfuzzer_sys::fuzz_target;
+
+#[path = "../../tests/erofs/reader.rs"]
+#[allow(dead_code)]
+mod reader;
+
+fuzz_target!(|input: (Vec<u32>, Vec<u8>)| {
+    let (sizes, bytes) = input;
+    let mut body = b"LZLINDEX\x01\0\0\0".to_vec();
+    body.extend_from_slice(&bytes);
+    let digest = Digest::of(&body);
+    body.extend_from_slice(digest.as_bytes());
+    let Ok(index) = LayerIndex::decode(&body) else {
+        return;
+    };
+    let device = |size: &u32| Device {
+        tag: digest,
+        size: u64::from(*size),
+    };
+    let whole = vec![Device {
+        tag: digest,
+        size: index.data_size(),
+    }];
+    for devices in [whole, sizes.iter().map(device).collect()] {
+        let Ok(image) = erofs::write(&index, &devices) else {
+            continue;
+        };
+        let read = reader::read(&image.bytes).expect("what is written can be read");
+        assert_eq!(read.inodes, image.inodes);
+        assert_eq!(erofs::write(&index, &devices).as_ref(), Ok(&image));
+    }
+});

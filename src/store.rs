@@ -31,12 +31,14 @@ use serde::de::DeserializeOwned;
 
 mod error;
 mod images;
+mod indexes;
 mod layers;
 mod schema;
 mod snapshots;
 
 pub use error::StoreError;
 pub use images::{ImageLayer, ImageRecord};
+pub use indexes::IndexRecord;
 pub use layers::{LayerRecord, LayerSource};
 pub use schema::SCHEMA;
 pub use snapshots::{Kind, SnapshotRecord, SnapshotsWrite, Usage};

@@ -113,8 +113,14 @@ fn table(status: &Status) -> String {
 /// One line on a live layer.
 pub(super) fn describe(layer: &LayerStatus) -> String {
     let kind = if layer.lazy { "lazy" } else { "streamed" };
+    let index = match (&layer.index.from, layer.index.verified, &layer.index.published) {
+        (Some(from), Some(false), _) => format!(", FALSE index from {from}"),
+        (Some(from), ..) => format!(", index from {from}"),
+        (None, _, Some(place)) => format!(", index published in {place}"),
+        (None, _, None) => String::new(),
+    };
     format!(
-        "{kind} {}: {} of {} here, {} requests, {} fetched",
+        "{kind} {}: {} of {} here, {} requests, {} fetched{index}",
         layer.format,
         ByteSize(layer.present_bytes),
         ByteSize(layer.total_bytes),
@@ -132,7 +138,7 @@ pub(super) fn short(digest: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::status::{ImageLayerStatus, ImageStatus, LoadingStatus};
+    use crate::catalog::status::{ImageLayerStatus, ImageStatus, IndexStatus, LoadingStatus};
 
     #[test]
     fn table_tells_lazy_refused_and_loading() {
@@ -164,6 +170,11 @@ mod tests {
                     format: "estargz".into(),
                     lazy: true,
                     requests: 3,
+                    index: IndexStatus {
+                        source: "shared".into(),
+                        from: Some("r.example/index".into()),
+                        ..Default::default()
+                    },
                     ..Default::default()
                 },
                 LayerStatus {
@@ -183,7 +194,7 @@ mod tests {
         lazuli 1 at /r; cache 3.0 MiB (no limit)
 
         r.example/a:1 [default] ffffffffffff
-          aaaaaaaaaaaa  lazy estargz: 0 B of 0 B here, 3 requests, 0 B fetched
+          aaaaaaaaaaaa  lazy estargz: 0 B of 0 B here, 3 requests, 0 B fetched, index from r.example/index
           bbbbbbbbbbbb  left to containerd: it is encrypted
 
         other layers

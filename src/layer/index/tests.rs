@@ -167,7 +167,11 @@ fn damage_is_noticed() {
         error(12, 2).to_string(),
         "malformed layer index at 12: unknown access kind 2"
     );
-    assert_eq!(error(13, 3).to_string(), "malformed layer index at 13: unknown codec 3");
+    assert_eq!(error(13, 4).to_string(), "malformed layer index at 13: unknown codec 4");
+    assert_eq!(
+        error(14, 2).to_string(),
+        "malformed layer index at 14: unknown way to verify 2"
+    );
     let longer = sealed([&bytes[..], &[0]].concat());
     assert!(
         LayerIndex::decode(&longer)

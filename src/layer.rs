@@ -10,6 +10,7 @@ pub mod digest;
 pub mod error;
 pub mod estargz;
 pub mod index;
+pub mod portable;
 pub mod tar;
 #[cfg(test)]
 mod testing;

@@ -15,6 +15,7 @@ mod disk;
 mod tests;
 
 use super::{Checkpoint, Digest, LayerError};
+pub(super) use disk::{codec_byte, codec_of};
 
 /// Number of an inode within its layer. The root directory is [`ROOT_INO`].
 pub type Ino = u32;

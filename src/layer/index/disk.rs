@@ -57,12 +57,7 @@ impl LayerIndex {
             Access::Stream => 0,
             Access::Ranges => 1,
         });
-        out.push(match p.codec {
-            Codec::None => 0,
-            Codec::Gzip => 1,
-            Codec::Zstd => 2,
-            Codec::GzipSpans => 3,
-        });
+        out.push(codec_byte(p.codec));
         out.push(match p.verify {
             Verify::Content => 0,
             Verify::Span => 1,
@@ -172,13 +167,8 @@ impl LayerIndex {
                 ));
             }
         };
-        let codec = match codec {
-            0 => Codec::None,
-            1 => Codec::Gzip,
-            2 => Codec::Zstd,
-            3 => Codec::GzipSpans,
-            other => return Err(LayerError::malformed(FORMAT, 13, format!("unknown codec {other}"))),
-        };
+        let codec =
+            codec_of(codec).ok_or_else(|| LayerError::malformed(FORMAT, 13, format!("unknown codec {codec}")))?;
         let verify = match verify {
             0 => Verify::Content,
             1 => Verify::Span,
@@ -245,6 +235,23 @@ impl LayerIndex {
             strings: strings.to_vec(),
         })
     }
+}
+
+/// The codec as a byte.
+pub(in crate::layer) fn codec_byte(codec: Codec) -> u8 {
+    match codec {
+        Codec::None => 0,
+        Codec::Gzip => 1,
+        Codec::Zstd => 2,
+        Codec::GzipSpans => 3,
+    }
+}
+
+/// The codec that [`codec_byte`] made that byte of.
+pub(in crate::layer) fn codec_of(byte: u8) -> Option<Codec> {
+    [Codec::None, Codec::Gzip, Codec::Zstd, Codec::GzipSpans]
+        .get(usize::from(byte))
+        .copied()
 }
 
 fn encoded_len(p: &IndexParts) -> usize {

@@ -4,19 +4,22 @@
 //! makes of whiteouts, and what a layer takes over from those below it. It never does I/O, never panics on any input, and never allocates more than its input (or a
 //! stated limit) justifies: everything here is fed with bytes that an image author chose.
 
+pub mod checkpoint;
 pub mod compression;
 pub mod digest;
 pub mod error;
 pub mod estargz;
 pub mod index;
+pub mod portable;
 pub mod tar;
 #[cfg(test)]
 mod testing;
 pub mod tree;
 pub mod variant;
 
+pub use checkpoint::{Checkpoint, Windows};
 pub use compression::{Compression, decode_member, decoder};
 pub use digest::Digest;
 pub use error::LayerError;
-pub use index::{Access, Chunk, Codec, Dirent, IndexParts, Ino, Inode, LayerIndex, ROOT_INO};
+pub use index::{Access, Chunk, Codec, Dirent, IndexParts, Ino, Inode, LayerIndex, ROOT_INO, Verify};
 pub use tar::{Copy, TarIndexer, TarLayout};

@@ -265,6 +265,8 @@ mod tests {
             dirents: vec![dirent(0, 3, 2), dirent(3, 3, 3)],
             xattrs: Vec::new(),
             chunks: Vec::new(),
+            verify: crate::layer::Verify::Content,
+            checkpoints: Vec::new(),
             strings: b"usrx\n\xff".to_vec(),
         })
         .expect("the parts are an index");

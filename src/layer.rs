@@ -11,6 +11,7 @@ pub mod error;
 pub mod estargz;
 pub mod index;
 pub mod portable;
+pub mod soci;
 pub mod tar;
 #[cfg(test)]
 mod testing;

@@ -11,7 +11,7 @@ pub mod scan;
 pub mod windows;
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 pub use scan::{Scanned, Scanner};
 pub use windows::{WindowTable, Windows};

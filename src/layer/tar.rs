@@ -16,9 +16,9 @@
 //! Go's reader, and so containerd, tolerates is tolerated: no end marker, no padding after the last content, anything after
 //! the end marker, global PAX headers (ignored). Types that containerd does not unpack are refused, except for contiguous files.
 
-mod header;
+pub(super) mod header;
 mod member;
-mod pax;
+pub(super) mod pax;
 mod sparse;
 
 #[cfg(test)]

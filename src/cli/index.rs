@@ -438,7 +438,7 @@ fn inspect(file: &Path) -> anyhow::Result<Row> {
     let bytes = read_file(file)?.with_context(|| format!("{}: there is no such file", file.display()))?;
     let (layer, note) = form::describe(&bytes).with_context(|| file.display().to_string())?;
     Ok(Row {
-        layer: layer.map(|layer| layer.to_string()).unwrap_or_default(),
+        layer: layer.to_string(),
         index: Some(Digest::of(&bytes).to_string()),
         index_bytes: Some(bytes.len() as u64),
         place: Some(file.display().to_string()),

@@ -38,6 +38,7 @@ pub mod error;
 mod hot;
 mod layer;
 mod map;
+mod offline;
 mod staging;
 #[cfg(test)]
 mod tests;
@@ -46,4 +47,5 @@ mod windows;
 pub use dir::Cache;
 pub use error::CacheError;
 pub use layer::{CachedLayer, InUse, Stored};
+pub use offline::portable_of;
 pub use staging::Staging;

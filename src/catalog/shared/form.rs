@@ -1,6 +1,5 @@
 //! The form in which an index travels ([`crate::layer::portable`]), as far as sharing needs it.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use crate::cache::{Cache, CacheError, CachedLayer};
@@ -41,8 +40,7 @@ impl Portable {
     /// # Errors
     /// [`CacheError`] when the disk fails.
     pub fn insert(self, cache: &Cache, layer: &Digest) -> Result<Arc<CachedLayer>, CacheError> {
-        let _ = self.windows;
-        cache.insert(layer, self.index)
+        cache.insert_with_windows(layer, self.index, &self.windows)
     }
 }
 
@@ -54,19 +52,7 @@ pub fn pack(cached: &CachedLayer) -> Result<Option<Vec<u8>>, CacheError> {
     if cached.index().access() != Access::Ranges {
         return Ok(None);
     }
-    Ok(portable::pack(cached.digest(), cached.index(), &Windows::new()).ok())
-}
-
-/// The portable form of the index of a layer in the cache of a daemon that may be running, from its files; `None` if it is not
-/// there, or of no use elsewhere.
-pub fn stored(root: &Path, layer: &Digest) -> Option<Vec<u8>> {
-    let path = root.join("layers").join(layer.hex()).join("index");
-    let bytes = std::fs::read(path).ok()?;
-    let index = LayerIndex::decode(&bytes).ok()?;
-    if index.access() != Access::Ranges {
-        return None;
-    }
-    portable::pack(layer, &index, &Windows::new()).ok()
+    cached.portable().map(Some)
 }
 
 /// What a portable index is of, and facts about it for people.

@@ -8,6 +8,7 @@
 //!     <hex digest>/index            the layer's index (crate::layer::index)
 //!     <hex digest>/data             its data space as a sparse file
 //!     <hex digest>/map              which chunks are ready (map.rs)
+//!     <hex digest>/windows          what is needed to decode its spans, if it has any (windows.rs)
 //! ```
 //! A layer appears by the rename of a directory in which everything is already durable, so there are no half-made layers.
 //!
@@ -37,11 +38,14 @@ pub mod error;
 mod hot;
 mod layer;
 mod map;
+mod offline;
 mod staging;
 #[cfg(test)]
 mod tests;
+mod windows;
 
 pub use dir::Cache;
 pub use error::CacheError;
 pub use layer::{CachedLayer, InUse, Stored};
+pub use offline::portable_of;
 pub use staging::Staging;

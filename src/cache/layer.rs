@@ -15,8 +15,9 @@ use rustix::fs::FallocateFlags;
 use super::bitmap::{Bitmap, WORD};
 use super::error::is_full;
 use super::map::MapFile;
+use super::windows::WindowFile;
 use super::{Cache, CacheError};
-use crate::layer::{Chunk, Digest, LayerError, LayerIndex};
+use crate::layer::{Chunk, Digest, LayerError, LayerIndex, Verify, Windows, portable};
 
 /// Unit in which the use of a layer is noted and in which parts of it are evicted, in bytes of the data space: large enough that a
 /// hole is worth its system call, small enough that the hot part of a large layer survives.
@@ -39,6 +40,10 @@ pub struct CachedLayer {
     dir: PathBuf,
     data: File,
     map: Mutex<MapFile>,
+    /// `None`: the index has no checkpoints.
+    windows: Option<WindowFile>,
+    /// Digest of the index on disk.
+    id: Digest,
     /// Chunks whose bytes are on disk and have been verified.
     ready: Bitmap,
     /// Chunks whose bytes may be on disk, and have to be verified before they are ready.
@@ -66,6 +71,9 @@ pub(super) struct Files {
     pub map: MapFile,
     /// Bits of the chunks that are there.
     pub words: Vec<u64>,
+    pub windows: Option<WindowFile>,
+    /// Digest of the index file.
+    pub id: Digest,
     pub allocated: Arc<AtomicU64>,
 }
 
@@ -90,6 +98,8 @@ impl CachedLayer {
             dir: files.dir,
             data: files.data,
             map: Mutex::new(files.map),
+            windows: files.windows,
+            id: files.id,
             ready,
             suspect,
             unready: AtomicUsize::new(unready),
@@ -112,6 +122,37 @@ impl CachedLayer {
     /// Names, attributes and chunks.
     pub fn index(&self) -> &LayerIndex {
         &self.index
+    }
+
+    /// The window that decoding from a checkpoint needs, from the disk. `checkpoint` is a position in the index.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`] when it cannot be read or is damaged. The layer's spans cannot all be decoded any more then, and the layer is
+    /// made again when it is opened the next time.
+    pub fn window(&self, checkpoint: usize) -> Result<Bytes, CacheError> {
+        let (Some(windows), Some(of)) = (&self.windows, self.index.checkpoints().get(checkpoint)) else {
+            return Ok(Bytes::new());
+        };
+        let window = windows.window(self.digest, checkpoint, of, &self.cache.windows);
+        window.map_err(|source| {
+            windows.condemn();
+            CacheError::io("read the windows in", &self.dir)(source)
+        })
+    }
+
+    /// The index and its windows as one file that others can use ([`portable`]). It takes memory for all windows.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`] when the windows cannot be read, or it would be too large.
+    pub fn portable(&self) -> Result<Vec<u8>, CacheError> {
+        let pack = || {
+            let windows = match &self.windows {
+                Some(windows) => windows.all(&self.index, &self.id)?,
+                None => Windows::new(),
+            };
+            portable::pack(&self.digest, &self.index, &windows).map_err(io::Error::other)
+        };
+        pack().map_err(CacheError::io("pack the index in", &self.dir))
     }
 
     /// Bytes of the data space that are on disk.
@@ -218,7 +259,8 @@ impl CachedLayer {
         missing
     }
 
-    /// Stores the bytes of the chunk at position `chunk`, after verifying them. If there is no room, others are evicted; if that does not
+    /// Stores the bytes of the chunk at position `chunk`, after verifying them; with [`Verify::Span`] the caller has verified the span that
+    /// they were decoded from. If there is no room, others are evicted; if that does not
     /// help, the bytes are bypassed. It blocks for as long as the disk does.
     ///
     /// # Errors
@@ -285,7 +327,7 @@ impl CachedLayer {
         self.pins.load(Ordering::Relaxed) > 0
     }
 
-    /// Checks bytes against the digest of a chunk.
+    /// Checks bytes against the digest of a chunk, as far as it is known.
     fn check(&self, chunk: usize, bytes: &[u8]) -> Result<&Chunk, CacheError> {
         let corrupt = |error| CacheError::Corrupt {
             layer: self.digest,
@@ -305,6 +347,9 @@ impl CachedLayer {
                 length: bytes.len() as u64,
                 what: format!("{} bytes", record.data_len),
             }));
+        }
+        if self.index.verify() == Verify::Span {
+            return Ok(record);
         }
         let actual = Digest::of(bytes);
         if actual != record.digest {
@@ -351,15 +396,14 @@ impl CachedLayer {
         let Some(record) = self.index.chunks().get(chunk) else {
             return false;
         };
-        let mut bytes = vec![0; record.data_len as usize];
-        let read = self.data.read_exact_at(&mut bytes, record.data_offset);
-        if read.is_ok() && Digest::of(&bytes) == record.digest {
+        let problem = self.verify_on_disk(record);
+        let Some(why) = problem else {
             if self.ready.set(chunk) {
                 self.unready.fetch_sub(1, Ordering::SeqCst);
             }
             self.suspect.clear(chunk);
             return true;
-        }
+        };
         if self.suspect.clear(chunk) {
             self.present.fetch_sub(u64::from(record.data_len), Ordering::Relaxed);
             self.cache
@@ -367,10 +411,22 @@ impl CachedLayer {
                 .verify_failures_total
                 .with_label_values(&["disk"])
                 .inc();
-            let why = read.err().map_or_else(|| "other bytes".to_owned(), |e| e.to_string());
-            tracing::warn!(layer = %self.digest, chunk, "a chunk in the cache is damaged and will be fetched again: {why}");
+            tracing::warn!(layer = %self.digest, chunk, "a chunk in the cache is dropped and will be fetched again: {why}");
         }
         self.ready.get(chunk)
+    }
+
+    /// Why the bytes of a chunk on disk cannot be believed; `None` if they can.
+    fn verify_on_disk(&self, record: &Chunk) -> Option<String> {
+        if self.index.verify() == Verify::Span {
+            return Some("it can be verified only where it comes from".to_owned());
+        }
+        let mut bytes = vec![0; record.data_len as usize];
+        match self.data.read_exact_at(&mut bytes, record.data_offset) {
+            Ok(()) if Digest::of(&bytes) == record.digest => None,
+            Ok(()) => Some("other bytes".to_owned()),
+            Err(error) => Some(error.to_string()),
+        }
     }
 
     /// After an error of the disk: what it should have read has to be verified before it is used.

@@ -1,5 +1,6 @@
 //! `lazuli index`: building, sharing and looking at indexes without a daemon.
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use serde::Serialize;
 
-use crate::cache::Cache;
+use crate::cache::{Cache, portable_of};
 use crate::catalog::images::{PlannedLayer, plan_layers};
 use crate::catalog::loader::Loader;
 use crate::catalog::shared::publish::{Target, push};
@@ -264,14 +265,18 @@ impl Tool {
             (None, Some(place)) => Target::image(&self.registry, place, &subject.image.manifest_digest).await?,
             (None, None) => bail!("{reference} is in no registry; name an index repository with --repository"),
         };
+        let built = match from {
+            Some(_) => HashSet::new(),
+            None => self.built_by_daemon().await,
+        };
         let mut scratch = None;
         let (mut rows, mut indexes) = (Vec::new(), Vec::new());
         for layer in &subject.layers {
             let mut row = row_of(layer);
             let found = match from {
                 Some(dir) => read_file(&file_of(dir, &layer.spec.digest))?.ok_or_else(|| "there is no file".to_owned()),
-                None => match form::stored(&self.config.root, &layer.spec.digest) {
-                    Some(bytes) => Ok(bytes.into()),
+                None => match self.of_daemon(&built, &layer.spec.digest)? {
+                    Some(bytes) => Ok(bytes),
                     None => {
                         let (_, loader) = match &scratch {
                             Some(scratch) => scratch,
@@ -301,6 +306,21 @@ impl Tool {
             push(&self.registry, &target, key.as_ref(), &indexes).await?;
         }
         Ok(rows)
+    }
+
+    /// Layers whose indexes this machine's daemon has built itself. One that it took from others is not ours to vouch for.
+    async fn built_by_daemon(&self) -> HashSet<String> {
+        let status = super::status::fetch(&self.config.address).await.unwrap_or_default();
+        let own = status.layers.into_iter();
+        let own = own.filter(|layer| layer.lazy && layer.index.source == "built");
+        own.map(|layer| layer.digest).collect()
+    }
+
+    fn of_daemon(&self, built: &HashSet<String>, layer: &Digest) -> anyhow::Result<Option<Bytes>> {
+        if !built.contains(&layer.to_string()) {
+            return Ok(None);
+        }
+        Ok(portable_of(&self.config.root, layer)?.map(Bytes::from))
     }
 
     /// The indexes on offer for a layer: in the index repository, then beside the image.
@@ -438,7 +458,7 @@ fn inspect(file: &Path) -> anyhow::Result<Row> {
     let bytes = read_file(file)?.with_context(|| format!("{}: there is no such file", file.display()))?;
     let (layer, note) = form::describe(&bytes).with_context(|| file.display().to_string())?;
     Ok(Row {
-        layer: layer.map(|layer| layer.to_string()).unwrap_or_default(),
+        layer: layer.to_string(),
         index: Some(Digest::of(&bytes).to_string()),
         index_bytes: Some(bytes.len() as u64),
         place: Some(file.display().to_string()),

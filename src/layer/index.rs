@@ -336,7 +336,7 @@ impl LayerIndex {
     }
 
     /// The parts, to make another index of them.
-    pub(super) fn parts(&self) -> &IndexParts {
+    pub fn parts(&self) -> &IndexParts {
         &self.parts
     }
 

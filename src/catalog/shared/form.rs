@@ -1,14 +1,15 @@
-//! The form in which an index travels, as far as sharing needs it.
+//! The form in which an index travels ([`crate::layer::portable`]), as far as sharing needs it.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use crate::cache::{Cache, CacheError, CachedLayer};
-use crate::layer::{Access, Digest, LayerError, LayerIndex};
+use crate::layer::portable;
+use crate::layer::{Access, Digest, LayerError, LayerIndex, Verify, Windows};
 
-/// An index that has arrived: checked, but not yet believed of the layer's bytes.
+/// An index that has arrived: checked, but not yet compared with the layer's bytes.
 pub struct Portable {
     index: LayerIndex,
+    windows: Windows,
 }
 
 impl Portable {
@@ -17,19 +18,21 @@ impl Portable {
     /// # Errors
     /// [`LayerError`] when it is damaged, of another version, or another layer's.
     pub fn unpack(layer: &Digest, blob_size: u64, bytes: &[u8]) -> Result<Self, LayerError> {
-        let _ = layer;
-        let index = LayerIndex::decode(bytes)?;
+        let (index, windows) = portable::unpack(layer, bytes)?;
+        let wrong = |what: String| Err(LayerError::malformed("portable index", 0, what));
         if index.blob_size() != blob_size {
-            let what = format!(
+            return wrong(format!(
                 "it describes a blob of {} bytes instead of {blob_size}",
                 index.blob_size()
-            );
-            return Err(LayerError::malformed("portable index", 0, what));
+            ));
         }
         if index.access() != Access::Ranges {
-            return Err(LayerError::malformed("portable index", 0, "it gives no ranges"));
+            return wrong("it gives no ranges".to_owned());
         }
-        Ok(Portable { index })
+        if index.verify() != Verify::Content {
+            return wrong("it does not verify what is decoded with it".to_owned());
+        }
+        Ok(Portable { index, windows })
     }
 
     /// Puts the layer into the cache, without any of its bytes.
@@ -37,7 +40,7 @@ impl Portable {
     /// # Errors
     /// [`CacheError`] when the disk fails.
     pub fn insert(self, cache: &Cache, layer: &Digest) -> Result<Arc<CachedLayer>, CacheError> {
-        cache.insert(layer, self.index)
+        cache.insert_with_windows(layer, self.index, &self.windows)
     }
 }
 
@@ -49,24 +52,27 @@ pub fn pack(cached: &CachedLayer) -> Result<Option<Vec<u8>>, CacheError> {
     if cached.index().access() != Access::Ranges {
         return Ok(None);
     }
-    Ok(Some(cached.index().encode()))
-}
-
-/// The portable form of the index of a layer in the cache of a daemon that may be running, from its files; `None` if it is not
-/// there, or of no use elsewhere.
-pub fn stored(root: &Path, layer: &Digest) -> Option<Vec<u8>> {
-    let path = root.join("layers").join(layer.hex()).join("index");
-    let bytes = std::fs::read(path).ok()?;
-    let index = LayerIndex::decode(&bytes).ok()?;
-    (index.access() == Access::Ranges).then_some(bytes)
+    cached.portable().map(Some)
 }
 
 /// What a portable index is of, and facts about it for people.
 ///
 /// # Errors
 /// [`LayerError`] when it is damaged or of another version.
-pub fn describe(bytes: &[u8]) -> Result<(Option<Digest>, String), LayerError> {
-    let index = LayerIndex::decode(bytes)?;
-    let facts = format!("{} names, {} chunks", index.inodes().len(), index.chunks().len());
-    Ok((None, facts))
+pub fn describe(bytes: &[u8]) -> Result<(Digest, String), LayerError> {
+    let facts = portable::inspect(bytes)?;
+    // The header says what it likes; what is shown is of a file that can be used.
+    portable::unpack(&facts.layer, bytes)?;
+    let text = format!(
+        "blob of {} bytes, {} uncompressed; {} names, {} chunks, {} checkpoints; index {} bytes ({} unpacked), windows {} bytes",
+        facts.blob_size,
+        facts.data_size,
+        facts.inodes,
+        facts.chunks,
+        facts.checkpoints,
+        facts.index_len,
+        facts.raw_len,
+        facts.windows_len
+    );
+    Ok((facts.layer, text))
 }

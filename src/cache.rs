@@ -10,6 +10,7 @@
 //!     <hex digest>/map              which chunks are ready (map.rs)
 //!     <hex digest>/mounted          the boot in which the data was mounted (hold.rs)
 //!     <hex digest>/data.next        a data file that was to take the place of one that was mounted (evict.rs)
+//!     <hex digest>/windows          what is needed to decode its spans, if it has any (windows.rs)
 //! ```
 //! A layer appears by the rename of a directory in which everything is already durable, so there are no half-made layers.
 //!
@@ -46,13 +47,16 @@ mod hold;
 mod hot;
 mod layer;
 mod map;
+mod offline;
 mod staging;
 #[cfg(test)]
 mod tests;
+mod windows;
 
 pub use check::Checked;
 pub use dir::Cache;
 pub use error::CacheError;
 pub use hold::{Hold, NotWhole};
 pub use layer::{CachedLayer, InUse, Stored};
+pub use offline::portable_of;
 pub use staging::Staging;

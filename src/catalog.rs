@@ -42,8 +42,10 @@ mod chains;
 pub mod containerd;
 mod handle;
 pub mod images;
+mod indexes;
 pub mod loader;
 mod release;
+pub mod shared;
 pub mod sources;
 pub mod status;
 pub mod variants;
@@ -55,6 +57,8 @@ use chains::Chains;
 use containerd::Containerd;
 use images::{ImagePlan, Images};
 use loader::{LayerSpec, Loader, Refusal};
+use shared::Origin;
+use shared::publish::Publisher;
 use sources::Failover;
 use variants::Shelf;
 
@@ -149,6 +153,8 @@ pub struct Catalog {
     faces: RwLock<Option<Faces>>,
     store: Arc<Store>,
     metrics: Arc<Metrics>,
+    /// Publishes indexes that are built here, if that is wanted.
+    publisher: Option<Arc<Publisher>>,
     root: PathBuf,
     cache_max_bytes: u64,
     live: RwLock<HashMap<Digest, Live>>,
@@ -174,6 +180,8 @@ pub struct Parts {
     pub store: Arc<Store>,
     /// Metrics.
     pub metrics: Arc<Metrics>,
+    /// Publishes indexes that are built here, if that is wanted.
+    pub publisher: Option<Arc<Publisher>>,
     /// The daemon's root directory, for the status document.
     pub root: PathBuf,
     /// The cache's budget, for the status document.
@@ -190,6 +198,7 @@ impl Catalog {
             faces,
             store,
             metrics,
+            publisher,
             root,
             cache_max_bytes,
         } = parts;
@@ -200,6 +209,7 @@ impl Catalog {
             faces: RwLock::new(Some(faces)),
             store,
             metrics,
+            publisher,
             shelf: Shelf::new(root.join(variants::DIRECTORY)),
             root,
             cache_max_bytes,
@@ -244,13 +254,15 @@ impl Catalog {
                     missing += 1;
                     tracing::warn!(layer = %record.digest, "its index is not in the cache, will be loaded again");
                     // Nobody waits: who needs the layer joins the task.
-                    drop(self.begin(spec, record.sources, record.images));
+                    drop(self.begin(spec, record.sources, record.images, None));
                 }
                 Err(refusal) => tracing::error!(layer = %record.digest, reason = %refusal, "cannot be brought back"),
             }
         }
         self.restore_variants(variants);
         self.restore_chains(&referenced)?;
+        self.publish_the_rest();
+        self.check_shared();
         tracing::info!(restored, missing, "layers of committed snapshots are back");
         Ok(())
     }
@@ -292,6 +304,14 @@ impl Catalog {
             ));
         };
         let digest = plan.layers[position].spec.digest;
+        if !self.may_share(&digest) && self.read_live().contains_key(&digest) {
+            let text = "its shared index has turned out to be false; it is read anew once no container uses it";
+            return Err(Refusal {
+                word: "corrupt",
+                text: text.to_owned(),
+                retry_helps: true,
+            });
+        }
         let flights = self.begin_image(&plan);
         let result = match flights.get(&digest) {
             Some(flight) => flight.clone().await,
@@ -320,7 +340,8 @@ impl Catalog {
                 continue;
             }
             let names = plan.name.iter().cloned().collect();
-            flights.insert(digest, self.begin(planned.spec.clone(), plan.sources.clone(), names));
+            let (spec, sources) = (planned.spec.clone(), plan.sources.clone());
+            flights.insert(digest, self.begin(spec, sources, names, Some(plan.manifest)));
         }
         flights
     }
@@ -355,7 +376,13 @@ impl Catalog {
     }
 
     /// Begins to load a layer, or joins the task that does.
-    fn begin(self: &Arc<Self>, spec: LayerSpec, sources: Vec<LayerSource>, names: Vec<String>) -> Flight {
+    fn begin(
+        self: &Arc<Self>,
+        spec: LayerSpec,
+        sources: Vec<LayerSource>,
+        names: Vec<String>,
+        manifest: Option<Digest>,
+    ) -> Flight {
         let mut flights = self.lock_flights();
         if let Some(flight) = flights.get(&spec.digest) {
             return flight.clone();
@@ -367,7 +394,7 @@ impl Catalog {
         let digest = spec.digest;
         let catalog = Arc::clone(self);
         let task = tokio::spawn(async move {
-            let result = catalog.load(&spec, sources, names).await;
+            let result = catalog.load(&spec, sources, names, manifest).await;
             // Success is found in `live` from now on, and a failure may be tried again by the next pull.
             catalog.lock_flights().remove(&digest);
             if let Err(refusal) = &result {
@@ -394,12 +421,25 @@ impl Catalog {
         flight
     }
 
-    async fn load(&self, spec: &LayerSpec, sources: Vec<LayerSource>, images: Vec<String>) -> Result<(), Refusal> {
+    async fn load(
+        self: &Arc<Self>,
+        spec: &LayerSpec,
+        sources: Vec<LayerSource>,
+        images: Vec<String>,
+        manifest: Option<Digest>,
+    ) -> Result<(), Refusal> {
         let began = Instant::now();
         let blob = self
             .blob(spec, &sources)
             .ok_or_else(|| Refusal::unresolved("no source is known", false))?;
-        let layer = self.loader.load(spec, blob).await?;
+        let origin = Origin {
+            sources: sources.clone(),
+            manifest,
+        };
+        let may_share = self.may_share(&spec.digest);
+        let loaded = self.loader.load(spec, blob, may_share.then_some(&origin)).await?;
+        let (layer, index) = (loaded.layer, loaded.index);
+        let cached = Arc::clone(layer.cached());
         let slot = self
             .store
             .allocate_slot(&spec.digest)
@@ -417,6 +457,9 @@ impl Catalog {
         };
         self.store.put_layer(&record).map_err(|error| of_store(&error))?;
         let format = self.attach(spec, slot, layer)?;
+        if let Some(index) = index {
+            self.index_is_known(&cached, index, origin);
+        }
         let seconds = began.elapsed().as_secs_f64();
         tracing::info!(layer = %spec.digest, format, bytes = spec.size, seconds, "layer is live");
         Ok(())

@@ -17,6 +17,7 @@ use crate::catalog::containerd::ContainerdError;
 use crate::config::{Config, ConfigError};
 use crate::registry::RegistryError;
 
+mod index;
 mod mount;
 mod pull;
 mod status;
@@ -58,6 +59,11 @@ enum Command {
     Mount(MountArgs),
     /// Ask the daemon what it serves: images, layers, their formats, and how much of them is on this machine.
     Status(StatusArgs),
+    /// Build, share and look at indexes: who has a layer's index starts it without streaming it first.
+    ///
+    /// An index lies beside its image (as a referrer of the manifest), or in an index repository (--repository, or `index.repository` of
+    /// the configuration). The daemon uses what it may trust, and publishes what it builds, as [index] of its configuration says.
+    Index(IndexArgs),
     /// Check the configuration file, and print the configuration that results (without passwords).
     CheckConfig(ConfigArgs),
 }
@@ -140,6 +146,85 @@ struct StatusArgs {
     json: bool,
 }
 
+#[derive(Args)]
+struct IndexArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Speak plain HTTP with the registries named on the command line
+    #[arg(long)]
+    plain_http: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    #[command(subcommand)]
+    command: IndexCommand,
+}
+
+#[derive(Subcommand)]
+enum IndexCommand {
+    /// Download an image's layers, index them, and write the indexes to files.
+    ///
+    /// Layers that are lazy by themselves, are too small, or cannot be read in ranges are left out. The layers are unpacked below
+    /// $TMPDIR meanwhile.
+    Build {
+        /// registry.example/repo:tag or oci:DIRECTORY[:TAG]
+        source: String,
+        /// An existing directory for the files
+        #[arg(long, short, value_name = "DIR")]
+        output: PathBuf,
+    },
+    /// Put indexes of an image's layers into a registry: those of this machine's daemon, or of files, or else built anew.
+    Push {
+        /// registry.example/repo:tag
+        #[arg(value_name = "REF")]
+        reference: String,
+        /// Index repository to put them into [default: `index.repository`, else beside the image]
+        #[arg(long, value_name = "REPO")]
+        repository: Option<String>,
+        /// Directory of files that `lazuli index build` has written
+        #[arg(long, value_name = "DIR")]
+        from: Option<PathBuf>,
+        /// File of the ed25519 key to sign them with (overrides `index.signing_key`)
+        #[arg(long, value_name = "FILE")]
+        signing_key: Option<PathBuf>,
+    },
+    /// Download the indexes of an image's layers into files.
+    Pull {
+        /// registry.example/repo:tag
+        #[arg(value_name = "REF")]
+        reference: String,
+        /// Index repository to look in beside the image's own [default: `index.repository`]
+        #[arg(long, value_name = "REPO")]
+        repository: Option<String>,
+        /// An existing directory for the files
+        #[arg(long, short, value_name = "DIR")]
+        output: PathBuf,
+    },
+    /// List the indexes of an image's layers, and whether this configuration trusts them; or all in an index repository.
+    Ls {
+        /// registry.example/repo:tag; without it, everything in the index repository is listed
+        #[arg(value_name = "REF")]
+        reference: Option<String>,
+        /// Index repository to look in beside the image's own [default: `index.repository`]
+        #[arg(long, value_name = "REPO")]
+        repository: Option<String>,
+    },
+    /// Remove the indexes of an image's layers from a registry.
+    Rm {
+        /// registry.example/repo:tag
+        #[arg(value_name = "REF")]
+        reference: String,
+        /// Index repository to remove them from [default: `index.repository`, else those beside the image]
+        #[arg(long, value_name = "REPO")]
+        repository: Option<String>,
+    },
+    /// Show what is in a file that `lazuli index build` or `pull` has written.
+    Inspect {
+        /// The file
+        file: PathBuf,
+    },
+}
+
 /// Runs the command line.
 pub fn main() -> ExitCode {
     match run(Cli::parse().command) {
@@ -165,6 +250,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Pull(args) => pull::run(args),
         Command::Mount(args) => mount::run(args),
         Command::Status(args) => status::run(&args),
+        Command::Index(args) => index::run(args),
         Command::CheckConfig(args) => {
             let config = args.load()?;
             print!("{}", toml::to_string(&config)?);

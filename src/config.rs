@@ -35,6 +35,8 @@ pub struct Config {
     pub cache: CacheConfig,
     /// Fetching.
     pub fetch: FetchConfig,
+    /// Indexes of layers that machines share.
+    pub index: IndexConfig,
     /// FUSE.
     pub fuse: FuseConfig,
 }
@@ -129,6 +131,30 @@ pub struct FetchConfig {
     pub read_deadline: Duration,
 }
 
+/// Indexes of layers that machines share: who has one need not stream the layer.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct IndexConfig {
+    /// Look for a shared index before a layer is streamed. Nobody is asked where no answer could be trusted.
+    pub enabled: bool,
+    /// The cluster's index repository (`registry.example/lazuli/index`): looked in first, and published to. Empty: none.
+    pub repository: String,
+    /// Longest search for an index before its layer is streamed, in seconds.
+    #[serde(with = "seconds")]
+    pub lookup_deadline: Duration,
+    /// Publish indexes that were built here: in `repository`, or without one beside the image.
+    pub publish: bool,
+    /// Repositories whose unsigned indexes are trusted, beside `repository`: `registry.example/team/app`, or all below a path with
+    /// `registry.example/team/*`.
+    pub trusted_repositories: Vec<String>,
+    /// Files with ed25519 public keys (PEM): what one of them has signed is trusted wherever it lies.
+    pub public_keys: Vec<PathBuf>,
+    /// Trust nothing unsigned, not even in the repositories named here.
+    pub require_signature: bool,
+    /// File with the ed25519 private key (PEM, PKCS#8) that signs what is published.
+    pub signing_key: Option<PathBuf>,
+}
+
 /// FUSE.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
@@ -163,6 +189,7 @@ impl Default for Config {
             registry: RegistryConfig::default(),
             cache: CacheConfig::default(),
             fetch: FetchConfig::default(),
+            index: IndexConfig::default(),
             fuse: FuseConfig::default(),
         }
     }
@@ -210,6 +237,51 @@ impl Default for FetchConfig {
             stream_memory: ByteSize(64 << 20),
             read_deadline: Duration::from_secs(120),
         }
+    }
+}
+
+impl Default for IndexConfig {
+    fn default() -> Self {
+        IndexConfig {
+            enabled: true,
+            repository: String::new(),
+            lookup_deadline: Duration::from_secs(2),
+            publish: false,
+            trusted_repositories: Vec::new(),
+            public_keys: Vec::new(),
+            require_signature: false,
+            signing_key: None,
+        }
+    }
+}
+
+impl IndexConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        let fail = |key, problem: String| Err(ConfigError::Value { key, problem });
+        let named = |name: &str| {
+            let (host, path) = name.split_once('/').unwrap_or((name, ""));
+            let plain = |text: &str| !text.is_empty() && !text.contains(['@', '*', ' ']) && !text.ends_with('/');
+            plain(host) && plain(path) && !path.contains(':')
+        };
+        if !self.repository.is_empty() && !named(&self.repository) {
+            let problem = format!(
+                "{:?} is not a repository such as registry.example/lazuli/index, without a tag",
+                self.repository
+            );
+            return fail("index.repository", problem);
+        }
+        for name in &self.trusted_repositories {
+            let all_below = name.strip_suffix("/*").is_some_and(|path| named(&format!("{path}/x")));
+            if !named(name) && !all_below {
+                let problem = format!("{name:?} is neither registry.example/repository nor registry.example/path/*");
+                return fail("index.trusted_repositories", problem);
+            }
+        }
+        if self.require_signature && self.public_keys.is_empty() {
+            let problem = "it needs a key in index.public_keys, or nothing can be trusted".to_owned();
+            return fail("index.require_signature", problem);
+        }
+        Ok(())
     }
 }
 
@@ -310,7 +382,7 @@ impl Config {
                 format!("{:?} is not a log level or filter", self.log.level),
             );
         }
-        let bounds: [(&'static str, u64, u64, u64); 8] = [
+        let bounds: [(&'static str, u64, u64, u64); 9] = [
             (
                 "registry.connect_timeout",
                 self.registry.connect_timeout.as_secs(),
@@ -334,6 +406,7 @@ impl Config {
             ),
             ("fetch.stream_memory", self.fetch.stream_memory.0, 4 << 20, 64 << 30),
             ("fetch.read_deadline", self.fetch.read_deadline.as_secs(), 1, 86_400),
+            ("index.lookup_deadline", self.index.lookup_deadline.as_secs(), 1, 60),
         ];
         for (key, value, least, most) in bounds {
             if !(least..=most).contains(&value) {
@@ -343,7 +416,7 @@ impl Config {
         if self.fuse.threads > 64 {
             return fail("fuse.threads", format!("{} is more than 64", self.fuse.threads));
         }
-        Ok(())
+        self.index.check()
     }
 }
 
@@ -493,11 +566,29 @@ mod tests {
             ),
             ("[fetch]\nmax_request = \"1GiB\"", "fetch.max_request"),
             ("[fuse]\nthreads = 65", "fuse.threads"),
+            ("[index]\nlookup_deadline = 0", "index.lookup_deadline: 0 is not between 1 and 60"),
+            ("[index]\nrepository = \"r.example\"", "index.repository"),
+            ("[index]\nrepository = \"r.example/a:tag\"", "without a tag"),
+            ("[index]\ntrusted_repositories = [\"*\"]", "index.trusted_repositories"),
+            ("[index]\ntrusted_repositories = [\"r.example/a*\"]", "\"r.example/a*\""),
+            ("[index]\nrequire_signature = true", "index.require_signature: it needs a key"),
+            ("[index]\npublsh = true", "publsh"),
             ("root = ", "line 1"),
         ] {
             let error = parse(text).unwrap_err().to_string();
             assert!(error.contains(expected), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn index_repositories_are_read() {
+        let text = "[index]\nrepository = \"r.example:5000/a/b\"\npublish = true\nsigning_key = \"/k\"\npublic_keys = [\"/p\"]\n\
+                    require_signature = true\ntrusted_repositories = [\"r.example/x\", \"r.example/y/*\", \"127.0.0.1:5000/*\"]";
+        let index = parse(text).unwrap().index;
+        assert!(index.enabled && index.publish && index.require_signature);
+        assert_eq!(index.repository, "r.example:5000/a/b");
+        assert_eq!(index.trusted_repositories.len(), 3);
+        assert_eq!(index.signing_key.as_deref(), Some(Path::new("/k")));
     }
 
     #[test]

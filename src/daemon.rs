@@ -21,6 +21,9 @@ use crate::admin::Admin;
 use crate::cache::{Cache, CacheError};
 use crate::catalog::containerd::{Containerd, MAX_MESSAGE};
 use crate::catalog::loader::Loader;
+use crate::catalog::shared::SharedIndexes;
+use crate::catalog::shared::publish::Publisher;
+use crate::catalog::shared::trust::IndexError;
 use crate::catalog::{Catalog, Handle, Parts};
 use crate::config::{Config, LogConfig, LogFormat};
 use crate::fetch::Fetcher;
@@ -70,6 +73,9 @@ pub enum DaemonError {
     /// FUSE cannot be mounted.
     #[error(transparent)]
     Fs(#[from] FsError),
+    /// The configuration of shared indexes cannot be used.
+    #[error(transparent)]
+    Index(#[from] IndexError),
     /// The configuration of registries cannot be used.
     #[error(transparent)]
     Registry(#[from] RegistryError),
@@ -129,6 +135,9 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let _lock = prepare_root(&config.root)?;
     let metrics = Arc::new(Metrics::new());
     let registry = Registry::new(&config.registry, Arc::clone(&metrics))?;
+    let shared = SharedIndexes::new(&config.index, Arc::clone(&registry), Arc::clone(&metrics))?;
+    let (copy, finder, counts) = (Arc::clone(&registry), Arc::clone(&shared), Arc::clone(&metrics));
+    let publisher = Publisher::new(&config.index, copy, finder, counts)?;
     let cache = Cache::open(&config.root, &config.cache, Arc::clone(&metrics))?;
     let store = Arc::new(Store::open(&config.root.join("metadata.redb"))?);
     let runtime = tokio::runtime::Handle::current();
@@ -151,10 +160,11 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let catalog = Catalog::new(Parts {
         containerd: Containerd::new(&config.containerd_address),
         registry,
-        loader: Loader::new(cache, fetcher),
+        loader: Loader::new(cache, fetcher).with_shared(shared),
         faces,
         store: Arc::clone(&store),
         metrics: Arc::clone(&metrics),
+        publisher,
         root: config.root.clone(),
         cache_max_bytes: config.cache.max_size.0,
     });

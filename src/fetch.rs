@@ -10,8 +10,9 @@
 //! into the same request. The request (request.rs) hands members of the body to a blocking thread as they are complete, which decodes,
 //! verifies and stores their chunks and answers who waits for each, while the body still arrives.
 //!
-//! Streams (stream.rs, pipeline.rs) are for layers that cannot be read in ranges: one pass over the whole blob makes index and data.
-//! When such a layer has been evicted, the first read that misses streams it again (refill.rs), chunk by chunk against its index.
+//! Streams (stream.rs, pipeline.rs) are for layers that have no index: one pass over the whole blob makes index and data. It also finds
+//! the places where decoding can begin (spans.rs), so that evicted bytes come back in ranges. Where there are none (a single zstd
+//! frame), the first read that misses an evicted byte streams the layer again (refill.rs), chunk by chunk against its index.
 //!
 //! # Whole layers
 //! A layer that is complete is given to the kernel as a file ([`LayerData::local_file`]). What an earlier process left of it is verified
@@ -35,6 +36,7 @@ mod pipeline;
 mod queue;
 mod refill;
 mod request;
+mod spans;
 mod stream;
 #[cfg(test)]
 mod tests;

@@ -5,6 +5,7 @@
 //! any input, and never allocates more than its input (or a stated limit) justifies: everything here is fed with bytes that an image
 //! author chose.
 
+pub mod checkpoint;
 pub mod compression;
 pub mod digest;
 pub mod erofs;
@@ -12,14 +13,17 @@ pub mod error;
 pub mod estargz;
 pub mod index;
 pub mod merge;
+pub mod portable;
+pub mod soci;
 pub mod tar;
 #[cfg(test)]
 mod testing;
 pub mod tree;
 pub mod variant;
 
+pub use checkpoint::{Checkpoint, Windows};
 pub use compression::{Compression, decode_member, decoder};
 pub use digest::Digest;
 pub use error::LayerError;
-pub use index::{Access, Chunk, Codec, Dirent, IndexParts, Ino, Inode, LayerIndex, ROOT_INO};
+pub use index::{Access, Chunk, Codec, Dirent, IndexParts, Ino, Inode, LayerIndex, ROOT_INO, Verify};
 pub use tar::{Copy, TarIndexer, TarLayout};

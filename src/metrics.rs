@@ -54,6 +54,12 @@ pub struct Metrics {
     pub registry_retries_total: IntCounterVec,
     /// Chunks or layers whose bytes did not have the promised digest, by `origin` (`source`, `disk`).
     pub verify_failures_total: IntCounterVec,
+    /// Searches for a shared index of a layer, by `result` (`found`, `none`, `untrusted`, `damaged`, `failed`).
+    pub index_lookups_total: IntCounterVec,
+    /// Indexes that were built here and were to be published, by `result` (`published`, `present`, `failed`).
+    pub index_publications_total: IntCounterVec,
+    /// Layers that are wholly here and whose shared index does not describe them.
+    pub index_mismatches_total: IntCounter,
     /// Bytes of layer data on disk.
     pub cache_bytes: IntGauge,
     /// Bytes removed from the cache to keep its budget.
@@ -174,6 +180,23 @@ impl Metrics {
                 "lazuli_verify_failures_total",
                 "Chunks or layers whose bytes did not have the promised digest.",
                 &["origin"],
+            ),
+            index_lookups_total: counter_vec(
+                &r,
+                "lazuli_index_lookups_total",
+                "Searches for a shared index of a layer.",
+                &["result"],
+            ),
+            index_publications_total: counter_vec(
+                &r,
+                "lazuli_index_publications_total",
+                "Indexes that were built here and were to be published.",
+                &["result"],
+            ),
+            index_mismatches_total: counter(
+                &r,
+                "lazuli_index_mismatches_total",
+                "Layers that are wholly here and whose shared index does not describe them.",
             ),
             cache_bytes: gauge(&r, "lazuli_cache_bytes", "Bytes of layer data on disk."),
             cache_evicted_bytes_total: counter(

@@ -8,7 +8,8 @@
 //! ```text
 //! reference   "host:port/repo:tag@digest" -> Reference
 //! image       Reference + Source -> manifest, config, layers, chain ids of this platform
-//! client      Registry -> Source of one repository -> Blob        (HTTP)
+//! artifact    manifests that are about another manifest, and how they are found
+//! client      Registry -> Source of one repository -> Blob        (HTTP); Pusher writes
 //!   hosts       hosts.toml -> endpoints in order, one connection pool per TLS identity
 //!   auth        challenges, tokens, credentials
 //!   attempts    which host next, after how long, and when to give up
@@ -26,6 +27,7 @@ use futures::stream::BoxStream;
 use crate::layer::Digest;
 use crate::metrics::Metrics;
 
+pub mod artifact;
 pub mod attempts;
 pub mod auth;
 pub mod client;
@@ -37,7 +39,8 @@ pub mod location;
 pub mod range;
 pub mod reference;
 
-pub use client::Registry;
+pub use artifact::Referrer;
+pub use client::{Pusher, Registry};
 pub use error::RegistryError;
 pub use image::{Image, ImageConfig, LayerDescriptor, Manifest, Platform};
 pub use layout::OciLayout;
@@ -83,6 +86,28 @@ pub trait Source: Send + Sync {
     /// # Errors
     /// [`RegistryError`]; [`RegistryError::Image`] if `size` is over `limit` (both in bytes).
     fn read_small(&self, digest: Digest, size: u64, limit: u64) -> BoxFuture<'_, Result<Bytes, RegistryError>>;
+
+    /// Artifacts that say they are about the manifest `subject`, through the referrers API, or by its tag where that is missing; of
+    /// the type `artifact_type`, or of none that the list tells. Anybody who may write there can have added to them.
+    ///
+    /// # Errors
+    /// [`RegistryError`], when the attempts are used up or waiting does not help. None of them is no error.
+    fn referrers<'a>(
+        &'a self,
+        subject: Digest,
+        artifact_type: &'a str,
+    ) -> BoxFuture<'a, Result<Vec<Referrer>, RegistryError>> {
+        let _ = (subject, artifact_type);
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
+
+    /// The tags there are, as many as are read of such a list.
+    ///
+    /// # Errors
+    /// As [`Source::referrers`].
+    fn tags(&self) -> BoxFuture<'_, Result<Vec<String>, RegistryError>> {
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
 
     /// Name for logs and errors: `registry.example/repo`, or a path.
     fn describe(&self) -> String;

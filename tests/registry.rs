@@ -6,6 +6,8 @@ mod support;
 
 #[path = "registry/access.rs"]
 mod access;
+#[path = "registry/artifacts.rs"]
+mod artifacts;
 #[path = "registry/mirrors.rs"]
 mod mirrors;
 #[path = "registry/real.rs"]

@@ -7,7 +7,7 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {
     let _ = LayerIndex::decode(bytes);
-    let mut body = b"LZLINDEX\x01\0\0\0".to_vec();
+    let mut body = b"LZLINDEX\x03\0\0\0".to_vec();
     body.extend_from_slice(bytes);
     let digest = Digest::of(&body);
     body.extend_from_slice(digest.as_bytes());

@@ -15,9 +15,10 @@ use super::hot::HotChunks;
 use super::layer::{BLOCK, Files};
 use super::map::{self, MapFile};
 use super::staging::{Staging, sync_dir};
+use super::windows::{RecentWindows, WindowFile};
 use super::{CacheError, CachedLayer};
 use crate::config::CacheConfig;
-use crate::layer::{Digest, LayerIndex};
+use crate::layer::{Digest, LayerIndex, Windows};
 use crate::metrics::Metrics;
 
 /// Mode of the cache's directories: for nobody else.
@@ -46,6 +47,7 @@ pub struct Cache {
     boot_id: String,
     /// When it was last told that the budget cannot be met.
     pub(super) told: Mutex<Option<Instant>>,
+    pub(super) windows: RecentWindows,
     me: Weak<Cache>,
 }
 
@@ -108,6 +110,7 @@ impl Cache {
             hot: HotChunks::new(),
             boot_id: boot_id(),
             told: Mutex::default(),
+            windows: RecentWindows::new(),
             me: me.clone(),
         });
         cache.occupy(used);
@@ -148,9 +151,22 @@ impl Cache {
     /// # Errors
     /// [`CacheError`] if it cannot be written.
     pub fn insert(&self, digest: &Digest, index: LayerIndex) -> Result<Arc<CachedLayer>, CacheError> {
+        self.insert_with_windows(digest, index, &Windows::new())
+    }
+
+    /// Like [`Cache::insert`], for an index with checkpoints and their windows.
+    ///
+    /// # Errors
+    /// [`CacheError`] if it cannot be written, or the windows are not those of the index.
+    pub fn insert_with_windows(
+        &self,
+        digest: &Digest,
+        index: LayerIndex,
+        windows: &Windows,
+    ) -> Result<Arc<CachedLayer>, CacheError> {
         match self.get(digest)? {
             Some(layer) => Ok(layer),
-            None => self.stage(digest)?.commit(index, false),
+            None => self.stage(digest)?.commit_with_windows(index, windows, false),
         }
     }
 
@@ -274,6 +290,13 @@ impl Cache {
             }
         };
         let (id, chunks) = (Digest::of(&encoded), index.chunks());
+        let windows = match WindowFile::open(&dir, &index, &id) {
+            Ok(windows) => windows,
+            Err(error) => {
+                tracing::warn!(layer = %digest, "the layer is removed from the cache, its windows cannot be used: {error}");
+                return Ok(None);
+            }
+        };
         let (path, map_path) = (dir.join("data"), dir.join("map"));
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false);
@@ -321,6 +344,8 @@ impl Cache {
             words,
             fresh: false,
             exposed,
+            windows,
+            id,
             allocated,
         };
         Ok(Some(CachedLayer::new(me, *digest, index, files)))

@@ -15,8 +15,9 @@ use bytes::Bytes;
 use super::bitmap::{Bitmap, WORD};
 use super::error::is_full;
 use super::map::MapFile;
+use super::windows::WindowFile;
 use super::{Cache, CacheError};
-use crate::layer::{Chunk, Digest, LayerError, LayerIndex};
+use crate::layer::{Chunk, Digest, LayerError, LayerIndex, Verify, Windows, portable};
 
 /// Unit in which the use of a layer is noted and in which parts of it are evicted, in bytes of the data space: large enough that a
 /// hole is worth its system call, small enough that the hot part of a large layer survives.
@@ -42,6 +43,10 @@ pub struct CachedLayer {
     map: Mutex<MapFile>,
     /// Chunks whose bytes are on disk and have been verified, by this process or before the last orderly end.
     pub(super) ready: Bitmap,
+    /// `None`: the index has no checkpoints.
+    windows: Option<WindowFile>,
+    /// Digest of the index on disk.
+    id: Digest,
     /// Chunks whose bytes may be on disk, and have to be verified before they are ready.
     pub(super) suspect: Bitmap,
     /// Chunks whose bytes this process has verified: those that may be mounted.
@@ -79,6 +84,9 @@ pub(super) struct Files {
     pub fresh: bool,
     /// Whether the data may be mounted.
     pub exposed: bool,
+    pub windows: Option<WindowFile>,
+    /// Digest of the index file.
+    pub id: Digest,
     pub allocated: Arc<AtomicU64>,
 }
 
@@ -107,6 +115,8 @@ impl CachedLayer {
             dir: files.dir,
             data: ArcSwap::from_pointee(files.data),
             map: Mutex::new(files.map),
+            windows: files.windows,
+            id: files.id,
             ready,
             suspect,
             checked,
@@ -133,6 +143,37 @@ impl CachedLayer {
     /// Names, attributes and chunks.
     pub fn index(&self) -> &LayerIndex {
         &self.index
+    }
+
+    /// The window that decoding from a checkpoint needs, from the disk. `checkpoint` is a position in the index.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`] when it cannot be read or is damaged. The layer's spans cannot all be decoded any more then, and the layer is
+    /// made again when it is opened the next time.
+    pub fn window(&self, checkpoint: usize) -> Result<Bytes, CacheError> {
+        let (Some(windows), Some(of)) = (&self.windows, self.index.checkpoints().get(checkpoint)) else {
+            return Ok(Bytes::new());
+        };
+        let window = windows.window(self.digest, checkpoint, of, &self.cache.windows);
+        window.map_err(|source| {
+            windows.condemn();
+            CacheError::io("read the windows in", &self.dir)(source)
+        })
+    }
+
+    /// The index and its windows as one file that others can use ([`portable`]). It takes memory for all windows.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`] when the windows cannot be read, or it would be too large.
+    pub fn portable(&self) -> Result<Vec<u8>, CacheError> {
+        let pack = || {
+            let windows = match &self.windows {
+                Some(windows) => windows.all(&self.index, &self.id)?,
+                None => Windows::new(),
+            };
+            portable::pack(&self.digest, &self.index, &windows).map_err(io::Error::other)
+        };
+        pack().map_err(CacheError::io("pack the index in", &self.dir))
     }
 
     /// Bytes of the data space that are on disk.
@@ -239,7 +280,8 @@ impl CachedLayer {
         missing
     }
 
-    /// Stores the bytes of the chunk at position `chunk`, after verifying them. If there is no room, others are evicted; if that does not
+    /// Stores the bytes of the chunk at position `chunk`, after verifying them; with [`Verify::Span`] the caller has verified the span that
+    /// they were decoded from. If there is no room, others are evicted; if that does not
     /// help, the bytes are bypassed. It blocks for as long as the disk does.
     ///
     /// # Errors
@@ -326,6 +368,9 @@ impl CachedLayer {
                 length: bytes.len() as u64,
                 what: format!("{} bytes", record.data_len),
             }));
+        }
+        if self.index.verify() == Verify::Span {
+            return Ok(record);
         }
         let actual = Digest::of(bytes);
         if actual != record.digest {

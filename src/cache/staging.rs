@@ -15,8 +15,9 @@ use super::error::is_full;
 use super::hold::file_size;
 use super::layer::{BLOCK, Files};
 use super::map::{self, MapFile};
+use super::windows::{self, WindowFile};
 use super::{Cache, CacheError, CachedLayer};
-use crate::layer::{Digest, LayerIndex};
+use crate::layer::{Digest, LayerIndex, Windows};
 
 /// A layer in the making. Dropped without [`Staging::commit`], it vanishes.
 pub struct Staging {
@@ -104,7 +105,20 @@ impl Staging {
     ///
     /// # Errors
     /// [`CacheError`]; the layer vanishes then.
-    pub fn commit(mut self, index: LayerIndex, complete: bool) -> Result<Arc<CachedLayer>, CacheError> {
+    pub fn commit(self, index: LayerIndex, complete: bool) -> Result<Arc<CachedLayer>, CacheError> {
+        self.commit_with_windows(index, &Windows::new(), complete)
+    }
+
+    /// Like [`Staging::commit`], for an index with checkpoints and their windows.
+    ///
+    /// # Errors
+    /// [`CacheError`], also when the windows are not those of the index.
+    pub fn commit_with_windows(
+        mut self,
+        index: LayerIndex,
+        windows: &Windows,
+        complete: bool,
+    ) -> Result<Arc<CachedLayer>, CacheError> {
         let chunks = index.chunks().len();
         let encoded = index.encode();
         let id = Digest::of(&encoded);
@@ -123,6 +137,14 @@ impl Staging {
             .map_err(CacheError::io("write", &data_path))?;
         write_durably(&dir.join("index"), &encoded)?;
         let map = write_durably(&dir.join("map"), &map::encode(true, chunks, &id, &words))?;
+        let windows = if index.checkpoints().is_empty() {
+            None
+        } else {
+            let file = write_durably(&dir.join(windows::FILE), &windows.encode(&id))?;
+            let path = self.cache.layer_dir(&self.digest).join(windows::FILE);
+            let opened = WindowFile::read(file, path, &index, &id);
+            Some(opened.map_err(CacheError::io("use the windows in", dir))?)
+        };
         sync_dir(dir)?;
         let blocks = self
             .data
@@ -137,6 +159,8 @@ impl Staging {
             words,
             fresh: true,
             exposed: false,
+            windows,
+            id,
             allocated,
         };
         let layer = CachedLayer::new(Arc::clone(&self.cache), self.digest, index, files);

@@ -60,6 +60,8 @@ fn index(layer: &str, count: usize, stride: u64, access: Access) -> LayerIndex {
         dirents: Vec::new(),
         xattrs: Vec::new(),
         chunks,
+        verify: crate::layer::Verify::Content,
+        checkpoints: Vec::new(),
         strings: Vec::new(),
     })
     .unwrap()

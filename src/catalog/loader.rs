@@ -1,5 +1,5 @@
-//! From a layer's descriptor to a layer that can be read: the index that is stored already, or the eStargz table of contents, or
-//! one streaming pass over the whole blob. `Catalog` uses it for containerd's layers, and `lazuli mount` for its own.
+//! From a layer's descriptor to a layer that can be read: the index that is stored already, or the eStargz table of contents, or an
+//! index that others share, or one streaming pass over the whole blob. `Catalog` uses it for containerd's layers, and `lazuli mount` for its own.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,6 +14,9 @@ use crate::layer::compression::{self, Compression};
 use crate::layer::estargz;
 use crate::layer::{Access, Digest, LayerError, LayerIndex};
 use crate::registry::{Blob, RegistryError};
+use crate::store::IndexRecord;
+
+use super::shared::{self, Found, Origin, SharedIndexes};
 
 /// Annotation (and label) with the digest of an eStargz layer's table of contents.
 pub const TOC_DIGEST_ANNOTATION: &str = "containerd.io/snapshot/stargz/toc.digest";
@@ -110,12 +113,33 @@ impl Refusal {
 pub struct Loader {
     cache: Arc<Cache>,
     fetcher: Arc<Fetcher>,
+    shared: Option<Arc<SharedIndexes>>,
+}
+
+/// A layer that can be read, and what is to be remembered of its index.
+pub struct Loaded {
+    /// The layer.
+    pub layer: Arc<Layer>,
+    /// Where its index came from, if that was found out now.
+    pub index: Option<IndexRecord>,
 }
 
 impl Loader {
     /// A loader that keeps indexes and bytes in `cache`.
     pub fn new(cache: Arc<Cache>, fetcher: Arc<Fetcher>) -> Self {
-        Loader { cache, fetcher }
+        Loader {
+            cache,
+            fetcher,
+            shared: None,
+        }
+    }
+
+    /// The same, which looks for shared indexes before it streams.
+    pub fn with_shared(self, shared: Arc<SharedIndexes>) -> Self {
+        Loader {
+            shared: Some(shared),
+            ..self
+        }
     }
 
     /// The cache it works with.
@@ -140,13 +164,19 @@ impl Loader {
         Ok(cached.map(|cached| self.fetcher.open(cached, blob)))
     }
 
-    /// A readable layer: from the stored index, else from its eStargz table of contents, else streamed. Waits for the network.
+    /// A readable layer: from the stored index, else from its eStargz table of contents, else from an index that others share, else
+    /// streamed. Waits for the network. `origin` says where to look for shared indexes; without it none is looked for.
     ///
     /// # Errors
     /// [`Refusal`] says why Lazuli cannot serve it.
-    pub async fn load(&self, spec: &LayerSpec, blob: Arc<dyn Blob>) -> Result<Arc<Layer>, Refusal> {
+    pub async fn load(
+        &self,
+        spec: &LayerSpec,
+        blob: Arc<dyn Blob>,
+        origin: Option<&Origin>,
+    ) -> Result<Loaded, Refusal> {
         if let Some(layer) = self.stored(spec, Arc::clone(&blob))? {
-            return Ok(layer);
+            return Ok(Loaded { layer, index: None });
         }
         let compression = supported(spec)?;
         if let Some(toc_digest) = toc_digest(spec) {
@@ -161,7 +191,7 @@ impl Loader {
                     };
                     let layer = self.fetcher.open(cached, blob);
                     layer.count(toc.requests, toc.bytes);
-                    return Ok(layer);
+                    return Ok(Loaded { layer, index: None });
                 }
                 // The registry cannot deliver; streaming would ask the same registry for more.
                 Err(TocError::Registry(error)) => return Err(Refusal::of_registry(&error)),
@@ -181,6 +211,11 @@ impl Loader {
                 }
             }
         }
+        if let (Some(shared), Some(origin)) = (&self.shared, origin)
+            && let Some(found) = shared.find(spec, origin).await
+        {
+            return self.take(spec, blob, found).await;
+        }
         let request = StreamRequest {
             digest: spec.digest,
             blob: Arc::clone(&blob),
@@ -195,7 +230,28 @@ impl Loader {
             .map_err(|error| Refusal::of_fetch(&error))?;
         let layer = self.fetcher.open(cached, blob);
         layer.count(1, spec.size);
-        Ok(layer)
+        let index = Some(IndexRecord::Built { published: None });
+        Ok(Loaded { layer, index })
+    }
+
+    /// Puts a layer into the cache whose index others share.
+    async fn take(&self, spec: &LayerSpec, blob: Arc<dyn Blob>, found: Found) -> Result<Loaded, Refusal> {
+        let (cache, digest, size) = (Arc::clone(&self.cache), spec.digest, found.candidate.size);
+        let index = IndexRecord::Shared {
+            from: shared::name_of(&found.candidate.place),
+            trust: found.trust.to_string(),
+            digest: found.candidate.digest,
+            verified: None,
+        };
+        let inserted = tokio::task::spawn_blocking(move || found.portable.insert(&cache, &digest)).await;
+        let cached = match inserted {
+            Ok(inserted) => inserted.map_err(|error| Refusal::of_cache(&error))?,
+            Err(_) => return Err(Refusal::unresolved("storing its index was interrupted", true)),
+        };
+        let layer = self.fetcher.open(cached, blob);
+        layer.count(1, size);
+        let index = Some(index);
+        Ok(Loaded { layer, index })
     }
 
     async fn estargz(&self, spec: &LayerSpec, blob: &Arc<dyn Blob>, expected: &Digest) -> Result<Toc, TocError> {

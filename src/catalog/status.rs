@@ -8,7 +8,7 @@ use super::{Catalog, Live};
 use crate::fetch::LayerData as _;
 use crate::fs::{Faces, Serving, Shown};
 use crate::layer::{Access, Digest};
-use crate::store::ImageRecord;
+use crate::store::{ImageRecord, IndexRecord};
 
 /// Everything the daemon serves now.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -101,6 +101,9 @@ pub struct LayerStatus {
     pub format: String,
     /// Whether single ranges of it can be fetched.
     pub lazy: bool,
+    /// Where its index came from.
+    #[serde(default)]
+    pub index: IndexStatus,
     /// Bytes of its blob in the registry.
     pub blob_bytes: u64,
     /// Uncompressed bytes that it stores.
@@ -122,6 +125,46 @@ pub struct LayerStatus {
     pub mounted: bool,
 }
 
+/// Where the index of a layer came from.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IndexStatus {
+    /// `image` (it is part of the image), `built` (here), `shared` (by others).
+    pub source: String,
+    /// Of a shared one: the repository it was found in.
+    pub from: Option<String>,
+    /// Of a shared one: why it was believed.
+    pub trust: Option<String>,
+    /// Of a shared one: whether it was found to describe the whole layer, once that was here.
+    pub verified: Option<bool>,
+    /// Of one that was built here: the repository it was published in.
+    pub published: Option<String>,
+}
+
+impl From<Option<IndexRecord>> for IndexStatus {
+    fn from(record: Option<IndexRecord>) -> Self {
+        match record {
+            None => IndexStatus {
+                source: "image".to_owned(),
+                ..IndexStatus::default()
+            },
+            Some(IndexRecord::Built { published }) => IndexStatus {
+                source: "built".to_owned(),
+                published,
+                ..IndexStatus::default()
+            },
+            Some(IndexRecord::Shared {
+                from, trust, verified, ..
+            }) => IndexStatus {
+                source: "shared".to_owned(),
+                from: Some(from),
+                trust: Some(trust),
+                verified,
+                published: None,
+            },
+        }
+    }
+}
+
 /// One layer on its way.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct LoadingStatus {
@@ -134,13 +177,14 @@ pub struct LoadingStatus {
 }
 
 /// What the document says of a live layer.
-fn of_layer(digest: &Digest, live: &Live, shown: Shown) -> LayerStatus {
+fn of_layer(digest: &Digest, live: &Live, shown: Shown, from: Option<IndexRecord>) -> LayerStatus {
     let index = live.layer.index();
     let stats = live.layer.stats();
     LayerStatus {
         digest: digest.to_string(),
         format: live.format.clone(),
         lazy: index.access() == Access::Ranges,
+        index: from.into(),
         blob_bytes: index.blob_size(),
         total_bytes: stats.total_bytes,
         present_bytes: stats.present_bytes,
@@ -238,13 +282,14 @@ impl Catalog {
             .map(|live| (live.layer.digest(), shown(live.slot)))
             .filter(|(_, shown)| shown.mounted || shown.reason.is_some())
             .collect();
+        let from = |digest: &Digest| self.store.index(digest).ok().flatten();
         live.iter()
             .filter(|(_, live)| !live.is_variant)
             .map(|(digest, live)| {
                 let own = shown(live.slot);
                 match variants.get(digest) {
-                    Some(variant) if !own.mounted => of_layer(digest, live, variant.clone()),
-                    _ => of_layer(digest, live, own),
+                    Some(variant) if !own.mounted => of_layer(digest, live, variant.clone(), from(digest)),
+                    _ => of_layer(digest, live, own, from(digest)),
                 }
             })
             .collect()

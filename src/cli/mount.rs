@@ -62,8 +62,12 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
     let loader = Loader::new(Arc::clone(&cache), fetcher);
     let loads = layers
         .iter()
-        .map(|layer| loader.load(&layer.spec, source.blob(layer.spec.digest, layer.spec.size)));
-    let layers = try_join_all(loads).await?;
+        .map(|layer| loader.load(&layer.spec, source.blob(layer.spec.digest, layer.spec.size), None));
+    let layers: Vec<_> = try_join_all(loads)
+        .await?
+        .into_iter()
+        .map(|loaded| loaded.layer)
+        .collect();
 
     let options = SessionOptions {
         threads: config.fuse.threads,
@@ -139,7 +143,11 @@ async fn show(lower_dirs: &[PathBuf], mountpoint: &Path, what: &str) -> anyhow::
 }
 
 /// The source that the text names, and the tag or digest to ask it for.
-fn open_source(config: &Config, text: &str, metrics: &Arc<Metrics>) -> anyhow::Result<(Arc<dyn Source>, String)> {
+pub(super) fn open_source(
+    config: &Config,
+    text: &str,
+    metrics: &Arc<Metrics>,
+) -> anyhow::Result<(Arc<dyn Source>, String)> {
     let Some(layout) = text.strip_prefix(LAYOUT_PREFIX) else {
         let reference = Reference::parse(text)?;
         let registry = Registry::new(&config.registry, Arc::clone(metrics))?;

@@ -131,8 +131,14 @@ fn table(status: &Status) -> String {
 /// One line on a live layer.
 pub(super) fn describe(layer: &LayerStatus) -> String {
     let kind = if layer.lazy { "lazy" } else { "streamed" };
+    let index = match (&layer.index.from, layer.index.verified, &layer.index.published) {
+        (Some(from), Some(false), _) => format!(", FALSE index from {from}"),
+        (Some(from), ..) => format!(", index from {from}"),
+        (None, _, Some(place)) => format!(", index published in {place}"),
+        (None, _, None) => String::new(),
+    };
     let mut line = format!(
-        "{kind} {}: {} of {} here, {} requests, {} fetched",
+        "{kind} {}: {} of {} here, {} requests, {} fetched{index}",
         layer.format,
         ByteSize(layer.present_bytes),
         ByteSize(layer.total_bytes),
@@ -187,7 +193,7 @@ pub(super) fn short(digest: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::status::{FaceStatus, ImageLayerStatus, ImageStatus, LoadingStatus};
+    use crate::catalog::status::{FaceStatus, ImageLayerStatus, ImageStatus, IndexStatus, LoadingStatus};
 
     #[test]
     fn table_tells_lazy_refused_and_loading() {
@@ -246,6 +252,11 @@ mod tests {
                     requests: 3,
                     face: "image".into(),
                     mounted: true,
+                    index: IndexStatus {
+                        source: "shared".into(),
+                        from: Some("r.example/index".into()),
+                        ..Default::default()
+                    },
                     ..Default::default()
                 },
                 LayerStatus {
@@ -269,7 +280,7 @@ mod tests {
         1.0 MiB of the cache are mounted as files, and stay while containers use them
 
         r.example/a:1 [default] ffffffffffff
-          aaaaaaaaaaaa  lazy estargz: 0 B of 0 B here, 3 requests, 0 B fetched; image, mounted
+          aaaaaaaaaaaa  lazy estargz: 0 B of 0 B here, 3 requests, 0 B fetched, index from r.example/index; image, mounted
           bbbbbbbbbbbb  left to containerd: it is encrypted
 
         other layers

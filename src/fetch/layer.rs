@@ -34,6 +34,8 @@ pub struct Layer {
     owners: Vec<Owner>,
     blob: RwLock<Arc<dyn Blob>>,
     queue: Mutex<Queue>,
+    /// Whether missing bytes are had by streaming all of the layer again.
+    streamed: AtomicBool,
     /// Ends the requests under way when the layer is closed.
     pub(super) closing: CancellationToken,
     pub(super) requests: AtomicU64,
@@ -58,6 +60,7 @@ pub struct LayerStats {
 
 impl Layer {
     pub(super) fn new(fetcher: Arc<Fetcher>, cached: Arc<CachedLayer>, blob: Arc<dyn Blob>) -> Arc<Layer> {
+        let streamed = cached.index().access() == Access::Stream;
         Arc::new_cyclic(|me| Layer {
             ranks: Ranks::new(cached.index().chunks()),
             owners: match cached.index().access() {
@@ -68,6 +71,7 @@ impl Layer {
             cached,
             blob: RwLock::new(blob),
             queue: Mutex::default(),
+            streamed: AtomicBool::new(streamed),
             closing: CancellationToken::new(),
             requests: AtomicU64::new(0),
             fetched: AtomicU64::new(0),
@@ -123,7 +127,7 @@ impl Layer {
 
     /// Has the chunks of `len` bytes at `offset` fetched after everything that someone waits for. Nobody is told of errors.
     pub fn prefetch(&self, offset: u64, len: u64) {
-        if self.cached.index().access() == Access::Stream {
+        if self.is_streamed() {
             return;
         }
         {
@@ -137,6 +141,16 @@ impl Layer {
             }
         }
         self.dispatch(Class::Background);
+    }
+
+    /// Whether missing bytes are had by streaming all of the layer again.
+    pub(super) fn is_streamed(&self) -> bool {
+        self.streamed.load(Ordering::SeqCst)
+    }
+
+    /// From now on, missing bytes are had by streaming the layer again, as not all of its spans can be decoded any more.
+    pub(super) fn fall_back(&self) {
+        self.streamed.store(true, Ordering::SeqCst);
     }
 
     pub(super) fn queue(&self) -> MutexGuard<'_, Queue> {
@@ -211,7 +225,7 @@ impl Layer {
 
     /// Asks for chunks; where to wait for each. A chunk that has become ready meanwhile is left out.
     fn want(self: &Arc<Self>, chunks: &[usize]) -> Result<Vec<(usize, oneshot::Receiver<Answer>)>, FetchError> {
-        let streamed = self.cached.index().access() == Access::Stream;
+        let streamed = self.is_streamed();
         let mut waits = Vec::with_capacity(chunks.len());
         {
             let mut queue = self.queue();

@@ -1,4 +1,4 @@
-//! The chunks of a streamed layer: fixed pieces of its data space.
+//! The chunks of a layer that can only be streamed: pieces of its data space.
 
 use std::ops::Range;
 
@@ -8,34 +8,6 @@ use crate::layer::{Chunk, Digest};
 /// Bytes of the data space per chunk of a streamed layer: small enough to be verified on a read without being noticed, large enough that
 /// the digests of a layer take a ten-thousandth of it.
 pub(super) const PIECE: u64 = 1 << 20;
-
-/// Collects the digests of whole pieces while the tar passes by.
-#[derive(Default)]
-pub(super) struct PieceDigests {
-    digests: Vec<Option<Digest>>,
-    piece: Vec<u8>,
-}
-
-impl PieceDigests {
-    /// Takes in the next bytes of the tar.
-    pub fn push(&mut self, mut bytes: &[u8]) {
-        while !bytes.is_empty() {
-            let room = PIECE as usize - self.piece.len();
-            let (head, tail) = bytes.split_at(room.min(bytes.len()));
-            self.piece.extend_from_slice(head);
-            bytes = tail;
-            if self.piece.len() as u64 == PIECE {
-                self.digests.push(digest(&self.piece));
-                self.piece.clear();
-            }
-        }
-    }
-
-    /// Digests of the whole pieces of the tar by their number; `None` where a piece is all zeros.
-    pub fn into_digests(self) -> Vec<Option<Digest>> {
-        self.digests
-    }
-}
 
 /// Digest of a piece, unless it is all zeros: such a piece is no chunk, as bytes that no chunk covers are zeros.
 pub(super) fn digest(piece: &[u8]) -> Option<Digest> {
@@ -71,9 +43,8 @@ pub(super) fn span(piece: u64, data_size: u64) -> Range<u64> {
     start..start.saturating_add(PIECE).min(data_size)
 }
 
-/// The chunk for a piece.
-pub(super) fn chunk(piece: u64, data_size: u64, digest: Digest) -> Chunk {
-    let span = span(piece, data_size);
+/// The chunk of a layer that can only be streamed, with these bytes of the data space.
+pub(super) fn chunk(span: &Range<u64>, digest: Digest) -> Chunk {
     Chunk {
         data_offset: span.start,
         data_len: (span.end - span.start) as u32,
@@ -89,21 +60,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pieces_are_cut_whatever_the_buffers_are() {
-        let data: Vec<u8> = (0..3 * PIECE + 5).map(|i| (i / 7) as u8).collect();
-        let mut digests = PieceDigests::default();
-        for part in data.chunks(333_333) {
-            digests.push(part);
-        }
-        let expected: Vec<_> = data.chunks_exact(PIECE as usize).map(|p| Some(Digest::of(p))).collect();
-        assert_eq!(digests.into_digests(), expected);
-    }
-
-    #[test]
     fn zeros_are_no_chunk() {
-        let mut digests = PieceDigests::default();
-        digests.push(&vec![0; PIECE as usize]);
-        assert_eq!(digests.into_digests(), [None]);
+        assert_eq!(digest(&[0; 1000]), None);
         assert!(is_zero(&[]) && is_zero(&[0]) && !is_zero(&[1]) && !is_zero(&[0, 0, 1]) && !is_zero(&[1, 1]));
     }
 

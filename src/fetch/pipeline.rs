@@ -20,6 +20,7 @@ use futures::StreamExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 
+use crate::layer::checkpoint::{Scanned, Scanner};
 use crate::layer::compression::{Compression, MAGIC_LEN, decoder};
 use crate::layer::digest::Hasher;
 use crate::layer::{Digest, LayerError};
@@ -39,6 +40,55 @@ pub(super) trait Sink: Send + 'static {
     /// # Errors
     /// What ends the stream.
     fn push(&mut self, bytes: &[u8]) -> Result<(), Fault>;
+
+    /// Whether it wants to know where decoding can begin.
+    const CUTS: bool = false;
+
+    /// How the blob is compressed. Called before anything else.
+    fn begin(&mut self, _compression: Compression) {}
+
+    /// A span that ends with the bytes pushed last. Called only if it [cuts](Sink::CUTS).
+    fn span(&mut self, _span: Scanned) {}
+}
+
+/// Uncompressed bytes on their way to the sink.
+struct Buffer {
+    compression: Compression,
+    /// Where they begin.
+    offset: u64,
+    bytes: Vec<u8>,
+    /// Spans that end in them, or with them.
+    spans: Vec<Scanned>,
+}
+
+/// What decompresses.
+enum Reader {
+    Plain(Box<dyn Read + Send>),
+    Cutting(Box<Scanner<Input>>),
+}
+
+impl Reader {
+    fn new(compression: Compression, input: Input, cut: bool) -> io::Result<Self> {
+        Ok(match cut {
+            true => Reader::Cutting(Box::new(Scanner::new(compression, input)?)),
+            false => Reader::Plain(decoder(compression, input)),
+        })
+    }
+
+    /// Replaces what is in the buffer by the next bytes; none at the end.
+    fn read(&mut self, buffer: &mut Vec<u8>) -> io::Result<Vec<Scanned>> {
+        match self {
+            Reader::Plain(reader) => {
+                buffer.clear();
+                reader.take(BUFFER as u64).read_to_end(buffer)?;
+                Ok(Vec::new())
+            }
+            Reader::Cutting(scanner) => {
+                scanner.read(buffer, BUFFER)?;
+                Ok(scanner.spans())
+            }
+        }
+    }
 }
 
 /// What passed through.
@@ -85,14 +135,14 @@ pub(super) async fn run<S: Sink>(
     resources: Resources,
 ) -> Result<(S, Sums), Fault> {
     let (pieces, download) = mpsc::channel(PIECES);
-    let (full, buffers) = threads::sync_channel::<Vec<u8>>(DEPTH);
+    let (full, buffers) = threads::sync_channel::<Buffer>(DEPTH);
     // Buffers go round.
     let (spent, empty) = threads::channel::<Vec<u8>>();
     // Set when the sink cannot go on for a reason that has nothing to do with the bytes.
     let gone = Arc::new(AtomicBool::new(false));
     let input = Input::new(download);
     let (consume_gone, gone) = (Arc::clone(&gone), gone);
-    let decompress = tokio::task::spawn_blocking(move || decompress(input, expected, full, &empty, &gone));
+    let decompress = tokio::task::spawn_blocking(move || decompress(input, expected, S::CUTS, full, &empty, &gone));
     let consume = tokio::task::spawn_blocking(move || consume(sink, &buffers, &spent, &consume_gone));
     let downloaded = fetch(blob, pieces, &resources).await;
     // Both end on their own: the download has dropped its end of the channel.
@@ -213,28 +263,40 @@ impl Read for Input {
 fn decompress(
     input: Input,
     expected: Digest,
-    full: threads::SyncSender<Vec<u8>>,
+    cut: bool,
+    full: threads::SyncSender<Buffer>,
     empty: &threads::Receiver<Vec<u8>>,
     gone: &AtomicBool,
 ) -> Result<Sums, Fault> {
     let head = input.with(InputState::head);
     // A blob that short is no layer of any kind; as a tar it gets the clearest error.
     let compression = Compression::sniff(&head).unwrap_or(Compression::None);
-    let mut reader = decoder(compression, input.clone());
-    let decoded = loop {
-        let mut buffer = empty.try_recv().unwrap_or_else(|_| Vec::with_capacity(BUFFER));
-        buffer.clear();
-        match (&mut reader).take(BUFFER as u64).read_to_end(&mut buffer) {
-            Ok(0) => break Ok(()),
-            Ok(_) => {}
-            Err(error) => break Err(broken(&error, input.with(|state| state.size))),
-        }
-        if full.send(buffer).is_err() {
-            // The sink has failed. If the disk is why, the rest is of no use.
-            break Err(Fault::Closed);
+    let mut offset = 0;
+    let mut pass = |reader: &mut Reader| {
+        loop {
+            let mut bytes = empty.try_recv().unwrap_or_else(|_| Vec::with_capacity(BUFFER));
+            let spans = reader.read(&mut bytes);
+            let spans = spans.map_err(|error| broken(&error, input.with(|state| state.size)))?;
+            let count = bytes.len();
+            let buffer = Buffer {
+                compression,
+                offset,
+                bytes,
+                spans,
+            };
+            offset += count as u64;
+            if full.send(buffer).is_err() {
+                // The sink has failed. If the disk is why, the rest is of no use.
+                return Err(Fault::Closed);
+            }
+            if count == 0 {
+                return Ok(());
+            }
         }
     };
-    drop((reader, full));
+    let reader = Reader::new(compression, input.clone(), cut).map_err(Fault::Disk);
+    let decoded = reader.and_then(|mut reader| pass(&mut reader));
+    drop(full);
     if matches!(decoded, Err(Fault::Closed)) && gone.load(Ordering::Acquire) {
         return Err(Fault::Closed);
     }
@@ -270,16 +332,35 @@ fn broken(error: &io::Error, length: u64) -> Fault {
 
 fn consume<S: Sink>(
     mut sink: S,
-    buffers: &threads::Receiver<Vec<u8>>,
+    buffers: &threads::Receiver<Buffer>,
     spent: &threads::Sender<Vec<u8>>,
     gone: &AtomicBool,
 ) -> Result<S, Fault> {
+    let mut begun = false;
     for buffer in buffers {
-        sink.push(&buffer)
-            .inspect_err(|fault| gone.store(!matches!(fault, Fault::Layer(_)), Ordering::Release))?;
-        let _ = spent.send(buffer);
+        if !begun {
+            sink.begin(buffer.compression);
+            begun = true;
+        }
+        let pushed = hand_over(&mut sink, buffer.offset, &buffer.bytes, buffer.spans);
+        pushed.inspect_err(|fault| gone.store(!matches!(fault, Fault::Layer(_)), Ordering::Release))?;
+        let _ = spent.send(buffer.bytes);
     }
     Ok(sink)
+}
+
+/// Gives bytes and the spans that end in them to the sink, in order.
+fn hand_over<S: Sink>(sink: &mut S, offset: u64, bytes: &[u8], spans: Vec<Scanned>) -> Result<(), Fault> {
+    let mut rest = bytes;
+    for span in spans {
+        let done = (bytes.len() - rest.len()) as u64;
+        let count = span.data_end.saturating_sub(offset).saturating_sub(done);
+        let (head, tail) = rest.split_at(rest.len().min(count as usize));
+        sink.push(head)?;
+        sink.span(span);
+        rest = tail;
+    }
+    sink.push(rest)
 }
 
 /// How far a stream is, in bytes of the blob.

@@ -203,6 +203,17 @@ impl Queue {
         self.chunks.remove(&chunk).map_or_else(Vec::new, |p| p.waiters)
     }
 
+    /// Leaves a chunk to a stream, if anyone waits for it; otherwise it is given up.
+    pub fn leave_to_stream(&mut self, chunk: usize) {
+        if self.is_awaited(chunk) {
+            if let Some(pending) = self.chunks.get_mut(&chunk) {
+                pending.place = Place::Flying(0);
+            }
+        } else {
+            self.chunks.remove(&chunk);
+        }
+    }
+
     /// Puts a chunk that arrived damaged back into the queue, if it has been damaged less than `limit` times and anyone waits for it.
     pub fn again(&mut self, chunk: usize, rank: usize, limit: u32) -> bool {
         let awaited = self.is_awaited(chunk);

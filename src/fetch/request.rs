@@ -12,10 +12,14 @@ use tokio::time::timeout;
 use super::layer::DAMAGE_LIMIT;
 use super::queue::{Job, View};
 use super::{FetchError, Layer};
+use crate::layer::checkpoint;
 use crate::layer::compression::decode_member;
 use crate::layer::index::MAX_CHUNK_LEN;
-use crate::layer::{Chunk, LayerError};
+use crate::layer::{Chunk, Codec, LayerError, Verify};
 use crate::sync::{Class, Pass};
+
+/// Decodes so many bytes after so many others.
+type Decode<'a> = Box<dyn Fn(u32, u32) -> Result<Bytes, LayerError> + 'a>;
 
 /// A compressed member of the blob, with the chunks of the request that are in it.
 struct Member {
@@ -68,16 +72,29 @@ impl Layer {
                 .collect();
             damaged.extend(lost);
         }
+        let settled = !matches!(cut, Some(Cut::Failed(_)));
         let error = match cut {
             Some(Cut::Failed(error)) => error,
             // Nothing should be left then; a panic in a decoder could leave something.
             _ => self.disk(std::io::Error::other("the request ended without its bytes")),
         };
         self.settle_damage(&damaged, &blob.describe());
+        // A request that failed fails its readers, also those that a stream could help.
+        let to_stream = self.is_streamed() && settled;
         for chunk in chunks {
-            if self.queue().is_flying(chunk, job.id) {
+            let mut queue = self.queue();
+            if !queue.is_flying(chunk, job.id) {
+                continue;
+            }
+            if to_stream {
+                queue.leave_to_stream(chunk);
+            } else {
+                drop(queue);
                 self.answer(chunk, Err(error.clone()));
             }
+        }
+        if to_stream {
+            self.refill();
         }
         self.dispatch(Class::Demand);
     }
@@ -187,28 +204,70 @@ impl Layer {
         let index = self.cached.index();
         let record = |chunk: &usize| index.chunks().get(*chunk);
         let records: Vec<(usize, &Chunk)> = chunks.iter().filter_map(|c| Some((*c, record(c)?))).collect();
+        let decode = match self.decoder(&records, compressed) {
+            Ok(Some(decode)) => decode,
+            // The chunks are left to the stream.
+            Ok(None) => return,
+            Err(error) => {
+                let error = |chunk| Damage {
+                    chunk,
+                    error: error.clone(),
+                };
+                damaged.extend(chunks.iter().copied().map(error));
+                return;
+            }
+        };
         // A member with several chunks is decoded once, if that is not too much at once.
-        let from = records.iter().map(|(_, r)| r.skip).min().unwrap_or(0);
-        let to = records
-            .iter()
-            .map(|(_, r)| r.skip.saturating_add(r.data_len))
-            .max()
-            .unwrap_or(0);
+        let skips = records.iter().map(|(_, r)| r.skip);
+        let ends = records.iter().map(|(_, r)| r.skip.saturating_add(r.data_len));
+        let (from, to) = (skips.min().unwrap_or(0), ends.max().unwrap_or(0));
         let whole = (records.len() > 1 && to - from <= MAX_CHUNK_LEN)
-            .then(|| decode_member(index.codec(), compressed, from, to - from).ok())
-            .flatten()
-            .map(Bytes::from);
+            .then(|| decode(from, to - from).ok())
+            .flatten();
         for (chunk, record) in records {
             let bytes = match &whole {
                 Some(whole) => {
                     let at = (record.skip - from) as usize;
                     Ok(whole.slice(at..at + record.data_len as usize))
                 }
-                None => decode_member(index.codec(), compressed, record.skip, record.data_len).map(Bytes::from),
+                None => decode(record.skip, record.data_len),
             };
             if let Err(error) = bytes.and_then(|bytes| self.deliver(chunk, bytes)) {
                 damaged.push(Damage { chunk, error });
             }
+        }
+    }
+
+    /// What decodes the member that holds these chunks. `None`: it cannot be decoded any more, and the layer is streamed from now on.
+    ///
+    /// # Errors
+    /// When the compressed bytes are not those of the span.
+    fn decoder<'a>(&self, records: &[(usize, &Chunk)], compressed: &'a [u8]) -> Result<Option<Decode<'a>>, LayerError> {
+        let index = self.cached.index();
+        let codec = index.codec();
+        if codec != Codec::GzipSpans {
+            let decode = move |skip, len| decode_member(codec, compressed, skip, len).map(Bytes::from);
+            return Ok(Some(Box::new(decode)));
+        }
+        // A checked index has a checkpoint for every chunk.
+        let Some((at, checkpoint)) = records.first().and_then(|(_, record)| index.checkpoint(record)) else {
+            return Ok(None);
+        };
+        if index.verify() == Verify::Span {
+            checkpoint::verify(checkpoint, compressed)?;
+        }
+        let (entry, window) = (checkpoint.entry, self.cached.window(at));
+        match window {
+            Ok(window) => Ok(Some(Box::new(move |skip, len| {
+                checkpoint::decode(entry, compressed, &window, skip, len).map(Bytes::from)
+            }))),
+            // A stream can be verified chunk by chunk only with digests of chunks.
+            Err(error) if index.verify() == Verify::Content => {
+                tracing::error!(layer = %self.cached.digest(), "the layer is streamed from now on: {error}");
+                self.fall_back();
+                Ok(None)
+            }
+            Err(error) => Err(LayerError::malformed("windows", at as u64, error.to_string())),
         }
     }
 

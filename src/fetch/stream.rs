@@ -7,14 +7,16 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::pieces::{PieceDigests, chunk, digest, is_zero, late_pieces, span};
+use super::pieces::{chunk, digest, is_zero, late_pieces, span};
 use super::pipeline::{self, Fault, Progress, Resources, Sink, Sums};
+use super::spans::{Cut, Cutting, Ranges};
 use super::{FetchError, Fetcher};
 use crate::cache::{CacheError, CachedLayer, Staging};
+use crate::layer::checkpoint::Scanned;
 use crate::layer::compression::Compression;
 use crate::layer::digest::Hasher;
-use crate::layer::tar::TarIndexer;
-use crate::layer::{Access, Chunk, Digest, LayerError};
+use crate::layer::tar::{TarIndexer, TarLayout};
+use crate::layer::{Access, Chunk, Digest, LayerError, Windows};
 use crate::registry::Blob;
 use crate::sync::Class;
 
@@ -126,7 +128,7 @@ impl Fetcher {
             staging,
             indexer: TarIndexer::new(),
             tar: Hasher::new(),
-            digests: PieceDigests::default(),
+            cutting: Cutting::new(|check| drop(tokio::task::spawn_blocking(check))),
             offset: 0,
         };
         let shown = Arc::clone(progress);
@@ -237,15 +239,25 @@ struct Indexing {
     staging: Staging,
     indexer: TarIndexer,
     tar: Hasher,
-    digests: PieceDigests,
+    cutting: Cutting,
     offset: u64,
 }
 
 impl Sink for Indexing {
+    const CUTS: bool = true;
+
+    fn begin(&mut self, compression: Compression) {
+        self.cutting.begin(compression.into());
+    }
+
+    fn span(&mut self, span: Scanned) {
+        self.cutting.span(span);
+    }
+
     fn push(&mut self, bytes: &[u8]) -> Result<(), Fault> {
         self.tar.update(bytes);
         self.indexer.push(bytes)?;
-        self.digests.push(bytes);
+        self.cutting.push(bytes);
         if !is_zero(bytes) {
             self.staging.write(self.offset, bytes)?;
         }
@@ -277,22 +289,45 @@ impl Indexing {
                 done += count;
             }
         }
-        let data_size = layout.data_size;
-        let late = late_pieces(layout.tar_size, data_size, &layout.copies);
-        let early = self.digests.into_digests();
-        let first = late.first().copied().unwrap_or(u64::MAX);
-        let mut chunks: Vec<Chunk> = (0..)
-            .zip(early)
-            .take_while(|(piece, _)| *piece < first)
-            .filter_map(|(piece, digest)| Some(chunk(piece, data_size, digest?)))
-            .collect();
-        for piece in late {
-            let span = span(piece, data_size);
-            buf.resize((span.end - span.start) as usize, 0);
-            self.staging.read(span.start, &mut buf)?;
-            chunks.extend(digest(&buf).map(|digest| chunk(piece, data_size, digest)));
-        }
-        let index = layout.into_index(Access::Stream, sums.compression.into(), chunks, sums.blob_size)?;
-        Ok(self.staging.commit(index, true)?)
+        let early = || Fault::Disk(io::Error::other("the verification of spans ended early"));
+        let mut cut = self.cutting.finish().ok_or_else(early)?;
+        let (staging, mut chunks) = (&self.staging, cut.chunks());
+        let copied = match cut.ranges {
+            Some(_) => cut.copied(&layout.copies, |offset, buf| staging.read(offset, buf))?,
+            None => None,
+        };
+        let (access, codec, checkpoints, windows) = match (copied, cut.ranges.take()) {
+            (
+                Some(copied),
+                Some(Ranges {
+                    codec,
+                    checkpoints,
+                    windows,
+                }),
+            ) => {
+                chunks.extend(copied);
+                (Access::Ranges, codec, checkpoints, windows)
+            }
+            _ => {
+                chunks = streamed_chunks(&cut, &layout, staging)?;
+                (Access::Stream, sums.compression.into(), Vec::new(), Windows::new())
+            }
+        };
+        let index = layout.into_index_with(access, codec, chunks, checkpoints, sums.blob_size)?;
+        Ok(self.staging.commit_with_windows(index, &windows, true)?)
     }
+}
+
+/// The chunks of a layer that can only be streamed: those of the tar, and pieces of what is behind it.
+fn streamed_chunks(cut: &Cut, layout: &TarLayout, staging: &Staging) -> Result<Vec<Chunk>, Fault> {
+    let mut chunks = cut.chunks();
+    let mut buf = Vec::new();
+    for piece in late_pieces(layout.tar_size, layout.data_size, &layout.copies) {
+        let mut span = span(piece, layout.data_size);
+        span.start = span.start.max(layout.tar_size);
+        buf.resize(span.end.saturating_sub(span.start) as usize, 0);
+        staging.read(span.start, &mut buf)?;
+        chunks.extend(digest(&buf).map(|digest| chunk(&span, digest)));
+    }
+    Ok(chunks)
 }

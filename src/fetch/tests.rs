@@ -2,4 +2,5 @@
 
 mod fake;
 mod ranges;
+mod spans;
 mod streams;

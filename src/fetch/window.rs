@@ -204,7 +204,8 @@ impl Window {
 
     /// The request that one which begins at `start` follows.
     fn follow(&mut self, start: u64) -> Option<Trail> {
-        let follows = |trail: &Trail| start >= trail.end && start - trail.end <= NEAR;
+        // Spans that share a byte follow each other too.
+        let follows = |trail: &Trail| start.saturating_add(1) >= trail.end && start.saturating_sub(trail.end) <= NEAR;
         let at = self.trails.iter().rposition(follows)?;
         Some(self.trails.remove(at))
     }

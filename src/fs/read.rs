@@ -365,6 +365,8 @@ mod tests {
                 dirents: Vec::new(),
                 xattrs: Vec::new(),
                 chunks: Vec::new(),
+                checkpoints: Vec::new(),
+                verify: crate::layer::Verify::Content,
                 strings: Vec::new(),
             })
             .expect("the parts are an index");
@@ -406,6 +408,8 @@ mod tests {
             dirents: vec![dirent(0, 3, 2), dirent(3, 3, 3)],
             xattrs: Vec::new(),
             chunks: Vec::new(),
+            verify: crate::layer::Verify::Content,
+            checkpoints: Vec::new(),
             strings: b"usrx\n\xff".to_vec(),
         })
         .expect("the parts are an index");

@@ -14,7 +14,7 @@ use super::{Codec, LayerError};
 /// Compressed bytes that a decoder reads at a time.
 const INPUT_BUFFER: usize = 128 << 10;
 /// Largest zstd window, as a power of two: 128 MiB, what `zstd -d` accepts without being asked, and the largest level's default.
-const ZSTD_WINDOW_LOG_MAX: u32 = 27;
+pub(super) const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 /// Bytes that decide what [`Compression::sniff`] answers.
 pub const MAGIC_LEN: usize = 4;
 /// Uncompressed bytes that are decoded, and forgotten, at a time.
@@ -195,6 +195,13 @@ pub fn decode_member(codec: Codec, compressed: &[u8], skip: u32, len: u32) -> Re
             "zstd",
             zstd_frames(compressed).and_then(|frames| take(frames, skip, len)),
         ),
+        Codec::GzipSpans => {
+            return Err(LayerError::malformed(
+                "gzip span",
+                0,
+                "it cannot be decoded without its checkpoint",
+            ));
+        }
     };
     result.map_err(|error| match error.kind() {
         io::ErrorKind::UnexpectedEof => LayerError::Truncated {

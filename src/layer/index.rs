@@ -16,7 +16,8 @@ mod tests;
 
 use std::sync::OnceLock;
 
-use super::{Digest, LayerError};
+use super::{Checkpoint, Digest, LayerError};
+pub(super) use disk::{codec_byte, codec_of};
 
 /// Number of an inode within its layer. The root directory is [`ROOT_INO`].
 pub type Ino = u32;
@@ -77,6 +78,19 @@ pub enum Codec {
     Gzip,
     /// As one or more zstd frames.
     Zstd,
+    /// As a part of a gzip stream, which can be decoded from one of the index's checkpoints.
+    GzipSpans,
+}
+
+/// How the bytes of a chunk are verified when they arrive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Verify {
+    /// By the digest of the uncompressed chunk.
+    #[default]
+    Content,
+    /// By the digest of the compressed span that holds it, before it is decoded; the chunk's own digest is not known, and zeros. For
+    /// [`Codec::GzipSpans`] alone. Such a chunk cannot be verified again later.
+    Span,
 }
 
 /// One file, directory, link, device, fifo or socket.
@@ -202,7 +216,7 @@ pub struct Chunk {
     pub blob_len: u32,
     /// Uncompressed bytes of the member that come before the chunk.
     pub skip: u32,
-    /// Digest of the uncompressed chunk.
+    /// Digest of the uncompressed chunk, unless [`Verify`] says otherwise.
     pub digest: Digest,
 }
 
@@ -237,6 +251,10 @@ pub struct IndexParts {
     pub xattrs: Vec<Xattr>,
     /// All chunks in order of their data offset.
     pub chunks: Vec<Chunk>,
+    /// How the chunks are verified.
+    pub verify: Verify,
+    /// Where decoding can begin, in order; each chunk of [`Codec::GzipSpans`] lies in the span of one, wholly. Empty for other codecs.
+    pub checkpoints: Vec<Checkpoint>,
     /// Names, symlink targets, xattr names and values.
     pub strings: Vec<u8>,
 }
@@ -334,7 +352,7 @@ impl LayerIndex {
     }
 
     /// The parts, to make another index of them.
-    pub(super) fn parts(&self) -> &IndexParts {
+    pub fn parts(&self) -> &IndexParts {
         &self.parts
     }
 
@@ -367,6 +385,25 @@ impl LayerIndex {
     /// All chunks in order of their data offset.
     pub fn chunks(&self) -> &[Chunk] {
         &self.parts.chunks
+    }
+
+    /// How the chunks are verified.
+    pub fn verify(&self) -> Verify {
+        self.parts.verify
+    }
+
+    /// All checkpoints in order of their offset; only [`Codec::GzipSpans`] has any.
+    pub fn checkpoints(&self) -> &[Checkpoint] {
+        &self.parts.checkpoints
+    }
+
+    /// The checkpoint from which a chunk is decoded, and its position.
+    pub fn checkpoint(&self, chunk: &Chunk) -> Option<(usize, &Checkpoint)> {
+        let checkpoints = &self.parts.checkpoints;
+        let at = checkpoints
+            .binary_search_by_key(&chunk.blob_offset, Checkpoint::start)
+            .ok()?;
+        Some((at, &checkpoints[at]))
     }
 
     /// Positions of the chunks that hold any of the `len` bytes at `offset` of the data space.

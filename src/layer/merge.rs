@@ -29,7 +29,7 @@ use std::hash::{BuildHasher, RandomState};
 
 use hashbrown::HashTable;
 
-use super::index::{Access, Codec, Dirent, MAX_DATA_SIZE, MAX_INODES, MAX_STRINGS, Xattr};
+use super::index::{Access, Codec, Dirent, MAX_DATA_SIZE, MAX_INODES, MAX_STRINGS, Verify, Xattr};
 use super::tree::{OPAQUE_XATTR, quoted};
 use super::{IndexParts, Ino, Inode, LayerError, LayerIndex, ROOT_INO};
 
@@ -89,6 +89,8 @@ pub fn merge(layers: &[&LayerIndex]) -> Result<Merged, LayerError> {
         dirents: merger.dirents,
         xattrs: merger.xattrs,
         chunks: Vec::new(),
+        checkpoints: Vec::new(),
+        verify: Verify::Content,
         strings: merger.strings.bytes,
     })?;
     Ok(Merged {

@@ -16,9 +16,9 @@
 //! Go's reader, and so containerd, tolerates is tolerated: no end marker, no padding after the last content, anything after
 //! the end marker, global PAX headers (ignored). Types that containerd does not unpack are refused, except for contiguous files.
 
-mod header;
+pub(super) mod header;
 mod member;
-mod pax;
+pub(super) mod pax;
 mod sparse;
 
 #[cfg(test)]
@@ -26,7 +26,7 @@ mod tests;
 
 use super::index::MAX_DATA_SIZE;
 use super::tree::{Entry, EntryKind, Tree, TreeBuilder};
-use super::{Access, Chunk, Codec, LayerError, LayerIndex};
+use super::{Access, Checkpoint, Chunk, Codec, LayerError, LayerIndex};
 use header::{BLOCK, Block, Header};
 use member::{Member, Pending, SparseFile, Sparseness, checked_size};
 use pax::SparseRecords;
@@ -78,10 +78,26 @@ impl TarLayout {
         chunks: Vec<Chunk>,
         blob_size: u64,
     ) -> Result<LayerIndex, LayerError> {
+        self.into_index_with(access, codec, chunks, Vec::new(), blob_size)
+    }
+
+    /// Like [`TarLayout::into_index`], with the checkpoints that the chunks are decoded from.
+    ///
+    /// # Errors
+    /// [`LayerError`] when the chunks do not fit the data space, the blob or the checkpoints.
+    pub fn into_index_with(
+        self,
+        access: Access,
+        codec: Codec,
+        chunks: Vec<Chunk>,
+        checkpoints: Vec<Checkpoint>,
+        blob_size: u64,
+    ) -> Result<LayerIndex, LayerError> {
         let mut parts = self.tree.into_parts(access, codec);
         parts.data_size = self.data_size;
         parts.blob_size = blob_size;
         parts.chunks = chunks;
+        parts.checkpoints = checkpoints;
         LayerIndex::new(parts)
     }
 }

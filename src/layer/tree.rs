@@ -556,6 +556,8 @@ impl Tree {
             dirents: self.dirents,
             xattrs: self.xattrs,
             chunks: Vec::new(),
+            verify: super::Verify::Content,
+            checkpoints: Vec::new(),
             strings: self.strings,
         }
     }

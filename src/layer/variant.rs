@@ -342,6 +342,7 @@ fn without_whiteouts(index: &LayerIndex) -> Result<Option<LayerIndex>, LayerErro
         dirents,
         xattrs,
         chunks: old.chunks.clone(),
+        checkpoints: old.checkpoints.clone(),
         strings: old.strings.clone(),
         ..*old
     };

@@ -1,6 +1,6 @@
 //! Authentication of requests: which `Authorization` header a host wants for a repository, and how to get a new one.
 //!
-//! A [`Gate`] stands for one endpoint and one repository. All requests there share its header; whoever meets a 401 first renews it,
+//! A [`Gate`] stands for one endpoint, one repository, and reading or writing there. All requests there share its header; whoever meets a 401 first renews it,
 //! and the others wait and take the new one. A token is also renewed a little before it ends. Secrets live in memory only, are
 //! marked sensitive in headers, and are sent to the endpoint and to the token service it names, nowhere else.
 
@@ -39,16 +39,35 @@ const MAX_TOKEN_ANSWER: usize = 1 << 20;
 /// Name of this program towards OAuth 2 token services.
 const CLIENT_ID: &str = "lazuli";
 
+/// What a request is for. Readers never carry a token that may write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Purpose {
+    /// To read.
+    Pull,
+    /// To write or to delete.
+    Push,
+}
+
+impl Purpose {
+    /// Scope to ask a token for, where a challenge states none.
+    fn scope(self, repository: &str) -> String {
+        match self {
+            Purpose::Pull => format!("repository:{repository}:pull"),
+            Purpose::Push => format!("repository:{repository}:pull,push"),
+        }
+    }
+}
+
 /// All gates of a daemon.
 pub struct Gates {
     credentials: Credentials,
     metrics: Arc<Metrics>,
-    gates: Mutex<LruCache<(String, String), Arc<Gate>>>,
+    gates: Mutex<LruCache<(String, String, Purpose), Arc<Gate>>>,
 }
 
 /// One endpoint and repository.
-#[derive(Default)]
 pub struct Gate {
+    purpose: Purpose,
     state: tokio::sync::Mutex<State>,
 }
 
@@ -90,9 +109,15 @@ impl Gates {
     }
 
     /// The gate of `repository` at `endpoint`.
-    pub fn gate(&self, endpoint: &Endpoint, repository: &str) -> Arc<Gate> {
-        let key = (endpoint.base.to_string(), repository.to_owned());
-        lock(&self.gates).get_or_insert(key, Arc::default).clone()
+    pub fn gate(&self, endpoint: &Endpoint, repository: &str, purpose: Purpose) -> Arc<Gate> {
+        let key = (endpoint.base.to_string(), repository.to_owned(), purpose);
+        let new = || {
+            Arc::new(Gate {
+                purpose,
+                state: tokio::sync::Mutex::default(),
+            })
+        };
+        lock(&self.gates).get_or_insert(key, new).clone()
     }
 
     /// The header to send now. Renews a token that is about to end.
@@ -112,7 +137,7 @@ impl Gates {
             && *renew_at <= Instant::now()
         {
             let challenge = challenge.clone();
-            state.pass = self.pass(endpoint, repository, &[challenge]).await?;
+            state.pass = self.pass(gate.purpose, endpoint, repository, &[challenge]).await?;
             state.generation += 1;
         }
         Ok(Authorization {
@@ -143,7 +168,7 @@ impl Gates {
         if state.generation != used.generation {
             return Ok(());
         }
-        let pass = self.pass(endpoint, repository, &challenges).await?;
+        let pass = self.pass(gate.purpose, endpoint, repository, &challenges).await?;
         // The same user name and password again would be refused again.
         if let (Pass::Basic(old), Pass::Basic(new)) = (&state.pass, &pass)
             && old == new
@@ -158,6 +183,7 @@ impl Gates {
     /// Fulfils the first challenge that can be.
     async fn pass(
         &self,
+        purpose: Purpose,
         endpoint: &Endpoint,
         repository: &str,
         challenges: &[Challenge],
@@ -171,7 +197,7 @@ impl Gates {
                         endpoint,
                         realm,
                         service: service.as_deref(),
-                        scope: scope.clone().unwrap_or_else(|| format!("repository:{repository}:pull")),
+                        scope: scope.clone().unwrap_or_else(|| purpose.scope(repository)),
                     };
                     let (header, renew_at) = request.fetch(secret.as_ref()).await?;
                     return Ok(Pass::Bearer {

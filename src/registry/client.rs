@@ -19,7 +19,7 @@ use super::attempts::{Failure, Health};
 use super::auth::{Credentials, Gates};
 use super::hosts::HostTable;
 use super::location::Locations;
-use super::{Blob, MAX_MANIFEST, ManifestBytes, RegistryError, Source, SourceStats, lock};
+use super::{Blob, MAX_MANIFEST, ManifestBytes, Referrer, RegistryError, Source, SourceStats, lock};
 use crate::config::RegistryConfig;
 use crate::layer::Digest;
 use crate::metrics::Metrics;
@@ -27,10 +27,13 @@ use crate::metrics::Metrics;
 mod blob;
 mod exchange;
 mod operation;
+mod push;
+mod referrers;
 
 use blob::RemoteBlob;
 use exchange::Ask;
 use operation::Operation;
+pub use push::Pusher;
 
 /// Repositories whose state is kept; the one unused longest is forgotten first (its handles go on working).
 const MAX_REPOSITORIES: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
@@ -92,8 +95,12 @@ impl Registry {
     /// The repository `repository` of the registry `host` (as a reference names it: `docker.io`, `host:port`). Cheap; all sources
     /// of one repository share their state.
     pub fn repository(&self, host: &str, repository: &str) -> Arc<dyn Source> {
+        Arc::new(RepositorySource(self.state(host, repository)))
+    }
+
+    fn state(&self, host: &str, repository: &str) -> Arc<Repository> {
         let key = (host.to_owned(), repository.to_owned());
-        let state = lock(&self.repositories)
+        lock(&self.repositories)
             .get_or_insert(key, || {
                 Arc::new(Repository {
                     shared: self.shared.clone(),
@@ -105,8 +112,12 @@ impl Registry {
                     bytes: AtomicU64::new(0),
                 })
             })
-            .clone();
-        Arc::new(RepositorySource(state))
+            .clone()
+    }
+
+    /// The same repository, to write to. Cheap.
+    pub fn pusher(&self, host: &str, repository: &str) -> Pusher {
+        Pusher(self.state(host, repository))
     }
 
     /// Names with a port that `hostname` may stand for, best first; see [`HostTable::resolve_ports`]. Reads directory names.
@@ -126,6 +137,18 @@ impl Source for RepositorySource {
 
     fn read_small(&self, digest: Digest, size: u64, limit: u64) -> BoxFuture<'_, Result<Bytes, RegistryError>> {
         Box::pin(self.0.clone().read_small(digest, size, limit))
+    }
+
+    fn referrers<'a>(
+        &'a self,
+        subject: Digest,
+        artifact_type: &'a str,
+    ) -> BoxFuture<'a, Result<Vec<Referrer>, RegistryError>> {
+        Box::pin(self.0.clone().referrers(subject, artifact_type))
+    }
+
+    fn tags(&self) -> BoxFuture<'_, Result<Vec<String>, RegistryError>> {
+        Box::pin(self.0.clone().tags())
     }
 
     fn describe(&self) -> String {
@@ -158,14 +181,11 @@ impl Repository {
             ),
             false => None,
         };
+        let what = format!("manifest {reference} of {}", self.name);
         let ask = Ask {
-            kind: "manifests",
-            name: reference.to_owned(),
-            what: format!("manifest {reference} of {}", self.name),
             accept: Some(ACCEPT_MANIFEST),
-            range: None,
-            blob: None,
             by_tag: wanted.is_none(),
+            ..Ask::get("manifests", reference.to_owned(), what)
         };
         let mut operation = Operation::new(self, ask).await?;
         loop {
@@ -220,6 +240,28 @@ impl Repository {
     }
 }
 
+/// The body of a manifest or another document.
+async fn read_document(operation: &Operation, place: usize, answer: &mut reqwest::Response) -> Result<Bytes, Failure> {
+    let mut body = BytesMut::new();
+    loop {
+        match answer.chunk().await {
+            Ok(Some(piece)) => {
+                operation.received(piece.len());
+                if (body.len() + piece.len()) as u64 > MAX_MANIFEST {
+                    let problem = format!("the document has more than {MAX_MANIFEST} bytes");
+                    return Err(Failure {
+                        passing: false,
+                        ..Failure::new(operation.protocol(place, problem), "protocol")
+                    });
+                }
+                body.extend_from_slice(&piece);
+            }
+            Ok(None) => return Ok(body.freeze()),
+            Err(error) => return Err(operation.broken(place, error)),
+        }
+    }
+}
+
 /// The body of a manifest, checked.
 async fn read_manifest(
     operation: &Operation,
@@ -236,24 +278,7 @@ async fn read_manifest(
         .map(|value| value.split(';').next().unwrap_or_default().trim().to_owned())
         .filter(|value| value.starts_with("application/vnd."));
     let stated_digest = header("docker-content-digest").and_then(|value| value.parse::<Digest>().ok());
-    let mut body = BytesMut::new();
-    loop {
-        match answer.chunk().await {
-            Ok(Some(piece)) => {
-                operation.received(piece.len());
-                if (body.len() + piece.len()) as u64 > MAX_MANIFEST {
-                    return Err(Failure {
-                        passing: false,
-                        ..wrong(format!("the manifest has more than {MAX_MANIFEST} bytes"))
-                    });
-                }
-                body.extend_from_slice(&piece);
-            }
-            Ok(None) => break,
-            Err(error) => return Err(operation.broken(place, error)),
-        }
-    }
-    let bytes = body.freeze();
+    let bytes = read_document(operation, place, &mut answer).await?;
     let digest = Digest::of(&bytes);
     if let Some(expected) = wanted.or(stated_digest)
         && digest != expected

@@ -51,6 +51,18 @@ pub enum RegistryError {
         /// How long, if it said so.
         retry_after: Option<Duration>,
     },
+    /// The registry does not take what is written to it.
+    #[error("{host} does not take {what} (HTTP {status}): {problem}")]
+    Refused {
+        /// Host and port.
+        host: String,
+        /// What was written or deleted.
+        what: String,
+        /// HTTP status.
+        status: u16,
+        /// Why, as far as it can be told, and what the registry says.
+        problem: String,
+    },
     /// Any other answer that is not a success.
     #[error("{host} answers {status} to {what}")]
     Status {
@@ -98,6 +110,7 @@ impl RegistryError {
             RegistryError::InvalidReference { .. }
             | RegistryError::Denied { .. }
             | RegistryError::NotFound { .. }
+            | RegistryError::Refused { .. }
             | RegistryError::Image { .. }
             | RegistryError::Config { .. } => false,
         }

@@ -43,6 +43,8 @@ pub struct Endpoint {
     pub pull: bool,
     /// May be asked for tags.
     pub resolve: bool,
+    /// May be given manifests and blobs.
+    pub push: bool,
     /// Value of the `ns` parameter: the registry that this endpoint stands in for.
     pub namespace: Option<String>,
     /// Headers from `hosts.toml`. Never sent to another host.
@@ -176,7 +178,7 @@ impl HostTable {
                 Some(base) => base,
                 None => {
                     // As containerd does: what is said of capabilities does not hold for the registry itself.
-                    (spec.pull, spec.resolve) = (true, true);
+                    (spec.pull, spec.resolve, spec.push) = (true, true, true);
                     // Who gives certificates means TLS, even on loopback.
                     let tls = !spec.ca.is_empty() || !spec.client.is_empty();
                     self.own_address(host, tls)?
@@ -256,6 +258,7 @@ impl HostTable {
             base,
             pull: spec.pull,
             resolve: spec.resolve,
+            push: spec.push,
             namespace: stands_in.then(|| host.to_owned()),
             headers,
         })
@@ -275,6 +278,7 @@ fn all_capabilities() -> HostSpec {
     HostSpec {
         pull: true,
         resolve: true,
+        push: true,
         ..HostSpec::default()
     }
 }

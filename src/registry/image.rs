@@ -22,7 +22,10 @@ const MAX_INDEX_DEPTH: u32 = 3;
 /// Characters of a JSON error that are repeated.
 const MAX_PROBLEM: usize = 300;
 
-const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+/// Media type of an OCI image manifest.
+pub const MANIFEST_TYPE: &str = "application/vnd.oci.image.manifest.v1+json";
+/// Media type of an OCI index.
+pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
 const DOCKER_INDEX: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
 const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
@@ -139,7 +142,7 @@ struct RawRootfs {
 }
 
 /// `null`, which Go writes for an empty list or map, is as good as nothing.
-fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+pub(super) fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
 where
     D: serde::Deserializer<'de>,
     T: Deserialize<'de> + Default,
@@ -154,7 +157,7 @@ fn unusable(kind: &str, bytes: &[u8], problem: impl Into<String>) -> RegistryErr
     }
 }
 
-fn json_problem(error: &serde_json::Error) -> String {
+pub(super) fn json_problem(error: &serde_json::Error) -> String {
     error.to_string().chars().take(MAX_PROBLEM).collect()
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use redb::{Database, ReadableTable as _, TableDefinition, WriteTransaction};
 
-use super::{StoreError, chains, images, layers, snapshots};
+use super::{StoreError, chains, images, indexes, layers, snapshots};
 
 /// Version of the tables and records that this program writes.
 pub const SCHEMA: u64 = MIGRATIONS.len() as u64 + FIRST_SCHEMA;
@@ -59,6 +59,7 @@ fn migrate(db: &Database, path: &Path, steps: &[Step]) -> Result<(), StoreError>
     layers::create_tables(&transaction)?;
     images::create_tables(&transaction)?;
     chains::create_tables(&transaction)?;
+    indexes::create_tables(&transaction)?;
     transaction.open_table(META)?.insert(SCHEMA_KEY, known)?;
     transaction.commit()?;
     Ok(())

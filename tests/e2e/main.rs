@@ -18,6 +18,7 @@ mod harness;
 mod pull;
 mod refused;
 mod restart;
+mod shared;
 mod stage;
 mod trees;
 mod variants;

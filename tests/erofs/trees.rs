@@ -175,6 +175,8 @@ impl Trees {
             dirents,
             xattrs,
             chunks: Vec::new(),
+            checkpoints: Vec::new(),
+            verify: lazuli::layer::Verify::Content,
             strings: self.strings,
         };
         Made {

@@ -14,9 +14,9 @@ use serde_json::json;
 use crate::{REPOSITORY, config, noise, read, source};
 
 /// A real registry in a directory of its own, or `None` (said aloud) where none is installed.
-struct DockerRegistry {
+pub(crate) struct DockerRegistry {
     process: Child,
-    host: String,
+    pub(crate) host: String,
     _dir: tempfile::TempDir,
 }
 
@@ -49,7 +49,12 @@ fn certificates(dir: &Path) -> bool {
 }
 
 impl DockerRegistry {
-    async fn start(tls: Option<&Path>) -> Option<Self> {
+    pub(crate) async fn start(tls: Option<&Path>) -> Option<Self> {
+        Self::start_with(tls, "").await
+    }
+
+    /// As [`DockerRegistry::start`]; `storage` are more lines of the table of that name.
+    pub(crate) async fn start_with(tls: Option<&Path>, storage: &str) -> Option<Self> {
         // It cannot be told to choose a port, so one that was free is offered; another process may be quicker, hence several times.
         for _ in 0..5 {
             let dir = tempfile::tempdir().unwrap();
@@ -59,7 +64,7 @@ impl DockerRegistry {
             };
             let host = format!("127.0.0.1:{port}");
             let mut text = format!(
-                "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\nhttp:\n  addr: {host}\n",
+                "version: 0.1\nlog:\n  level: error\nstorage:\n  filesystem:\n    rootdirectory: {}\n{storage}http:\n  addr: {host}\n",
                 dir.path().join("data").display()
             );
             if let Some(certs) = tls {

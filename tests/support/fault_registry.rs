@@ -1,10 +1,13 @@
-//! A registry that fails on demand: the distribution protocol's read side on one port, a storage service ("CDN") that it may redirect
+//! A registry that fails on demand: the distribution protocol on one port, a storage service ("CDN") that it may redirect
 //! to on another, and a token service on the first. Everything it was asked is in its log.
 //!
 //! ```text
 //! /v2/                                  version check
-//! /v2/<repository>/manifests/<ref>      GET, HEAD
+//! /v2/<repository>/manifests/<ref>      GET, HEAD, PUT, DELETE
 //! /v2/<repository>/blobs/<digest>       GET, HEAD, ranges; 307 to the CDN if redirects are on
+//! /v2/<repository>/blobs/uploads/       POST, then PUT to the place it names
+//! /v2/<repository>/referrers/<digest>   GET, in pages, if referrers are on
+//! /v2/<repository>/tags/list            GET, in pages
 //! /token                                GET with Basic, POST with a refresh token
 //! CDN: /<digest>?generation=N&Expires=T good until `expire_redirects` or T
 //! ```
@@ -34,6 +37,10 @@ use tokio::task::JoinHandle;
 const PIECE: usize = 16 << 10;
 /// Longest form of a token request, in bytes.
 const MAX_FORM: usize = 64 << 10;
+/// Longest blob or manifest that is taken, in bytes.
+const MAX_WRITTEN: usize = 64 << 20;
+/// Entries on a page of a list.
+const PAGE: usize = 2;
 
 /// Which requests a fault meets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,6 +53,12 @@ pub enum On {
     Cdn,
     /// The token service.
     Token,
+    /// The referrers API.
+    Referrers,
+    /// Uploads of blobs: their begin and their end.
+    Upload,
+    /// Manifests that are written or deleted.
+    Write,
 }
 
 /// What goes wrong with one request.
@@ -55,6 +68,8 @@ pub enum Fault {
     Status(u16),
     /// This status with a `Retry-After`.
     RetryAfter(u16, String),
+    /// This status with an error document that has this message.
+    Refuse(u16, &'static str),
     /// 401 with the usual challenge, however good the token.
     Unauthorized,
     /// The connection ends after this many bytes of the body.
@@ -138,7 +153,10 @@ impl Seen {
 struct Inner {
     blobs: HashMap<Digest, Bytes>,
     manifests: HashMap<Digest, (String, Bytes)>,
-    tags: HashMap<(String, String), Digest>,
+    tags: BTreeMap<(String, String), Digest>,
+    /// Whether there is a referrers API, and whether it heeds the filter.
+    referrers: Option<bool>,
+    uploads: u64,
     auth: Auth,
     /// Tokens that are good: for which scope, until when.
     tokens: HashMap<String, (String, Instant)>,
@@ -228,6 +246,31 @@ impl FaultRegistry {
             .insert((repository.to_owned(), tag.to_owned()), manifest);
     }
 
+    /// Has a referrers API from now on, which heeds the filter or leaves that to the client.
+    pub fn set_referrers(&self, filters: bool) {
+        self.inner().referrers = Some(filters);
+    }
+
+    /// What `repository:tag` means.
+    pub fn tagged(&self, repository: &str, tag: &str) -> Option<Digest> {
+        self.inner().tags.get(&(repository.to_owned(), tag.to_owned())).copied()
+    }
+
+    /// The bytes of a manifest.
+    pub fn manifest(&self, digest: Digest) -> Option<Bytes> {
+        self.inner().manifests.get(&digest).map(|(_, bytes)| bytes.clone())
+    }
+
+    /// Whether it has a blob.
+    pub fn has_blob(&self, digest: Digest) -> bool {
+        self.inner().blobs.contains_key(&digest)
+    }
+
+    /// Forgets a blob.
+    pub fn remove_blob(&self, digest: Digest) {
+        self.inner().blobs.remove(&digest);
+    }
+
     /// Wants requests authenticated.
     pub fn set_auth(&self, auth: Auth) {
         self.inner().auth = auth;
@@ -298,17 +341,21 @@ async fn serve(
             .collect();
     let target = Target::parse(&path, is_cdn);
     let (method, headers) = (request.method().clone(), request.headers().clone());
-    let form: BTreeMap<String, String> = match &target {
+    let (mut form, mut sent) = (BTreeMap::new(), Bytes::new());
+    match &target {
         Target::Token => {
             let body = to_bytes(request.into_body(), MAX_FORM).await.unwrap_or_default();
-            url::form_urlencoded::parse(&body).into_owned().collect()
+            form = url::form_urlencoded::parse(&body).into_owned().collect();
         }
-        _ => BTreeMap::new(),
-    };
-    let on = target.on();
+        _ if method == Method::PUT => {
+            sent = to_bytes(request.into_body(), MAX_WRITTEN).await.unwrap_or_default();
+        }
+        _ => {}
+    }
+    let on = target.on(&method);
     let (answer, delay) = {
         let mut inner = shared.inner.lock().unwrap();
-        let challenged = target.needs_auth() && !inner.authorized(&target, &headers);
+        let challenged = target.needs_auth() && !inner.authorized(&target, &method, &headers);
         let fault = on.filter(|_| !challenged).and_then(|on| inner.take_fault(on));
         let delay = match &fault {
             Some(Fault::Delay(delay)) => Some(*delay),
@@ -319,9 +366,10 @@ async fn serve(
             headers: &headers,
             query: &query,
             form: &form,
+            sent: &sent,
         };
         let answer = match challenged {
-            true => inner.challenge(&shared, &target),
+            true => inner.challenge(&shared, &target, &method),
             false => inner.answer(&shared, &target, &asked, fault),
         };
         inner.log.push(Seen {
@@ -343,9 +391,28 @@ async fn serve(
 
 enum Target {
     Version,
-    Manifest { repository: String, reference: String },
-    Blob { repository: String, digest: Option<Digest> },
-    Cdn { digest: Option<Digest> },
+    Manifest {
+        repository: String,
+        reference: String,
+    },
+    Blob {
+        repository: String,
+        digest: Option<Digest>,
+    },
+    Upload {
+        repository: String,
+        begun: bool,
+    },
+    Referrers {
+        repository: String,
+        subject: Option<Digest>,
+    },
+    Tags {
+        repository: String,
+    },
+    Cdn {
+        digest: Option<Digest>,
+    },
     Token,
     Other,
 }
@@ -371,6 +438,23 @@ impl Target {
                 reference: reference.to_owned(),
             };
         }
+        if let Some((repository, place)) = rest.rsplit_once("/blobs/uploads/") {
+            return Target::Upload {
+                repository: repository.to_owned(),
+                begun: !place.is_empty(),
+            };
+        }
+        if let Some((repository, subject)) = rest.rsplit_once("/referrers/") {
+            return Target::Referrers {
+                repository: repository.to_owned(),
+                subject: subject.parse().ok(),
+            };
+        }
+        if let Some(repository) = rest.strip_suffix("/tags/list") {
+            return Target::Tags {
+                repository: repository.to_owned(),
+            };
+        }
         match rest.rsplit_once("/blobs/") {
             Some((repository, digest)) => Target::Blob {
                 repository: repository.to_owned(),
@@ -380,23 +464,30 @@ impl Target {
         }
     }
 
-    fn on(&self) -> Option<On> {
+    fn on(&self, method: &Method) -> Option<On> {
         match self {
+            Target::Manifest { .. } if matches!(*method, Method::PUT | Method::DELETE) => Some(On::Write),
             Target::Manifest { .. } => Some(On::Manifest),
+            Target::Upload { .. } => Some(On::Upload),
+            Target::Referrers { .. } => Some(On::Referrers),
             Target::Blob { .. } => Some(On::Blob),
             Target::Cdn { .. } => Some(On::Cdn),
             Target::Token => Some(On::Token),
-            Target::Version | Target::Other => None,
+            Target::Version | Target::Tags { .. } | Target::Other => None,
         }
     }
 
     fn needs_auth(&self) -> bool {
-        matches!(self, Target::Version | Target::Manifest { .. } | Target::Blob { .. })
+        !matches!(self, Target::Cdn { .. } | Target::Token | Target::Other)
     }
 
     fn repository(&self) -> &str {
         match self {
-            Target::Manifest { repository, .. } | Target::Blob { repository, .. } => repository,
+            Target::Manifest { repository, .. }
+            | Target::Blob { repository, .. }
+            | Target::Upload { repository, .. }
+            | Target::Referrers { repository, .. }
+            | Target::Tags { repository } => repository,
             _ => "",
         }
     }
@@ -407,6 +498,7 @@ struct Asked<'a> {
     headers: &'a HeaderMap,
     query: &'a BTreeMap<String, String>,
     form: &'a BTreeMap<String, String>,
+    sent: &'a Bytes,
 }
 
 fn status(status: u16) -> Response {
@@ -439,7 +531,13 @@ impl Inner {
         match &fault {
             Some(Fault::Status(code)) => return status(*code),
             Some(Fault::RetryAfter(code, value)) => return with(status(*code), header::RETRY_AFTER, value),
-            Some(Fault::Unauthorized) => return self.challenge(shared, target),
+            Some(Fault::Refuse(code, message)) => {
+                let document = json!({"errors": [{"code": "DENIED", "message": message}]});
+                let mut response = status(*code);
+                *response.body_mut() = Body::from(document.to_string());
+                return response;
+            }
+            Some(Fault::Unauthorized) => return self.challenge(shared, target, asked.method),
             Some(Fault::Redirect(to)) => return with(status(307), header::LOCATION, to),
             _ => {}
         }
@@ -447,6 +545,19 @@ impl Inner {
             Target::Version => status(200),
             Target::Other => status(404),
             Target::Token => self.hand_out(asked),
+            Target::Upload { begun, .. } => self.upload(asked, *begun),
+            Target::Referrers { subject, .. } => self.list_referrers(asked, *subject),
+            Target::Tags { repository } => self.list_tags(asked, repository),
+            Target::Manifest { repository, reference } if *asked.method == Method::PUT => {
+                self.put_manifest(asked, repository, reference)
+            }
+            Target::Manifest { reference, .. } if *asked.method == Method::DELETE => {
+                let removed = reference.parse::<Digest>().ok().and_then(|digest| {
+                    self.tags.retain(|_, meant| *meant != digest);
+                    self.manifests.remove(&digest)
+                });
+                status(if removed.is_some() { 202 } else { 404 })
+            }
             Target::Manifest { repository, reference } => {
                 let digest = match reference.parse::<Digest>() {
                     Ok(digest) => Some(digest),
@@ -487,6 +598,97 @@ impl Inner {
         }
     }
 
+    fn upload(&mut self, asked: &Asked<'_>, begun: bool) -> Response {
+        if !begun {
+            self.uploads += 1;
+            let place = format!("{}-{}?state=x%2Fy", "place", self.uploads);
+            return with(status(202), header::LOCATION, &place);
+        }
+        let stated = asked.query.get("digest").and_then(|text| text.parse::<Digest>().ok());
+        if stated != Some(Digest::of(asked.sent)) || asked.query.get("state").map(String::as_str) != Some("x/y") {
+            return status(400);
+        }
+        self.blobs.insert(Digest::of(asked.sent), asked.sent.clone());
+        status(201)
+    }
+
+    fn put_manifest(&mut self, asked: &Asked<'_>, repository: &str, reference: &str) -> Response {
+        let digest = Digest::of(asked.sent);
+        let Ok(document) = serde_json::from_slice::<serde_json::Value>(asked.sent) else {
+            return status(400);
+        };
+        let blobs = document["layers"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .chain(document.get("config"));
+        let missing = |blob: &serde_json::Value| {
+            let digest = blob["digest"].as_str().and_then(|text| text.parse::<Digest>().ok());
+            !digest.is_some_and(|digest| self.blobs.contains_key(&digest))
+        };
+        let by_digest = reference.parse::<Digest>().ok();
+        if blobs.into_iter().any(missing) || by_digest.is_some_and(|named| named != digest) {
+            return status(400);
+        }
+        if by_digest.is_none() {
+            self.tags.insert((repository.to_owned(), reference.to_owned()), digest);
+        }
+        let media_type = asked.headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok());
+        let media_type = media_type.unwrap_or_default().to_owned();
+        self.manifests.insert(digest, (media_type, asked.sent.clone()));
+        let name = header::HeaderName::from_static("docker-content-digest");
+        let response = with(status(201), name, &digest.to_string());
+        match document["subject"]["digest"].as_str() {
+            Some(subject) if self.referrers.is_some() => {
+                with(response, header::HeaderName::from_static("oci-subject"), subject)
+            }
+            _ => response,
+        }
+    }
+
+    fn list_referrers(&self, asked: &Asked<'_>, subject: Option<Digest>) -> Response {
+        let (Some(filters), Some(subject)) = (self.referrers, subject) else {
+            return status(404);
+        };
+        let subject = subject.to_string();
+        let mut found: Vec<_> = self
+            .manifests
+            .iter()
+            .filter_map(|(digest, (media_type, bytes))| {
+                let document: serde_json::Value = serde_json::from_slice(bytes).ok()?;
+                let artifact_type = document["artifactType"].as_str().unwrap_or_default();
+                let wanted = asked.query.get("artifactType");
+                let about = document["subject"]["digest"] == subject.as_str();
+                let of_type = !filters || wanted.is_none_or(|wanted| wanted == artifact_type);
+                (about && of_type).then(|| {
+                    json!({
+                        "mediaType": media_type, "digest": digest, "size": bytes.len(),
+                        "artifactType": artifact_type, "annotations": document["annotations"],
+                    })
+                })
+            })
+            .collect();
+        found.sort_by_key(|entry| entry["digest"].to_string());
+        paged(
+            asked,
+            found,
+            |page| json!({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": page}),
+        )
+    }
+
+    fn list_tags(&self, asked: &Asked<'_>, repository: &str) -> Response {
+        let tags: Vec<_> = self
+            .tags
+            .keys()
+            .filter(|(of, _)| of == repository)
+            .map(|(_, tag)| json!(tag))
+            .collect();
+        match tags.is_empty() {
+            true => status(404),
+            false => paged(asked, tags, |page| json!({"name": repository, "tags": page})),
+        }
+    }
+
     fn blob(&self, digest: &Option<Digest>) -> Option<(Digest, Bytes)> {
         let digest = (*digest)?;
         if self.missing.contains(&digest) {
@@ -495,7 +697,7 @@ impl Inner {
         Some((digest, self.blobs.get(&digest)?.clone()))
     }
 
-    fn authorized(&self, target: &Target, headers: &HeaderMap) -> bool {
+    fn authorized(&self, target: &Target, method: &Method, headers: &HeaderMap) -> bool {
         let given = headers
             .get(header::AUTHORIZATION)
             .and_then(|value| value.to_str().ok())
@@ -506,20 +708,20 @@ impl Inner {
             _ => {
                 let token = given.strip_prefix("Bearer ").unwrap_or_default();
                 self.tokens.get(token).is_some_and(|(scope, until)| {
-                    let scoped = matches!(target, Target::Version) || *scope == scope_of(target);
+                    let scoped = matches!(target, Target::Version) || *scope == scope_of(target, method);
                     scoped && *until > Instant::now()
                 })
             }
         }
     }
 
-    fn challenge(&self, shared: &Shared, target: &Target) -> Response {
+    fn challenge(&self, shared: &Shared, target: &Target, method: &Method) -> Response {
         let challenge = match &self.auth {
             Auth::None | Auth::Basic(..) => r#"Basic realm="fault registry""#.to_owned(),
             _ => format!(
                 r#"Bearer realm="http://{}/token",service="fault registry",scope="{}""#,
                 shared.origin,
-                scope_of(target)
+                scope_of(target, method)
             ),
         };
         with(status(401), header::WWW_AUTHENTICATE, &challenge)
@@ -557,8 +759,37 @@ impl Inner {
     }
 }
 
-fn scope_of(target: &Target) -> String {
-    format!("repository:{}:pull", target.repository())
+fn scope_of(target: &Target, method: &Method) -> String {
+    let actions = match *method {
+        Method::GET | Method::HEAD => "pull",
+        Method::DELETE => "delete",
+        _ => "pull,push",
+    };
+    format!("repository:{}:{actions}", target.repository())
+}
+
+/// One page of a list, with a Link to the next one.
+fn paged(
+    asked: &Asked<'_>,
+    list: Vec<serde_json::Value>,
+    document: impl Fn(Vec<serde_json::Value>) -> serde_json::Value,
+) -> Response {
+    let page: usize = asked.query.get("page").and_then(|page| page.parse().ok()).unwrap_or(0);
+    let more = list.len() > (page + 1) * PAGE;
+    let entries = list.into_iter().skip(page * PAGE).take(PAGE).collect();
+    let response = Response::new(Body::from(document(entries).to_string()));
+    match more {
+        true => {
+            let mut query = asked.query.clone();
+            query.insert("page".to_owned(), (page + 1).to_string());
+            let query = url::form_urlencoded::Serializer::new(String::new())
+                .extend_pairs(&query)
+                .finish();
+            // Relative to the list itself.
+            with(response, header::LINK, &format!("<?{query}>; rel=\"next\""))
+        }
+        false => response,
+    }
 }
 
 fn basic(user: &str, password: &str) -> String {

@@ -45,7 +45,13 @@ pub struct Sandbox(Arc<Inner>);
 struct Inner {
     root: PathBuf,
     name: String,
-    _slot: Slot,
+    /// Its place among the sandboxes of this machine, or the sandbox that it lies in.
+    _held: Held,
+}
+
+enum Held {
+    Slot { _slot: Slot },
+    Within { _outer: Sandbox },
 }
 
 impl Sandbox {
@@ -70,7 +76,18 @@ impl Sandbox {
         Sandbox(Arc::new(Inner {
             root,
             name: name.to_owned(),
-            _slot: slot,
+            _held: Held::Slot { _slot: slot },
+        }))
+    }
+
+    /// A sandbox within this one, as for a second machine: its own directories, processes and mounts, cleaned up before the outer one.
+    pub fn machine(&self, name: &str) -> Self {
+        let root = self.path(format!("{}{name}", self.unique()));
+        fs::create_dir_all(root.join("logs")).unwrap();
+        Sandbox(Arc::new(Inner {
+            root,
+            name: format!("{} {name}", self.0.name),
+            _held: Held::Within { _outer: self.clone() },
         }))
     }
 

@@ -209,6 +209,8 @@ pub fn index(chunks: Vec<Chunk>, data_size: u64, blob_size: u64, access: Access)
         dirents: Vec::new(),
         xattrs: Vec::new(),
         chunks,
+        verify: crate::layer::Verify::Content,
+        checkpoints: Vec::new(),
         strings: Vec::new(),
     })
     .unwrap()

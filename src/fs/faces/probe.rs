@@ -166,6 +166,8 @@ impl Probe {
                 dirents: vec![name],
                 xattrs: Vec::new(),
                 chunks: Vec::new(),
+                checkpoints: Vec::new(),
+                verify: crate::layer::Verify::Content,
                 strings: NAME.to_vec(),
             })?,
             data: data.into(),

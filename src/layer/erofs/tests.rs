@@ -28,6 +28,8 @@ fn parts(inodes: &[Inode]) -> IndexParts {
         dirents: (0..inodes.len() as u32).map(name).collect(),
         xattrs: Vec::new(),
         chunks: Vec::new(),
+        checkpoints: Vec::new(),
+        verify: crate::layer::Verify::Content,
         strings: (b'a'..=b'z').collect(),
     }
 }

@@ -1,10 +1,11 @@
 //! The rules that every index keeps, so that its users need not check anything again.
 
 use super::{
-    Access, FORMAT, IndexParts, MAX_CHUNK_LEN, MAX_CHUNKS, MAX_DATA_SIZE, MAX_INODES, MAX_NAME_LEN, MAX_STRINGS,
-    MAX_TARGET_LEN, ROOT_INO, mode, valid_name,
+    Access, Chunk, Codec, FORMAT, IndexParts, MAX_CHUNK_LEN, MAX_CHUNKS, MAX_DATA_SIZE, MAX_INODES, MAX_NAME_LEN,
+    MAX_STRINGS, MAX_TARGET_LEN, ROOT_INO, Verify, mode, valid_name,
 };
-use crate::layer::LayerError;
+use crate::layer::checkpoint::{Entry, MAX_WINDOW};
+use crate::layer::{Checkpoint, Digest, LayerError};
 
 /// Checks the parts of an index: limits, and that every reference points at something.
 pub(super) fn check(p: &IndexParts) -> Result<(), LayerError> {
@@ -132,6 +133,78 @@ pub(super) fn check(p: &IndexParts) -> Result<(), LayerError> {
                 i,
                 "a chunk's place in the blob does not fit the way the layer is accessed",
             );
+        }
+    }
+    checkpoints(p)
+}
+
+/// Checks the checkpoints, and that every chunk lies in the span of one.
+fn checkpoints(p: &IndexParts) -> Result<(), LayerError> {
+    let bad = |at: usize, what: &str| Err(LayerError::malformed(FORMAT, at as u64, what));
+    let spans = p.codec == Codec::GzipSpans;
+    if !spans && (!p.checkpoints.is_empty() || p.verify != Verify::Content) {
+        return bad(0, "there are checkpoints, or digests of spans, and no spans");
+    }
+    if spans && p.access != Access::Ranges {
+        return bad(0, "there are spans in a layer without ranges");
+    }
+    if p.checkpoints.len() > MAX_CHUNKS {
+        return Err(LayerError::TooLarge {
+            what: "number of checkpoints",
+            value: p.checkpoints.len() as u64,
+            limit: MAX_CHUNKS as u64,
+        });
+    }
+    let (mut data_end, mut blob_start) = (0, None);
+    for (i, checkpoint) in p.checkpoints.iter().enumerate() {
+        let Checkpoint { data_len, blob_len, .. } = *checkpoint;
+        if data_len == 0 || data_len > MAX_CHUNK_LEN || blob_len == 0 || blob_len > MAX_CHUNK_LEN {
+            return bad(i, "the length of a span is 0 or over the limit");
+        }
+        match checkpoint.entry {
+            Entry::Block { bits: 8.., .. } => return bad(i, "a checkpoint has more bits than a byte"),
+            Entry::Block { bits: 1.., .. } if checkpoint.blob_offset == 0 => {
+                return bad(i, "a checkpoint begins before the blob");
+            }
+            Entry::Block { window, .. } if window as usize > MAX_WINDOW => {
+                return bad(i, "a window is longer than a stream refers back");
+            }
+            Entry::Block { .. } | Entry::Member => {}
+        }
+        // What a checkpoint skips lies in no span, and is zeros.
+        if checkpoint.data_offset < data_end || blob_start.is_some_and(|start| checkpoint.start() <= start) {
+            return bad(i, "checkpoints overlap or are not in order");
+        }
+        let end = checkpoint.data_offset.checked_add(data_len.into());
+        let blob_end = checkpoint.start().checked_add(blob_len.into());
+        match (end, blob_end) {
+            (Some(end), Some(blob_end)) if end <= p.data_size && blob_end <= p.blob_size => data_end = end,
+            _ => return bad(i, "a span lies outside"),
+        }
+        blob_start = Some(checkpoint.start());
+    }
+    if !spans {
+        return Ok(());
+    }
+    let fits = |chunk: &Chunk| {
+        let found = p
+            .checkpoints
+            .binary_search_by_key(&chunk.blob_offset, Checkpoint::start);
+        found
+            .ok()
+            .and_then(|at| p.checkpoints.get(at))
+            .is_some_and(|checkpoint| {
+                chunk.blob_len == checkpoint.blob_len
+                    && u64::from(chunk.skip) + u64::from(chunk.data_len) <= checkpoint.data_len.into()
+            })
+    };
+    let unknown = Digest::from_bytes([0; Digest::LEN]);
+    for (i, chunk) in p.chunks.iter().enumerate() {
+        if !fits(chunk) {
+            return bad(i, "a chunk is not in the span of a checkpoint");
+        }
+        if (p.verify == Verify::Span) != (chunk.digest == unknown) {
+            return bad(i, "a chunk has a digest that nobody knows, or none");
         }
     }
     Ok(())

@@ -4,33 +4,47 @@
 //!
 //! ```text
 //! 0   magic     8   "LZLINDEX"
-//! 8   version   4   2
+//! 8   version   4   3
 //! 12  access    1   0 = stream, 1 = ranges
-//! 13  codec     1   0 = none, 1 = gzip, 2 = zstd
-//! 14  zero      2
+//! 13  codec     1   0 = none, 1 = gzip, 2 = zstd, 3 = spans of gzip
+//! 14  verify    1   0 = digests of chunks, 1 = digests of spans
+//! 15  zero      1
 //! 16  data_size 8   bytes of the data space
 //! 24  blob_size 8   bytes of the layer's blob in the registry
 //! 32  counts    16  inodes, directory entries, xattrs, chunks: u32 each
 //! 48  strings   8   bytes of the string area
-//! 56  inodes    76 each: the fields of [`Inode`] in their order, `flags` last, 4 zero bytes
+//! 56  spans     4   checkpoints
+//! 60  zero      4
+//! 64  inodes    76 each: the fields of [`Inode`] in their order, `flags` last, 4 zero bytes
 //!     entries   12 each: name offset u32, name length u32, inode u32
 //!     xattrs    16 each: name offset, name length, value offset, value length: u32 each
 //!     chunks    60 each
+//!     spans     64 each: data offset u64, data length u32, blob offset u64, blob length u32, digest, window u32, bits u8 (255: a
+//!               member), 3 zero bytes
 //!     strings
 //!     sha256    32  of everything before it
 //! ```
+//! Version 2 ended its header at byte 56, and had no spans; it is still read.
 
-use super::{Access, Chunk, Codec, Dirent, FORMAT, IndexParts, Inode, LayerIndex, Xattr};
-use crate::layer::{Digest, LayerError};
+use super::{Access, Chunk, Codec, Dirent, FORMAT, IndexParts, Inode, LayerIndex, Verify, Xattr};
+use crate::layer::checkpoint::Entry;
+use crate::layer::{Checkpoint, Digest, LayerError};
 
 const MAGIC: &[u8; 8] = b"LZLINDEX";
-/// Version of the on-disk form. A file with another version is discarded and made again.
-const VERSION: u32 = 2;
-const HEADER_LEN: usize = 56;
+/// Version of the on-disk form. A file with another version, but for [`WITHOUT_SPANS`], is discarded and made again.
+const VERSION: u32 = 3;
+/// The version before, which is the same without spans: what is in the cache stays useful.
+const WITHOUT_SPANS: u32 = 2;
+/// Bytes of the header up to the spans.
+const COMMON_LEN: usize = 56;
+const HEADER_LEN: usize = 64;
 const INODE_LEN: usize = 76;
 const DIRENT_LEN: usize = 12;
 const XATTR_LEN: usize = 16;
 const CHUNK_LEN: usize = 60;
+const SPAN_LEN: usize = 64;
+/// In the place of the bits: a checkpoint at the header of a member.
+const AT_MEMBER: u8 = 255;
 
 impl LayerIndex {
     /// The on-disk form; the same index always gives the same bytes.
@@ -43,18 +57,20 @@ impl LayerIndex {
             Access::Stream => 0,
             Access::Ranges => 1,
         });
-        out.push(match p.codec {
-            Codec::None => 0,
-            Codec::Gzip => 1,
-            Codec::Zstd => 2,
+        out.push(codec_byte(p.codec));
+        out.push(match p.verify {
+            Verify::Content => 0,
+            Verify::Span => 1,
         });
-        out.extend_from_slice(&[0; 2]);
+        out.push(0);
         put64(&mut out, p.data_size);
         put64(&mut out, p.blob_size);
         for count in [p.inodes.len(), p.dirents.len(), p.xattrs.len(), p.chunks.len()] {
             put32(&mut out, count as u32);
         }
         put64(&mut out, p.strings.len() as u64);
+        put32(&mut out, p.checkpoints.len() as u32);
+        put32(&mut out, 0);
         for i in &p.inodes {
             for word in [i.mode, i.uid, i.gid, i.nlink, i.rdev_major, i.rdev_minor] {
                 put32(&mut out, word);
@@ -85,6 +101,19 @@ impl LayerIndex {
                 put32(&mut out, word);
             }
             out.extend_from_slice(c.digest.as_bytes());
+        }
+        for c in &p.checkpoints {
+            put64(&mut out, c.data_offset);
+            put32(&mut out, c.data_len);
+            put64(&mut out, c.blob_offset);
+            put32(&mut out, c.blob_len);
+            out.extend_from_slice(c.digest.as_bytes());
+            put32(&mut out, c.window_len());
+            let bits = match c.entry {
+                Entry::Member => AT_MEMBER,
+                Entry::Block { bits, .. } => bits,
+            };
+            out.extend_from_slice(&[bits, 0, 0, 0]);
         }
         out.extend_from_slice(&p.strings);
         let digest = Digest::of(&out);
@@ -120,13 +149,13 @@ impl LayerIndex {
             .ok_or_else(|| truncated("its checksum"))?;
         let (body, checksum) = bytes.split_at(body_len);
         let mut r = Reader { bytes: body };
-        let header = r.take(HEADER_LEN).ok_or_else(|| truncated("its header"))?;
+        let header = r.take(COMMON_LEN).ok_or_else(|| truncated("its header"))?;
         let mut h = Reader { bytes: header };
         if h.array::<8>() != *MAGIC {
             return Err(LayerError::malformed(FORMAT, 0, "the magic number is missing"));
         }
         let version = h.u32();
-        if version != VERSION {
+        if version != VERSION && version != WITHOUT_SPANS {
             return Err(LayerError::Unsupported {
                 what: format!("version {version} of the layer index"),
             });
@@ -139,7 +168,7 @@ impl LayerIndex {
                 "the checksum does not match",
             ));
         }
-        let [access, codec, _, _] = h.array::<4>();
+        let [access, codec, verify, _] = h.array::<4>();
         let access = match access {
             0 => Access::Stream,
             1 => Access::Ranges,
@@ -151,15 +180,26 @@ impl LayerIndex {
                 ));
             }
         };
-        let codec = match codec {
-            0 => Codec::None,
-            1 => Codec::Gzip,
-            2 => Codec::Zstd,
-            other => return Err(LayerError::malformed(FORMAT, 13, format!("unknown codec {other}"))),
+        let codec =
+            codec_of(codec).ok_or_else(|| LayerError::malformed(FORMAT, 13, format!("unknown codec {codec}")))?;
+        let verify = match verify {
+            0 => Verify::Content,
+            1 => Verify::Span,
+            other => {
+                let what = format!("unknown way to verify {other}");
+                return Err(LayerError::malformed(FORMAT, 14, what));
+            }
         };
         let (data_size, blob_size) = (h.u64(), h.u64());
         let [inodes, dirents, xattrs, chunks] = std::array::from_fn(|_| h.u32() as usize);
         let strings = h.u64() as usize;
+        let spans = match version {
+            VERSION => {
+                let more = r.take(HEADER_LEN - COMMON_LEN).ok_or_else(|| truncated("its header"))?;
+                Reader { bytes: more }.u32() as usize
+            }
+            _ => 0,
+        };
         let mut section = |count: usize, record: usize, what: &str| {
             count
                 .checked_mul(record)
@@ -170,6 +210,7 @@ impl LayerIndex {
         let dirents = section(dirents, DIRENT_LEN, "its directory entries")?;
         let xattrs = section(xattrs, XATTR_LEN, "its extended attributes")?;
         let chunks = section(chunks, CHUNK_LEN, "its chunks")?;
+        let spans = section(spans, SPAN_LEN, "its checkpoints")?;
         let strings = section(strings, 1, "its strings")?;
         if !r.bytes.is_empty() {
             return Err(LayerError::malformed(
@@ -199,11 +240,33 @@ impl LayerIndex {
                 .chunks_exact(CHUNK_LEN)
                 .map(|b| decode_chunk(Reader { bytes: b }))
                 .collect(),
+            verify,
+            checkpoints: spans
+                .chunks_exact(SPAN_LEN)
+                .map(|b| decode_checkpoint(Reader { bytes: b }))
+                .collect(),
             strings: strings.to_vec(),
         })?;
         let _ = index.fingerprint.set(fingerprint);
         Ok(index)
     }
+}
+
+/// The codec as a byte.
+pub(in crate::layer) fn codec_byte(codec: Codec) -> u8 {
+    match codec {
+        Codec::None => 0,
+        Codec::Gzip => 1,
+        Codec::Zstd => 2,
+        Codec::GzipSpans => 3,
+    }
+}
+
+/// The codec that [`codec_byte`] made that byte of.
+pub(in crate::layer) fn codec_of(byte: u8) -> Option<Codec> {
+    [Codec::None, Codec::Gzip, Codec::Zstd, Codec::GzipSpans]
+        .get(usize::from(byte))
+        .copied()
 }
 
 fn encoded_len(p: &IndexParts) -> usize {
@@ -212,6 +275,7 @@ fn encoded_len(p: &IndexParts) -> usize {
         + p.dirents.len() * DIRENT_LEN
         + p.xattrs.len() * XATTR_LEN
         + p.chunks.len() * CHUNK_LEN
+        + p.checkpoints.len() * SPAN_LEN
         + p.strings.len()
         + Digest::LEN
 }
@@ -300,5 +364,24 @@ fn decode_chunk(mut r: Reader<'_>) -> Chunk {
         blob_len,
         skip,
         digest: Digest::from_bytes(r.array()),
+    }
+}
+
+fn decode_checkpoint(mut r: Reader<'_>) -> Checkpoint {
+    let (data_offset, data_len) = (r.u64(), r.u32());
+    let (blob_offset, blob_len) = (r.u64(), r.u32());
+    let digest = Digest::from_bytes(r.array());
+    let window = r.u32();
+    let [bits, ..] = r.array::<4>();
+    Checkpoint {
+        data_offset,
+        data_len,
+        blob_offset,
+        blob_len,
+        entry: match bits {
+            AT_MEMBER => Entry::Member,
+            bits => Entry::Block { bits, window },
+        },
+        digest,
     }
 }

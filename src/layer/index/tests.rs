@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::layer::checkpoint::Entry;
 use crate::layer::testing::sample_parts;
 
 fn sample() -> LayerIndex {
@@ -167,7 +168,11 @@ fn damage_is_noticed() {
         error(12, 2).to_string(),
         "malformed layer index at 12: unknown access kind 2"
     );
-    assert_eq!(error(13, 3).to_string(), "malformed layer index at 13: unknown codec 3");
+    assert_eq!(error(13, 4).to_string(), "malformed layer index at 13: unknown codec 4");
+    assert_eq!(
+        error(14, 2).to_string(),
+        "malformed layer index at 14: unknown way to verify 2"
+    );
     let longer = sealed([&bytes[..], &[0]].concat());
     assert!(
         LayerIndex::decode(&longer)
@@ -220,4 +225,97 @@ fn a_fingerprint_is_that_of_the_form_on_disk() {
     let mut parts = sample_parts();
     parts.inodes[0].uid += 1;
     assert_ne!(LayerIndex::new(parts).unwrap().fingerprint(), fingerprint);
+}
+
+/// The sample as two spans, the second of which begins within a byte.
+fn spans() -> IndexParts {
+    let mut parts = sample_parts();
+    let whole = parts.chunks[0];
+    let half = whole.data_len / 2;
+    (parts.access, parts.codec) = (Access::Ranges, Codec::GzipSpans);
+    let first = Checkpoint {
+        data_offset: 0,
+        data_len: half,
+        blob_offset: 0,
+        blob_len: 50,
+        entry: Entry::Member,
+        digest: Digest::of(b"span"),
+    };
+    let second = Checkpoint {
+        data_offset: half.into(),
+        data_len: whole.data_len - half,
+        blob_offset: 50,
+        blob_len: 51,
+        entry: Entry::Block { bits: 3, window: 100 },
+        ..first
+    };
+    parts.checkpoints = vec![first, second];
+    let chunk = |of: Checkpoint, skip, data_len| Chunk {
+        data_offset: of.data_offset + u64::from(skip),
+        data_len,
+        blob_offset: of.start(),
+        blob_len: of.blob_len,
+        skip,
+        ..whole
+    };
+    parts.chunks = vec![chunk(first, 0, half), chunk(second, 10, 20), chunk(second, 30, 40)];
+    parts
+}
+
+#[test]
+fn spans_are_found_and_read_back() {
+    let index = LayerIndex::new(spans()).unwrap();
+    let at = |chunk: usize| index.checkpoint(&index.chunks()[chunk]).map(|(at, _)| at);
+    assert_eq!((at(0), at(1), at(2)), (Some(0), Some(1), Some(1)));
+    assert_eq!(LayerIndex::decode(&index.encode()), Ok(index.clone()));
+    let mut foreign = spans();
+    foreign.verify = Verify::Span;
+    foreign
+        .chunks
+        .iter_mut()
+        .for_each(|c| c.digest = Digest::from_bytes([0; 32]));
+    let foreign = LayerIndex::new(foreign).unwrap();
+    assert_eq!(LayerIndex::decode(&foreign.encode()), Ok(foreign));
+}
+
+#[test]
+fn wrong_spans_are_refused() {
+    type Change = fn(&mut IndexParts);
+    let changes: [Change; 16] = [
+        |p| p.access = Access::Stream,
+        |p| p.codec = Codec::Gzip,
+        |p| p.verify = Verify::Span,
+        |p| p.chunks[1].digest = Digest::from_bytes([0; 32]),
+        |p| p.checkpoints[0].data_len = 0,
+        |p| p.checkpoints[0].blob_len = MAX_CHUNK_LEN + 1,
+        |p| p.checkpoints[1].entry = Entry::Block { bits: 8, window: 0 },
+        |p| {
+            p.checkpoints[1].entry = Entry::Block {
+                bits: 1,
+                window: 32_769,
+            }
+        },
+        |p| p.checkpoints[0].entry = Entry::Block { bits: 1, window: 0 },
+        |p| p.checkpoints[1].data_offset -= 1,
+        |p| p.checkpoints.swap(0, 1),
+        |p| p.checkpoints[1].blob_offset = u64::MAX,
+        |p| p.checkpoints[1].blob_len += 1,
+        |p| p.checkpoints[1].data_len += 1,
+        |p| p.chunks[2].skip = p.checkpoints[1].data_len - 39,
+        |p| p.chunks[2].blob_offset += 1,
+    ];
+    for (i, change) in changes.iter().enumerate() {
+        let mut parts = spans();
+        change(&mut parts);
+        assert!(LayerIndex::new(parts).is_err(), "change {i}");
+    }
+}
+
+#[test]
+fn the_version_without_spans_is_still_read() {
+    let index = sample();
+    let new = index.encode();
+    // Without the four bytes for the number of checkpoints and four zeros.
+    let old = [&new[..8], &[2, 0, 0, 0], &new[12..56], &new[64..]].concat();
+    assert_eq!(LayerIndex::decode(&sealed(old)), Ok(index));
 }

@@ -9,14 +9,14 @@
 //! ```
 
 /// Length of a header, and of the blocks that everything in a tar is padded to.
-pub(super) const BLOCK: usize = 512;
+pub(in crate::layer) const BLOCK: usize = 512;
 
 /// One block of a tar.
-pub(super) type Block = [u8; BLOCK];
+pub(in crate::layer) type Block = [u8; BLOCK];
 
 /// A header as it stands, before extended headers are applied.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Header {
+pub(in crate::layer) struct Header {
     pub kind: u8,
     pub name: Vec<u8>,
     pub link: Vec<u8>,
@@ -35,7 +35,7 @@ pub(super) struct Header {
 ///
 /// # Errors
 /// A text that says which field is wrong.
-pub(super) fn parse(block: &Block) -> Result<Header, String> {
+pub(in crate::layer) fn parse(block: &Block) -> Result<Header, String> {
     let stated = octal(&block[148..156]).ok_or("the checksum is not a number")?;
     let (unsigned, signed) = checksums(block);
     if stated != unsigned && stated != signed {
@@ -103,13 +103,13 @@ fn checksums(block: &Block) -> (i64, i64) {
 }
 
 /// A field up to its first NUL.
-pub(super) fn text(field: &[u8]) -> &[u8] {
+pub(in crate::layer) fn text(field: &[u8]) -> &[u8] {
     let len = field.iter().position(|&c| c == 0).unwrap_or(field.len());
     &field[..len]
 }
 
 /// A numeric field: octal digits, or, where the first bit is set, a big-endian number in two's complement.
-pub(super) fn number(field: &[u8]) -> Option<i64> {
+pub(in crate::layer) fn number(field: &[u8]) -> Option<i64> {
     let (&first, rest) = field.split_first()?;
     if first & 0x80 == 0 {
         return octal(field);

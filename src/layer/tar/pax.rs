@@ -8,7 +8,7 @@ const XATTR_PREFIX: &[u8] = b"SCHILY.xattr.";
 
 /// What one extended header says of the entry after it. `None`: it says nothing, the header's own field counts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct Pax {
+pub(in crate::layer) struct Pax {
     pub path: Option<Vec<u8>>,
     pub link: Option<Vec<u8>>,
     pub size: Option<u64>,
@@ -23,7 +23,7 @@ pub(super) struct Pax {
 
 /// The records of GNU sparse files in PAX archives.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(super) struct SparseRecords {
+pub(in crate::layer) struct SparseRecords {
     pub major: Vec<u8>,
     pub minor: Vec<u8>,
     pub name: Vec<u8>,
@@ -38,7 +38,7 @@ pub(super) struct SparseRecords {
 ///
 /// # Errors
 /// Where in the body, and what is wrong.
-pub(super) fn parse(body: &[u8]) -> Result<Pax, (usize, String)> {
+pub(in crate::layer) fn parse(body: &[u8]) -> Result<Pax, (usize, String)> {
     let mut pax = Pax::default();
     let mut pairs = 0;
     let mut at = 0;
@@ -88,7 +88,7 @@ pub(super) fn parse(body: &[u8]) -> Result<Pax, (usize, String)> {
 }
 
 /// Key and value of the first record, and its length.
-fn record(body: &[u8]) -> Result<(&[u8], &[u8], usize), &'static str> {
+pub(in crate::layer) fn record(body: &[u8]) -> Result<(&[u8], &[u8], usize), &'static str> {
     let space = body.iter().position(|&c| c == b' ');
     let space = space.ok_or("a record has no length")?;
     let len = decimal(&body[..space]).ok_or("a record's length is not a number")?;

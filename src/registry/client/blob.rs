@@ -99,21 +99,18 @@ impl Blob for RemoteBlob {
 /// The request for `range` of a blob; the whole is asked for without a range.
 fn ask(repository: &str, digest: Digest, size: u64, range: Range<u64>) -> Ask {
     let whole = range == (0..size);
+    let what = match whole {
+        true => format!("blob {digest} of {repository}"),
+        false => format!(
+            "bytes {}-{} of blob {digest} of {repository}",
+            range.start,
+            range.end - 1
+        ),
+    };
     Ask {
-        kind: "blobs",
-        name: digest.to_string(),
-        what: match whole {
-            true => format!("blob {digest} of {repository}"),
-            false => format!(
-                "bytes {}-{} of blob {digest} of {repository}",
-                range.start,
-                range.end - 1
-            ),
-        },
-        accept: None,
         range: (!whole).then_some(range),
         blob: Some(digest),
-        by_tag: false,
+        ..Ask::get("blobs", digest.to_string(), what)
     }
 }
 

@@ -3,13 +3,16 @@
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
+use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode, header};
 use reqwest::Response;
+use serde::Deserialize;
 use url::Url;
 
 use super::Repository;
 use crate::layer::Digest;
 use crate::registry::attempts::{Failure, retry_after};
+use crate::registry::auth::Purpose;
 use crate::registry::hosts::transport::chain;
 use crate::registry::hosts::{Endpoint, authority};
 use crate::registry::range::range_header;
@@ -20,12 +23,26 @@ const MAX_RENEWALS: u32 = 2;
 /// Redirects that are followed.
 const MAX_REDIRECTS: u32 = 5;
 
+/// Bytes of a refusal that are read for its message.
+const MAX_REFUSAL: usize = 8 << 10;
+/// Characters of it that an error repeats.
+const MAX_MESSAGE: usize = 200;
+
 /// What is asked for.
+#[derive(Clone)]
 pub(super) struct Ask {
-    /// `manifests` or `blobs`.
+    /// `GET`, `HEAD`, or one that writes.
+    pub method: Method,
+    /// `manifests`, `blobs`, `referrers` or `tags`.
     pub kind: &'static str,
-    /// Tag or digest.
+    /// Tag or digest, or what else the path ends with.
     pub name: String,
+    /// Parameters.
+    pub query: Vec<(&'static str, String)>,
+    /// A place that an earlier answer named, in the stead of `kind`, `name` and `query`.
+    pub at: Option<Place>,
+    /// What is sent.
+    pub body: Option<Payload>,
     /// For logs and errors.
     pub what: String,
     /// Value of `Accept`.
@@ -36,6 +53,51 @@ pub(super) struct Ask {
     pub blob: Option<Digest>,
     /// Only hosts that resolve tags may be asked, and nothing proves that the answer is right.
     pub by_tag: bool,
+    /// The host that is written to is asked.
+    pub to_push: bool,
+}
+
+/// An address that an endpoint named: where an upload goes on, or the next page of a list.
+#[derive(Clone)]
+pub(super) struct Place {
+    /// Base of the endpoint: only that one is asked.
+    pub base: Url,
+    /// The address.
+    pub url: Url,
+}
+
+/// A body to send.
+#[derive(Clone)]
+pub(super) struct Payload {
+    /// Its media type.
+    pub media_type: String,
+    /// Its bytes.
+    pub bytes: Bytes,
+}
+
+impl Ask {
+    /// A `GET` of `kind`/`name`, called `what` in errors.
+    pub(super) fn get(kind: &'static str, name: String, what: String) -> Self {
+        Ask {
+            method: Method::GET,
+            kind,
+            name,
+            query: Vec::new(),
+            at: None,
+            body: None,
+            what,
+            accept: None,
+            range: None,
+            blob: None,
+            by_tag: false,
+            to_push: false,
+        }
+    }
+
+    /// Whether it changes anything.
+    pub(super) fn writes(&self) -> bool {
+        !matches!(self.method, Method::GET | Method::HEAD)
+    }
 }
 
 impl Repository {
@@ -44,8 +106,12 @@ impl Repository {
         if let Some(answer) = self.at_remembered_target(endpoint, ask).await? {
             return Ok(answer);
         }
-        let first = self.url(endpoint, ask);
-        let gate = self.shared.gates.gate(endpoint, &self.name);
+        let first = match &ask.at {
+            Some(place) => place.url.clone(),
+            None => self.url(endpoint, ask),
+        };
+        let purpose = if ask.writes() { Purpose::Push } else { Purpose::Pull };
+        let gate = self.shared.gates.gate(endpoint, &self.name, purpose);
         let gates = &self.shared.gates;
         let mut renewals = 0;
         'authorized: loop {
@@ -55,7 +121,7 @@ impl Repository {
                 .map_err(|error| Failure::new(error, "auth"))?;
             let mut url = first.clone();
             for _ in 0..=MAX_REDIRECTS {
-                let home = url.origin() == first.origin();
+                let home = url.origin() == endpoint.base.origin();
                 let header = if home { authorization.header.clone() } else { None };
                 let answer = self.send(endpoint, url.clone(), home, header, ask).await?;
                 let status = answer.status();
@@ -68,6 +134,10 @@ impl Repository {
                         .await
                         .map_err(|error| Failure::new(error, "auth"))?;
                     continue 'authorized;
+                }
+                if is_redirect(status) && ask.writes() && !matches!(status.as_u16(), 307 | 308) {
+                    // Any other kind asks for the method to be changed.
+                    return Err(self.protocol(endpoint, ask, format!("a redirect ({status}) of what is written")));
                 }
                 if is_redirect(status) {
                     url = target(&url, &answer, ask).map_err(|problem| self.protocol(endpoint, ask, problem))?;
@@ -82,6 +152,10 @@ impl Repository {
                     return Ok(answer);
                 }
                 let mut failure = self.status_failure(endpoint, &url, ask, &answer);
+                if ask.writes() {
+                    failure.error = refused(failure.error, answer).await;
+                    failure.passing &= !matches!(failure.error, RegistryError::Refused { .. });
+                }
                 // A storage service that refuses an address made a moment ago may take the next one.
                 failure.passing |= !home && matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
                 return Err(failure);
@@ -120,7 +194,10 @@ impl Repository {
             path.pop_if_empty()
                 .extend(self.name.split('/'))
                 .push(ask.kind)
-                .push(&ask.name);
+                .extend(ask.name.split('/'));
+        }
+        if !ask.query.is_empty() {
+            url.query_pairs_mut().extend_pairs(&ask.query);
         }
         if let Some(namespace) = &endpoint.namespace {
             url.query_pairs_mut().append_pair("ns", namespace);
@@ -137,7 +214,7 @@ impl Repository {
         ask: &Ask,
     ) -> Result<Response, Failure> {
         let host = authority(&url);
-        let mut request = reqwest::Request::new(Method::GET, url);
+        let mut request = reqwest::Request::new(ask.method.clone(), url);
         let headers = request.headers_mut();
         if home {
             headers.extend(endpoint.headers.clone());
@@ -152,6 +229,14 @@ impl Repository {
             && let Ok(value) = HeaderValue::from_str(&range_header(range))
         {
             headers.insert(header::RANGE, value);
+        }
+        if let Some(payload) = &ask.body {
+            if let Ok(value) = HeaderValue::from_str(&payload.media_type) {
+                headers.insert(header::CONTENT_TYPE, value);
+            }
+            *request.body_mut() = Some(payload.bytes.clone().into());
+        } else if ask.writes() {
+            headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
         let outcome = endpoint.client.execute(request).await;
@@ -224,6 +309,69 @@ impl Repository {
             .with_label_values(&[cause])
             .inc();
     }
+}
+
+/// What a registry says of a request to write that it does not fulfil.
+async fn refused(error: RegistryError, mut answer: Response) -> RegistryError {
+    let (host, what, status) = match error {
+        RegistryError::Denied {
+            host,
+            what,
+            status: 403,
+        } => (host, what, 403),
+        RegistryError::Status { host, what, status } if status < 500 || status == 507 => (host, what, status),
+        other => return other,
+    };
+    let problem = match status {
+        403 => "the credentials may not write there, or a quota is used up",
+        405 => "it is read-only, or this operation is switched off there",
+        413 => "it is larger than the registry takes",
+        507 => "the registry has no room left",
+        _ => "the registry refuses it",
+    };
+    let mut body = Vec::new();
+    while let Ok(Some(piece)) = answer.chunk().await {
+        let room = MAX_REFUSAL - body.len();
+        body.extend_from_slice(&piece[..piece.len().min(room)]);
+        if body.len() == MAX_REFUSAL {
+            break;
+        }
+    }
+    let problem = match message(&body) {
+        Some(message) => format!("{problem}: {message}"),
+        None => problem.to_owned(),
+    };
+    RegistryError::Refused {
+        host,
+        what,
+        status,
+        problem,
+    }
+}
+
+/// The first message of an error document of the distribution specification, fit to be shown.
+fn message(body: &[u8]) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Errors {
+        errors: Vec<One>,
+    }
+    #[derive(Deserialize)]
+    struct One {
+        #[serde(default)]
+        code: String,
+        #[serde(default)]
+        message: String,
+    }
+    let errors: Errors = serde_json::from_slice(body).ok()?;
+    let first = errors.errors.into_iter().next()?;
+    let text = format!("{} {}", first.code, first.message);
+    let text: String = text
+        .trim()
+        .chars()
+        .filter(|c| !c.is_control())
+        .take(MAX_MESSAGE)
+        .collect();
+    (!text.is_empty()).then_some(text)
 }
 
 fn is_redirect(status: StatusCode) -> bool {

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use reqwest::Response;
+use url::Url;
 
 use super::exchange::Ask;
 use super::{Repository, lock};
@@ -39,11 +40,22 @@ impl Operation {
         };
         let endpoints: Vec<_> = all
             .iter()
-            .filter(|endpoint| if ask.by_tag { endpoint.resolve } else { endpoint.pull })
+            .filter(|endpoint| match &ask.at {
+                Some(place) => endpoint.base == place.base,
+                None if ask.to_push => endpoint.push,
+                None if ask.by_tag => endpoint.resolve,
+                None => endpoint.pull,
+            })
+            // What was written to one host cannot be looked for at another: the first that takes it, as containerd does.
+            .take(if ask.to_push { 1 } else { usize::MAX })
             .cloned()
             .collect();
         if endpoints.is_empty() {
-            let capability = if ask.by_tag { "resolve" } else { "pull" };
+            let capability = match (ask.to_push, ask.by_tag) {
+                (true, _) => "push",
+                (false, true) => "resolve",
+                (false, false) => "pull",
+            };
             return Err(RegistryError::Config {
                 path: format!("hosts.toml of {}", repository.host),
                 problem: format!("no host has the capability {capability:?}"),
@@ -134,6 +146,11 @@ impl Operation {
         self.endpoints.get(place).map(|endpoint| endpoint.base.to_string())
     }
 
+    /// Base of the endpoint at `place`.
+    pub(super) fn base(&self, place: usize) -> Option<Url> {
+        self.endpoints.get(place).map(|endpoint| endpoint.base.clone())
+    }
+
     /// An error about what the endpoint at `place` sent.
     pub(super) fn protocol(&self, place: usize, problem: String) -> RegistryError {
         RegistryError::Protocol {
@@ -158,7 +175,7 @@ impl Operation {
             host: self.repository.host.clone(),
             what: "no host was left to ask".to_owned(),
         });
-        if matches!(error, RegistryError::NotFound { .. }) {
+        if matches!(error, RegistryError::NotFound { .. }) && !self.ask.writes() {
             // Often a question rather than a fault: is there an index, is it in this repository?
             tracing::info!(%error, what = %self.ask.what, repository = %self.repository.describe(), "not found");
         } else {

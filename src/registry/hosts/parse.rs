@@ -32,6 +32,8 @@ pub struct HostSpec {
     pub pull: bool,
     /// May be asked what a tag means.
     pub resolve: bool,
+    /// May be given manifests and blobs.
+    pub push: bool,
     /// Certificate authorities to trust beside the system's.
     pub ca: Vec<PathBuf>,
     /// Client certificates with the file of their key, if that is another one.
@@ -114,15 +116,17 @@ fn spec(text: &str, address: Option<&Spanned<String>>, raw: RawHost, dir: &Path)
         Some(address) => Some(base_url(address.get_ref(), raw.override_path).map_err(|what| at(text, address, &what))?),
         None => None,
     };
-    let (mut pull, mut resolve) = (true, true);
+    let (mut pull, mut resolve, mut push) = (true, true, true);
     // An empty list means all, as a missing one does.
     if let Some(capabilities) = raw.capabilities.filter(|list| !list.is_empty()) {
-        (pull, resolve) = (false, false);
+        (pull, resolve, push) = (false, false, false);
         for capability in &capabilities {
             match capability.get_ref().to_ascii_lowercase().as_str() {
                 "pull" => pull = true,
                 "resolve" => resolve = true,
-                "push" | "referrers" => {}
+                "push" => push = true,
+                // Asked of hosts that resolve: their answer is no better proven than a tag's.
+                "referrers" => {}
                 other => {
                     let what = format!("unknown capability {other:?}; there are pull, resolve, push and referrers");
                     return Err(at(text, capability, &what));
@@ -166,6 +170,7 @@ fn spec(text: &str, address: Option<&Spanned<String>>, raw: RawHost, dir: &Path)
         base,
         pull,
         resolve,
+        push,
         ca: raw
             .ca
             .map(OneOrMany::into_vec)
@@ -321,6 +326,7 @@ mod tests {
                 base: Some(Url::parse("https://mirror.example/some/path").unwrap()),
                 pull: true,
                 resolve: false,
+                push: false,
                 ca: vec!["/certs/ca.crt".into()],
                 client: vec![
                     ("/certs/a.cert".into(), Some("/certs/a.key".into())),
@@ -338,7 +344,7 @@ mod tests {
         );
         assert_eq!(other.ca, [Path::new("/abs/ca1.crt"), Path::new("/certs/ca2.crt")]);
         assert_eq!(other.client, [("/certs/one.pem".into(), None)]);
-        assert!(other.pull && other.resolve);
+        assert!(other.pull && other.resolve && other.push);
         assert_eq!((root.base.as_ref(), root.skip_verify), (None, Some(true)));
     }
 

@@ -1,0 +1,546 @@
+//! `lazuli index`: building, sharing and looking at indexes without a daemon.
+
+use std::collections::HashSet;
+use std::fmt::Write as _;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use bytes::Bytes;
+use serde::Serialize;
+
+use crate::cache::{Cache, portable_of};
+use crate::catalog::images::{PlannedLayer, plan_layers};
+use crate::catalog::loader::Loader;
+use crate::catalog::shared::publish::{Target, push};
+use crate::catalog::shared::trust::{SigningKey, parse_repository};
+use crate::catalog::shared::{
+    Candidate, MAX_INDEX, SharedIndexes, WORTH_FROM, candidates, form, layer_of_tag, name_of,
+};
+use crate::config::{ByteSize, Config};
+use crate::fetch::Fetcher;
+use crate::layer::Digest;
+use crate::metrics::Metrics;
+use crate::registry::artifact::Artifact;
+use crate::registry::image::{Image, ImageConfig, Manifest, resolve};
+use crate::registry::{Reference, Registry, Source};
+use crate::store::{IndexRecord, LayerSource};
+
+use super::status::short;
+use super::{IndexArgs, IndexCommand};
+
+/// What the names of files end with.
+const SUFFIX: &str = ".lazuli-index";
+
+/// One line of what a command found or did.
+#[derive(Debug, Default, Serialize)]
+struct Row {
+    /// Digest of the layer.
+    layer: String,
+    /// Bytes of its blob, if known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layer_bytes: Option<u64>,
+    /// Digest of the index.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<String>,
+    /// Bytes of the index.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index_bytes: Option<u64>,
+    /// Repository or file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    place: Option<String>,
+    /// Whether it has a signature, good or not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    signed: Option<bool>,
+    /// Why this configuration trusts it; absent if it does not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    trust: Option<String>,
+    /// What became of it, or why there is none.
+    note: String,
+}
+
+pub(super) fn run(args: IndexArgs) -> anyhow::Result<()> {
+    let config = args.config.load()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let rows = runtime.block_on(execute(config, &args))?;
+    match args.json {
+        true => println!("{}", serde_json::to_string_pretty(&rows)?),
+        false => print!("{}", table(&rows)),
+    }
+    Ok(())
+}
+
+async fn execute(mut config: Config, args: &IndexArgs) -> anyhow::Result<Vec<Row>> {
+    if let IndexCommand::Inspect { file } = &args.command {
+        return Ok(vec![inspect(file)?]);
+    }
+    if args.plain_http {
+        config.registry.plain_http.extend(hosts_named(&args.command));
+    }
+    let tool = Tool::new(config)?;
+    match &args.command {
+        IndexCommand::Build { source, output } => tool.build(source, output).await,
+        IndexCommand::Push {
+            reference,
+            repository,
+            from,
+            signing_key,
+        } => {
+            let key = signing_key.as_ref().or(tool.config.index.signing_key.as_ref());
+            let key = key.map(|file| SigningKey::load(file)).transpose()?;
+            tool.push(reference, repository.as_deref(), from.as_deref(), key).await
+        }
+        IndexCommand::Pull {
+            reference,
+            repository,
+            output,
+        } => tool.pull(reference, repository.as_deref(), output).await,
+        IndexCommand::Ls {
+            reference: Some(reference),
+            repository,
+        } => tool.list_image(reference, repository.as_deref()).await,
+        IndexCommand::Ls {
+            reference: None,
+            repository,
+        } => tool.list_repository(repository.as_deref()).await,
+        IndexCommand::Rm { reference, repository } => tool.remove(reference, repository.as_deref()).await,
+        IndexCommand::Inspect { .. } => Ok(Vec::new()),
+    }
+}
+
+/// Hosts of references and repositories on the command line. What cannot be parsed is found later.
+fn hosts_named(command: &IndexCommand) -> Vec<String> {
+    let (reference, repository) = match command {
+        IndexCommand::Build { source, .. } => (Some(source), None),
+        IndexCommand::Push {
+            reference, repository, ..
+        }
+        | IndexCommand::Pull {
+            reference, repository, ..
+        }
+        | IndexCommand::Rm { reference, repository } => (Some(reference), repository.as_ref()),
+        IndexCommand::Ls { reference, repository } => (reference.as_ref(), repository.as_ref()),
+        IndexCommand::Inspect { .. } => (None, None),
+    };
+    let names = reference.into_iter().chain(repository);
+    names
+        .filter_map(|name| Reference::parse(name).ok())
+        .map(|name| name.host)
+        .collect()
+}
+
+/// What the commands work with.
+struct Tool {
+    config: Config,
+    metrics: Arc<Metrics>,
+    registry: Arc<Registry>,
+    shared: Arc<SharedIndexes>,
+}
+
+/// An image whose layers are to be looked at.
+struct Subject {
+    source: Arc<dyn Source>,
+    place: Option<LayerSource>,
+    image: Image,
+    layers: Vec<PlannedLayer>,
+}
+
+impl Tool {
+    fn new(config: Config) -> anyhow::Result<Self> {
+        let metrics = Arc::new(Metrics::new());
+        let registry = Registry::new(&config.registry, Arc::clone(&metrics))?;
+        let shared = SharedIndexes::new(&config.index, Arc::clone(&registry), Arc::clone(&metrics))?;
+        Ok(Tool {
+            config,
+            metrics,
+            registry,
+            shared,
+        })
+    }
+
+    async fn subject(&self, name: &str) -> anyhow::Result<Subject> {
+        let (source, reference) = super::mount::open_source(&self.config, name, &self.metrics)?;
+        let image = resolve(source.as_ref(), &reference)
+            .await
+            .with_context(|| format!("resolving {name}"))?;
+        let manifest = Manifest::parse(&image.manifest_bytes)?;
+        let layers = plan_layers(&manifest, &ImageConfig::parse(&image.config_bytes)?)?;
+        let place = Reference::parse(name).ok().map(|reference| LayerSource {
+            host: reference.host,
+            repository: reference.repository,
+        });
+        Ok(Subject {
+            source,
+            place,
+            image,
+            layers,
+        })
+    }
+
+    /// The index repository that is meant, if one is.
+    fn repository(&self, named: Option<&str>) -> anyhow::Result<Option<LayerSource>> {
+        Ok(match named {
+            Some(name) => Some(parse_repository(name)?),
+            None => self.shared.policy().repository().cloned(),
+        })
+    }
+
+    /// Indexes a layer by streaming it into `loader`'s cache; `Err` in the inner result says why it has no index of use.
+    async fn index(
+        &self,
+        loader: &Loader,
+        subject: &Subject,
+        layer: &PlannedLayer,
+    ) -> anyhow::Result<Result<Bytes, String>> {
+        let spec = &layer.spec;
+        if spec.size < WORTH_FROM {
+            return Ok(Err("it is small, and fetched at once".to_owned()));
+        }
+        let blob = subject.source.blob(spec.digest, spec.size);
+        let loaded = match loader.load(spec, blob, None).await {
+            Ok(loaded) => loaded,
+            Err(refusal) if !refusal.retry_helps => return Ok(Err(refusal.text)),
+            Err(refusal) => return Err(refusal.into()),
+        };
+        if !matches!(loaded.index, Some(IndexRecord::Built { .. })) {
+            return Ok(Err("it is lazy by itself".to_owned()));
+        }
+        let cached = Arc::clone(loaded.layer.cached());
+        let packed = tokio::task::spawn_blocking(move || form::pack(&cached)).await??;
+        Ok(packed
+            .map(Bytes::from)
+            .ok_or_else(|| "its compression allows no ranges".to_owned()))
+    }
+
+    /// A loader with a cache of its own in a temporary directory, which it goes with.
+    fn scratch(&self) -> anyhow::Result<(tempfile::TempDir, Loader)> {
+        let dir = tempfile::Builder::new()
+            .prefix("lazuli-index-")
+            .tempdir()
+            .context("a temporary directory")?;
+        let cache = Cache::open(dir.path(), &self.config.cache, Arc::clone(&self.metrics))?;
+        let runtime = tokio::runtime::Handle::current();
+        let fetcher = Fetcher::new(
+            &self.config.fetch,
+            Arc::clone(&cache),
+            runtime,
+            Arc::clone(&self.metrics),
+        );
+        Ok((dir, Loader::new(cache, fetcher)))
+    }
+
+    async fn build(&self, source: &str, output: &Path) -> anyhow::Result<Vec<Row>> {
+        let subject = self.subject(source).await?;
+        let (_dir, loader) = self.scratch()?;
+        let mut rows = Vec::new();
+        for layer in &subject.layers {
+            let mut row = row_of(layer);
+            match self.index(&loader, &subject, layer).await? {
+                Ok(bytes) => {
+                    let path = file_of(output, &layer.spec.digest);
+                    std::fs::write(&path, &bytes).with_context(|| format!("writing {}", path.display()))?;
+                    row.index = Some(Digest::of(&bytes).to_string());
+                    row.index_bytes = Some(bytes.len() as u64);
+                    row.place = Some(path.display().to_string());
+                    row.note = "written".to_owned();
+                }
+                Err(reason) => row.note = reason,
+            }
+            rows.push(row);
+        }
+        Ok(rows)
+    }
+
+    async fn push(
+        &self,
+        reference: &str,
+        repository: Option<&str>,
+        from: Option<&Path>,
+        key: Option<SigningKey>,
+    ) -> anyhow::Result<Vec<Row>> {
+        let subject = self.subject(reference).await?;
+        let target = match (self.repository(repository)?, subject.place.clone()) {
+            (Some(place), _) => Target::Repository(place),
+            (None, Some(place)) => Target::image(&self.registry, place, &subject.image.manifest_digest).await?,
+            (None, None) => bail!("{reference} is in no registry; name an index repository with --repository"),
+        };
+        let built = match from {
+            Some(_) => HashSet::new(),
+            None => self.built_by_daemon().await,
+        };
+        let mut scratch = None;
+        let (mut rows, mut indexes) = (Vec::new(), Vec::new());
+        for layer in &subject.layers {
+            let mut row = row_of(layer);
+            let found = match from {
+                Some(dir) => read_file(&file_of(dir, &layer.spec.digest))?.ok_or_else(|| "there is no file".to_owned()),
+                None => match self.of_daemon(&built, &layer.spec.digest)? {
+                    Some(bytes) => Ok(bytes),
+                    None => {
+                        let (_, loader) = match &scratch {
+                            Some(scratch) => scratch,
+                            None => scratch.insert(self.scratch()?),
+                        };
+                        self.index(loader, &subject, layer).await?
+                    }
+                },
+            };
+            match found {
+                Ok(bytes) => {
+                    // What is pushed will be used elsewhere: nothing goes out that would be refused there.
+                    form::Portable::unpack(&layer.spec.digest, layer.spec.size, &bytes)
+                        .with_context(|| format!("the index of layer {}", layer.spec.digest))?;
+                    row.index = Some(Digest::of(&bytes).to_string());
+                    row.index_bytes = Some(bytes.len() as u64);
+                    row.place = Some(name_of(target.place()));
+                    row.signed = Some(key.is_some());
+                    row.note = "pushed".to_owned();
+                    indexes.push((layer.spec.digest, bytes));
+                }
+                Err(reason) => row.note = reason,
+            }
+            rows.push(row);
+        }
+        if !indexes.is_empty() {
+            push(&self.registry, &target, key.as_ref(), &indexes).await?;
+        }
+        Ok(rows)
+    }
+
+    /// Layers whose indexes this machine's daemon has built itself. One that it took from others is not ours to vouch for.
+    async fn built_by_daemon(&self) -> HashSet<String> {
+        let status = super::status::fetch(&self.config.address).await.unwrap_or_default();
+        let own = status.layers.into_iter();
+        let own = own.filter(|layer| layer.lazy && layer.index.source == "built");
+        own.map(|layer| layer.digest).collect()
+    }
+
+    fn of_daemon(&self, built: &HashSet<String>, layer: &Digest) -> anyhow::Result<Option<Bytes>> {
+        if !built.contains(&layer.to_string()) {
+            return Ok(None);
+        }
+        Ok(portable_of(&self.config.root, layer)?.map(Bytes::from))
+    }
+
+    /// The indexes on offer for a layer: in the index repository, then beside the image.
+    async fn offers(
+        &self,
+        subject: &Subject,
+        layer: &Digest,
+        repository: Option<&LayerSource>,
+    ) -> anyhow::Result<Vec<Candidate>> {
+        let mut found = Vec::new();
+        if let Some(place) = repository {
+            found.extend(self.shared.in_repository(place, layer).await?);
+        }
+        if let Some(place) = &subject.place {
+            let manifest = subject.image.manifest_digest;
+            found.extend(self.shared.beside_image(place, manifest, layer).await?);
+        }
+        Ok(found)
+    }
+
+    async fn pull(&self, reference: &str, repository: Option<&str>, output: &Path) -> anyhow::Result<Vec<Row>> {
+        let subject = self.subject(reference).await?;
+        let repository = self.repository(repository)?;
+        let mut rows = Vec::new();
+        for layer in &subject.layers {
+            let digest = &layer.spec.digest;
+            let mut offers = self.offers(&subject, digest, repository.as_ref()).await?;
+            offers.sort_by_key(|offer| self.trust_of(offer).is_none());
+            let mut row = row_of(layer);
+            row.note = "there is none".to_owned();
+            if let Some(offer) = offers.first() {
+                self.describe(&mut row, offer);
+                let bytes = self.shared.read(offer).await?;
+                form::Portable::unpack(digest, layer.spec.size, &bytes)
+                    .with_context(|| format!("index {} of layer {digest}", offer.digest))?;
+                let path = file_of(output, digest);
+                std::fs::write(&path, &bytes).with_context(|| format!("writing {}", path.display()))?;
+                row.note = format!("{}; written to {}", row.note, path.display());
+            }
+            rows.push(row);
+        }
+        Ok(rows)
+    }
+
+    async fn list_image(&self, reference: &str, repository: Option<&str>) -> anyhow::Result<Vec<Row>> {
+        let subject = self.subject(reference).await?;
+        let repository = self.repository(repository)?;
+        let mut rows = Vec::new();
+        for layer in &subject.layers {
+            let offers = self.offers(&subject, &layer.spec.digest, repository.as_ref()).await?;
+            if offers.is_empty() {
+                let note = "there is none".to_owned();
+                rows.push(Row { note, ..row_of(layer) });
+            }
+            for offer in offers {
+                let mut row = row_of(layer);
+                self.describe(&mut row, &offer);
+                rows.push(row);
+            }
+        }
+        Ok(rows)
+    }
+
+    async fn list_repository(&self, repository: Option<&str>) -> anyhow::Result<Vec<Row>> {
+        let Some(place) = self.repository(repository)? else {
+            bail!("name an image, or an index repository with --repository or index.repository");
+        };
+        let source = self.registry.repository(&place.host, &place.repository);
+        let mut rows = Vec::new();
+        for tag in source.tags().await? {
+            let Some(layer) = layer_of_tag(&tag) else { continue };
+            let manifest = source.manifest(&tag).await?;
+            let artifact = Artifact::parse(&manifest.bytes)?;
+            for offer in candidates(&place, manifest.digest, &artifact, Some(&layer)) {
+                let mut row = Row {
+                    layer: layer.to_string(),
+                    ..Row::default()
+                };
+                self.describe(&mut row, &offer);
+                rows.push(row);
+            }
+        }
+        Ok(rows)
+    }
+
+    async fn remove(&self, reference: &str, repository: Option<&str>) -> anyhow::Result<Vec<Row>> {
+        let subject = self.subject(reference).await?;
+        let repository = self.repository(repository)?;
+        let mut rows = Vec::new();
+        for layer in &subject.layers {
+            let digest = &layer.spec.digest;
+            let offers = match (&repository, &subject.place) {
+                (Some(place), _) => self.shared.in_repository(place, digest).await?,
+                (None, Some(place)) => {
+                    let manifest = subject.image.manifest_digest;
+                    self.shared.beside_image(place, manifest, digest).await?
+                }
+                (None, None) => Vec::new(),
+            };
+            for offer in offers {
+                let Some(artifact) = offer.artifact else { continue };
+                let pusher = self.registry.pusher(&offer.place.host, &offer.place.repository);
+                // An artifact with several layers is gone with the first of them.
+                let was_there = pusher.delete_manifest(artifact, offer.subject).await?;
+                let mut row = row_of(layer);
+                self.describe(&mut row, &offer);
+                row.note = if was_there { "removed" } else { "removed already" }.to_owned();
+                rows.push(row);
+            }
+        }
+        Ok(rows)
+    }
+
+    fn trust_of(&self, offer: &Candidate) -> Option<String> {
+        let signature = offer.signature.as_deref();
+        let policy = self.shared.policy();
+        let trust = policy.judge(&offer.place, &offer.layer, &offer.digest, signature, false);
+        trust.map(|trust| trust.to_string())
+    }
+
+    fn describe(&self, row: &mut Row, offer: &Candidate) {
+        row.index = Some(offer.digest.to_string());
+        row.index_bytes = Some(offer.size);
+        row.place = Some(name_of(&offer.place));
+        row.signed = Some(offer.signature.is_some());
+        row.trust = self.trust_of(offer);
+        row.note = match &row.trust {
+            Some(trust) => format!("trusted: {trust}"),
+            None => "not trusted by this configuration".to_owned(),
+        };
+    }
+}
+
+fn inspect(file: &Path) -> anyhow::Result<Row> {
+    let bytes = read_file(file)?.with_context(|| format!("{}: there is no such file", file.display()))?;
+    let (layer, note) = form::describe(&bytes).with_context(|| file.display().to_string())?;
+    Ok(Row {
+        layer: layer.to_string(),
+        index: Some(Digest::of(&bytes).to_string()),
+        index_bytes: Some(bytes.len() as u64),
+        place: Some(file.display().to_string()),
+        note,
+        ..Row::default()
+    })
+}
+
+fn row_of(layer: &PlannedLayer) -> Row {
+    Row {
+        layer: layer.spec.digest.to_string(),
+        layer_bytes: Some(layer.spec.size),
+        ..Row::default()
+    }
+}
+
+fn file_of(dir: &Path, layer: &Digest) -> PathBuf {
+    dir.join(format!("{}{SUFFIX}", layer.hex()))
+}
+
+/// A file as a whole, if it is there and not larger than an index can be.
+fn read_file(path: &Path) -> anyhow::Result<Option<Bytes>> {
+    let file = match std::fs::File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error).with_context(|| path.display().to_string()),
+    };
+    let mut bytes = Vec::new();
+    file.take(MAX_INDEX + 1)
+        .read_to_end(&mut bytes)
+        .with_context(|| path.display().to_string())?;
+    if bytes.len() as u64 > MAX_INDEX {
+        bail!("{}: larger than any index", path.display());
+    }
+    Ok(Some(bytes.into()))
+}
+
+fn table(rows: &[Row]) -> String {
+    let mut out = String::new();
+    for row in rows {
+        let size = row
+            .index_bytes
+            .map_or_else(|| "-".to_owned(), |bytes| ByteSize(bytes).to_string());
+        let share = match (row.index_bytes, row.layer_bytes) {
+            (Some(index), Some(layer @ 1..)) => format!(" ({:.1} %)", index as f64 * 100.0 / layer as f64),
+            _ => String::new(),
+        };
+        let place = row
+            .place
+            .as_deref()
+            .map_or_else(String::new, |place| format!("{place}  "));
+        // Writing into a String cannot fail.
+        let _ = writeln!(out, "{}  {:>18}  {place}{}", short(&row.layer), size + &share, row.note);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_tells_of_each_layer() {
+        let rows = [
+            Row {
+                layer: format!("sha256:{}", "a".repeat(64)),
+                layer_bytes: Some(100 << 20),
+                index_bytes: Some(1 << 20),
+                place: Some("r.example/index".to_owned()),
+                note: "pushed".to_owned(),
+                ..Row::default()
+            },
+            Row {
+                layer: format!("sha256:{}", "b".repeat(64)),
+                layer_bytes: Some(1),
+                note: "it is small, and fetched at once".to_owned(),
+                ..Row::default()
+            },
+        ];
+        insta::assert_snapshot!(table(&rows), @r"
+        aaaaaaaaaaaa     1.0 MiB (1.0 %)  r.example/index  pushed
+        bbbbbbbbbbbb                   -  it is small, and fetched at once
+        ");
+    }
+}

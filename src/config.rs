@@ -35,6 +35,8 @@ pub struct Config {
     pub cache: CacheConfig,
     /// Fetching.
     pub fetch: FetchConfig,
+    /// Formats of layers.
+    pub formats: FormatsConfig,
     /// FUSE.
     pub fuse: FuseConfig,
 }
@@ -129,6 +131,15 @@ pub struct FetchConfig {
     pub read_deadline: Duration,
 }
 
+/// Formats of layers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FormatsConfig {
+    /// Whether a layer with a footer of the stargz format that came before eStargz is read lazily, as far as its table of contents has
+    /// the digests for that. Otherwise it is streamed.
+    pub allow_legacy_estargz: bool,
+}
+
 /// FUSE.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
@@ -148,6 +159,7 @@ impl Default for Config {
             registry: RegistryConfig::default(),
             cache: CacheConfig::default(),
             fetch: FetchConfig::default(),
+            formats: FormatsConfig::default(),
             fuse: FuseConfig::default(),
         }
     }

@@ -137,7 +137,7 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let catalog = Catalog::new(Parts {
         containerd: Containerd::new(&config.containerd_address),
         registry,
-        loader: Loader::new(cache, fetcher),
+        loader: Loader::new(cache, fetcher, config.formats.clone()),
         session,
         store: Arc::clone(&store),
         metrics: Arc::clone(&metrics),

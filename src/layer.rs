@@ -1,6 +1,6 @@
 //! Pure layer formats: bytes in, [`LayerIndex`] out.
 //!
-//! This room knows what the bytes of a layer mean: tar headers, gzip members, zstd frames, eStargz tables of contents, what overlayfs
+//! This room knows what the bytes of a layer mean: tar headers, gzip members, zstd frames, tables of contents (eStargz, zstd:chunked), what overlayfs
 //! makes of whiteouts, and what a layer takes over from those below it. It never does I/O, never panics on any input, and never allocates more than its input (or a
 //! stated limit) justifies: everything here is fed with bytes that an image author chose.
 
@@ -12,11 +12,14 @@ pub mod index;
 pub mod tar;
 #[cfg(test)]
 mod testing;
+pub mod toc;
 pub mod tree;
 pub mod variant;
+pub mod zchunked;
 
 pub use compression::{Compression, decode_member, decoder};
 pub use digest::Digest;
 pub use error::LayerError;
 pub use index::{Access, Chunk, Codec, Dirent, IndexParts, Ino, Inode, LayerIndex, ROOT_INO};
 pub use tar::{Copy, TarIndexer, TarLayout};
+pub use toc::TocIndex;

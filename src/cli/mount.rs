@@ -12,10 +12,12 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::cache::Cache;
 use crate::catalog::images::plan_layers;
 use crate::catalog::loader::Loader;
+use crate::catalog::toc::TocImage;
 use crate::catalog::variants;
 use crate::config::Config;
 use crate::fetch::Fetcher;
 use crate::fs::{Session, SessionOptions};
+use crate::layer::Digest;
 use crate::metrics::Metrics;
 use crate::registry::image::{ImageConfig, Manifest, resolve};
 use crate::registry::layout::OciLayout;
@@ -58,11 +60,17 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
     let cache = Cache::open(&root, &config.cache, Arc::clone(&metrics))?;
     let runtime = tokio::runtime::Handle::current();
     let fetcher = Fetcher::new(&config.fetch, Arc::clone(&cache), runtime.clone(), Arc::clone(&metrics));
-    let loader = Loader::new(Arc::clone(&cache), fetcher);
+    let loader = Loader::new(Arc::clone(&cache), fetcher, config.formats.clone());
+    let toc_image = reference
+        .parse::<Digest>()
+        .is_err()
+        .then(|| TocImage::beside(Arc::clone(&source), &reference));
+    let toc_images = toc_image.as_slice();
     let loads = layers
         .iter()
-        .map(|layer| loader.load(&layer.spec, source.blob(layer.spec.digest, layer.spec.size)));
-    let layers = try_join_all(loads).await?;
+        .map(|layer| loader.load(&layer.spec, source.blob(layer.spec.digest, layer.spec.size), toc_images));
+    let loaded = try_join_all(loads).await?;
+    let layers: Vec<_> = loaded.iter().map(|loaded| Arc::clone(&loaded.layer)).collect();
 
     let options = SessionOptions {
         threads: config.fuse.threads,
@@ -84,6 +92,9 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
         let empty = private.path().join(name);
         std::fs::create_dir(&empty).context("a temporary directory")?;
         lower_dirs.push(empty);
+    }
+    for loaded in &loaded {
+        loaded.layer.prefetch(0, loaded.prefetch);
     }
     let result = show(&lower_dirs, &args.mountpoint, &image.manifest_digest.to_string()).await;
     let unmounted = session.unmount();

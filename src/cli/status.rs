@@ -113,8 +113,10 @@ fn table(status: &Status) -> String {
 /// One line on a live layer.
 pub(super) fn describe(layer: &LayerStatus) -> String {
     let kind = if layer.lazy { "lazy" } else { "streamed" };
+    let reason = layer.not_lazy.as_deref();
+    let reason = reason.map(|reason| format!("; not lazy: {reason}")).unwrap_or_default();
     format!(
-        "{kind} {}: {} of {} here, {} requests, {} fetched",
+        "{kind} {}: {} of {} here, {} requests, {} fetched{reason}",
         layer.format,
         ByteSize(layer.present_bytes),
         ByteSize(layer.total_bytes),
@@ -168,7 +170,8 @@ mod tests {
                 },
                 LayerStatus {
                     digest: digest('c'),
-                    format: "gzip".into(),
+                    format: "tar+gzip".into(),
+                    not_lazy: Some("its manifest names no table of contents".into()),
                     ..Default::default()
                 },
             ],
@@ -187,7 +190,7 @@ mod tests {
           bbbbbbbbbbbb  left to containerd: it is encrypted
 
         other layers
-          cccccccccccc  streamed gzip: 0 B of 0 B here, 0 requests, 0 B fetched
+          cccccccccccc  streamed tar+gzip: 0 B of 0 B here, 0 requests, 0 B fetched; not lazy: its manifest names no table of contents
 
         loading dddddddddddd: 5 B of 10 B
         ");

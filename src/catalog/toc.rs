@@ -3,6 +3,9 @@
 //! What is read is trusted for one reason only: its digest is in the image's manifest. A layer of whose table the manifest has no digest
 //! is not looked into, it is streamed.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -224,7 +224,7 @@ fn files_are_had_chunk_by_chunk() {
         let inode = |path: &[u8]| *index.inode(index.lookup_path(path).unwrap()).unwrap();
         assert_eq!(inode(b"link").nlink, 2);
         assert_eq!(
-            (inode(b"big").mtime, inode(b"big").mtime_nsec),
+            (inode(b"holed").mtime, inode(b"holed").mtime_nsec),
             (1_714_979_289, 250_000_000)
         );
         // No chunk reaches into the table, nor, where ends of files are said, into the next headers.

@@ -476,6 +476,13 @@ mod tests {
     }
 
     #[test]
+    fn legacy_formats_have_to_be_allowed() {
+        assert!(!parse("").unwrap().formats.allow_legacy_estargz);
+        let allowed = parse("[formats]\nallow_legacy_estargz = true").unwrap();
+        assert!(allowed.formats.allow_legacy_estargz);
+    }
+
+    #[test]
     fn mistakes_are_named() {
         for (text, expected) in [
             ("rooot = \"/x\"", "rooot"),

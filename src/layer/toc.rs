@@ -14,7 +14,10 @@
 mod entry;
 mod layout;
 
+use std::fmt;
+
 use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, SeqAccess, Visitor};
 
 use super::tree::TreeBuilder;
 use super::{Access, Codec, Digest, LayerError, LayerIndex};
@@ -24,6 +27,8 @@ use layout::Layout;
 const FORMAT: &str = "TOC";
 /// Largest table, in bytes, compressed or not: about 400,000 files. What containers/storage accepts, too.
 pub const MAX_TOC_LEN: u64 = 150 << 20;
+/// Most entries of a table, those of chunks included: 128 GiB of files in chunks of 64 KiB, or all files of the largest images known.
+const MAX_ENTRIES: usize = 2 << 20;
 /// Version of the table that is read here, the only one there is.
 const VERSION: u64 = 1;
 /// Name of an eStargz layer's table in its tar.
@@ -63,8 +68,34 @@ pub(super) struct Dialect {
 struct Toc<'a> {
     #[serde(default)]
     version: u64,
-    #[serde(borrow, default)]
+    #[serde(borrow, default, deserialize_with = "bounded")]
     entries: Vec<TocEntry<'a>>,
+}
+
+/// Reads no more than [`MAX_ENTRIES`] entries: one that takes 22 bytes of JSON takes more than ten times as much memory.
+fn bounded<'de: 'a, 'a, D: Deserializer<'de>>(entries: D) -> Result<Vec<TocEntry<'a>>, D::Error> {
+    struct Bounded;
+
+    impl<'de> Visitor<'de> for Bounded {
+        type Value = Vec<TocEntry<'de>>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a list of entries")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+            let mut entries = Vec::new();
+            while let Some(entry) = list.next_element()? {
+                if entries.len() == MAX_ENTRIES {
+                    return Err(A::Error::custom(format_args!("it has more than {MAX_ENTRIES} entries")));
+                }
+                entries.push(entry);
+            }
+            Ok(entries)
+        }
+    }
+
+    entries.deserialize_seq(Bounded)
 }
 
 /// The index that a table makes. Its digest has been checked. The contents end at `end` of a blob of `blob_size` bytes, or before.
@@ -152,5 +183,23 @@ fn special(dialect: &Dialect, name: &str) -> Option<Special> {
         NO_PREFETCH_LANDMARK => Some(Special::NoPrefetch),
         TOC_NAME => Some(Special::Table),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_of_tiny_entries_have_a_bound() {
+        let mut json = br#"{"version":1,"entries":["#.to_vec();
+        json.extend_from_slice(br#"{"name":"","type":"chunk"},"#.repeat(MAX_ENTRIES).as_slice());
+        json.extend_from_slice(br#"{"name":"","type":"chunk"}]}"#);
+        let dialect = Dialect {
+            codec: Codec::Zstd,
+            stargz: false,
+        };
+        let error = index(&json, &dialect, 0, 0).unwrap_err().to_string();
+        assert!(error.contains("it has more than 2097152 entries"), "{error}");
     }
 }

@@ -35,7 +35,7 @@ use crate::fetch::{Layer, LayerData};
 use crate::fs::Faces;
 use crate::layer::{Access, Digest};
 use crate::metrics::Metrics;
-use crate::registry::{Blob, Registry};
+use crate::registry::{Blob, Reference, Registry};
 use crate::store::{ImageLayer, ImageRecord, LayerRecord, LayerSource, Store, StoreError};
 
 mod chains;
@@ -48,6 +48,7 @@ mod release;
 pub mod shared;
 pub mod sources;
 pub mod status;
+pub mod toc;
 pub mod variants;
 
 pub use chains::Lowers;
@@ -56,10 +57,11 @@ pub use handle::Handle;
 use chains::Chains;
 use containerd::Containerd;
 use images::{ImagePlan, Images};
-use loader::{LayerSpec, Loader, Refusal};
+use loader::{LayerSpec, Loader, NotLazy, Refusal};
 use shared::Origin;
 use shared::publish::Publisher;
 use sources::Failover;
+use toc::TocImage;
 use variants::Shelf;
 
 /// How long a layer stays live without a snapshot that refers to it. A pull loads all layers of an image at once and commits them
@@ -136,6 +138,8 @@ struct Live {
     slot: u32,
     layer: Arc<Layer>,
     format: String,
+    /// Why it is streamed, if it is.
+    not_lazy: Option<String>,
     /// Whether it is the layer as it looks on certain parents. Such a layer is live by itself as well.
     is_variant: bool,
     /// Keeps its bytes in the cache as long as there is anything else to remove.
@@ -164,6 +168,8 @@ pub struct Catalog {
     /// Where work in the background runs.
     runtime: tokio::runtime::Handle,
     flights: Mutex<HashMap<Digest, Flight>>,
+    /// Held while the record of an image is changed.
+    recording: Mutex<()>,
 }
 
 /// What a [`Catalog`] is made of.
@@ -217,6 +223,7 @@ impl Catalog {
             runtime: tokio::runtime::Handle::current(),
             live: RwLock::default(),
             flights: Mutex::default(),
+            recording: Mutex::default(),
         })
     }
 
@@ -246,7 +253,7 @@ impl Catalog {
                 continue;
             };
             match self.loader.stored(&spec, Arc::clone(&blob)) {
-                Ok(Some(layer)) => match self.attach(&spec, record.slot, layer) {
+                Ok(Some(layer)) => match self.attach(&spec, record.slot, layer, record.streamed) {
                     Ok(_) => restored += 1,
                     Err(refusal) => tracing::error!(layer = %digest, reason = %refusal, "cannot be brought back"),
                 },
@@ -295,7 +302,13 @@ impl Catalog {
 
     /// The layer that shows what is asked for, and whether it is the topmost of its image.
     async fn resolve_layer(self: Arc<Self>, request: LayerRequest) -> Result<(Digest, bool), Refusal> {
-        let plan = self.images.find(&request).await?;
+        let plan = match self.images.find(&request).await {
+            Ok(plan) => plan,
+            Err(refusal) => {
+                self.count_refusal(&refusal);
+                return Err(refusal);
+            }
+        };
         let Some(position) = plan.position(&request.chain_id) else {
             let (manifest, chain_id) = (plan.manifest, &request.chain_id);
             return Err(Refusal::unresolved(
@@ -311,6 +324,9 @@ impl Catalog {
                 text: text.to_owned(),
                 retry_helps: true,
             });
+        }
+        if let Err(error) = self.record_plan(&plan) {
+            tracing::error!(%error, manifest = %plan.manifest, "the image cannot be recorded");
         }
         let flights = self.begin_image(&plan);
         let result = match flights.get(&digest) {
@@ -398,12 +414,11 @@ impl Catalog {
             // Success is found in `live` from now on, and a failure may be tried again by the next pull.
             catalog.lock_flights().remove(&digest);
             if let Err(refusal) = &result {
-                catalog
-                    .metrics
-                    .layers_refused_total
-                    .with_label_values(&[refusal.word])
-                    .inc();
+                catalog.count_refusal(refusal);
                 tracing::warn!(layer = %digest, reason = %refusal, "not served by Lazuli");
+                if let Err(error) = catalog.record_refusal(&digest, refusal) {
+                    tracing::error!(%error, layer = %digest, "why it is not served cannot be recorded");
+                }
             }
             result
         });
@@ -437,9 +452,23 @@ impl Catalog {
             manifest,
         };
         let may_share = self.may_share(&spec.digest);
-        let loaded = self.loader.load(spec, blob, may_share.then_some(&origin)).await?;
-        let (layer, index) = (loaded.layer, loaded.index);
-        let cached = Arc::clone(layer.cached());
+        let toc_images = self.toc_images(&images);
+        let loaded = self
+            .loader
+            .load(spec, blob, &toc_images, may_share.then_some(&origin))
+            .await?;
+        let layer = loaded.layer;
+        let streamed = match loaded.streamed {
+            Some(NotLazy { word, text }) => {
+                self.metrics.layers_streamed_total.with_label_values(&[word]).inc();
+                Some(text)
+            }
+            // It was stored already. Whoever streamed it then has noted why, if that record is still there.
+            None => {
+                let known = self.store.layer(&spec.digest).map_err(|error| of_store(&error))?;
+                known.and_then(|record| record.streamed)
+            }
+        };
         let slot = self
             .store
             .allocate_slot(&spec.digest)
@@ -454,25 +483,57 @@ impl Catalog {
             slot,
             sources,
             images,
+            streamed: streamed.clone(),
         };
         self.store.put_layer(&record).map_err(|error| of_store(&error))?;
-        let format = self.attach(spec, slot, layer)?;
-        if let Some(index) = index {
-            self.index_is_known(&cached, index, origin);
+        let format = self.attach(spec, slot, Arc::clone(&layer), streamed)?;
+        if let Some(index) = loaded.index {
+            self.index_is_known(layer.cached(), index, origin);
         }
         let seconds = began.elapsed().as_secs_f64();
         tracing::info!(layer = %spec.digest, format, bytes = spec.size, seconds, "layer is live");
+        if loaded.prefetch > 0 {
+            tracing::debug!(layer = %spec.digest, bytes = loaded.prefetch, "its author wants these bytes ahead");
+            layer.prefetch(0, loaded.prefetch);
+        }
         Ok(())
     }
 
+    /// Images that may hold tables of contents of the layers of the images with these names.
+    fn toc_images(&self, names: &[String]) -> Vec<TocImage> {
+        let references = names.iter().filter_map(|name| Reference::parse(name).ok());
+        references
+            .filter_map(|reference| {
+                let source = self.registry.repository(&reference.host, &reference.repository);
+                Some(TocImage::beside(source, TocImage::tag_of(&reference)?))
+            })
+            .collect()
+    }
+
+    fn count_refusal(&self, refusal: &Refusal) {
+        let reasons = &self.metrics.layers_refused_total;
+        reasons.with_label_values(&[refusal.word]).inc();
+    }
+
     /// Puts a layer into the FUSE tree and the list of live layers.
-    fn attach(&self, spec: &LayerSpec, slot: u32, layer: Arc<Layer>) -> Result<String, Refusal> {
+    fn attach(
+        &self,
+        spec: &LayerSpec,
+        slot: u32,
+        layer: Arc<Layer>,
+        streamed: Option<String>,
+    ) -> Result<String, Refusal> {
         let format = loader::format_name(spec, layer.index());
         let in_use = layer.cached().pin();
         self.show(slot, Arc::clone(&layer) as Arc<dyn LayerData>)?;
         let access = access_label(layer.index().access());
+        let because = || streamed.or_else(|| NotLazy::of_spec(spec).map(|reason| reason.text));
         let live = Live {
             slot,
+            not_lazy: match layer.index().access() {
+                Access::Stream => because(),
+                Access::Ranges => None,
+            },
             layer,
             format: format.clone(),
             is_variant: false,
@@ -511,7 +572,34 @@ impl Catalog {
         Failover::over(sources.iter().map(at).collect())
     }
 
+    /// Records an image, so that what becomes of its layers can be noted.
+    fn record_plan(&self, plan: &ImagePlan) -> Result<(), StoreError> {
+        let _recording = self.lock_records();
+        match self.store.image(&plan.manifest)? {
+            Some(_) => Ok(()),
+            None => self.store.put_image(&new_image_record(plan)),
+        }
+    }
+
+    /// Notes why a layer is not served in all images that have it: containerd may never ask for it, because it unpacks one below.
+    fn record_refusal(&self, digest: &Digest, refusal: &Refusal) -> Result<(), StoreError> {
+        let _recording = self.lock_records();
+        let text = digest.to_string();
+        for mut image in self.images()? {
+            let mut changed = false;
+            for layer in image.layers.iter_mut().filter(|layer| layer.digest == text) {
+                layer.refused = Some(refusal.text.clone());
+                changed = true;
+            }
+            if changed {
+                self.store.put_image(&image)?;
+            }
+        }
+        Ok(())
+    }
+
     fn record_image(&self, plan: &ImagePlan, digest: &Digest, refusal: Option<&Refusal>) -> Result<(), StoreError> {
+        let _recording = self.lock_records();
         let mut record = match self.store.image(&plan.manifest)? {
             Some(record) => record,
             None => new_image_record(plan),
@@ -534,6 +622,10 @@ impl Catalog {
 
     fn write_live(&self) -> RwLockWriteGuard<'_, HashMap<Digest, Live>> {
         self.live.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_records(&self) -> MutexGuard<'_, ()> {
+        self.recording.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_flights(&self) -> MutexGuard<'_, HashMap<Digest, Flight>> {

@@ -37,6 +37,8 @@ pub struct Config {
     pub fetch: FetchConfig,
     /// Indexes of layers that machines share.
     pub index: IndexConfig,
+    /// Formats of layers.
+    pub formats: FormatsConfig,
     /// FUSE.
     pub fuse: FuseConfig,
 }
@@ -155,6 +157,15 @@ pub struct IndexConfig {
     pub signing_key: Option<PathBuf>,
 }
 
+/// Formats of layers.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FormatsConfig {
+    /// Whether a layer with a footer of the stargz format that came before eStargz is read lazily, as far as its table of contents has
+    /// the digests for that. Otherwise it is streamed.
+    pub allow_legacy_estargz: bool,
+}
+
 /// FUSE.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
@@ -190,6 +201,7 @@ impl Default for Config {
             cache: CacheConfig::default(),
             fetch: FetchConfig::default(),
             index: IndexConfig::default(),
+            formats: FormatsConfig::default(),
             fuse: FuseConfig::default(),
         }
     }
@@ -549,6 +561,13 @@ mod tests {
             10 << 30
         );
         assert_eq!(parse("[cache]\nmax_size = 10").unwrap().cache.max_size.0, 10);
+    }
+
+    #[test]
+    fn legacy_formats_have_to_be_allowed() {
+        assert!(!parse("").unwrap().formats.allow_legacy_estargz);
+        let allowed = parse("[formats]\nallow_legacy_estargz = true").unwrap();
+        assert!(allowed.formats.allow_legacy_estargz);
     }
 
     #[test]

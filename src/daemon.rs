@@ -160,7 +160,7 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let catalog = Catalog::new(Parts {
         containerd: Containerd::new(&config.containerd_address),
         registry,
-        loader: Loader::new(cache, fetcher).with_shared(shared),
+        loader: Loader::new(cache, fetcher, config.formats.clone()).with_shared(shared),
         faces,
         store: Arc::clone(&store),
         metrics: Arc::clone(&metrics),

@@ -23,6 +23,8 @@ pub struct Metrics {
     pub layers_live: IntGaugeVec,
     /// Layers left to containerd, by `reason` (a fixed set of words).
     pub layers_refused_total: IntCounterVec,
+    /// Layers that were streamed as a whole, by `reason` (a fixed set of words).
+    pub layers_streamed_total: IntCounterVec,
     /// FUSE requests, by `op`.
     pub fuse_requests_total: IntCounterVec,
     /// FUSE requests answered with an error other than ENOENT and ENODATA, by `errno`.
@@ -103,6 +105,12 @@ impl Metrics {
                 &r,
                 "lazuli_layers_refused_total",
                 "Layers left to containerd.",
+                &["reason"],
+            ),
+            layers_streamed_total: counter_vec(
+                &r,
+                "lazuli_layers_streamed_total",
+                "Layers that were streamed as a whole.",
                 &["reason"],
             ),
             fuse_requests_total: counter_vec(&r, "lazuli_fuse_requests_total", "FUSE requests.", &["op"]),

@@ -15,7 +15,7 @@ use lazuli::catalog::loader::{LayerSpec, Loaded, Loader};
 use lazuli::catalog::shared::publish::{Publisher, Target, push};
 use lazuli::catalog::shared::trust::SigningKey;
 use lazuli::catalog::shared::{NAMED_DIGEST, NAMED_SIZE, Origin, SharedIndexes, check, tag_of};
-use lazuli::config::{CacheConfig, FetchConfig, IndexConfig, RegistryConfig};
+use lazuli::config::{CacheConfig, FetchConfig, FormatsConfig, IndexConfig, RegistryConfig};
 use lazuli::fetch::{Fetcher, LayerData};
 use lazuli::layer::{Access, Chunk, Codec, Digest, LayerIndex, TarIndexer, Windows, portable};
 use lazuli::metrics::Metrics;
@@ -186,7 +186,7 @@ impl Node {
         let shared = SharedIndexes::new(index, registry.clone(), metrics.clone()).unwrap();
         let publisher = Publisher::new(index, registry.clone(), shared.clone(), metrics.clone()).unwrap();
         Node {
-            loader: Loader::new(cache, fetcher).with_shared(shared.clone()),
+            loader: Loader::new(cache, fetcher, FormatsConfig::default()).with_shared(shared.clone()),
             registry,
             shared,
             publisher,
@@ -211,7 +211,7 @@ impl Node {
         let source = &self.origin.sources[0];
         let source = self.registry.repository(&source.host, &source.repository);
         let blob = source.blob(self.spec.digest, self.spec.size);
-        self.loader.load(&self.spec, blob, Some(&self.origin)).await.unwrap()
+        self.loader.load(&self.spec, blob, &[], Some(&self.origin)).await.unwrap()
     }
 
     fn count(&self, word: &str) -> u64 {

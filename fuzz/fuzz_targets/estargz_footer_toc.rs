@@ -5,7 +5,7 @@
 use std::io::Write;
 
 use lazuli::layer::Digest;
-use lazuli::layer::estargz::{find_toc, index_from_toc};
+use lazuli::layer::estargz::{Footer, find_toc, index_from_toc};
 use libfuzzer_sys::fuzz_target;
 
 /// Size of the blob that the table is said to be in, in bytes, and where.
@@ -28,19 +28,19 @@ fn member(json: &[u8]) -> Vec<u8> {
 
 fuzz_target!(|input: (u64, Vec<u8>)| {
     let (blob_size, bytes) = input;
-    for legacy in [false, true] {
-        if let Ok(Some(toc)) = find_toc(&bytes, blob_size, legacy) {
-            assert!(toc.len > 0 && toc.offset + toc.len <= blob_size);
-        }
+    if let Ok(Some(Footer::Inside(toc) | Footer::Legacy(toc))) = find_toc(&bytes, blob_size) {
+        assert!(toc.len > 0 && toc.offset + toc.len <= blob_size);
     }
     let digest = Digest::of(&bytes);
     let _ = index_from_toc(&bytes, TOC_OFFSET, BLOB_SIZE, &digest);
-    if let Ok(index) = index_from_toc(&member(&bytes), TOC_OFFSET, BLOB_SIZE, &digest) {
+    if let Ok(toc) = index_from_toc(&member(&bytes), TOC_OFFSET, BLOB_SIZE, &digest) {
+        let index = toc.index;
+        assert!(toc.prefetch <= index.data_size());
         for inode in index.inodes().iter().filter(|inode| inode.is_reg() && inode.size > 0) {
             let chunks = &index.chunks()[index.chunks_at(inode.data, inode.size)];
             let covered: u64 = chunks.iter().map(|chunk| u64::from(chunk.data_len)).sum();
-            assert_eq!(covered, inode.size);
-            assert!(chunks.iter().all(|chunk| chunk.blob_end() <= TOC_OFFSET));
+            // Less where chunks of zeros have no record.
+            assert!(covered <= inode.size);
         }
     }
 });

@@ -326,6 +326,22 @@ fn of_containerd(error: &ContainerdError) -> Refusal {
 mod tests {
     use super::*;
 
+    /// Snapshot labels carry only some annotations; the manifest has them all, wherever it is read.
+    #[test]
+    fn annotations_of_the_manifest_are_kept() {
+        let digest = Digest::of(b"");
+        let manifest = format!(
+            r#"{{"schemaVersion": 2, "config": {{"digest": "{digest}", "size": 0}}, "layers": [{{"digest": "{digest}", "size": 7,
+                "annotations": {{"io.github.containers.zstd-chunked.manifest-position": "1:2:3:1", "other": ""}}}}]}}"#
+        );
+        let config = format!(r#"{{"os": "linux", "architecture": "amd64", "rootfs": {{"diff_ids": ["{digest}"]}}}}"#);
+        let manifest = Manifest::parse(manifest.as_bytes()).unwrap();
+        let layers = plan_layers(&manifest, &ImageConfig::parse(config.as_bytes()).unwrap()).unwrap();
+        let annotations: Vec<_> = layers[0].spec.annotations.iter().collect();
+        assert_eq!(annotations.len(), 2);
+        assert_eq!(annotations[0].1, "1:2:3:1");
+    }
+
     #[test]
     fn source_labels_list_every_repository() {
         let labels = HashMap::from([

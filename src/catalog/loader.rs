@@ -1,39 +1,20 @@
-//! From a layer's descriptor to a layer that can be read: the index that is stored already, or the eStargz table of contents, or an
-//! index that others share, or one streaming pass over the whole blob. `Catalog` uses it for containerd's layers, and `lazuli mount` for its own.
+//! From a layer's descriptor to a layer that can be read: the index that is stored already, or the table of contents of an eStargz or
+//! zstd:chunked layer ([`super::toc`]), or an index that others share ([`super::shared`]), or one streaming pass over the whole blob.
+//! `Catalog` uses it for containerd's layers, and `lazuli mount` for its own.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
-use bytes::Bytes;
-use futures::TryStreamExt;
-
+use super::toc::{self, TocError, TocImage};
 use crate::cache::{Cache, CacheError};
+use crate::config::FormatsConfig;
 use crate::fetch::{FetchError, Fetcher, Layer, StreamRequest};
 use crate::layer::compression::{self, Compression};
-use crate::layer::estargz;
-use crate::layer::{Access, Digest, LayerError, LayerIndex};
+use crate::layer::{Access, Codec, Digest, LayerIndex};
 use crate::registry::{Blob, RegistryError};
 use crate::store::IndexRecord;
 
 use super::shared::{self, Found, Origin, SharedIndexes};
-
-/// Annotation (and label) with the digest of an eStargz layer's table of contents.
-pub const TOC_DIGEST_ANNOTATION: &str = "containerd.io/snapshot/stargz/toc.digest";
-/// An eStargz layer whose blob is smaller than this (bytes) is streamed: one request brings all of it, where its table of contents
-/// alone would take one or two.
-const STREAM_BELOW: u64 = 256 << 10;
-/// The end of the blob that is read in the hope that the whole table of contents lies in it: this share of the blob (tables of Debian's
-/// packages take between 1/207 and 1/167) ...
-const TAIL_SHARE: u64 = 128;
-/// ... but at least so many bytes ...
-const TAIL_MIN: u64 = 32 << 10;
-/// ... and at most so many.
-const TAIL_MAX: u64 = 1 << 20;
-/// Longest wait for a table of contents: a source that drips must not hold up a pull for ever. 1 MiB takes 84 s at 100 kbit/s.
-const TOC_DEADLINE: Duration = Duration::from_secs(300);
-/// Largest compressed table of contents, in bytes. A million files take about 60 MiB.
-const TOC_MAX: u64 = 128 << 20;
 
 /// What the image says of one layer.
 #[derive(Debug, Clone)]
@@ -108,28 +89,87 @@ impl Refusal {
     }
 }
 
+/// Why a layer that Lazuli serves is streamed as a whole, instead of being read where it is needed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NotLazy {
+    /// One word of a fixed set, for metrics: `small`, `plain`, `zstd`, `toc`, `legacy`, `external`.
+    pub word: &'static str,
+    /// The whole reason, for people; it completes "streamed, as ...".
+    pub text: String,
+}
+
+impl NotLazy {
+    /// Why a layer is streamed, as far as its descriptor tells; `None` if nothing of it is a reason.
+    pub fn of_spec(spec: &LayerSpec) -> Option<Self> {
+        let because = |word, text: &str| {
+            Some(NotLazy {
+                word,
+                text: text.to_owned(),
+            })
+        };
+        match toc::kind(spec) {
+            Err(error) => because("toc", &format!("its annotations cannot be true: {error}")),
+            Ok(Some(_)) if spec.size < toc::STREAM_BELOW => {
+                because("small", "it is so small that one request brings all of it")
+            }
+            Ok(Some(_)) => None,
+            Ok(None) => match supported(spec) {
+                Ok(Compression::Zstd) => because("zstd", "its zstd frame can only be read from the beginning"),
+                _ => because("plain", "its manifest names no table of contents"),
+            },
+        }
+    }
+
+    fn of_toc(error: &TocError) -> Self {
+        let (word, text) = match error {
+            TocError::Legacy => ("legacy", error.to_string()),
+            TocError::Elsewhere(_) => ("external", error.to_string()),
+            error => ("toc", format!("its table of contents cannot be used: {error}")),
+        };
+        NotLazy { word, text }
+    }
+}
+
+/// A layer that was loaded.
+pub struct Loaded {
+    /// The layer.
+    pub layer: Arc<Layer>,
+    /// Bytes at the beginning of its data space that the image's author wants to be fetched ahead; they are not asked for yet.
+    pub prefetch: u64,
+    /// Why it was streamed, if it was just now.
+    pub streamed: Option<NotLazy>,
+    /// Where its index came from, if that was found out now, and it is no part of the image.
+    pub index: Option<IndexRecord>,
+}
+
+impl Loaded {
+    /// One that nothing is to be remembered of.
+    fn plain(layer: Arc<Layer>) -> Self {
+        Loaded {
+            layer,
+            prefetch: 0,
+            streamed: None,
+            index: None,
+        }
+    }
+}
+
 /// Makes layers readable.
 #[derive(Clone)]
 pub struct Loader {
     cache: Arc<Cache>,
     fetcher: Arc<Fetcher>,
+    formats: FormatsConfig,
     shared: Option<Arc<SharedIndexes>>,
-}
-
-/// A layer that can be read, and what is to be remembered of its index.
-pub struct Loaded {
-    /// The layer.
-    pub layer: Arc<Layer>,
-    /// Where its index came from, if that was found out now.
-    pub index: Option<IndexRecord>,
 }
 
 impl Loader {
     /// A loader that keeps indexes and bytes in `cache`.
-    pub fn new(cache: Arc<Cache>, fetcher: Arc<Fetcher>) -> Self {
+    pub fn new(cache: Arc<Cache>, fetcher: Arc<Fetcher>, formats: FormatsConfig) -> Self {
         Loader {
             cache,
             fetcher,
+            formats,
             shared: None,
         }
     }
@@ -164,8 +204,9 @@ impl Loader {
         Ok(cached.map(|cached| self.fetcher.open(cached, blob)))
     }
 
-    /// A readable layer: from the stored index, else from its eStargz table of contents, else from an index that others share, else
-    /// streamed. Waits for the network. `origin` says where to look for shared indexes; without it none is looked for.
+    /// A readable layer: from the stored index, else from its table of contents, else from an index that others share, else streamed.
+    /// Waits for the network. If the table is in another image, it is looked for in `images`. `origin` says where to look for shared
+    /// indexes; without it none is looked for.
     ///
     /// # Errors
     /// [`Refusal`] says why Lazuli cannot serve it.
@@ -173,48 +214,27 @@ impl Loader {
         &self,
         spec: &LayerSpec,
         blob: Arc<dyn Blob>,
+        images: &[TocImage],
         origin: Option<&Origin>,
     ) -> Result<Loaded, Refusal> {
         if let Some(layer) = self.stored(spec, Arc::clone(&blob))? {
-            return Ok(Loaded { layer, index: None });
+            return Ok(Loaded::plain(layer));
         }
         let compression = supported(spec)?;
-        if let Some(toc_digest) = toc_digest(spec) {
-            let toc = tokio::time::timeout(TOC_DEADLINE, self.estargz(spec, &blob, &toc_digest?)).await;
-            match toc.unwrap_or(Err(TocError::Slow)) {
-                Ok(toc) => {
-                    let (cache, digest) = (Arc::clone(&self.cache), spec.digest);
-                    let inserted = tokio::task::spawn_blocking(move || cache.insert(&digest, toc.index)).await;
-                    let cached = match inserted {
-                        Ok(inserted) => inserted.map_err(|error| Refusal::of_cache(&error))?,
-                        Err(_) => return Err(Refusal::unresolved("storing its index was interrupted", true)),
-                    };
-                    let layer = self.fetcher.open(cached, blob);
-                    layer.count(toc.requests, toc.bytes);
-                    return Ok(Loaded { layer, index: None });
-                }
-                // The registry cannot deliver; streaming would ask the same registry for more.
-                Err(TocError::Registry(error)) => return Err(Refusal::of_registry(&error)),
-                Err(TocError::Slow) => {
-                    let text = format!(
-                        "its table of contents did not arrive within {} s",
-                        TOC_DEADLINE.as_secs()
-                    );
-                    return Err(Refusal {
-                        word: "source",
-                        text,
-                        retry_helps: true,
-                    });
-                }
-                Err(TocError::Layer(error)) => {
-                    tracing::warn!(layer = %spec.digest, %error, "cannot be read as eStargz, will be streamed");
-                }
-            }
-        }
+        let not_lazy = match (NotLazy::of_spec(spec), toc::kind(spec)) {
+            (None, Ok(Some(kind))) => match self.load_lazily(spec, &blob, kind, images).await? {
+                Ok(loaded) => return Ok(loaded),
+                Err(not_lazy) => Some(not_lazy),
+            },
+            (not_lazy, _) => not_lazy,
+        };
         if let (Some(shared), Some(origin)) = (&self.shared, origin)
             && let Some(found) = shared.find(spec, origin).await
         {
             return self.take(spec, blob, found).await;
+        }
+        if let Some(NotLazy { word, text }) = &not_lazy {
+            tracing::info!(layer = %spec.digest, word, reason = text, "is streamed");
         }
         let request = StreamRequest {
             digest: spec.digest,
@@ -230,8 +250,11 @@ impl Loader {
             .map_err(|error| Refusal::of_fetch(&error))?;
         let layer = self.fetcher.open(cached, blob);
         layer.count(1, spec.size);
-        let index = Some(IndexRecord::Built { published: None });
-        Ok(Loaded { layer, index })
+        Ok(Loaded {
+            streamed: not_lazy,
+            index: Some(IndexRecord::Built { published: None }),
+            ..Loaded::plain(layer)
+        })
     }
 
     /// Puts a layer into the cache whose index others share.
@@ -250,63 +273,51 @@ impl Loader {
         };
         let layer = self.fetcher.open(cached, blob);
         layer.count(1, size);
-        let index = Some(index);
-        Ok(Loaded { layer, index })
+        Ok(Loaded {
+            index: Some(index),
+            ..Loaded::plain(layer)
+        })
     }
 
-    async fn estargz(&self, spec: &LayerSpec, blob: &Arc<dyn Blob>, expected: &Digest) -> Result<Toc, TocError> {
-        let tail_len = (spec.size / TAIL_SHARE).clamp(TAIL_MIN, TAIL_MAX).min(spec.size);
-        let tail_start = spec.size - tail_len;
-        let tail = read(blob, tail_start, spec.size).await?;
-        let footer = &tail[tail.len().saturating_sub(estargz::FOOTER_LEN_MAX)..];
-        let location = estargz::find_toc(footer, spec.size, false)?
-            .ok_or_else(|| LayerError::malformed("eStargz footer", tail_start, "there is none"))?;
-        if location.len > TOC_MAX {
-            let what = "compressed size of the eStargz TOC";
-            return Err(LayerError::TooLarge {
-                what,
-                value: location.len,
-                limit: TOC_MAX,
+    /// The layer by its table of contents, or why that cannot be.
+    async fn load_lazily(
+        &self,
+        spec: &LayerSpec,
+        blob: &Arc<dyn Blob>,
+        kind: toc::Kind,
+        images: &[TocImage],
+    ) -> Result<Result<Loaded, NotLazy>, Refusal> {
+        let read = toc::read(spec, blob, kind, &self.formats, images);
+        let table = match tokio::time::timeout(toc::DEADLINE, read).await {
+            Ok(Ok(table)) => table,
+            // The registry cannot deliver; streaming would ask the same registry for more.
+            Ok(Err(TocError::Registry(error))) => return Err(Refusal::of_registry(&error)),
+            Ok(Err(error)) => return Ok(Err(NotLazy::of_toc(&error))),
+            Err(_) => {
+                let text = format!(
+                    "its table of contents did not arrive within {} s",
+                    toc::DEADLINE.as_secs()
+                );
+                return Err(Refusal {
+                    word: "source",
+                    text,
+                    retry_helps: true,
+                });
             }
-            .into());
-        }
-        // `find_toc` has checked that the table lies within the blob.
-        let (start, end) = (location.offset, location.offset + location.len);
-        let (mut requests, mut bytes) = (1, tail_len);
-        let member = if start >= tail_start {
-            tail.slice((start - tail_start) as usize..(end - tail_start) as usize)
-        } else {
-            let head = read(blob, start, tail_start.min(end)).await?;
-            requests += 1;
-            bytes += head.len() as u64;
-            let rest = &tail[..end.saturating_sub(tail_start) as usize];
-            Bytes::from([&head[..], rest].concat())
         };
-        let (blob_size, expected) = (spec.size, *expected);
-        let parsed =
-            tokio::task::spawn_blocking(move || estargz::index_from_toc(&member, start, blob_size, &expected)).await;
-        let index =
-            parsed.unwrap_or_else(|panic| Err(LayerError::malformed("eStargz TOC", start, panic.to_string())))?;
-        Ok(Toc { index, requests, bytes })
+        let (cache, digest, index) = (Arc::clone(&self.cache), spec.digest, table.toc.index);
+        let inserted = tokio::task::spawn_blocking(move || cache.insert(&digest, index)).await;
+        let cached = match inserted {
+            Ok(inserted) => inserted.map_err(|error| Refusal::of_cache(&error))?,
+            Err(_) => return Err(Refusal::unresolved("storing its index was interrupted", true)),
+        };
+        let layer = self.fetcher.open(cached, Arc::clone(blob));
+        layer.count(table.requests, table.bytes);
+        Ok(Ok(Loaded {
+            prefetch: table.toc.prefetch,
+            ..Loaded::plain(layer)
+        }))
     }
-}
-
-/// An index made of a table of contents, and what it took.
-struct Toc {
-    index: LayerIndex,
-    requests: u64,
-    bytes: u64,
-}
-
-/// Why a table of contents could not be had.
-#[derive(Debug, thiserror::Error)]
-enum TocError {
-    #[error(transparent)]
-    Registry(#[from] RegistryError),
-    #[error(transparent)]
-    Layer(#[from] LayerError),
-    #[error("it did not arrive in time")]
-    Slow,
 }
 
 /// How the layer says it is compressed (its first bytes decide), or why it is of no kind that Lazuli reads.
@@ -331,43 +342,18 @@ fn supported(spec: &LayerSpec) -> Result<Compression, Refusal> {
     }
 }
 
-/// The promised digest of the layer's table of contents, if it has one and is worth being lazy.
-fn toc_digest(spec: &LayerSpec) -> Option<Result<Digest, Refusal>> {
-    let text = spec.annotations.get(TOC_DIGEST_ANNOTATION)?;
-    if spec.size < STREAM_BELOW {
-        return None;
-    }
-    Some(text.parse().map_err(|error| Refusal {
-        word: "format",
-        text: format!("annotation {TOC_DIGEST_ANNOTATION}: {error}"),
-        retry_helps: false,
-    }))
-}
-
-/// Bytes `start..end` of a blob, all of them.
-async fn read(blob: &Arc<dyn Blob>, start: u64, end: u64) -> Result<Bytes, RegistryError> {
-    let body = blob.read(start..end).await?;
-    let parts: Vec<Bytes> = body.try_collect().await?;
-    let bytes = Bytes::from(parts.concat());
-    if bytes.len() as u64 != end - start {
-        let problem = format!("{} bytes instead of {}", bytes.len(), end - start);
-        return Err(RegistryError::Protocol {
-            host: blob.describe(),
-            what: format!("bytes {start}-{end}"),
-            problem,
-        });
-    }
-    Ok(bytes)
-}
-
 /// The name of a layer's format, as `status` shows it.
 pub fn format_name(spec: &LayerSpec, index: &LayerIndex) -> String {
-    match index.access() {
-        Access::Ranges => "estargz".to_owned(),
-        Access::Stream => match supported(spec) {
-            Ok(Compression::None) => "tar".to_owned(),
-            Ok(Compression::Zstd) => "tar+zstd".to_owned(),
-            Ok(Compression::Gzip) | Err(_) => "tar+gzip".to_owned(),
-        },
-    }
+    let plain = match supported(spec) {
+        Ok(Compression::None) => "tar",
+        Ok(Compression::Zstd) => "tar+zstd",
+        Ok(Compression::Gzip) | Err(_) => "tar+gzip",
+    };
+    let has_table = matches!(toc::kind(spec), Ok(Some(_)));
+    let name = match (index.access(), index.codec()) {
+        (Access::Ranges, Codec::Gzip) if has_table => "estargz",
+        (Access::Ranges, Codec::Zstd) if has_table => "zstd:chunked",
+        _ => plain,
+    };
+    name.to_owned()
 }

@@ -97,13 +97,16 @@ pub struct ImageLayerStatus {
 pub struct LayerStatus {
     /// Digest of its blob.
     pub digest: String,
-    /// `estargz`, or `stream` with its compression: how its bytes are had.
+    /// `estargz`, `zstd:chunked`, `tar`, `tar+gzip` or `tar+zstd`.
     pub format: String,
     /// Whether single ranges of it can be fetched.
     pub lazy: bool,
     /// Where its index came from.
     #[serde(default)]
     pub index: IndexStatus,
+    /// Why not.
+    #[serde(default)]
+    pub not_lazy: Option<String>,
     /// Bytes of its blob in the registry.
     pub blob_bytes: u64,
     /// Uncompressed bytes that it stores.
@@ -185,6 +188,7 @@ fn of_layer(digest: &Digest, live: &Live, shown: Shown, from: Option<IndexRecord
         format: live.format.clone(),
         lazy: index.access() == Access::Ranges,
         index: from.into(),
+        not_lazy: live.not_lazy.clone(),
         blob_bytes: index.blob_size(),
         total_bytes: stats.total_bytes,
         present_bytes: stats.present_bytes,

@@ -205,6 +205,7 @@ impl Catalog {
             slot: 0,
             sources: plan.sources.clone(),
             images: plan.name.iter().cloned().collect(),
+            streamed: None,
         };
         let catalog = Arc::clone(self);
         let publish = move || {
@@ -257,6 +258,7 @@ impl Catalog {
         let live = Live {
             slot: record.slot,
             format: loader::format_name(&spec_of(record), &index),
+            not_lazy: None,
             is_variant: true,
             _in_use: layer.cached().pin(),
             layer: Arc::clone(&layer),

@@ -198,7 +198,7 @@ impl Tool {
             return Ok(Err("it is small, and fetched at once".to_owned()));
         }
         let blob = subject.source.blob(spec.digest, spec.size);
-        let loaded = match loader.load(spec, blob, None).await {
+        let loaded = match loader.load(spec, blob, &[], None).await {
             Ok(loaded) => loaded,
             Err(refusal) if !refusal.retry_helps => return Ok(Err(refusal.text)),
             Err(refusal) => return Err(refusal.into()),
@@ -227,7 +227,7 @@ impl Tool {
             runtime,
             Arc::clone(&self.metrics),
         );
-        Ok((dir, Loader::new(cache, fetcher)))
+        Ok((dir, Loader::new(cache, fetcher, self.config.formats.clone())))
     }
 
     async fn build(&self, source: &str, output: &Path) -> anyhow::Result<Vec<Row>> {

@@ -12,11 +12,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::cache::Cache;
 use crate::catalog::images::plan_layers;
 use crate::catalog::loader::Loader;
+use crate::catalog::toc::TocImage;
 use crate::catalog::variants;
 use crate::config::Config;
 use crate::daemon::MOUNT_DEADLINE;
 use crate::fetch::{Fetcher, LayerData};
 use crate::fs::{Faces, FacesOptions, FsError, Session, SessionOptions};
+use crate::layer::Digest;
 use crate::metrics::Metrics;
 use crate::registry::image::{ImageConfig, Manifest, resolve};
 use crate::registry::layout::OciLayout;
@@ -59,15 +61,17 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
     let cache = Cache::open(&root, &config.cache, Arc::clone(&metrics))?;
     let runtime = tokio::runtime::Handle::current();
     let fetcher = Fetcher::new(&config.fetch, Arc::clone(&cache), runtime.clone(), Arc::clone(&metrics));
-    let loader = Loader::new(Arc::clone(&cache), fetcher);
+    let loader = Loader::new(Arc::clone(&cache), fetcher, config.formats.clone());
+    let toc_image = reference
+        .parse::<Digest>()
+        .is_err()
+        .then(|| TocImage::beside(Arc::clone(&source), &reference));
+    let toc_images = toc_image.as_slice();
     let loads = layers
         .iter()
-        .map(|layer| loader.load(&layer.spec, source.blob(layer.spec.digest, layer.spec.size), None));
-    let layers: Vec<_> = try_join_all(loads)
-        .await?
-        .into_iter()
-        .map(|loaded| loaded.layer)
-        .collect();
+        .map(|layer| loader.load(&layer.spec, source.blob(layer.spec.digest, layer.spec.size), toc_images, None));
+    let loaded = try_join_all(loads).await?;
+    let layers: Vec<_> = loaded.iter().map(|loaded| Arc::clone(&loaded.layer)).collect();
 
     let options = SessionOptions {
         threads: config.fuse.threads,
@@ -96,6 +100,9 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
         let empty = private.path().join(name);
         std::fs::create_dir(&empty).context("a temporary directory")?;
         lower_dirs.push(empty);
+    }
+    for loaded in &loaded {
+        loaded.layer.prefetch(0, loaded.prefetch);
     }
     let result = show(&lower_dirs, &args.mountpoint, &image.manifest_digest.to_string()).await;
     let unmounted = tokio::task::spawn_blocking(move || faces.close()).await?;

@@ -137,8 +137,10 @@ pub(super) fn describe(layer: &LayerStatus) -> String {
         (None, _, Some(place)) => format!(", index published in {place}"),
         (None, _, None) => String::new(),
     };
+    let reason = layer.not_lazy.as_deref();
+    let reason = reason.map(|reason| format!("; not lazy: {reason}")).unwrap_or_default();
     let mut line = format!(
-        "{kind} {}: {} of {} here, {} requests, {} fetched{index}",
+        "{kind} {}: {} of {} here, {} requests, {} fetched{index}{reason}",
         layer.format,
         ByteSize(layer.present_bytes),
         ByteSize(layer.total_bytes),
@@ -261,9 +263,10 @@ mod tests {
                 },
                 LayerStatus {
                     digest: digest('c'),
-                    format: "gzip".into(),
+                    format: "tar+gzip".into(),
                     face: "tree".into(),
                     face_reason: Some("a name is too long".into()),
+                    not_lazy: Some("its manifest names no table of contents".into()),
                     ..Default::default()
                 },
             ],
@@ -284,7 +287,7 @@ mod tests {
           bbbbbbbbbbbb  left to containerd: it is encrypted
 
         other layers
-          cccccccccccc  streamed gzip: 0 B of 0 B here, 0 requests, 0 B fetched; tree: a name is too long
+          cccccccccccc  streamed tar+gzip: 0 B of 0 B here, 0 requests, 0 B fetched; not lazy: its manifest names no table of contents; tree: a name is too long
 
         merged layers
           111111111111  2 layers, 1.0 KiB of names; file, mounted

@@ -231,7 +231,8 @@ fn take(mut stream: impl Read, skip: u32, len: u32) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn zstd_frames<R: BufRead>(input: R) -> io::Result<zstd::Decoder<'static, R>> {
+/// The zstd frames in `input`, uncompressed, as one stream.
+pub(super) fn zstd_frames<R: BufRead>(input: R) -> io::Result<zstd::Decoder<'static, R>> {
     let mut frames = zstd::Decoder::with_buffer(input)?;
     frames.window_log_max(ZSTD_WINDOW_LOG_MAX)?;
     Ok(frames)

@@ -9,7 +9,7 @@ pub enum LayerError {
     /// The bytes break the rules of their format.
     #[error("malformed {format} at {offset}: {what}")]
     Malformed {
-        /// Which format: `tar`, `gzip`, `zstd`, `eStargz footer`, `eStargz TOC`, `layer index`.
+        /// Which format: `tar`, `gzip`, `zstd`, `eStargz footer`, `zstd:chunked footer`, `TOC`, `layer index`.
         format: &'static str,
         /// Where in that format's own byte stream, or which entry.
         offset: u64,

@@ -333,3 +333,66 @@ pub(crate) fn sample_parts() -> IndexParts {
     (parts.data_size, parts.blob_size, parts.chunks) = (layout.data_size, 100, vec![chunk]);
     parts
 }
+
+/// Random numbers that are the same in every run.
+pub(crate) struct Dice(u64);
+
+impl Dice {
+    pub fn new(seed: u64) -> Self {
+        Dice(seed)
+    }
+
+    /// A number below `limit` (splitmix64).
+    pub fn below(&mut self, limit: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % limit.max(1) as u64) as usize
+    }
+
+    /// Files with names of their own, of up to `len` bytes; some parts of them are zeros.
+    pub fn files(&mut self, count: usize, len: usize) -> Vec<(String, Vec<u8>)> {
+        let mut files = Vec::new();
+        for i in 0..count {
+            let mut content: Vec<u8> = (0..self.below(len)).map(|_| self.below(256) as u8).collect();
+            if self.below(3) == 0 {
+                let from = self.below(content.len());
+                let to = from + self.below(content.len() - from);
+                content[from..to].fill(0);
+            }
+            files.push((format!("d{}/f{i}", i % 3), content));
+        }
+        files
+    }
+}
+
+/// Reads `count` random ranges of the index's data space by way of its chunks, as the fetcher does, and compares them with `files`.
+pub(crate) fn check_ranges(
+    index: &LayerIndex,
+    blob: &[u8],
+    files: &[(String, Vec<u8>)],
+    dice: &mut Dice,
+    count: usize,
+) {
+    let mut space = vec![0; index.data_size() as usize];
+    for (name, content) in files {
+        let inode = index.inode(index.lookup_path(name.as_bytes()).unwrap()).unwrap();
+        assert_eq!(inode.size, content.len() as u64, "{name}");
+        space[inode.data as usize..][..content.len()].copy_from_slice(content);
+    }
+    for _ in 0..count {
+        let from = dice.below(space.len());
+        let to = from + dice.below((space.len() - from).min(200_000));
+        let mut bytes = vec![0; to - from];
+        for chunk in &index.chunks()[index.chunks_at(from as u64, (to - from) as u64)] {
+            let member = &blob[chunk.blob_offset as usize..chunk.blob_end() as usize];
+            let data = super::decode_member(index.codec(), member, chunk.skip, chunk.data_len).unwrap();
+            assert_eq!(super::Digest::of(&data), chunk.digest);
+            let (begin, end) = (chunk.data_offset as usize, chunk.data_end() as usize);
+            let (first, last) = (begin.max(from), end.min(to));
+            bytes[first - from..last - from].copy_from_slice(&data[first - begin..last - begin]);
+        }
+        assert!(bytes == space[from..to], "{from}..{to}");
+    }
+}

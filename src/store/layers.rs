@@ -36,6 +36,9 @@ pub struct LayerRecord {
     pub sources: Vec<LayerSource>,
     /// Names of the images it was pulled with, as far as containerd told them.
     pub images: Vec<String>,
+    /// Why it was streamed as a whole, if it was.
+    #[serde(default)]
+    pub streamed: Option<String>,
 }
 
 /// A repository that has a blob.

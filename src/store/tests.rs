@@ -48,6 +48,7 @@ fn layer(store: &Store, bytes: &[u8]) -> LayerRecord {
             host: "registry.example:5000".to_owned(),
             repository: "demo/app".to_owned(),
         }],
+        streamed: None,
         images: vec!["sha256:m".to_owned()],
     }
 }

@@ -412,12 +412,13 @@ pub fn run_ok(command: &mut Command) -> Finished {
 }
 
 /// The Debian packages of the programs that the tests start.
-const PACKAGES: [(&str, &str); 12] = [
+const PACKAGES: [(&str, &str); 13] = [
     ("containerd", "containerd"),
     ("ctr", "containerd"),
     ("runc", "runc"),
     ("docker-registry", "docker-registry"),
     ("ctr-remote", "stargz-snapshotter"),
+    ("skopeo", "skopeo"),
     ("busybox", "busybox-static"),
     ("tar", "tar"),
     ("setfacl", "acl"),

@@ -12,6 +12,9 @@ use crate::layer::LayerError;
 const FORMAT: &str = "eStargz footer";
 /// Length of the longest footer, in bytes: how much of a blob's end [`find_toc`] wants to see.
 pub const FOOTER_LEN_MAX: usize = 51;
+/// Length of the footer of a blob whose table of contents is elsewhere, in bytes.
+pub const EXTERNAL_FOOTER_LEN: usize = 46;
+const LEGACY_FOOTER_LEN: usize = 47;
 
 const GZIP_WITH_EXTRA: &[u8] = &[0x1f, 0x8b, 0x08, 0x04];
 /// Bytes of a gzip header before the extra field: magic, method, flags, time, XFL, OS.
@@ -22,36 +25,46 @@ const MAGIC: &[u8] = b"STARGZ";
 const MAGIC_EXTERNAL: &[u8] = b"STARGZEXTERNALTOC";
 const OFFSET_DIGITS: usize = 16;
 
+/// What the end of a blob says of its table of contents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Footer {
+    /// It is there.
+    Inside(TocLocation),
+    /// It is there, says a footer of the stargz format that came before eStargz. That is no valid gzip extra field, and most of the
+    /// tables that it points to have no digests of chunks.
+    Legacy(TocLocation),
+    /// It is in another image.
+    Elsewhere,
+}
+
 /// Finds the table of contents from the end of a blob.
 ///
-/// `tail` is the end of the blob: its last [`FOOTER_LEN_MAX`] bytes, or all of a shorter blob; more does no harm. The footer of
-/// the stargz format that came before eStargz is recognised only if `legacy` says so: it is not a valid gzip extra field, and what it
-/// points to has no digests of chunks. `None`: the blob has no footer of eStargz.
+/// `tail` is the end of the blob: its last [`FOOTER_LEN_MAX`] bytes, or all of a shorter blob; more does no harm. `None`: the blob has
+/// no footer of eStargz.
 ///
 /// Nothing vouches for the answer, apart from its being inside the blob: the digest of what is there has to be checked.
 ///
 /// # Errors
-/// [`LayerError::Malformed`] when a footer points outside the blob, [`LayerError::TooLarge`] when the table would be too long, and
-/// [`LayerError::Unsupported`] when it is in another blob.
-pub fn find_toc(tail: &[u8], blob_size: u64, legacy: bool) -> Result<Option<TocLocation>, LayerError> {
+/// [`LayerError::Malformed`] when a footer points outside the blob, and [`LayerError::TooLarge`] when the table would be too long.
+pub fn find_toc(tail: &[u8], blob_size: u64) -> Result<Option<Footer>, LayerError> {
     if extra(tail, subfield(MAGIC_EXTERNAL.len())) == Some(MAGIC_EXTERNAL) {
-        return Err(LayerError::Unsupported {
-            what: "an eStargz layer with its table of contents in another blob".to_owned(),
-        });
+        return Ok(Some(Footer::Elsewhere));
     }
-    let mut found = None;
     if let Some(field) = extra(tail, subfield(OFFSET_DIGITS + MAGIC.len())) {
-        found = Some((field, FOOTER_LEN_MAX));
-    } else if legacy {
-        let frame = Frame {
-            prefix: None,
-            len: OFFSET_DIGITS + MAGIC.len(),
-        };
-        found = extra(tail, frame).map(|field| (field, FOOTER_LEN_MAX - 4));
+        return Ok(locate(field, FOOTER_LEN_MAX, blob_size)?.map(Footer::Inside));
     }
-    let Some((field, footer_len)) = found else {
-        return Ok(None);
+    let frame = Frame {
+        prefix: None,
+        len: OFFSET_DIGITS + MAGIC.len(),
     };
+    match extra(tail, frame) {
+        Some(field) => Ok(locate(field, LEGACY_FOOTER_LEN, blob_size)?.map(Footer::Legacy)),
+        None => Ok(None),
+    }
+}
+
+/// Where the table is, as the content of the extra field has it.
+fn locate(field: &[u8], footer_len: usize, blob_size: u64) -> Result<Option<TocLocation>, LayerError> {
     let Some(digits) = field.strip_suffix(MAGIC) else {
         return Ok(None);
     };
@@ -126,38 +139,34 @@ mod tests {
     fn the_three_footers() {
         let bytes = current("00000000000003e8");
         assert_eq!(bytes.len(), 51);
-        let found = TocLocation { offset: 1000, len: 949 };
-        assert_eq!(find_toc(&bytes, 2000, false), Ok(Some(found)));
+        let found = Footer::Inside(TocLocation { offset: 1000, len: 949 });
+        assert_eq!(find_toc(&bytes, 2000), Ok(Some(found)));
         let longer = [&[0x1f; 900][..], &bytes].concat();
-        assert_eq!(find_toc(&longer, 2000, false), Ok(Some(found)));
+        assert_eq!(find_toc(&longer, 2000), Ok(Some(found)));
 
         let legacy = footer(b"00000000000003e8STARGZ");
         assert_eq!(legacy.len(), 47);
-        let found = TocLocation { offset: 1000, len: 953 };
-        assert_eq!(find_toc(&legacy, 2000, true), Ok(Some(found)));
-        assert_eq!(find_toc(&legacy, 2000, false), Ok(None));
+        let found = Footer::Legacy(TocLocation { offset: 1000, len: 953 });
+        assert_eq!(find_toc(&legacy, 2000), Ok(Some(found)));
 
         let external = footer(b"SG\x11\0STARGZEXTERNALTOC");
-        assert_eq!(external.len(), 46);
-        assert!(matches!(
-            find_toc(&external, 2000, false),
-            Err(LayerError::Unsupported { .. })
-        ));
+        assert_eq!(external.len(), EXTERNAL_FOOTER_LEN);
+        assert_eq!(find_toc(&external, 2000), Ok(Some(Footer::Elsewhere)));
     }
 
     #[test]
     fn what_is_no_footer() {
-        assert_eq!(find_toc(b"", 0, true), Ok(None));
-        assert_eq!(find_toc(&[0; 51], 51, true), Ok(None));
+        assert_eq!(find_toc(b"", 0), Ok(None));
+        assert_eq!(find_toc(&[0; 51], 51), Ok(None));
         let mut bytes = current("00000000000003e8");
         for at in [0, 1, 2, 3, 10, 11, 12, 13, 14, 15, 32, 37] {
             bytes[at] ^= 1;
-            assert_eq!(find_toc(&bytes, 2000, true), Ok(None), "{at}");
+            assert_eq!(find_toc(&bytes, 2000), Ok(None), "{at}");
             bytes[at] ^= 1;
         }
         for len in 0..bytes.len() {
-            assert_eq!(find_toc(&bytes[..len], 2000, true), Ok(None), "{len}");
-            assert_eq!(find_toc(&bytes[bytes.len() - len..], 2000, true), Ok(None), "{len}");
+            assert_eq!(find_toc(&bytes[..len], 2000), Ok(None), "{len}");
+            assert_eq!(find_toc(&bytes[bytes.len() - len..], 2000), Ok(None), "{len}");
         }
     }
 
@@ -171,13 +180,13 @@ mod tests {
             ("+0000000000003e8", 2000),
             ("0000000000000 e8", 2000),
         ] {
-            let error = find_toc(&current(digits), size, false).unwrap_err();
+            let error = find_toc(&current(digits), size).unwrap_err();
             assert!(
                 matches!(error, LayerError::Malformed { .. }),
                 "{digits} in {size}: {error}"
             );
         }
-        let error = find_toc(&current("0000000000000000"), 1 << 40, false).unwrap_err();
+        let error = find_toc(&current("0000000000000000"), 1 << 40).unwrap_err();
         assert!(matches!(error, LayerError::TooLarge { .. }), "{error}");
     }
 }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::layer::testing::{Head, Tar, picture};
-use crate::layer::{ROOT_INO, decode_member};
+use crate::layer::{Access, Chunk, LayerIndex, ROOT_INO, decode_member};
 
 fn gzip(data: &[u8]) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
@@ -104,9 +104,15 @@ impl Blob {
     }
 
     fn index(&self) -> Result<LayerIndex, LayerError> {
+        self.toc_index().map(|toc| toc.index)
+    }
+
+    fn toc_index(&self) -> Result<TocIndex, LayerError> {
         let size = self.bytes.len() as u64;
         let tail = &self.bytes[self.bytes.len() - FOOTER_LEN_MAX..];
-        let toc = find_toc(tail, size, false)?.unwrap();
+        let Some(Footer::Inside(toc)) = find_toc(tail, size)? else {
+            panic!("the footer is not found")
+        };
         let member = &self.bytes[toc.offset as usize..(toc.offset + toc.len) as usize];
         index_from_toc(member, toc.offset, size, &self.digest)
     }
@@ -250,7 +256,7 @@ fn tables_that_cannot_be_used() {
     for (entries, what) in [
         (
             json!([{"name": "f", "type": "reg", "size": 1, "offset": 3}]),
-            "malformed eStargz TOC at 0: entry \"f\": a chunk of it has no digest",
+            "malformed TOC at 0: entry \"f\": a chunk of it has no digest",
         ),
         (
             json!([{"name": "f", "type": "reg", "size": 1, "offset": 3, "chunkDigest": "sha512:00"}]),
@@ -271,7 +277,7 @@ fn tables_that_cannot_be_used() {
         (
             json!([{"name": "f", "type": "reg", "size": 3, "chunkSize": 2, "offset": 3, "chunkDigest": d},
                 {"name": "f", "type": "chunk", "chunkOffset": 1, "offset": 4, "chunkDigest": d}]),
-            "malformed eStargz TOC at 1: entry \"f\": a chunk of 2 bytes is at 1, where 2 is due",
+            "malformed TOC at 1: entry \"f\": a chunk of 2 bytes is at 1, where 2 is due",
         ),
         (
             json!([{"name": "f", "type": "reg", "size": 3, "chunkSize": 2, "offset": 3, "chunkDigest": d},
@@ -368,7 +374,7 @@ fn members_that_hold_no_table() {
             "{len}: {error}"
         );
     }
-    check(b"plainly no gzip", "malformed eStargz TOC at 0: the header of its tar");
+    check(b"plainly no gzip", "malformed TOC at 0: the header of its tar");
     check(&gzip(&[7; 512]), "checksum");
     check(&gzip(&good.0[..515]), "ends after");
     let mut other = Tar::default();
@@ -390,6 +396,77 @@ fn members_that_hold_no_table() {
         &gzip(&long.0),
         "size of the eStargz table of contents is 157286401, over the limit",
     );
+}
+
+#[test]
+fn what_the_author_wants_ahead() {
+    let big = vec![7; 5000];
+    let layer = |landmark: &str, min_member| {
+        let mut writer = Writer::new(1000, min_member);
+        writer.file("first", &big).file("second", b"second");
+        if !landmark.is_empty() {
+            writer.file(landmark, b"\x0f");
+        }
+        writer.file("third", &big).finish()
+    };
+    for min_member in [0, 100_000] {
+        let toc = layer(".prefetch.landmark", min_member).toc_index().unwrap();
+        let inode = |path: &[u8]| *toc.index.inode(toc.index.lookup_path(path).unwrap()).unwrap();
+        let (second, third) = (inode(b"second"), inode(b"third"));
+        assert!(
+            (second.data + second.size..=third.data).contains(&toc.prefetch),
+            "{}",
+            toc.prefetch
+        );
+        assert!(toc.index.lookup_path(b".prefetch.landmark").is_none());
+    }
+    for landmark in ["", ".no.prefetch.landmark", "d/.prefetch.landmark"] {
+        assert_eq!(layer(landmark, 0).toc_index().unwrap().prefetch, 0, "{landmark}");
+    }
+    let mut both = Writer::new(1000, 0);
+    both.file("f", b"f")
+        .file(".prefetch.landmark", b"\x0f")
+        .file("./.no.prefetch.landmark", b"\x0f");
+    assert_eq!(both.finish().toc_index().unwrap().prefetch, 0);
+}
+
+/// A table in another image: the contents end where the footer begins.
+#[test]
+fn a_table_elsewhere() {
+    let blob = Writer::new(1000, 0).file("f", b"content").finish();
+    let size = blob.bytes.len() as u64;
+    let Some(Footer::Inside(toc)) = find_toc(&blob.bytes, size).unwrap() else {
+        panic!("the footer is not found")
+    };
+    let (contents, rest) = blob.bytes.split_at(toc.offset as usize);
+    let mut bytes = contents.to_vec();
+    bytes.extend([0x1f, 0x8b, 8, 4, 0, 0, 0, 0, 0, 0xff, 21, 0, b'S', b'G', 17, 0]);
+    bytes.extend(b"STARGZEXTERNALTOC");
+    bytes.extend([1, 0, 0, 0xff, 0xff, 0, 0, 0, 0, 0, 0, 0, 0]);
+    let size = bytes.len() as u64;
+    assert_eq!(find_toc(&bytes, size), Ok(Some(Footer::Elsewhere)));
+    let member = &rest[..toc.len as usize];
+    let toc = index_from_toc(member, size - EXTERNAL_FOOTER_LEN as u64, size, &blob.digest).unwrap();
+    let external = Blob { bytes, ..blob };
+    let index = toc.index;
+    assert_eq!(index.chunks()[0].blob_end(), size - 46);
+    assert_eq!(&external.data(&index)[..7], b"content");
+}
+
+/// Any range of the data space of random files, read through chunks, is what the files hold: the bytes that a plain tar has for them.
+#[test]
+fn random_ranges_equal_the_tar() {
+    use crate::layer::testing::{Dice, check_ranges};
+    let mut dice = Dice::new(51);
+    for (chunk_size, min_member) in [(4096, 0), (1000, 20_000), (100_000, 300_000)] {
+        let files = dice.files(40, 60_000);
+        let mut writer = Writer::new(chunk_size, min_member);
+        for (name, content) in &files {
+            writer.file(name, content);
+        }
+        let blob = writer.finish();
+        check_ranges(&blob.index().unwrap(), &blob.bytes, &files, &mut dice, 500);
+    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! The JSON of an eStargz table of contents. Texts are borrowed from it where they hold no escapes.
+//! The JSON of a table of contents. Texts are borrowed from it where they hold no escapes.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -15,14 +15,6 @@ use crate::layer::{Digest, LayerError};
 /// What Go's JSON encoder writes for bytes that are not UTF-8.
 const REPLACEMENT: char = '\u{fffd}';
 const FORMAT: &str = super::FORMAT;
-
-#[derive(Debug, Deserialize)]
-pub(super) struct Toc<'a> {
-    #[serde(default)]
-    pub version: u64,
-    #[serde(borrow, default)]
-    pub entries: Vec<TocEntry<'a>>,
-}
 
 /// One entry. Absent numbers are 0 and absent texts empty, as the writer leaves them out.
 #[derive(Debug, Deserialize)]
@@ -44,9 +36,12 @@ pub(super) struct TocEntry<'a> {
     pub uid: i64,
     #[serde(default)]
     pub gid: i64,
-    /// Where the gzip member with the chunk begins in the blob.
+    /// Where the gzip member or zstd frame with the chunk begins in the blob.
     #[serde(default)]
     pub offset: u64,
+    /// Where the last one of the file ends; 0 if that is not said.
+    #[serde(default)]
+    pub end_offset: u64,
     /// Uncompressed bytes of that member before the chunk.
     #[serde(default)]
     pub inner_offset: u64,
@@ -67,6 +62,9 @@ pub(super) struct TocEntry<'a> {
     pub chunk_size: u64,
     #[serde(borrow, default)]
     pub chunk_digest: Cow<'a, str>,
+    /// Empty, or `zeros`.
+    #[serde(borrow, default)]
+    pub chunk_type: Cow<'a, str>,
 }
 
 impl TocEntry<'_> {
@@ -76,7 +74,7 @@ impl TocEntry<'_> {
             if text.contains(REPLACEMENT) {
                 return Err(LayerError::Unsupported {
                     what: format!(
-                        "an eStargz table of contents that has lost the bytes of a name ({})",
+                        "a table of contents that has lost the bytes of a name ({})",
                         quoted(text.as_bytes())
                     ),
                 });

@@ -1,0 +1,284 @@
+//! Reads tables of contents out of registries: of eStargz, with the table in the layer or in an image of its own, and of zstd:chunked.
+//!
+//! What is read is trusted for one reason only: its digest is in the image's manifest. A layer of whose table the manifest has no digest
+//! is not looked into, it is streamed.
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::TryStreamExt;
+
+use super::loader::LayerSpec;
+use crate::config::FormatsConfig;
+use crate::layer::estargz::{self, EXTERNAL_TOC_LAYER_ANNOTATION, EXTERNAL_TOC_SUFFIX, Footer, TOC_DIGEST_ANNOTATION};
+use crate::layer::toc::TocLocation;
+use crate::layer::zchunked::{self, Promise, TocPlace};
+use crate::layer::{Digest, LayerError, TocIndex};
+use crate::registry::image::Manifest;
+use crate::registry::{Blob, Reference, RegistryError, Source};
+
+/// A lazy layer whose blob is smaller than this (bytes) is streamed: one request brings all of it, where its table of contents
+/// alone would take one or two.
+pub(super) const STREAM_BELOW: u64 = 256 << 10;
+/// Longest wait for a table of contents: a source that drips must not hold up a pull for ever. 1 MiB takes 84 s at 100 kbit/s.
+pub(super) const DEADLINE: Duration = Duration::from_secs(300);
+/// The end of the blob that is read in the hope that the whole table of contents lies in it: this share of the blob (tables of Debian's
+/// packages take between 1/207 and 1/167) ...
+const TAIL_SHARE: u64 = 128;
+/// ... but at least so many bytes ...
+const TAIL_MIN: u64 = 32 << 10;
+/// ... and at most so many.
+const TAIL_MAX: u64 = 1 << 20;
+/// Largest compressed table of contents, in bytes. A million files take about 60 MiB.
+const TOC_MAX: u64 = 128 << 20;
+
+/// An image that may hold the tables of contents of another image's layers.
+#[derive(Clone)]
+pub struct TocImage {
+    source: Arc<dyn Source>,
+    tag: String,
+}
+
+impl TocImage {
+    /// The image that belongs to the one with this `tag` at `source`. Nothing is asked yet.
+    pub fn beside(source: Arc<dyn Source>, tag: &str) -> Self {
+        TocImage {
+            source,
+            tag: format!("{tag}{EXTERNAL_TOC_SUFFIX}"),
+        }
+    }
+
+    /// The tag of an image's name, if it has one: the digest of an image does not say where its tables are.
+    pub fn tag_of(reference: &Reference) -> Option<&str> {
+        reference.tag.as_deref()
+    }
+
+    /// The gzip member with the table of contents of a layer; `None` if there is no such image, or no such table in it.
+    async fn table(&self, layer: &Digest) -> Result<Option<Bytes>, TocError> {
+        let document = match self.source.manifest(&self.tag).await {
+            Err(RegistryError::NotFound { .. }) => return Ok(None),
+            document => document?,
+        };
+        let manifest = Manifest::parse(&document.bytes)?;
+        let layer = layer.to_string();
+        let is_its = |annotation: Option<&String>| annotation.is_some_and(|text| *text == layer);
+        let mut tables = manifest.layers.iter();
+        match tables.find(|table| is_its(table.annotations.get(EXTERNAL_TOC_LAYER_ANNOTATION))) {
+            Some(table) => Ok(Some(self.source.read_small(table.digest, table.size, TOC_MAX).await?)),
+            None => Ok(None),
+        }
+    }
+}
+
+/// An index made of a table of contents, and what it took.
+pub(super) struct Table {
+    pub toc: TocIndex,
+    pub requests: u64,
+    pub bytes: u64,
+}
+
+/// Why a table of contents could not be had.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum TocError {
+    /// The registry cannot deliver.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// It cannot be used.
+    #[error(transparent)]
+    Layer(#[from] LayerError),
+    /// It is in a form that has to be allowed.
+    #[error("it is of the stargz format before eStargz, which formats.allow_legacy_estargz does not allow")]
+    Legacy,
+    /// It is in another image, which is not there or not known.
+    #[error("its table of contents is in another image: {0}")]
+    Elsewhere(String),
+}
+
+/// What the manifest promises of a layer's table of contents.
+pub(super) enum Kind {
+    /// That it has this digest. The layer may be eStargz or zstd:chunked.
+    Digest(Digest),
+    /// What stands in the annotations of zstd:chunked.
+    Chunked(Promise),
+}
+
+/// What the annotations of a layer promise; `None` if it is of no lazy kind.
+///
+/// # Errors
+/// [`LayerError`] when they cannot be true.
+pub(super) fn kind(spec: &LayerSpec) -> Result<Option<Kind>, LayerError> {
+    if let Some(promise) = zchunked::promise(&spec.annotations, spec.size)? {
+        return Ok(Some(Kind::Chunked(promise)));
+    }
+    let Some(text) = spec.annotations.get(TOC_DIGEST_ANNOTATION) else {
+        return Ok(None);
+    };
+    let digest = text.parse().map_err(|error: crate::layer::digest::InvalidDigest| {
+        LayerError::malformed("annotation", 0, format!("{TOC_DIGEST_ANNOTATION}: {error}"))
+    })?;
+    Ok(Some(Kind::Digest(digest)))
+}
+
+/// Reads a layer's table of contents. Its digest has been checked when this returns.
+pub(super) async fn read(
+    spec: &LayerSpec,
+    blob: &Arc<dyn Blob>,
+    kind: Kind,
+    formats: &FormatsConfig,
+    images: &[TocImage],
+) -> Result<Table, TocError> {
+    let mut reader = Reader {
+        blob,
+        size: spec.size,
+        tail: None,
+        requests: 0,
+        bytes: 0,
+    };
+    let size = spec.size;
+    let toc = match kind {
+        Kind::Chunked(promise) => reader.chunked(promise, promise.place).await?,
+        Kind::Digest(digest) => {
+            let tail = reader.tail().await?;
+            match estargz::find_toc(&tail, size)? {
+                Some(Footer::Inside(place)) => reader.estargz(place, digest).await?,
+                Some(Footer::Legacy(place)) if formats.allow_legacy_estargz => reader.estargz(place, digest).await?,
+                Some(Footer::Legacy(_)) => return Err(TocError::Legacy),
+                Some(Footer::Elsewhere) => {
+                    let member = reader.elsewhere(&spec.digest, images).await?;
+                    let end = size.saturating_sub(estargz::EXTERNAL_FOOTER_LEN as u64);
+                    parse(move || estargz::index_from_toc(&member, end, size, &digest)).await?
+                }
+                None => {
+                    let promise = Promise {
+                        place: None,
+                        compressed: None,
+                        raw: Some(digest),
+                    };
+                    reader.chunked(promise, None).await?
+                }
+            }
+        }
+    };
+    Ok(Table {
+        toc,
+        requests: reader.requests,
+        bytes: reader.bytes,
+    })
+}
+
+/// Reads of one blob, and how many they were.
+struct Reader<'a> {
+    blob: &'a Arc<dyn Blob>,
+    size: u64,
+    /// The end of the blob, once it was read.
+    tail: Option<Bytes>,
+    requests: u64,
+    bytes: u64,
+}
+
+impl Reader<'_> {
+    /// The end of the blob, probably with the whole table.
+    async fn tail(&mut self) -> Result<Bytes, TocError> {
+        let len = (self.size / TAIL_SHARE).clamp(TAIL_MIN, TAIL_MAX).min(self.size);
+        let tail = self.range(self.size - len, self.size).await?;
+        self.tail = Some(tail.clone());
+        Ok(tail)
+    }
+
+    /// Bytes of the blob, as far as possible out of its tail.
+    async fn part(&mut self, start: u64, len: u64) -> Result<Bytes, TocError> {
+        if len > TOC_MAX {
+            let what = "compressed size of the table of contents";
+            return Err(LayerError::TooLarge {
+                what,
+                value: len,
+                limit: TOC_MAX,
+            }
+            .into());
+        }
+        // Whoever found the table has checked that it lies within the blob.
+        let end = start.saturating_add(len);
+        let tail = self.tail.clone().unwrap_or_default();
+        let tail_start = self.size.saturating_sub(tail.len() as u64);
+        if start >= tail_start {
+            return Ok(tail.slice((start - tail_start) as usize..(end - tail_start) as usize));
+        }
+        let head = self.range(start, tail_start.min(end)).await?;
+        let rest = &tail[..end.saturating_sub(tail_start) as usize];
+        Ok(match rest.is_empty() {
+            true => head,
+            false => Bytes::from([&head[..], rest].concat()),
+        })
+    }
+
+    /// Bytes `start..end` of the blob, all of them.
+    async fn range(&mut self, start: u64, end: u64) -> Result<Bytes, RegistryError> {
+        let body = self.blob.read(start..end).await?;
+        let parts: Vec<Bytes> = body.try_collect().await?;
+        let bytes = Bytes::from(parts.concat());
+        self.requests += 1;
+        self.bytes += bytes.len() as u64;
+        if bytes.len() as u64 != end - start {
+            let problem = format!("{} bytes instead of {}", bytes.len(), end - start);
+            return Err(RegistryError::Protocol {
+                host: self.blob.describe(),
+                what: format!("bytes {start}-{end}"),
+                problem,
+            });
+        }
+        Ok(bytes)
+    }
+
+    async fn estargz(&mut self, place: TocLocation, digest: Digest) -> Result<TocIndex, TocError> {
+        let (member, size) = (self.part(place.offset, place.len).await?, self.size);
+        parse(move || estargz::index_from_toc(&member, place.offset, size, &digest)).await
+    }
+
+    async fn chunked(&mut self, promise: Promise, place: Option<TocPlace>) -> Result<TocIndex, TocError> {
+        let place = match place {
+            Some(place) => place,
+            None => {
+                let tail = match &self.tail {
+                    Some(tail) => tail.clone(),
+                    None => self.tail().await?,
+                };
+                zchunked::find_toc(&tail, self.size)?
+                    .ok_or_else(|| LayerError::malformed("footer", self.size, "there is none"))?
+            }
+        };
+        let (table, size) = (self.part(place.offset, place.len).await?, self.size);
+        parse(move || zchunked::index_from_toc(&table, &place, size, &promise)).await
+    }
+
+    /// The table of contents that is in another image.
+    async fn elsewhere(&mut self, layer: &Digest, images: &[TocImage]) -> Result<Bytes, TocError> {
+        let mut asked = Vec::new();
+        for image in images {
+            // The manifest, and the table.
+            self.requests += 2;
+            match image.table(layer).await {
+                Ok(Some(member)) => {
+                    self.bytes += member.len() as u64;
+                    return Ok(member);
+                }
+                Ok(None) => asked.push(format!("{}:{} does not have it", image.source.describe(), image.tag)),
+                Err(error) => asked.push(format!("{}:{}: {error}", image.source.describe(), image.tag)),
+            }
+        }
+        Err(TocError::Elsewhere(match asked.is_empty() {
+            true => "containerd did not tell the name of this one".to_owned(),
+            false => asked.join("; "),
+        }))
+    }
+}
+
+/// Parses a table on a thread where that may take its time.
+async fn parse(parse: impl FnOnce() -> Result<TocIndex, LayerError> + Send + 'static) -> Result<TocIndex, TocError> {
+    let parsed = tokio::task::spawn_blocking(parse).await;
+    let toc = parsed.unwrap_or_else(|panic| Err(LayerError::malformed("TOC", 0, panic.to_string())))?;
+    Ok(toc)
+}

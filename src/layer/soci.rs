@@ -62,8 +62,16 @@ pub fn index_from_ztoc(bytes: &[u8], blob_size: u64, xattrs: bool) -> Result<(La
             limit: MAX_DATA_SIZE,
         });
     }
-    if usize::try_from(ztoc.last_span).ok().and_then(|last| last.checked_add(1)) != Some(ztoc.digests.len()) {
-        let what = format!("its last span has the number {}, of {}", ztoc.last_span, ztoc.digests.len());
+    if usize::try_from(ztoc.last_span)
+        .ok()
+        .and_then(|last| last.checked_add(1))
+        != Some(ztoc.digests.len())
+    {
+        let what = format!(
+            "its last span has the number {}, of {}",
+            ztoc.last_span,
+            ztoc.digests.len()
+        );
         return Err(malformed(0, what));
     }
     let tree = tree(&ztoc, xattrs)?;
@@ -111,7 +119,11 @@ fn chunk_of(checkpoint: &Checkpoint) -> Chunk {
 fn spans(ztoc: &Ztoc<'_>) -> Result<(Vec<Checkpoint>, Windows), LayerError> {
     let points = zinfo::gzip(&ztoc.zinfo)?;
     if points.len() != ztoc.digests.len() {
-        let what = format!("it has {} checkpoints, and digests of {} spans", points.len(), ztoc.digests.len());
+        let what = format!(
+            "it has {} checkpoints, and digests of {} spans",
+            points.len(),
+            ztoc.digests.len()
+        );
         return Err(malformed(0, what));
     }
     if points.first().is_none_or(|first| first.data_offset != 0) {
@@ -133,7 +145,10 @@ fn spans(ztoc: &Ztoc<'_>) -> Result<(Vec<Checkpoint>, Windows), LayerError> {
         let blob_len = start.and_then(|start| blob_end.checked_sub(start));
         // A stream refers back to what there is, the rest of the window is padding.
         let known = usize::try_from(point.data_offset).unwrap_or(usize::MAX).min(WINDOW);
-        let window = point.window.get(point.window.len().saturating_sub(known)..).unwrap_or_default();
+        let window = point
+            .window
+            .get(point.window.len().saturating_sub(known)..)
+            .unwrap_or_default();
         checkpoints.push(Checkpoint {
             data_offset: point.data_offset,
             data_len: span_len(data_end - point.data_offset)?,
@@ -155,7 +170,10 @@ fn slices(ztoc: &Ztoc<'_>) -> Result<Vec<Chunk>, LayerError> {
     let (span, size) = zinfo::tar(&ztoc.zinfo)?;
     let count = size.div_ceil(span.into());
     if size != ztoc.compressed_size || count != ztoc.digests.len() as u64 {
-        let what = format!("{} spans of {span} bytes do not make a tar of {size}", ztoc.digests.len());
+        let what = format!(
+            "{} spans of {span} bytes do not make a tar of {size}",
+            ztoc.digests.len()
+        );
         return Err(malformed(0, what));
     }
     let slice = |(at, digest): (usize, &Cow<'_, [u8]>)| {

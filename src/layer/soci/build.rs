@@ -156,7 +156,11 @@ impl ZtocBuilder {
             files,
             algorithm,
             last_span: self.digests.len() as i32 - 1,
-            digests: self.digests.iter().map(|digest| Cow::Borrowed(digest.as_bytes())).collect(),
+            digests: self
+                .digests
+                .iter()
+                .map(|digest| Cow::Borrowed(digest.as_bytes()))
+                .collect(),
             zinfo: Cow::Owned(zinfo),
         }))
     }
@@ -221,11 +225,13 @@ impl Gzip {
                 At::Boundary { bits } => {
                     let since = self.points.last().map(|(_, data, _)| self.produced - data);
                     if since.is_none_or(|since| since > span_size) {
+                        let span = std::mem::replace(hasher, Hasher::new());
+                        // What is before the first span, a header, is in none.
                         if since.is_some() {
-                            digests.push(std::mem::replace(hasher, Hasher::new()).finish().to_string());
-                            if bits > 0 {
-                                hasher.update(&[self.last]);
-                            }
+                            digests.push(span.finish().to_string());
+                        }
+                        if bits > 0 {
+                            hasher.update(&[self.last]);
                         }
                         self.checkpoint(bits)?;
                     }
@@ -410,7 +416,11 @@ impl Walker {
             b'6' => b"fifo",
             other => {
                 return Err(LayerError::Unsupported {
-                    what: format!("type '{}' of the tar entry {} in SOCI", other.escape_ascii(), quoted(&name)),
+                    what: format!(
+                        "type '{}' of the tar entry {} in SOCI",
+                        other.escape_ascii(),
+                        quoted(&name)
+                    ),
                 });
             }
         };
@@ -421,14 +431,26 @@ impl Walker {
         }
         let size = pax.size.unwrap_or(size);
         let stored = if matches!(header.kind, 0 | b'0') { size } else { 0 };
-        let padded = stored.checked_next_multiple_of(BLOCK).ok_or_else(|| self.wrong("a size is impossible"))?;
+        let padded = stored
+            .checked_next_multiple_of(BLOCK)
+            .ok_or_else(|| self.wrong("a size is impossible"))?;
         let id = |id: i64| u32::try_from(id).map_err(|_| self.wrong(format!("no user or group has the number {id}")));
         let owners = block[257..262] == *b"ustar";
         let owner = |from: usize| {
-            let text = if owners { header::text(&block[from..from + 32]) } else { b"" };
+            let text = if owners {
+                header::text(&block[from..from + 32])
+            } else {
+                b""
+            };
             text.to_vec()
         };
-        let record = |key: &[u8], from: usize| records.get(key).filter(|text| !text.is_empty()).cloned().unwrap_or_else(|| owner(from));
+        let record = |key: &[u8], from: usize| {
+            records
+                .get(key)
+                .filter(|text| !text.is_empty())
+                .cloned()
+                .unwrap_or_else(|| owner(from))
+        };
         let (user, group) = (record(b"uname", 265), record(b"gname", 297));
         let (seconds, nanos) = pax.mtime.unwrap_or((header.mtime, 0));
         if self.files.len() >= MAX_INODES {
@@ -451,7 +473,10 @@ impl Walker {
             time: Cow::Owned(time_text(seconds, nanos).into_bytes()),
             major: header.major,
             minor: header.minor,
-            records: records.into_iter().map(|(key, value)| (Cow::Owned(key), Cow::Owned(value))).collect(),
+            records: records
+                .into_iter()
+                .map(|(key, value)| (Cow::Owned(key), Cow::Owned(value)))
+                .collect(),
             name: Cow::Owned(name),
         };
         self.files.push(file);

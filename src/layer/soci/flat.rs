@@ -101,7 +101,11 @@ impl<'a> Flat<'a> {
 
     fn bytes(&self, at: usize) -> Result<&'a [u8], LayerError> {
         let (begin, count) = self.vector(at, 1)?;
-        Ok(self.bytes.get(begin..).and_then(|rest| rest.get(..count)).unwrap_or_default())
+        Ok(self
+            .bytes
+            .get(begin..)
+            .and_then(|rest| rest.get(..count))
+            .unwrap_or_default())
     }
 }
 

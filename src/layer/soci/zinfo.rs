@@ -37,15 +37,22 @@ pub(super) struct Point<'a> {
 
 /// Reads the zinfo of a gzip layer.
 pub(super) fn gzip(bytes: &[u8]) -> Result<Vec<Point<'_>>, LayerError> {
-    let head: &[u8; HEADER_LEN] = bytes.first_chunk().ok_or_else(|| malformed(0, "its zinfo has no header"))?;
+    let head: &[u8; HEADER_LEN] = bytes
+        .first_chunk()
+        .ok_or_else(|| malformed(0, "its zinfo has no header"))?;
     let [a, b, c, d, ..] = *head;
     let have = i32::from_le_bytes([a, b, c, d]);
-    let have = usize::try_from(have).ok().filter(|have| (1..=MAX_CHUNKS).contains(have));
+    let have = usize::try_from(have)
+        .ok()
+        .filter(|have| (1..=MAX_CHUNKS).contains(have));
     let have = have.ok_or_else(|| malformed(0, "its zinfo has no checkpoints, or too many"))?;
     let body = &bytes[HEADER_LEN..];
     let stored = body.len() / CHECKPOINT_LEN;
     if body.len() % CHECKPOINT_LEN != 0 || !(stored == have || stored + 1 == have) {
-        let what = format!("its zinfo has {} bytes, and says it has {have} checkpoints", bytes.len());
+        let what = format!(
+            "its zinfo has {} bytes, and says it has {have} checkpoints",
+            bytes.len()
+        );
         return Err(malformed(0, what));
     }
     let mut points = Vec::with_capacity(have);
@@ -91,7 +98,11 @@ pub(super) fn tar(bytes: &[u8]) -> Result<(u32, u64), LayerError> {
     let parts = bytes.split_first_chunk::<4>().and_then(|(version, rest)| {
         let (span, rest) = rest.split_first_chunk::<8>()?;
         let size: &[u8; 8] = rest.try_into().ok()?;
-        Some((i32::from_le_bytes(*version), i64::from_le_bytes(*span), i64::from_le_bytes(*size)))
+        Some((
+            i32::from_le_bytes(*version),
+            i64::from_le_bytes(*span),
+            i64::from_le_bytes(*size),
+        ))
     });
     let (version, span, size) = parts.ok_or_else(|| malformed(0, "its zinfo has another length than a tar's"))?;
     if version != TAR_VERSION {
@@ -99,7 +110,9 @@ pub(super) fn tar(bytes: &[u8]) -> Result<(u32, u64), LayerError> {
             what: format!("version {version} of a tar's zinfo"),
         });
     }
-    let span = u32::try_from(span).ok().filter(|span| (1..=MAX_CHUNK_LEN).contains(span));
+    let span = u32::try_from(span)
+        .ok()
+        .filter(|span| (1..=MAX_CHUNK_LEN).contains(span));
     let size = u64::try_from(size).ok();
     span.zip(size)
         .ok_or_else(|| malformed(0, "its zinfo has spans, or a tar, of an impossible size"))

@@ -17,6 +17,10 @@
 //! The database knows every layer that a committed snapshot refers to. Those whose index is in the cache are live again before the
 //! daemon says it is ready, without a question to the network; the others are loaded again in the background.
 //!
+//! # Indexes
+//! Before a layer is streamed, an index of it is looked for that another machine has built ([`shared`]); one that is built here is
+//! published ([`indexes`]).
+//!
 //! # Release
 //! [`Layers::retain`] names the layers that snapshots refer to, and those that containers are made on. Any other is taken out of the FUSE
 //! tree, unless it was loaded just now: its snapshot may be about to be committed. Its bytes stay in the cache until the budget needs the
@@ -252,6 +256,7 @@ impl Catalog {
                 tracing::error!(layer = %record.digest, "no source is recorded; pull its image again");
                 continue;
             };
+            self.forget_if_false(&digest);
             match self.loader.stored(&spec, Arc::clone(&blob)) {
                 Ok(Some(layer)) => match self.attach(&spec, record.slot, layer, record.streamed) {
                     Ok(_) => restored += 1,
@@ -451,6 +456,7 @@ impl Catalog {
             sources: sources.clone(),
             manifest,
         };
+        self.forget_if_false(&spec.digest);
         let may_share = self.may_share(&spec.digest);
         let toc_images = self.toc_images(&images);
         let loaded = self

@@ -1,4 +1,4 @@
-//! The metadata database: snapshots, layers, images, chains. One [redb] file, `metadata.redb`, mode 0600.
+//! The metadata database: snapshots, layers, images, chains, where indexes came from. One [redb] file, `metadata.redb`, mode 0600.
 //!
 //! # Layout
 //! | table | key | value |
@@ -10,6 +10,7 @@
 //! | `slots` | SHA-256 of the blob, digest of the variant or of the chain, 32 bytes | `u32`, given once and never taken back |
 //! | `images` | SHA-256 of the manifest, 32 bytes | [`ImageRecord`] as JSON |
 //! | `chains` | digest of the chain, 32 bytes | [`ChainRecord`] as JSON |
+//! | `indexes` | SHA-256 of the blob, 32 bytes | [`IndexRecord`] as JSON |
 //!
 //! JSON, because a record is small, read rarely, and has to be readable by the next version: fields may be added with a
 //! default, and tables whose records may be lost; anything else raises [`SCHEMA`] and adds a step to the migrations. (`chains` is such a

@@ -638,7 +638,7 @@ async fn swapped_names_are_found_out() {
     assert!(cache.forget(&stage.layer).unwrap() && cache.forget(&stage.layer).unwrap());
     let source = node.registry.repository(&stage.registry.host(), REPOSITORY);
     let blob = source.blob(stage.layer, node.spec.size);
-    let loaded = node.loader.load(&node.spec, blob, None).await.unwrap();
+    let loaded = node.loader.load(&node.spec, blob, &[], None).await.unwrap();
     assert!(matches!(loaded.index, Some(IndexRecord::Built { .. })));
     assert!(loaded.layer.index().lookup_path(b"ccc").is_some());
 }

@@ -42,18 +42,20 @@ impl Failures {
         of_layer.iter().find(fresh).map(|failure| failure.errno)
     }
 
-    /// Notes a failure.
-    pub(super) fn note(&self, layer: Digest, range: Range<u64>, errno: Errno) {
+    /// Notes a failure. Whether it is the first of the layer for a moment: one line in the log says enough of all its pages.
+    pub(super) fn note(&self, layer: Digest, range: Range<u64>, errno: Errno) -> bool {
         let mut failures = self.lock();
         failures.retain(|_, of_layer| {
             of_layer.retain(|failure| failure.at.elapsed() < MOMENT);
             !of_layer.is_empty()
         });
         let of_layer = failures.entry(layer).or_default();
+        let is_first = of_layer.is_empty();
         if of_layer.len() < FAILURES_MAX {
             let at = Instant::now();
             of_layer.push(Failure { range, errno, at });
         }
+        is_first
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Digest, Vec<Failure>>> {
@@ -70,7 +72,8 @@ mod tests {
         let [a, b] = ["a", "b"].map(|text| Digest::of(text.as_bytes()));
         let failures = Failures::default();
         assert!(failures.find(&a, &(0..1)).is_none());
-        failures.note(a, 4096..8192, Errno::EIO);
+        assert!(failures.note(a, 4096..8192, Errno::EIO));
+        assert!(!failures.note(a, 4096..8192, Errno::EIO));
         for (layer, range, fails) in [
             (&a, 0..4096, false),
             (&a, 4095..4097, true),

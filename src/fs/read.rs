@@ -261,12 +261,15 @@ impl Shared {
             }
             Err(error) => {
                 let errno = errno::of(&error);
-                if matches!(through, Through::Data) {
-                    self.failures.note(*layer.digest(), range.bytes(), errno);
-                }
+                let is_first = match through {
+                    Through::File(_) => true,
+                    Through::Data => self.failures.note(*layer.digest(), range.bytes(), errno),
+                };
                 // The reader first: putting the line together takes longer than the answer.
                 answer.error(self.counters.failed(errno));
-                self.warn(layer.as_ref(), through, range, &error);
+                if is_first {
+                    self.warn(layer.as_ref(), through, range, &error);
+                }
             }
         }
     }

@@ -39,6 +39,7 @@ pub mod images;
 mod indexes;
 pub mod loader;
 pub mod shared;
+pub mod soci;
 pub mod sources;
 pub mod status;
 pub mod variants;
@@ -296,7 +297,14 @@ impl Catalog {
     }
 
     async fn resolve_layer(self: Arc<Self>, request: LayerRequest) -> Result<Digest, Refusal> {
-        let plan = self.images.find(&request).await?;
+        let mut plan = self.images.find(&request).await?;
+        if let Some(index) = request.labels.get(soci::LABEL) {
+            let mut layers = plan.layers.to_vec();
+            for layer in &mut layers {
+                layer.spec.annotations.insert(soci::LABEL.to_owned(), index.clone());
+            }
+            plan.layers = layers.into();
+        }
         let Some(position) = plan.position(&request.chain_id) else {
             let (manifest, chain_id) = (plan.manifest, &request.chain_id);
             return Err(Refusal::unresolved(

@@ -22,6 +22,7 @@ use crate::cache::{Cache, CacheError};
 use crate::catalog::containerd::{Containerd, MAX_MESSAGE};
 use crate::catalog::loader::Loader;
 use crate::catalog::shared::SharedIndexes;
+use crate::catalog::soci::SociIndexes;
 use crate::catalog::shared::publish::Publisher;
 use crate::catalog::shared::trust::IndexError;
 use crate::catalog::{Catalog, Handle, Parts};
@@ -129,6 +130,7 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let _lock = prepare_root(&config.root)?;
     let metrics = Arc::new(Metrics::new());
     let registry = Registry::new(&config.registry, Arc::clone(&metrics))?;
+    let soci = SociIndexes::new(&config.index, Arc::clone(&registry), Arc::clone(&metrics))?;
     let shared = SharedIndexes::new(&config.index, Arc::clone(&registry), Arc::clone(&metrics))?;
     let (copy, finder, counts) = (Arc::clone(&registry), Arc::clone(&shared), Arc::clone(&metrics));
     let publisher = Publisher::new(&config.index, copy, finder, counts)?;
@@ -146,7 +148,7 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let catalog = Catalog::new(Parts {
         containerd: Containerd::new(&config.containerd_address),
         registry,
-        loader: Loader::new(cache, fetcher).with_shared(shared),
+        loader: Loader::new(cache, fetcher).with_shared(shared).with_soci(soci),
         session,
         store: Arc::clone(&store),
         metrics: Arc::clone(&metrics),

@@ -12,10 +12,11 @@ use crate::cache::{Cache, CacheError};
 use crate::fetch::{FetchError, Fetcher, Layer, StreamRequest};
 use crate::layer::compression::{self, Compression};
 use crate::layer::estargz;
-use crate::layer::{Access, Digest, LayerError, LayerIndex};
+use crate::layer::{Access, Digest, LayerError, LayerIndex, Verify};
 use crate::registry::{Blob, RegistryError};
 use crate::store::IndexRecord;
 
+use super::soci::{self, SociIndexes};
 use super::shared::{self, Found, Origin, SharedIndexes};
 
 /// Annotation (and label) with the digest of an eStargz layer's table of contents.
@@ -114,6 +115,7 @@ pub struct Loader {
     cache: Arc<Cache>,
     fetcher: Arc<Fetcher>,
     shared: Option<Arc<SharedIndexes>>,
+    soci: Option<Arc<SociIndexes>>,
 }
 
 /// A layer that can be read, and what is to be remembered of its index.
@@ -131,6 +133,7 @@ impl Loader {
             cache,
             fetcher,
             shared: None,
+            soci: None,
         }
     }
 
@@ -138,6 +141,14 @@ impl Loader {
     pub fn with_shared(self, shared: Arc<SharedIndexes>) -> Self {
         Loader {
             shared: Some(shared),
+            ..self
+        }
+    }
+
+    /// The same, which looks for SOCI indexes before it looks for others.
+    pub fn with_soci(self, soci: Arc<SociIndexes>) -> Self {
+        Loader {
+            soci: Some(soci),
             ..self
         }
     }
@@ -211,6 +222,11 @@ impl Loader {
                 }
             }
         }
+        if let (Some(soci), Some(origin)) = (&self.soci, origin)
+            && let Some(found) = soci.find(spec, origin).await
+        {
+            return self.take_soci(spec, blob, found).await;
+        }
         if let (Some(shared), Some(origin)) = (&self.shared, origin)
             && let Some(found) = shared.find(spec, origin).await
         {
@@ -251,6 +267,25 @@ impl Loader {
         let layer = self.fetcher.open(cached, blob);
         layer.count(1, size);
         let index = Some(index);
+        Ok(Loaded { layer, index })
+    }
+
+    /// Puts a layer into the cache that has a SOCI index, and has fetched ahead what that asks for.
+    async fn take_soci(&self, spec: &LayerSpec, blob: Arc<dyn Blob>, found: soci::Found) -> Result<Loaded, Refusal> {
+        let (cache, digest) = (Arc::clone(&self.cache), spec.digest);
+        let (index, windows) = (found.index, found.windows);
+        let inserted =
+            tokio::task::spawn_blocking(move || cache.insert_with_windows(&digest, index, &windows)).await;
+        let cached = match inserted {
+            Ok(inserted) => inserted.map_err(|error| Refusal::of_cache(&error))?,
+            Err(_) => return Err(Refusal::unresolved("storing its index was interrupted", true)),
+        };
+        let layer = self.fetcher.open(cached, blob);
+        layer.count(1, found.bytes);
+        for (offset, len) in found.prefetch {
+            layer.prefetch(offset, len);
+        }
+        let index = Some(found.record);
         Ok(Loaded { layer, index })
     }
 
@@ -363,6 +398,8 @@ async fn read(blob: &Arc<dyn Blob>, start: u64, end: u64) -> Result<Bytes, Regis
 /// The name of a layer's format, as `status` shows it.
 pub fn format_name(spec: &LayerSpec, index: &LayerIndex) -> String {
     match index.access() {
+        // Only SOCI has no digests of what comes out of a span.
+        Access::Ranges if index.verify() == Verify::Span => "soci".to_owned(),
         Access::Ranges => "estargz".to_owned(),
         Access::Stream => match supported(spec) {
             Ok(Compression::None) => "tar".to_owned(),

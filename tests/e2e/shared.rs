@@ -24,21 +24,21 @@ const IMAGES: &str = "LAZULI_DEMO_IMAGES";
 const BALLAST: usize = 24 << 20;
 
 /// The registry that the machines have in common.
-struct Ground {
+pub struct Ground {
     sandbox: Sandbox,
     registry: Registry,
-    proxy: Proxy,
+    pub proxy: Proxy,
 }
 
 /// One machine. Fields are dropped in this order: users before what they use.
-struct Machine {
-    containerd: Containerd,
+pub struct Machine {
+    pub containerd: Containerd,
     lazuli: Lazuli,
     _sandbox: Sandbox,
 }
 
 impl Ground {
-    fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         let sandbox = Sandbox::new(name);
         let registry = Registry::start(&sandbox);
         let proxy = Proxy::start(registry.address, Link::default());
@@ -49,7 +49,7 @@ impl Ground {
         }
     }
 
-    fn machine(&self, name: &str, index: &str) -> Machine {
+    pub fn machine(&self, name: &str, index: &str) -> Machine {
         let generation = Generation::two().unwrap_or(Generation::One);
         let sandbox = self.sandbox.machine(name);
         let containerd = Containerd::start(&sandbox, generation, &lazuli::address_in(&sandbox));
@@ -63,13 +63,13 @@ impl Ground {
         }
     }
 
-    fn push(&self, image: &Image, name: &str) -> String {
+    pub fn push(&self, image: &Image, name: &str) -> String {
         self.registry.push(image, name);
         format!("{}/{name}", self.proxy.host())
     }
 
     /// Bytes of blobs that came from the registry since the last time.
-    fn blob_bytes(&self) -> u64 {
+    pub fn blob_bytes(&self) -> u64 {
         let exchanges = self.proxy.take();
     X
     }
@@ -77,7 +77,7 @@ impl Ground {
 
 impl Machine {
     /// Stock `ctr` where that is lazy, `lazuli pull` elsewhere.
-    fn pull(&self, reference: &str) -> Finished {
+    pub fn pull(&self, reference: &str) -> Finished {
         match self.containerd.generation {
             Generation::One => self.lazuli.pull(reference),
             Generation::Two(_) => self.containerd.pull(reference, lazuli::SNAPSHOTTER),
@@ -85,11 +85,11 @@ impl Machine {
         .expect_success()
     }
 
-    fn sh(&self, reference: &str, script: &str) -> String {
+    pub fn sh(&self, reference: &str, script: &str) -> String {
         self.containerd.sh(reference, lazuli::SNAPSHOTTER, script)
     }
 
-    fn layer(&self, digest: &str) -> Value {
+    pub fn layer(&self, digest: &str) -> Value {
         let status = self.lazuli.status();
         let layers = status["layers"].as_array().cloned().unwrap_or_default();
         let layer = layers.into_iter().find(|layer| layer["digest"] == digest);
@@ -107,14 +107,14 @@ impl Machine {
         run(&mut self.lazuli.command("index", arguments), COMMAND_TIMEOUT)
     }
 
-    fn index_json(&self, arguments: &[&str]) -> Vec<Value> {
+    pub fn index_json(&self, arguments: &[&str]) -> Vec<Value> {
         let finished = self.index(&[&["--json"], arguments].concat()).expect_success();
         serde_json::from_slice(&finished.stdout).unwrap_or_else(|error| panic!("{error}: {}", finished.describe()))
     }
 }
 
 /// A base, and an application with a large file that nobody reads.
-fn image() -> Image {
+pub fn image() -> Image {
     let ballast = Entry::file("app/data/ballast.bin", noise(77, BALLAST));
     let entries = application_entries().into_iter().chain([ballast]);
     Image::new(

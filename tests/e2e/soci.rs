@@ -1,0 +1,78 @@
+//! SOCI-indexed images: exported by `lazuli index export --soci`, pulled by stock `ctr`.
+
+use serde_json::Value;
+
+use crate::shared::{Ground, image};
+use crate::stage::subject;
+use crate::support::containerd::REFERENCE;
+use crate::support::lazuli;
+use crate::support::tree::{Options, compare};
+
+/// Uncompressed bytes of a span: small ones for a small image.
+const SPAN: &str = "262144";
+
+#[test]
+fn an_image_with_a_soci_index_is_lazy() {
+    if subject() != lazuli::SNAPSHOTTER {
+        return;
+    }
+    let trusting = "trusted_repositories = [\"REGISTRY/demo/*\"]";
+    for (version, tag, settings, lazy) in [
+        ("v1", "1", trusting, true),
+        // Anybody who may push could have put it there.
+        ("v1", "1", "", false),
+        ("v2", "2", "", true),
+        ("v2", "2", "soci = false", false),
+    ] {
+        let what = format!("{version} with {settings:?}");
+        let ground = Ground::new("soci");
+        let image = image();
+        let plain = ground.push(&image, "demo/app:1");
+        let large = &image.layers[1].blob;
+        let reference = format!("{}/demo/app:{tag}", ground.proxy.host());
+        let one = ground.machine("a", settings);
+        let rows = one.index_json(&[
+            "export",
+            &plain,
+            "--soci",
+            version,
+            "--push",
+            &reference,
+            "--span-size",
+            SPAN,
+            "--min-layer-size",
+            "0",
+        ]);
+        let row = rows.iter().find(|row| row["layer"] == large.digest).unwrap();
+        assert_eq!(row["note"], "exported", "{what}: {row}");
+        ground.proxy.take();
+        one.pull(&reference);
+        let listed = one.sh(
+            &reference,
+            "cat /app/lib/p3/m7.txt | head -n 1; find /app -type f | wc -l",
+        );
+        assert_eq!(listed, "module 3007\n324\n", "{what}");
+        let fetched = ground.blob_bytes();
+        let whole = image
+            .layers
+            .iter()
+            .map(|layer| layer.blob.bytes.len() as u64)
+            .sum::<u64>();
+        let status = one.layer(&large.digest);
+        if !lazy {
+            assert_eq!(status["index"]["source"], "built", "{what}: {status}");
+            continue;
+        }
+        assert_eq!(
+            (&status["index"]["source"], &status["lazy"], &status["format"]),
+            (&Value::from("soci"), &Value::from(true), &Value::from("soci")),
+            "{what}: {status}"
+        );
+        assert!(fetched < whole / 3, "{what}: {fetched} of {whole} bytes were fetched");
+
+        one.containerd.pull(&reference, REFERENCE).expect_success();
+        let expected = one.containerd.view(&reference, REFERENCE);
+        let found = one.containerd.view(&reference, lazuli::SNAPSHOTTER);
+        compare(&expected.path, &found.path, &Options::default()).expect_equal();
+    }
+}

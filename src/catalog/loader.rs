@@ -16,8 +16,8 @@ use crate::layer::{Access, Digest, LayerError, LayerIndex, Verify};
 use crate::registry::{Blob, RegistryError};
 use crate::store::IndexRecord;
 
-use super::soci::{self, SociIndexes};
 use super::shared::{self, Found, Origin, SharedIndexes};
+use super::soci::{self, SociIndexes};
 
 /// Annotation (and label) with the digest of an eStargz layer's table of contents.
 pub const TOC_DIGEST_ANNOTATION: &str = "containerd.io/snapshot/stargz/toc.digest";
@@ -274,8 +274,7 @@ impl Loader {
     async fn take_soci(&self, spec: &LayerSpec, blob: Arc<dyn Blob>, found: soci::Found) -> Result<Loaded, Refusal> {
         let (cache, digest) = (Arc::clone(&self.cache), spec.digest);
         let (index, windows) = (found.index, found.windows);
-        let inserted =
-            tokio::task::spawn_blocking(move || cache.insert_with_windows(&digest, index, &windows)).await;
+        let inserted = tokio::task::spawn_blocking(move || cache.insert_with_windows(&digest, index, &windows)).await;
         let cached = match inserted {
             Ok(inserted) => inserted.map_err(|error| Refusal::of_cache(&error))?,
             Err(_) => return Err(Refusal::unresolved("storing its index was interrupted", true)),

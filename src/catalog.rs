@@ -13,6 +13,10 @@
 //! The database knows every layer that a committed snapshot refers to. Those whose index is in the cache are live again before the
 //! daemon says it is ready, without a question to the network; the others are loaded again in the background.
 //!
+//! # Indexes
+//! Before a layer is streamed, an index of it is looked for that another machine has built ([`shared`]); one that is built here is
+//! published ([`indexes`]).
+//!
 //! # Release
 //! [`Layers::retain`] names the layers that snapshots refer to. Any other is taken out of the FUSE tree, unless it was loaded just
 //! now: its snapshot may be about to be committed. Its bytes stay in the cache until the budget needs the room.
@@ -208,6 +212,7 @@ impl Catalog {
                 tracing::error!(layer = %record.digest, "no source is recorded; pull its image again");
                 continue;
             };
+            self.forget_if_false(&digest);
             match self.loader.stored(&spec, Arc::clone(&blob)) {
                 Ok(Some(layer)) => match self.attach(&spec, record.slot, layer) {
                     Ok(_) => restored += 1,
@@ -445,6 +450,7 @@ impl Catalog {
             sources: sources.clone(),
             manifest,
         };
+        self.forget_if_false(&spec.digest);
         let may_share = self.may_share(&spec.digest);
         let loaded = self.loader.load(spec, blob, may_share.then_some(&origin)).await?;
         let (layer, index) = (loaded.layer, loaded.index);

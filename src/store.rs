@@ -1,4 +1,4 @@
-//! The metadata database: snapshots, layers, images. One [redb] file, `metadata.redb`, mode 0600.
+//! The metadata database: snapshots, layers, images, where indexes came from. One [redb] file, `metadata.redb`, mode 0600.
 //!
 //! # Layout
 //! | table | key | value |
@@ -9,6 +9,7 @@
 //! | `layers` | SHA-256 of the blob or digest of the variant, 32 bytes | [`LayerRecord`] as JSON |
 //! | `slots` | SHA-256 of the blob or digest of the variant, 32 bytes | `u32`, given once and never taken back |
 //! | `images` | SHA-256 of the manifest, 32 bytes | [`ImageRecord`] as JSON |
+//! | `indexes` | SHA-256 of the blob, 32 bytes | [`IndexRecord`] as JSON |
 //!
 //! JSON, because a record is small, read rarely, and has to be readable by the next version: fields may be added with a
 //! default; anything else raises [`SCHEMA`] and adds a step to the migrations.

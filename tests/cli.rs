@@ -29,12 +29,41 @@ fn config(dir: &Path, text: &str) -> String {
 fn help_names_every_command() {
     let (code, out, _) = lazuli(&["--help"]);
     assert_eq!(code, 0);
-    for command in ["serve", "pull", "mount", "status", "check-config"] {
+    for command in ["serve", "pull", "mount", "status", "index", "check-config"] {
         assert!(out.contains(command), "{out}");
         let (code, out, _) = lazuli(&[command, "--help"]);
         assert_eq!(code, 0, "{command}");
         assert!(out.contains("--config"), "{command}: {out}");
     }
+}
+
+#[test]
+fn index_commands_are_explained() {
+    let (code, out, _) = lazuli(&["index", "--help"]);
+    assert_eq!(code, 0);
+    for command in ["build", "push", "pull", "ls", "rm", "inspect"] {
+        assert!(out.contains(command), "{out}");
+    }
+    let (code, _, err) = lazuli(&["index", "ls"]);
+    assert_eq!(code, 1);
+    assert!(err.contains("--repository"), "{err}");
+    let (code, _, err) = lazuli(&["index", "ls", "--repository", "r.example/a:tag"]);
+    assert_eq!(code, 1);
+    assert!(err.contains("neither tag nor digest"), "{err}");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    let name = file.display().to_string();
+    let (code, _, err) = lazuli(&["index", "inspect", &name]);
+    assert!(code == 1 && err.contains("no such file"), "{err}");
+    std::fs::write(&file, "no index").unwrap();
+    let (code, _, err) = lazuli(&["index", "inspect", &name]);
+    assert!(
+        code == 1 && err.contains(&name) && err.contains("portable index"),
+        "{err}"
+    );
+    let path = config(dir.path(), &format!("[index]\npublic_keys = [{name:?}]\n"));
+    let (code, _, err) = lazuli(&["index", "--config", &path, "ls", "r.example/a:1"]);
+    assert!(code == 1 && err.contains("BEGIN PUBLIC KEY"), "{err}");
 }
 
 #[test]

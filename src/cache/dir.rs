@@ -163,6 +163,30 @@ impl Cache {
         }
     }
 
+    /// Removes a layer that nobody has open, with all that is kept of it. Whether it is not here any more.
+    ///
+    /// # Errors
+    /// [`CacheError::Io`] if it is out of sight, but cannot be deleted; the next start does that.
+    pub fn forget(&self, digest: &Digest) -> Result<bool, CacheError> {
+        let mut known = self.known();
+        match known.peek(digest) {
+            None => return Ok(true),
+            Some(entry) if entry.open.strong_count() > 0 => return Ok(false),
+            Some(_) => {}
+        }
+        // Moved away under the lock, so that nobody opens it any more; deleted after.
+        let entry = known.pop(digest);
+        let trash = self.discard(digest);
+        drop(known);
+        self.release(entry.map_or(0, |entry| entry.allocated.load(Ordering::Relaxed)));
+        match trash {
+            Some(trash) => fs::remove_dir_all(&trash)
+                .map(|()| true)
+                .map_err(CacheError::io("delete", &trash)),
+            None => Ok(true),
+        }
+    }
+
     /// Begins a layer that becomes visible when it is complete.
     ///
     /// # Errors

@@ -93,6 +93,18 @@ impl Catalog {
         )
     }
 
+    /// Takes a layer whose shared index has shown itself to be false out of the cache, so that it is streamed.
+    pub(super) fn forget_if_false(&self, layer: &Digest) {
+        if self.may_share(layer) {
+            return;
+        }
+        match self.loader.cache().forget(layer) {
+            Ok(true) => tracing::warn!(%layer, "its shared index was false; it is streamed"),
+            Ok(false) => tracing::error!(%layer, "its shared index is false, and it is still in use"),
+            Err(error) => tracing::error!(%error, %layer, "its shared index is false"),
+        }
+    }
+
     /// Compares layers whose index came from elsewhere with their bytes, one after the other, as soon as all of those are here. Runs as
     /// long as the catalog.
     pub(super) fn check_shared(self: &Arc<Self>) {

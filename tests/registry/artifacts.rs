@@ -349,6 +349,27 @@ async fn lists_that_lie_are_bounded() {
         "a failure is not taken for an absence"
     );
     registry.heal();
+    // A page after the other without end, each the same: the number of pages is bounded, and nothing is counted twice.
+    let attached = ends(&registry.host());
+    let about = descriptor(MANIFEST_TYPE, b"s", "");
+    for note in ["1", "2", "3"] {
+        attached.attach(&about, KIND, note.as_bytes(), note).await.unwrap();
+    }
+    registry.fail(On::Referrers, 99, Fault::Link("<?page=0>; rel=\"next\"".to_owned()));
+    let before = registry.seen(On::Referrers).len();
+    assert_eq!(source.referrers(subject, KIND).await.unwrap().len(), 2);
+    assert!(registry.seen(On::Referrers).len() - before <= 64);
+    registry.heal();
+    // The next page is never asked of another host.
+    registry.fail(
+        On::Referrers,
+        9,
+        Fault::Link(format!("<http://{}/x>; rel=next", registry.cdn())),
+    );
+    let error = source.referrers(subject, KIND).await.unwrap_err();
+    assert!(error.to_string().contains("another host"), "{error}");
+    assert!(registry.seen(On::Cdn).is_empty());
+    registry.heal();
     registry.fail(On::Referrers, 9, Fault::Status(401));
     let error = source.referrers(subject, KIND).await.unwrap_err();
     assert!(matches!(error, RegistryError::Denied { .. }), "{error}");

@@ -94,6 +94,8 @@ pub enum Fault {
     Encoding(&'static str),
     /// A redirect to this place.
     Redirect(String),
+    /// A list with this `Link`.
+    Link(String),
 }
 
 /// How requests have to be authenticated.
@@ -546,7 +548,13 @@ impl Inner {
             Target::Other => status(404),
             Target::Token => self.hand_out(asked),
             Target::Upload { begun, .. } => self.upload(asked, *begun),
-            Target::Referrers { subject, .. } => self.list_referrers(asked, *subject),
+            Target::Referrers { subject, .. } => {
+                let list = self.list_referrers(asked, *subject);
+                match fault {
+                    Some(Fault::Link(to)) => with(list, header::LINK, &to),
+                    _ => list,
+                }
+            }
             Target::Tags { repository } => self.list_tags(asked, repository),
             Target::Manifest { repository, reference } if *asked.method == Method::PUT => {
                 self.put_manifest(asked, repository, reference)

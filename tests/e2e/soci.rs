@@ -49,9 +49,9 @@ fn an_image_with_a_soci_index_is_lazy() {
         one.pull(&reference);
         let listed = one.sh(
             &reference,
-            "cat /app/lib/p3/m7.txt | head -n 1; find /app -type f | wc -l",
+            "cat /app/lib/p3/m8.txt | head -n 1; find /app -type f | wc -l",
         );
-        assert_eq!(listed, "module 3007\n324\n", "{what}");
+        assert_eq!(listed, "module 3008\n325\n", "{what}");
         let fetched = ground.blob_bytes();
         let whole = image
             .layers

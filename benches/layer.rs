@@ -1,11 +1,22 @@
-//! How fast the pure formats are: building, writing and loading an index, and streaming a layer.
+//! How fast the pure formats are: building, writing and loading an index, and streaming a layer. With `LAZULI_BENCH_LAYER`, the path of a
+//! layer (a tar, gzip or zstd), that one is streamed into a cache as well.
 
 use std::hint::black_box;
 use std::io::{Cursor, Read, Write};
+use std::ops::Range;
+use std::sync::Arc;
 
+use bytes::Bytes;
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use futures::StreamExt;
+use futures::future::BoxFuture;
+use lazuli::cache::Cache;
+use lazuli::config::{ByteSize, CacheConfig, FetchConfig};
+use lazuli::fetch::{Fetcher, StreamRequest};
 use lazuli::layer::digest::Hasher;
 use lazuli::layer::{Access, Chunk, Codec, Compression, Digest, LayerIndex, TarIndexer, decoder};
+use lazuli::metrics::Metrics;
+use lazuli::registry::{Blob, Body, RegistryError};
 
 /// Entries of the layer whose index is built: a large image.
 const ENTRIES: u64 = 100_000;
@@ -139,5 +150,71 @@ fn streams(c: &mut Criterion) {
     group.bench_function("tar alone", |b| b.iter(|| index(black_box(&tar))));
 }
 
-criterion_group!(benches, indexes, streams);
+/// A blob in memory, which arrives as fast as it is taken.
+struct Memory(Bytes);
+
+impl Blob for Memory {
+    fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        let bytes = self.0.slice(range.start as usize..range.end as usize);
+        let pieces = (0..bytes.len()).step_by(PIECE);
+        let pieces = pieces.map(move |at| Ok(bytes.slice(at..bytes.len().min(at + PIECE))));
+        Box::pin(async move { Ok(futures::stream::iter(pieces).boxed()) })
+    }
+
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    fn describe(&self) -> String {
+        "memory".to_owned()
+    }
+}
+
+/// The whole first pass, with everything that makes it durable.
+fn passes(c: &mut Criterion) {
+    let mut layers = vec![("gzip".to_owned(), {
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
+        gzip.write_all(&tar(FILES, LARGE)).unwrap();
+        gzip.finish().unwrap()
+    })];
+    if let Some(path) = std::env::var_os("LAZULI_BENCH_LAYER") {
+        layers.push(("given layer".to_owned(), std::fs::read(path).unwrap()));
+    }
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let mut group = c.benchmark_group("stream into the cache");
+    group.sample_size(10);
+    for (name, blob) in layers {
+        let (digest, blob) = (Digest::of(&blob), Bytes::from(blob));
+        group.throughput(Throughput::Bytes(blob.len() as u64));
+        group.bench_function(name, |b| {
+            b.iter_batched(
+                || {
+                    let dir = tempfile::tempdir().unwrap();
+                    let config = CacheConfig {
+                        max_size: ByteSize(0),
+                        min_free: ByteSize(0),
+                    };
+                    let metrics = Arc::new(Metrics::new());
+                    let cache = Cache::open(dir.path(), &config, Arc::clone(&metrics)).unwrap();
+                    let fetcher = Fetcher::new(&FetchConfig::default(), cache, runtime.handle().clone(), metrics);
+                    (dir, fetcher)
+                },
+                |(dir, fetcher)| {
+                    let request = StreamRequest {
+                        digest,
+                        blob: Arc::new(Memory(blob.clone())),
+                        compression: Compression::Gzip,
+                        diff_id: None,
+                        what: "bench".to_owned(),
+                    };
+                    let cached = runtime.block_on(fetcher.stream(request)).unwrap();
+                    (dir, cached)
+                },
+                BatchSize::PerIteration,
+            );
+        });
+    }
+}
+
+criterion_group!(benches, indexes, streams, passes);
 criterion_main!(benches);

@@ -12,7 +12,7 @@ use crate::cache::{Cache, CacheError};
 use crate::fetch::{FetchError, Fetcher, Layer, StreamRequest};
 use crate::layer::compression::{self, Compression};
 use crate::layer::estargz;
-use crate::layer::{Access, Digest, LayerError, LayerIndex, Verify};
+use crate::layer::{Access, Codec, Digest, LayerError, LayerIndex};
 use crate::registry::{Blob, RegistryError};
 use crate::store::IndexRecord;
 
@@ -396,14 +396,17 @@ async fn read(blob: &Arc<dyn Blob>, start: u64, end: u64) -> Result<Bytes, Regis
 
 /// The name of a layer's format, as `status` shows it.
 pub fn format_name(spec: &LayerSpec, index: &LayerIndex) -> String {
-    match index.access() {
-        // Only SOCI has no digests of what comes out of a span.
-        Access::Ranges if index.verify() == Verify::Span => "soci".to_owned(),
-        Access::Ranges => "estargz".to_owned(),
-        Access::Stream => match supported(spec) {
-            Ok(Compression::None) => "tar".to_owned(),
-            Ok(Compression::Zstd) => "tar+zstd".to_owned(),
-            Ok(Compression::Gzip) | Err(_) => "tar+gzip".to_owned(),
-        },
-    }
+    let plain = || match supported(spec) {
+        Ok(Compression::None) => "tar",
+        Ok(Compression::Zstd) => "tar+zstd",
+        Ok(Compression::Gzip) | Err(_) => "tar+gzip",
+    };
+    let name = match (index.access(), index.codec()) {
+        (Access::Ranges, Codec::Gzip) => "estargz",
+        (Access::Ranges, Codec::None) => "tar",
+        (Access::Ranges, Codec::GzipSpans) => "tar+gzip",
+        (Access::Ranges, Codec::Zstd) => "tar+zstd",
+        (Access::Stream, _) => plain(),
+    };
+    name.to_owned()
 }

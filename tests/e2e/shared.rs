@@ -5,12 +5,17 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use lazuli::catalog::shared::publish::{Target, push};
+use lazuli::config::RegistryConfig;
+use lazuli::layer::{Access, Chunk, Codec, Digest, TarIndexer, Windows, portable};
+use lazuli::registry::Registry as Client;
+use lazuli::store::LayerSource;
 use serde_json::Value;
 
 use crate::stage::subject;
 use crate::support::containerd::{Containerd, Generation, REFERENCE};
 use crate::support::image::{Compression, Flavour, Image, Layer, application_entries, base_entries};
-use crate::support::lazuli::{self, Lazuli};
+use crate::support::lazuli::{self as program, Lazuli};
 use crate::support::proxy::{Exchange, Link, Proxy, total_bytes};
 use crate::support::registry::Registry;
 use crate::support::sandbox::{COMMAND_TIMEOUT, Finished, PATIENCE, Sandbox, run, run_ok, wait_until};
@@ -52,7 +57,7 @@ impl Ground {
     pub fn machine(&self, name: &str, index: &str) -> Machine {
         let generation = Generation::two().unwrap_or(Generation::One);
         let sandbox = self.sandbox.machine(name);
-        let containerd = Containerd::start(&sandbox, generation, &lazuli::address_in(&sandbox));
+        let containerd = Containerd::start(&sandbox, generation, &program::address_in(&sandbox));
         let index = index.replace("REGISTRY", &self.proxy.host());
         let more = format!("[index]\n{index}");
         let lazuli = Lazuli::start(&sandbox, &containerd.address, &[self.proxy.host()], &more);
@@ -80,13 +85,13 @@ impl Machine {
     pub fn pull(&self, reference: &str) -> Finished {
         match self.containerd.generation {
             Generation::One => self.lazuli.pull(reference),
-            Generation::Two(_) => self.containerd.pull(reference, lazuli::SNAPSHOTTER),
+            Generation::Two(_) => self.containerd.pull(reference, program::SNAPSHOTTER),
         }
         .expect_success()
     }
 
     pub fn sh(&self, reference: &str, script: &str) -> String {
-        self.containerd.sh(reference, lazuli::SNAPSHOTTER, script)
+        self.containerd.sh(reference, program::SNAPSHOTTER, script)
     }
 
     pub fn layer(&self, digest: &str) -> Value {
@@ -128,7 +133,7 @@ pub fn image() -> Image {
 
 #[test]
 fn a_second_machine_starts_with_the_index_of_the_first() {
-    if subject() != lazuli::SNAPSHOTTER {
+    if subject() != program::SNAPSHOTTER {
         return;
     }
     for (what, first, second) in [
@@ -191,7 +196,7 @@ fn a_second_machine_starts_with_the_index_of_the_first() {
 
         two.containerd.pull(&reference, REFERENCE).expect_success();
         let expected = two.containerd.view(&reference, REFERENCE);
-        let found = two.containerd.view(&reference, lazuli::SNAPSHOTTER);
+        let found = two.containerd.view(&reference, program::SNAPSHOTTER);
         compare(&expected.path, &found.path, &Options::default()).expect_equal();
     }
 }
@@ -214,7 +219,7 @@ fn keys(dir: &Path, name: &str) -> (PathBuf, PathBuf) {
 
 #[test]
 fn indexes_are_pushed_listed_pulled_and_removed_by_hand() {
-    if subject() != lazuli::SNAPSHOTTER {
+    if subject() != program::SNAPSHOTTER {
         return;
     }
     let ground = Ground::new("index_commands");
@@ -289,6 +294,94 @@ fn indexes_are_pushed_listed_pulled_and_removed_by_hand() {
     );
 }
 
+/// The index of a plain tar with the names of another one.
+fn false_index(tar: &[u8], names_of: &[u8]) -> Vec<u8> {
+    let layer = Digest::of(tar);
+    let chunks = tar.chunks(1 << 20).enumerate().map(|(n, bytes)| Chunk {
+        data_offset: (n << 20) as u64,
+        data_len: bytes.len() as u32,
+        blob_offset: (n << 20) as u64,
+        blob_len: bytes.len() as u32,
+        skip: 0,
+        digest: Digest::of(bytes),
+    });
+    let mut indexer = TarIndexer::new();
+    indexer.push(names_of).unwrap();
+    let layout = indexer.finish().unwrap();
+    let index = layout.into_index(Access::Ranges, Codec::None, chunks.collect(), tar.len() as u64);
+    portable::pack(&layer, &index.unwrap(), &Windows::new()).unwrap()
+}
+
+#[test]
+fn a_false_index_is_found_out_and_not_used_again() {
+    if subject() != program::SNAPSHOTTER {
+        return;
+    }
+    let ground = Ground::new("false_index");
+    let layer = |name: &str| Layer::of(Compression::None, [Entry::file(name, noise(5, 600_000))]);
+    let (right, wrong) = (layer("honest"), layer("forged"));
+    let image = Image::new(
+        Flavour::Oci,
+        vec![Layer::of(Compression::Gzip, base_entries()), right.clone()],
+    );
+    let (first, second) = (ground.push(&image, "demo/app:1"), ground.push(&image, "demo/other:1"));
+    let bytes = false_index(&right.blob.bytes, &wrong.blob.bytes);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let registry = Client::new(&RegistryConfig::default(), Default::default()).unwrap();
+        let target = Target::Repository(LayerSource {
+            host: ground.registry.host(),
+            repository: "cluster/index".to_owned(),
+        });
+        let indexes = [(Digest::of(&right.blob.bytes), bytes.into())];
+        push(&registry, &target, None, &indexes).await.unwrap();
+    });
+    let mut machine = ground.machine("a", "repository = \"REGISTRY/cluster/index\"");
+    machine.pull(&first);
+    assert_eq!(machine.layer(&right.blob.digest)["index"]["source"], "shared");
+    // It is believed, and shows what it says ...
+    assert_eq!(
+        machine.sh(
+            &first,
+            "wc -c < /forged; sha256sum /forged > /dev/null; cat /*ged > /dev/null"
+        ),
+        "600000\n"
+    );
+    // ... until all of the layer is here.
+    let verified = || machine.layer(&right.blob.digest)["index"]["verified"].as_bool();
+    assert_eq!(
+        wait_until(3 * PATIENCE, verified),
+        Some(false),
+        "{}",
+        machine.lazuli.log()
+    );
+    assert!(
+        machine.lazuli.log().contains("its shared index is FALSE"),
+        "{}",
+        machine.lazuli.log()
+    );
+    // Nothing new is built on it, and the next start reads the layer itself.
+    machine.lazuli.restart();
+    let source = || {
+        let status = machine.lazuli.status();
+        let layers = status["layers"].as_array()?;
+        let layer = layers.iter().find(|layer| layer["digest"] == right.blob.digest)?;
+        (layer["index"]["source"] == "built").then_some(())
+    };
+    wait_until(PATIENCE, source).unwrap_or_else(|| panic!("{}", machine.lazuli.log()));
+    let again = || {
+        run(
+            &mut machine
+                .containerd
+                .ctr(&["snapshots", "--snapshotter", program::SNAPSHOTTER, "ls"]),
+            PATIENCE,
+        )
+    };
+    wait_until(PATIENCE, || again().success().then_some(())).expect("containerd does not find the daemon again");
+    machine.pull(&second);
+    assert_eq!(machine.sh(&second, "wc -c < /honest"), "600000\n");
+}
+
 #[test]
 fn a_python_with_numpy_starts_with_a_fifth_of_its_bytes() {
     use std::io::Write as _;
@@ -299,7 +392,7 @@ fn a_python_with_numpy_starts_with_a_fifth_of_its_bytes() {
         let _ = std::io::stderr().write_all(message.as_bytes());
         return;
     };
-    if subject() != lazuli::SNAPSHOTTER {
+    if subject() != program::SNAPSHOTTER {
         return;
     }
     let mut ground = Ground::new("shared_numpy");

@@ -209,6 +209,8 @@ impl Layout {
             dirents,
             xattrs,
             chunks: Vec::new(),
+            verify: lazuli::layer::Verify::Content,
+            checkpoints: Vec::new(),
             strings: self.strings,
         })
         .expect("the layout of a test is valid");

@@ -21,8 +21,12 @@ fuzz_target!(|input: ([u8; 32], u32, u32, Vec<u8>, Vec<u8>, Vec<u8>)| {
         let _ = portable::inspect(bytes);
         let _ = portable::unpack(&layer, bytes);
     }
-    let raw = sealed([b"LZLINDEX\x03\0\0\0", &index[..]].concat());
-    let packed = if raw_len == 0 { zstd::bulk::compress(&raw, 1).unwrap() } else { index };
+    let raw = sealed([&b"LZLINDEX\x03\0\0\0"[..], &index].concat());
+    let packed = if raw_len == 0 {
+        zstd::bulk::compress(&raw, 1).unwrap()
+    } else {
+        index
+    };
     let raw_len = if raw_len == 0 { raw.len() as u64 } else { raw_len.into() };
     let mut windows = b"LZLWINDS\x01\0\0\0".to_vec();
     windows.extend_from_slice(&count.to_le_bytes());
@@ -40,7 +44,9 @@ fuzz_target!(|input: ([u8; 32], u32, u32, Vec<u8>, Vec<u8>, Vec<u8>)| {
     }
     let file = [sealed(head), packed, windows].concat();
     assert!(file.len() > HEADER_LEN);
-    let Ok((index, windows)) = portable::unpack(&layer, &file) else { return };
+    let Ok((index, windows)) = portable::unpack(&layer, &file) else {
+        return;
+    };
     for (at, checkpoint) in index.checkpoints().iter().enumerate() {
         if let Ok(window) = windows.window(at, checkpoint) {
             assert_eq!(window.len(), checkpoint.window_len() as usize);

@@ -45,7 +45,7 @@ const COVERED: usize = HEADER_LEN - Digest::LEN;
 /// Largest index, uncompressed, in bytes: three million files. More would not be refused by the index itself, but this one comes from
 /// elsewhere, and is decompressed into memory.
 pub const MAX_INDEX_LEN: u64 = 512 << 20;
-/// Largest file, in bytes: the windows of a layer of 100 GB take about two of them.
+/// Largest file, in bytes: the windows of a layer of 100 GB take a tenth of that.
 pub const MAX_LEN: u64 = 4 << 30;
 /// zstd's level: names and digests gain hardly anything from a higher one.
 const LEVEL: i32 = 9;
@@ -436,7 +436,7 @@ mod tests {
             assert!(matches!(error(at, &[7]), LayerError::Malformed { .. }), "{at}");
         }
         assert!(matches!(error(8, &[9]), LayerError::Unsupported { .. }));
-        // One byte of zstd that makes a gigabyte of zeros, were it not for the limit.
+        // A few kilobytes of zstd that make megabytes of zeros, were it not for the limit.
         let bomb = zstd::encode_all(std::io::repeat(0).take(64 << 20), 19).unwrap();
         let mut bad = forged(&bytes, 88, &(bomb.len() as u64).to_le_bytes());
         bad.splice(

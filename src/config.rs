@@ -557,12 +557,18 @@ mod tests {
             ),
             ("[fetch]\nmax_request = \"1GiB\"", "fetch.max_request"),
             ("[fuse]\nthreads = 65", "fuse.threads"),
-            ("[index]\nlookup_deadline = 0", "index.lookup_deadline: 0 is not between 1 and 60"),
+            (
+                "[index]\nlookup_deadline = 0",
+                "index.lookup_deadline: 0 is not between 1 and 60",
+            ),
             ("[index]\nrepository = \"r.example\"", "index.repository"),
             ("[index]\nrepository = \"r.example/a:tag\"", "without a tag"),
             ("[index]\ntrusted_repositories = [\"*\"]", "index.trusted_repositories"),
             ("[index]\ntrusted_repositories = [\"r.example/a*\"]", "\"r.example/a*\""),
-            ("[index]\nrequire_signature = true", "index.require_signature: it needs a key"),
+            (
+                "[index]\nrequire_signature = true",
+                "index.require_signature: it needs a key",
+            ),
             ("[index]\npublsh = true", "publsh"),
             ("root = ", "line 1"),
         ] {

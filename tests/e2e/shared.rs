@@ -54,6 +54,32 @@ impl Ground {
         }
     }
 
+    /// One whose registry has the images of the demonstration; `None`, and a message past the capture of the test runner, without them.
+    pub fn with_demo_images(name: &str) -> Option<Self> {
+        use std::io::Write as _;
+        let Some(storage) = std::env::var_os(IMAGES).filter(|dir| !dir.is_empty()) else {
+            let message = format!(
+                "\n*** NOT TESTED WITH python and numpy: run make demo, and set {IMAGES}=target/demo-images/1 ***\n"
+            );
+            let _ = std::io::stderr().write_all(message.as_bytes());
+            return None;
+        };
+        if subject() != program::SNAPSHOTTER {
+            return None;
+        }
+        let mut ground = Ground::new(name);
+        let data = ground.sandbox.path("registry/data");
+        ground.registry.stop();
+        run_ok(
+            std::process::Command::new("cp")
+                .args(["-a", "-T"])
+                .arg(&storage)
+                .arg(&data),
+        );
+        ground.registry.restart();
+        Some(ground)
+    }
+
     pub fn machine(&self, name: &str, index: &str) -> Machine {
         let generation = Generation::two().unwrap_or(Generation::One);
         let sandbox = self.sandbox.machine(name);
@@ -384,27 +410,9 @@ fn a_false_index_is_found_out_and_not_used_again() {
 
 #[test]
 fn a_python_with_numpy_starts_with_a_fifth_of_its_bytes() {
-    use std::io::Write as _;
-    let Some(storage) = std::env::var_os(IMAGES).filter(|dir| !dir.is_empty()) else {
-        let message = format!(
-            "\n*** NOT TESTED WITH python and numpy: run make demo, and set {IMAGES}=target/demo-images/1 ***\n"
-        );
-        let _ = std::io::stderr().write_all(message.as_bytes());
+    let Some(ground) = Ground::with_demo_images("shared_numpy") else {
         return;
     };
-    if subject() != program::SNAPSHOTTER {
-        return;
-    }
-    let mut ground = Ground::new("shared_numpy");
-    let data = ground.sandbox.path("registry/data");
-    ground.registry.stop();
-    run_ok(
-        std::process::Command::new("cp")
-            .args(["-a", "-T"])
-            .arg(&storage)
-            .arg(&data),
-    );
-    ground.registry.restart();
     let reference = format!("{}/demo/python:plain", ground.proxy.host());
     let index = "repository = \"REGISTRY/cluster/index\"";
     let one = ground.machine("a", &format!("{index}\npublish = true"));

@@ -76,3 +76,34 @@ fn an_image_with_a_soci_index_is_lazy() {
         compare(&expected.path, &found.path, &Options::default()).expect_equal();
     }
 }
+
+#[test]
+fn a_python_with_numpy_starts_with_less_than_half_of_its_bytes() {
+    let Some(ground) = Ground::with_demo_images("soci_numpy") else {
+        return;
+    };
+    let plain = format!("{}/demo/python:plain", ground.proxy.host());
+    let reference = format!("{}/demo/python:soci", ground.proxy.host());
+    let one = ground.machine("a", "");
+    let rows = one.index_json(&["export", &plain, "--soci", "v2", "--push", &reference]);
+    let exported = rows.iter().filter(|row| row["note"] == "exported");
+    let indexes: u64 = exported.filter_map(|row| row["index_bytes"].as_u64()).sum();
+    ground.proxy.take();
+    one.pull(&reference);
+    let said = one.sh(
+        &reference,
+        "python3 -c 'import numpy; print(int(numpy.arange(1000).sum()))'",
+    );
+    assert_eq!(said, "499500\n");
+    let manifest = one.containerd.manifest(&reference);
+    let layers = manifest["layers"].as_array().unwrap().iter();
+    let (fetched, whole) = (
+        ground.blob_bytes(),
+        layers.map(|layer| layer["size"].as_u64().unwrap()).sum::<u64>(),
+    );
+    eprintln!(
+        "python with numpy, SOCI: {fetched} of {whole} bytes, {:.1} %, {indexes} of them its index",
+        fetched as f64 * 100.0 / whole as f64
+    );
+    assert!(fetched < whole / 2, "{fetched} of {whole} bytes were fetched");
+}

@@ -51,6 +51,7 @@ pub mod loader;
 mod records;
 mod release;
 pub mod shared;
+pub mod soci;
 pub mod sources;
 pub mod status;
 pub mod toc;
@@ -298,13 +299,20 @@ impl Catalog {
 
     /// The layer that shows what is asked for, and whether it is the topmost of its image.
     async fn resolve_layer(self: Arc<Self>, request: LayerRequest) -> Result<(Digest, bool), Refusal> {
-        let plan = match self.images.find(&request).await {
+        let mut plan = match self.images.find(&request).await {
             Ok(plan) => plan,
             Err(refusal) => {
                 self.count_refusal(&refusal);
                 return Err(refusal);
             }
         };
+        if let Some(index) = request.labels.get(soci::LABEL) {
+            let mut layers = plan.layers.to_vec();
+            for layer in &mut layers {
+                layer.spec.annotations.insert(soci::LABEL.to_owned(), index.clone());
+            }
+            plan.layers = layers.into();
+        }
         let Some(position) = plan.position(&request.chain_id) else {
             let (manifest, chain_id) = (plan.manifest, &request.chain_id);
             return Err(Refusal::unresolved(

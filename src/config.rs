@@ -155,6 +155,10 @@ pub struct IndexConfig {
     pub require_signature: bool,
     /// File with the ed25519 private key (PEM, PKCS#8) that signs what is published.
     pub signing_key: Option<PathBuf>,
+    /// Use SOCI indexes: those that an image's manifest names, and those about an image in the repositories that are trusted here.
+    pub soci: bool,
+    /// SOCI indexes to use, by the digest of the image's manifest: `"sha256:<manifest>" = "sha256:<index>"`.
+    pub soci_indexes: BTreeMap<String, String>,
 }
 
 /// Formats of layers.
@@ -263,6 +267,8 @@ impl Default for IndexConfig {
             public_keys: Vec::new(),
             require_signature: false,
             signing_key: None,
+            soci: true,
+            soci_indexes: BTreeMap::new(),
         }
     }
 }

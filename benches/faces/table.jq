@@ -1,0 +1,15 @@
+# The summary as a table in Markdown: a line per (part, measure, state), a column per setup.
+def cell: if . == null then "" else
+    (.seconds * 1000 | if . < 100 then . * 10 | round / 10 else round end | tostring) as $ms
+    | if .setup == "overlayfs" then $ms
+      else (.ratio * 100 | round / 100 | tostring) as $ratio
+        | (if .met == null then "\($ratio)" elif .met then "**\($ratio)** (<= \(.target))" else "\($ratio) (MISSED: <= \(.target))" end) end
+    end;
+
+["| part | measure | state | overlayfs ms | fuse | file | tree |", "|---|---|---|---|---|---|---|"]
++ (reduce .rows[] as $row ([];
+    (map(.part == $row.part and .measure == $row.measure and .state == $row.state) | index(true)) as $at
+    | if $at == null then . + [{part: $row.part, measure: $row.measure, state: $row.state, setups: {($row.setup): $row}}]
+      else .[$at].setups[$row.setup] = $row end)
+   | map("| \(.part) | \(.measure) | \(.state) | \(.setups.overlayfs | cell) | \(.setups.fuse | cell) | \(.setups.file | cell) | \(.setups.tree | cell) |"))
+| .[]

@@ -29,7 +29,7 @@ demo:
 	$(CARGO) build --release --locked --bin lazuli --example link
 	@CARGO_TARGET_DIR='$(TARGET)' benches/cold_start/run demo
 
-## test        unit, property and end-to-end tests
+## test        unit, property and end-to-end tests; the important ones of the latter once more with the tree face
 test:
 	@$(SETUP) build test
 	@LAZULI_CONTAINERD2='$(abspath $(TARGET))/containerd2'; \
@@ -40,7 +40,8 @@ test:
 	else \
 	    echo 'test: ATTENTION: containerd 2.x cannot be had here; its end-to-end tests are skipped' >&2; \
 	fi; \
-	$(CARGO) test --locked
+	$(CARGO) test --locked; \
+	LAZULI_E2E_FACE=tree $(CARGO) test --locked --test e2e -- trees:: restart:: pull::containers variants:: commands::mount
 
 ## test-slow   the tests that take minutes: the large torture layers
 test-slow:

@@ -67,7 +67,7 @@ pub struct Service {
     metrics: Arc<Metrics>,
     /// Held from seeing a layer live to having recorded a snapshot of it, and while layers are released.
     references: Arc<tokio::sync::Mutex<()>>,
-    /// Held, shared, from mounting what a new snapshot is made on to having recorded it, and exclusively by a release.
+    /// Held, shared, while something is mounted for a snapshot until that is recorded, and exclusively by a release.
     making: Arc<tokio::sync::RwLock<()>>,
     /// Whether a release of layers is due; more than one at a time would do the same.
     release_due: Arc<std::sync::atomic::AtomicBool>,

@@ -44,6 +44,8 @@ pub(super) struct Chains {
 
 struct Chain {
     layers: Vec<Digest>,
+    /// Its slot, once an image was made or tried.
+    slot: Option<u32>,
     state: State,
 }
 
@@ -53,7 +55,7 @@ enum State {
     /// It is being made, or waits for that.
     Waiting,
     /// It was made, by this process or an earlier one.
-    Stored { slot: u32 },
+    Stored,
     /// It could not be made.
     Failed { reason: String, at: Instant },
 }
@@ -127,9 +129,10 @@ impl Catalog {
         let chain = chain_of(layers);
         let stored = match self.chains.lock().get(&digest_of(&chain)) {
             Some(Chain {
-                state: State::Stored { slot },
+                state: State::Stored,
+                slot,
                 ..
-            }) => Some(*slot),
+            }) => *slot,
             _ => None,
         };
         let lowest_first: Vec<u32> = slots.iter().rev().copied().collect();
@@ -147,8 +150,8 @@ impl Catalog {
         if chain.len() < 2 || !self.faces().as_ref().is_some_and(serves) {
             return;
         }
-        if matches!(self.chains.lock().get(&digest_of(&chain)), Some(chain) if matches!(chain.state, State::Stored { .. }))
-        {
+        let stored = |chain: &Chain| matches!(chain.state, State::Stored);
+        if self.chains.lock().get(&digest_of(&chain)).is_some_and(stored) {
             return;
         }
         self.want_chain(chain);
@@ -164,8 +167,11 @@ impl Catalog {
                 Some(State::Failed { at, .. }) if at.elapsed() < RETRY => return,
                 _ => {}
             }
+            // A slot that it had stays: something may still be mounted there.
+            let slot = known.get(&digest).and_then(|chain| chain.slot);
             let chain = Chain {
                 layers: layers.clone(),
+                slot,
                 state: State::Waiting,
             };
             known.insert(digest, chain);
@@ -186,22 +192,21 @@ impl Catalog {
 
     fn make_chain(&self, digest: Digest, layers: &[Digest]) {
         let begun = Instant::now();
-        let state = match self.try_chain(digest, layers) {
+        let (slot, state) = match self.try_chain(digest, layers) {
             Ok(slot) => {
                 let seconds = begun.elapsed().as_secs_f64();
                 tracing::info!(chain = %digest, layers = layers.len(), seconds, "layers are merged into one image");
-                State::Stored { slot }
+                (Some(slot), State::Stored)
             }
             Err(reason) => {
                 tracing::warn!(chain = %digest, layers = layers.len(), %reason, "layers cannot be merged, and are stacked");
-                State::Failed {
-                    reason,
-                    at: Instant::now(),
-                }
+                let at = Instant::now();
+                (None, State::Failed { reason, at })
             }
         };
         let mut known = self.chains.lock();
         if let Some(chain) = known.get_mut(&digest) {
+            chain.slot = slot.or(chain.slot);
             chain.state = state;
         }
         drop(known);
@@ -235,9 +240,12 @@ impl Catalog {
         for (digest, record) in self.store.chains()? {
             match record {
                 Ok(record) if record.layers.iter().all(|layer| referenced.contains(layer)) => {
-                    let state = State::Stored { slot: record.slot };
-                    let layers = record.layers;
-                    self.chains.lock().insert(digest, Chain { layers, state });
+                    let chain = Chain {
+                        layers: record.layers,
+                        slot: Some(record.slot),
+                        state: State::Stored,
+                    };
+                    self.chains.lock().insert(digest, chain);
                 }
                 Ok(record) => self.remove_chain(&digest, Some(record.slot)),
                 Err(error) => {
@@ -291,13 +299,7 @@ impl Catalog {
         let mut slots = HashSet::new();
         for base in bases {
             slots.extend(base.iter().filter_map(|layer| live.get(layer)).map(|live| live.slot));
-            if let Some(Chain {
-                state: State::Stored { slot },
-                ..
-            }) = known.get(&digest_of(&chain_of(base)))
-            {
-                slots.insert(*slot);
-            }
+            slots.extend(known.get(&digest_of(&chain_of(base))).and_then(|chain| chain.slot));
         }
         slots
     }
@@ -319,14 +321,14 @@ impl Catalog {
                         "failed".clone_into(&mut status.state);
                         status.reason = Some(reason.clone());
                     }
-                    State::Stored { slot } => {
-                        let shown = faces.shown(*slot);
-                        "stored".clone_into(&mut status.state);
-                        status.bytes = faces.chain_bytes(*slot);
-                        status.mounted = shown.mounted;
-                        status.reason = shown.reason;
-                        shown.word.clone_into(&mut status.face);
-                    }
+                    State::Stored => "stored".clone_into(&mut status.state),
+                }
+                if let (Some(slot), State::Stored) = (chain.slot, &chain.state) {
+                    let shown = faces.shown(slot);
+                    status.bytes = faces.chain_bytes(slot);
+                    status.mounted = shown.mounted;
+                    status.reason = shown.reason;
+                    shown.word.clone_into(&mut status.face);
                 }
                 status
             })

@@ -77,10 +77,17 @@ fn table(status: &Status) -> String {
         status.root,
         ByteSize(status.cache_bytes)
     );
-    let _ = writeln!(out, "layers are shown by the {} face: {}", status.face.face, status.face.reason);
+    let _ = writeln!(
+        out,
+        "layers are shown by the {} face: {}",
+        status.face.face, status.face.reason
+    );
     if status.cache_held_bytes > 0 {
         let held = ByteSize(status.cache_held_bytes);
-        let _ = writeln!(out, "{held} of the cache are mounted as files, and stay while containers use them");
+        let _ = writeln!(
+            out,
+            "{held} of the cache are mounted as files, and stay while containers use them"
+        );
     }
     for image in &status.images {
         let _ = writeln!(out, "\n{} [{}] {}", image.name, image.namespace, short(&image.manifest));
@@ -133,7 +140,11 @@ pub(super) fn describe(layer: &LayerStatus) -> String {
         ByteSize(layer.fetched_bytes),
     );
     if layer.mounted || layer.face_reason.is_some() {
-        let _ = write!(line, "; {}", shown(&layer.face, layer.mounted, layer.face_reason.as_deref()));
+        let _ = write!(
+            line,
+            "; {}",
+            shown(&layer.face, layer.mounted, layer.face_reason.as_deref())
+        );
     }
     line
 }
@@ -145,9 +156,15 @@ fn describe_chain(chain: &ChainStatus) -> String {
     match chain.state.as_str() {
         "stored" => {
             let names = ByteSize(chain.bytes);
-            format!("{layers} layers, {names} of names; {}", shown(&chain.face, chain.mounted, reason))
+            format!(
+                "{layers} layers, {names} of names; {}",
+                shown(&chain.face, chain.mounted, reason)
+            )
         }
-        "failed" => format!("{layers} layers, stacked: {}", reason.unwrap_or("they cannot be merged")),
+        "failed" => format!(
+            "{layers} layers, stacked: {}",
+            reason.unwrap_or("they cannot be merged")
+        ),
         state => format!("{layers} layers, {state}"),
     }
 }
@@ -179,7 +196,11 @@ mod tests {
             digest: digest(c),
             layers: vec![digest('a'), digest('c')],
             state: state.into(),
-            face: if state == "stored" { "file".into() } else { String::new() },
+            face: if state == "stored" {
+                "file".into()
+            } else {
+                String::new()
+            },
             reason: reason.map(str::to_owned),
             mounted: state == "stored",
             bytes: 1 << 10,

@@ -320,16 +320,16 @@ impl Faces {
                 }
             }
         }
-        let mut mounted = match files {
-            Some(files) => self.mount_files(slot, state, files),
+        let (mut mounted, with_files) = match files {
+            Some(files) => (self.mount_files(slot, state, files), true),
             None => self.mount_image(slot, state, devices, true),
         };
-        if mounted.is_none() && shown.is_none() {
-            // It was tried with files of the cache, in part or whole; without them, there is still FUSE.
+        if mounted.is_none() && with_files && shown.is_none() {
+            // Without files of the cache, there is still FUSE.
             let trouble = state.trouble.take();
             mounted = match &trouble {
                 Some(trouble) if trouble.cause == Cause::Deadline => None,
-                _ => self.mount_image(slot, state, devices, false),
+                _ => self.mount_image(slot, state, devices, false).0,
             };
             // Not before a while is the first way tried again.
             state.trouble = state.trouble.take().or(trouble);
@@ -356,8 +356,8 @@ impl Faces {
         }
     }
 
-    /// Mounts over FUSE, but for layers that are whole in the cache if `files` may be used.
-    fn mount_image(&self, slot: u32, state: &mut State, devices: &[Device], files: bool) -> Option<PathBuf> {
+    /// Mounts over FUSE, but for layers that are whole in the cache if `files` may be used; tells whether any was.
+    fn mount_image(&self, slot: u32, state: &mut State, devices: &[Device], files: bool) -> (Option<PathBuf>, bool) {
         let mut holds = Vec::new();
         let mut paths = Vec::with_capacity(devices.len());
         for device in devices {
@@ -373,11 +373,12 @@ impl Faces {
                 None => paths.push(self.session.data_path(device.slot)),
             }
         }
+        let with_files = !holds.is_empty();
         match self.mounts.mount(slot, state, Kind::Image, paths, holds) {
-            Ok(path) => Some(path),
+            Ok(path) => (Some(path), with_files),
             Err(trouble) => {
                 self.mounts.fail(slot, state, trouble);
-                None
+                (None, with_files)
             }
         }
     }

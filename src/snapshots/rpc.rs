@@ -271,10 +271,16 @@ impl Snapshots for Service {
 
     async fn mounts(&self, request: Request<MountsRequest>) -> Result<Response<MountsResponse>, Status> {
         let key = request.into_inner().key;
-        let work = self.blocking(move |core| {
-            let mounts = core.mounts(&key)?;
-            Ok(MountsResponse { mounts })
-        });
+        let work = async {
+            // Something may be mounted, of which a release under way does not know yet.
+            let making = Arc::clone(&self.making).read_owned().await;
+            self.blocking(move |core| {
+                let mounts = core.mounts(&key);
+                drop(making);
+                Ok(MountsResponse { mounts: mounts? })
+            })
+            .await
+        };
         self.answer("Mounts", work).await
     }
 

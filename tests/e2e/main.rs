@@ -5,7 +5,7 @@
 //! (`tests/support/get-containerd2`); without it the tests run with 1.x only, and say so.
 //!
 //! Environment: `LAZULI_E2E_SNAPSHOTTER=overlayfs` tests the harness instead of Lazuli, `LAZULI_E2E_KEEP=1` keeps directories,
-//! `LAZULI_BIN` names another program than the one that cargo built, `TMPDIR` must be on a file system that can hold upper directories.
+//! `LAZULI_E2E_FACE=tree|image` forces the face of layers, `LAZULI_BIN` names another program than the one that cargo built, `TMPDIR` must be on a file system that can hold upper directories.
 
 #![deny(unsafe_code)]
 
@@ -13,6 +13,7 @@
 mod support;
 
 mod commands;
+mod faces;
 mod faults;
 mod harness;
 mod pull;

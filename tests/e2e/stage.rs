@@ -33,12 +33,18 @@ pub struct Stage {
 impl Stage {
     /// Starts all of them.
     pub fn new(name: &str, generation: Generation) -> Self {
+        Self::with(name, generation, "", |_| {})
+    }
+
+    /// Starts all of them; `config` is added to the daemon's configuration, and `prepare` is called before anything is started.
+    pub fn with(name: &str, generation: Generation, config: &str, prepare: impl FnOnce(&Sandbox)) -> Self {
         let sandbox = Sandbox::new(name);
+        prepare(&sandbox);
         let registry = Registry::start(&sandbox);
         let proxy = Proxy::start(registry.address, Link::default());
         let containerd = Containerd::start(&sandbox, generation, &lazuli::address_in(&sandbox));
         let lazuli = (subject() == lazuli::SNAPSHOTTER)
-            .then(|| Lazuli::start(&sandbox, &containerd.address, &[proxy.host()], ""));
+            .then(|| Lazuli::start(&sandbox, &containerd.address, &[proxy.host()], config));
         Stage {
             containerd,
             lazuli,

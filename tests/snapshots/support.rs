@@ -136,8 +136,14 @@ impl FakeLayers {
 
     /// One directory with the files of all these.
     fn merged(&self, paths: &[PathBuf]) -> PathBuf {
-        let names: Vec<_> = paths.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
-        let merged = self.root.path().join(format!("chain {}", Digest::of(names.join(" ").as_bytes()).hex()));
+        let names: Vec<_> = paths
+            .iter()
+            .map(|path| path.file_name().unwrap().to_str().unwrap())
+            .collect();
+        let merged = self
+            .root
+            .path()
+            .join(format!("chain {}", Digest::of(names.join(" ").as_bytes()).hex()));
         for path in paths {
             std::fs::create_dir_all(&merged).unwrap();
             for entry in std::fs::read_dir(path).unwrap() {

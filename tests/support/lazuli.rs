@@ -22,6 +22,11 @@ pub fn program() -> PathBuf {
         .expect("LAZULI_BIN names the program, where cargo does not build it for a test")
 }
 
+/// The table that forces a face, for configuration files; without `LAZULI_E2E_FACE` the daemon chooses.
+pub fn face_config() -> String {
+    std::env::var("LAZULI_E2E_FACE").map_or_else(|_| String::new(), |face| format!("[fuse]\nface = {face:?}\n"))
+}
+
 /// A running daemon.
 pub struct Lazuli {
     sandbox: Sandbox,
@@ -39,7 +44,8 @@ impl Lazuli {
         let text = format!(
             "root = {root:?}\naddress = {address:?}\ncontainerd_address = {containerd:?}\nadmin_address = \"\"\n\
              [log]\nlevel = \"info,lazuli=debug\"\n\
-             [registry]\nconfig_path = [{certs:?}]\nhosts = {{ \"127.0.0.1\" = {hosts:?} }}\n{more}\n",
+             [registry]\nconfig_path = [{certs:?}]\nhosts = {{ \"127.0.0.1\" = {hosts:?} }}\n{more}\n{face}",
+            face = face_config(),
             root = sandbox.dir("lazuli"),
             address = address_in(sandbox),
             certs = sandbox.dir("certs.d"),
@@ -137,7 +143,8 @@ impl Mounted {
     pub fn new(sandbox: &Sandbox, source: &str) -> Self {
         let path = sandbox.dir("mounted");
         let config = sandbox.path("mount.toml");
-        let text = format!("root = {:?}\nadmin_address = \"\"\n", sandbox.dir("mount-root"));
+        let root = sandbox.dir("mount-root");
+        let text = format!("root = {root:?}\nadmin_address = \"\"\n{}", face_config());
         std::fs::write(&config, text).unwrap();
         let mut command = Command::new(program());
         command.args(["mount", "--config"]).arg(&config).arg(source).arg(&path);

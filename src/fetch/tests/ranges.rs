@@ -373,3 +373,46 @@ proptest! {
         });
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_complete_layer_is_a_file_once_it_is_verified() {
+    use std::os::unix::fs::FileExt as _;
+    let (index, data, blob) = ranged(&[5000, 200_000, 70_000]);
+    let mut expected = data.clone();
+    expected.resize(data.len().next_multiple_of(4096), 0);
+    let (bench, blob) = (Bench::new(), FakeBlob::new(blob));
+    let (cached, layer) = bench.open("layer", index, &blob);
+    assert!(layer.local_file().is_none(), "nothing is there");
+    read(&layer, 0, data.len()).await.unwrap();
+    let file = layer.local_file().unwrap();
+    assert_eq!(std::fs::read(&file.path).unwrap(), expected);
+    let path = file.path.clone();
+    drop(file);
+
+    // As the next process finds it: not marked as believed, and with a damaged chunk.
+    let digest = *cached.digest();
+    let gone = Arc::downgrade(&cached);
+    layer.close();
+    drop((cached, layer));
+    while gone.strong_count() > 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    let damaged = std::fs::File::options().write(true).open(&path).unwrap();
+    damaged.write_all_at(b"damage", 10_000).unwrap();
+    let cached = bench.cache.get(&digest).unwrap().unwrap();
+    let layer = bench.fetcher.open(cached, blob.clone());
+    let requests = blob.requests();
+    let whole = async {
+        loop {
+            match layer.local_file() {
+                Some(file) => return file,
+                None => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        }
+    };
+    let file = tokio::time::timeout(LONG, whole).await.unwrap();
+    assert_eq!(std::fs::read(&file.path).unwrap(), expected);
+    assert_eq!(blob.requests(), requests + 1, "for what was damaged");
+    // Who closes a layer does not have to wait for its verification.
+    layer.close();
+}

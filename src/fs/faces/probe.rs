@@ -82,7 +82,12 @@ fn ways(session: &Session, mounts: &Mounts, metadata: &Path, data: &Path) -> Res
         result = show(mounts, &source, &device);
     }
     result.map_err(|error| explain(&error))?;
-    let no_files = show(mounts, &source, data).err().map(|error| error.to_string());
+    // A device on a stacked file system would be taken, and deeper stacks made of it than the kernel means to allow; and a mount that
+    // needs this process for its names is not worth being called a file.
+    let no_files = match metadata_through_fuse {
+        true => Some("metadata come through FUSE".to_owned()),
+        false => show(mounts, &source, data).err().map(|error| error.to_string()),
+    };
     Ok(Probed {
         metadata_through_fuse,
         no_files,

@@ -16,12 +16,18 @@ use lazuli::proto::snapshots::v1::snapshots_client::SnapshotsClient;
 use lazuli::proto::types::Mount;
 use lazuli::proto::{leases, snapshots};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
-use tonic::Request;
+use tonic::{Code, Request};
 
 /// Namespace in which `ctr` and `lazuli pull` work unless told otherwise.
 const NAMESPACE: &str = "default";
+/// Label of what containerd's garbage collection leaves alone.
+const ROOT_LABEL: &str = "containerd.io/gc.root";
 /// Longest wait for an answer of containerd.
 const DEADLINE: Duration = Duration::from_secs(60);
+/// How long containerd may take to reach a snapshotter that was restarted: its connection backs off.
+const RECONNECT_DEADLINE: Duration = Duration::from_secs(10);
+/// How often that is tried.
+const RECONNECT_INTERVAL: Duration = Duration::from_millis(20);
 /// Length of an overlay's options in bytes from which on containerd names the lower directories relative to the one they have in common:
 /// mount(2) takes a page.
 const LONG_OPTIONS: usize = 4096 - 512;
@@ -99,13 +105,19 @@ async fn make(containerd: &Containerd, snapshotter: &str, create: &Create) -> an
         snapshotter: snapshotter.to_owned(),
         key: create.parent.clone(),
     };
-    client.stat(request(stat)?).await.context("the image's snapshot")?;
+    let end = Instant::now() + RECONNECT_DEADLINE;
+    while let Err(status) = client.stat(request(stat.clone())?).await {
+        if status.code() != Code::Unavailable || Instant::now() > end {
+            return Err(status).context("the image's snapshot");
+        }
+        tokio::time::sleep(RECONNECT_INTERVAL).await;
+    }
 
     let prepare = request(snapshots::v1::PrepareSnapshotRequest {
         snapshotter: snapshotter.to_owned(),
         key: create.key.clone(),
         parent: create.parent.clone(),
-        ..Default::default()
+        labels: [(ROOT_LABEL.to_owned(), "benchmark".to_owned())].into(),
     })?;
     let begin = Instant::now();
     let mounts = client.prepare(prepare).await.context("Prepare")?.into_inner().mounts;
@@ -127,7 +139,10 @@ async fn make(containerd: &Containerd, snapshotter: &str, create: &Create) -> an
 
 /// The lower directories, the uppermost first.
 fn lowers(overlay: &Mount) -> Option<Vec<&str>> {
-    let list = overlay.options.iter().find_map(|option| option.strip_prefix("lowerdir="))?;
+    let list = overlay
+        .options
+        .iter()
+        .find_map(|option| option.strip_prefix("lowerdir="))?;
     Some(list.split(':').collect())
 }
 

@@ -133,7 +133,7 @@ pub struct FetchConfig {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct FuseConfig {
-    /// Threads that answer the kernel; each holds a buffer of 16 MiB of address space. 0 means one per processor, at most 8.
+    /// Threads that answer the kernel; each holds a buffer of 16 MiB of address space. 0 means one per processor, at least 4 and at most 8.
     pub threads: usize,
     /// What the kernel is shown of a layer.
     pub face: FaceChoice,

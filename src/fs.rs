@@ -25,6 +25,7 @@ pub mod errno;
 pub mod error;
 mod face;
 pub mod faces;
+mod failures;
 mod image;
 pub mod read;
 mod readdir;

@@ -122,6 +122,9 @@ impl Faces {
     pub fn open(session: Session, options: FacesOptions, metrics: Arc<Metrics>) -> Result<Faces, FsError> {
         let places = Places::open(&options.dir)?;
         let mounts = Mounts::open(places, options.deadline, Arc::clone(&metrics))?;
+        // Read through the page cache, one large file for a whole layer would be read ahead across its files: bytes would be fetched that
+        // nobody wants. The image reads ahead within each file.
+        session.open_directly(options.choice != FaceChoice::Tree);
         let probed = match options.choice {
             FaceChoice::Tree => Err("fuse.face is \"tree\" in the configuration".to_owned()),
             FaceChoice::Auto | FaceChoice::Image => probe::probe(&session, &mounts),
@@ -148,6 +151,7 @@ impl Faces {
             }
             Err(reason) if options.choice == FaceChoice::Image => return Err(FsError::NoImage { reason }),
             Err(reason) => {
+                session.open_directly(false);
                 let serving = Serving {
                     face: Face::Tree,
                     reason,

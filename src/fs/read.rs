@@ -14,6 +14,7 @@ use tokio::runtime::Handle;
 
 use super::counters::Counters;
 use super::errno::{self, ReadError};
+use super::failures::Failures;
 use super::image::{self, Metadata};
 use super::warn::WarnLimit;
 use crate::fetch::LayerData;
@@ -123,6 +124,11 @@ impl Range {
         }
     }
 
+    /// The bytes of the data space.
+    fn bytes(self) -> std::ops::Range<u64> {
+        self.offset..self.offset.saturating_add(self.len.into())
+    }
+
     fn total(self) -> usize {
         self.len as usize + self.zeros as usize
     }
@@ -150,6 +156,7 @@ struct Shared {
     read_bytes: IntCounter,
     cold_seconds: Histogram,
     warnings: WarnLimit,
+    failures: Failures,
 }
 
 impl Reads {
@@ -167,6 +174,7 @@ impl Reads {
                 read_bytes: metrics.read_bytes_total.clone(),
                 cold_seconds: metrics.cold_read_seconds.clone(),
                 warnings: WarnLimit::default(),
+                failures: Failures::default(),
             }),
         }
     }
@@ -204,6 +212,11 @@ impl Reads {
                 answer
             }
         };
+        if matches!(through, Through::Data)
+            && let Some(errno) = self.shared.failures.find(layer.digest(), &range.bytes())
+        {
+            return answer.error(self.shared.counters.failed(errno));
+        }
         let shared = Arc::clone(&self.shared);
         let layer = Arc::clone(layer);
         self.shared
@@ -247,9 +260,16 @@ impl Shared {
                 self.read_bytes.inc_by(range.total() as u64);
             }
             Err(error) => {
+                let errno = errno::of(&error);
+                let is_first = match through {
+                    Through::File(_) => true,
+                    Through::Data => self.failures.note(*layer.digest(), range.bytes(), errno),
+                };
                 // The reader first: putting the line together takes longer than the answer.
-                answer.error(self.counters.failed(errno::of(&error)));
-                self.warn(layer.as_ref(), through, range, &error);
+                answer.error(self.counters.failed(errno));
+                if is_first {
+                    self.warn(layer.as_ref(), through, range, &error);
+                }
             }
         }
     }

@@ -30,7 +30,9 @@ use crate::sys::{self, SysError};
 
 /// Type of the mount in the list of mounts: `fuse.lazuli`. By it a stale mount is known as ours.
 const SUBTYPE: &str = "lazuli";
-/// Most threads when the number is left to Lazuli. They only answer what is local, so more would only wait for each other.
+/// Least and most threads when the number is left to Lazuli: one per processor between them. They answer what is local, so more would
+/// only wait for each other; but what is local may have to come from a disk, and that does several reads at once.
+const THREADS_MIN: usize = 4;
 const THREADS_MAX: usize = 8;
 /// How far the kernel reads ahead in a file, in KiB: as much as one FUSE request can carry.
 const READ_AHEAD_KIB: u32 = 1024;
@@ -42,7 +44,7 @@ const END_WAIT: Duration = Duration::from_secs(2);
 /// How a session works.
 #[derive(Debug, Clone)]
 pub struct SessionOptions {
-    /// Threads that answer the kernel; 0 means one per processor, at most 8.
+    /// Threads that answer the kernel; 0 means one per processor, at least 4 and at most 8.
     pub threads: usize,
     /// Longest time a reader waits for bytes that have to be fetched, before it gets EIO.
     pub read_deadline: Duration,
@@ -346,7 +348,7 @@ fn threads(configured: usize) -> usize {
     match configured {
         0 => std::thread::available_parallelism()
             .map_or(1, usize::from)
-            .min(THREADS_MAX),
+            .clamp(THREADS_MIN, THREADS_MAX),
         threads => threads,
     }
 }

@@ -380,11 +380,15 @@ async fn remote_layers_are_one_directory_where_they_are_merged() {
         parent = daemon.pull(&format!("default/1/{chain_id}"), &parent, chain_id).await;
     }
     let base = vec![layers[2], layers[1]];
-    assert_eq!(daemon.layers.expected(), [base.clone()], "for the topmost layer alone");
+    assert_eq!(
+        daemon.layers.expected(),
+        std::slice::from_ref(&base),
+        "for the topmost layer alone"
+    );
 
     let mounts = daemon.prepare("default/2/c", &parent).await.unwrap();
     let chain = daemon.root().join("snapshots/3/chain/.").display().to_string();
-    assert_eq!(lowers(&mounts), [chain.clone()]);
+    assert_eq!(lowers(&mounts), std::slice::from_ref(&chain));
     assert_eq!(daemon.mount(&mounts).names(), ["empty", "two"]);
     // A view of one directory is a bind mount.
     let view = daemon.view("default/3/v", &parent).await.unwrap();

@@ -19,6 +19,7 @@ def rank($list): . as $it | $list | index($it) // length;
     part: .[0].part, measure: .[0].measure, state: .[0].state, setup: .[0].setup,
     runs: length,
     seconds: (map(.seconds) | median),
+    cpu: (map(.cpu | values) | if length > 0 then median else null end),
     least: (map(.seconds) | min),
     most: (map(.seconds) | max)
   })) as $rows
@@ -27,9 +28,14 @@ def rank($list): . as $it | $list | index($it) // length;
     rounds: {layer: $runs, chain: $runs, create: $creates},
     rows: ($rows | map(
         . as $row
-        | ($rows[] | select(.part == $row.part and .measure == $row.measure and .state == $row.state and .setup == "overlayfs") | .seconds) as $base
+        | ($rows[] | select(.part == $row.part and .measure == $row.measure and .state == $row.state and .setup == "overlayfs")) as $base
         | (target) as $target
-        | . + {ratio: (.seconds / $base), $target, met: (if $target then .seconds / $base <= $target else null end)}
+        | . + {
+            ratio: (.seconds / $base.seconds),
+            cpu_ratio: (if .state == "warm" and (.cpu // 0) > 0 and ($base.cpu // 0) > 0 then .cpu / $base.cpu else null end),
+            $target,
+            met: (if $target then .seconds / $base.seconds <= $target else null end)
+          }
       ) | sort_by([(.part | rank(["layer", "chain", "create"])), (.measure | rank(["find", "tar", "python", "random", "sequential", "create"])),
         (.state | rank(["warm", "cold", "first", "next"])), (.setup | rank(["overlayfs", "fuse", "file", "tree"]))])),
     measurements: $all

@@ -1,9 +1,13 @@
 # The summary as a table in Markdown: a line per (part, measure, state), a column per setup.
+def hundredths: . * 100 | round / 100 | tostring;
 def cell: if . == null then "" else
     (.seconds * 1000 | if . < 100 then . * 10 | round / 10 else round end | tostring) as $ms
     | if .setup == "overlayfs" then $ms
-      else (.ratio * 100 | round / 100 | tostring) as $ratio
-        | (if .met == null then "\($ratio)" elif .met then "**\($ratio)** (<= \(.target))" else "\($ratio) (MISSED: <= \(.target))" end) end
+      else (.ratio | hundredths) as $ratio
+        | (if .cpu_ratio then ", cpu \(.cpu_ratio | hundredths)" else "" end) as $cpu
+        | (if .met == null then "\($ratio)\($cpu)"
+           elif .met then "**\($ratio)** (<= \(.target)\($cpu))"
+           else "\($ratio) (MISSED: <= \(.target)\($cpu))" end) end
     end;
 
 ["| part | measure | state | overlayfs ms | fuse | file | tree |", "|---|---|---|---|---|---|---|"]

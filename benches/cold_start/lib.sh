@@ -1,10 +1,10 @@
-# Parts of the cold-start demo: one temporary root, the processes in it, and their end. Sourced by run and images.sh.
+# Parts of the benchmarks with containers: one temporary root, the processes in it, and their end. Sourced by the scripts called run.
 # shellcheck shell=bash
 
 # What the user reads goes to the terminal also from steps whose output is kept in a log.
 exec {TERMINAL}>&2
 say() { printf '%s\n' "$*" >&"$TERMINAL"; }
-die() { say "demo: $*"; exit 1; }
+die() { say "${PROGRAM:-demo}: $*"; exit 1; }
 
 # --- the temporary root -------------------------------------------------------------------------------------------------
 
@@ -67,7 +67,7 @@ close_workspace() {
     trap '' INT TERM HUP
     if [ -n "$WORK" ] && [ -d "$WORK" ]; then
         if [ $status -ne 0 ] && [ $status -lt 128 ]; then
-            say "demo: failed; the last lines of the logs:"
+            say "${PROGRAM:-demo}: failed; the last lines of the logs:"
             find "$WORK" -maxdepth 2 -name '*.log' -size +0 -exec tail -n 5 {} + >&2 || true
             # The machine of a developer who wants to see all of it.
             if [ -n "${KEEP_LOGS:-}" ]; then
@@ -208,7 +208,7 @@ EOF
     until_true containerd $PID "${CTR[@]}" version
 }
 
-# start_lazuli DIR
+# start_lazuli DIR [FACE]: it asks the registry by way of $LINK.
 start_lazuli() {
     local dir=$1
     cat >"$dir/lazuli.toml" <<EOF
@@ -221,6 +221,8 @@ config_path = []
 # containerd's label of a layer's origin has no port.
 [registry.hosts]
 "127.0.0.1" = ["$LINK"]
+[fuse]
+face = "${2:-auto}"
 EOF
     daemon "$dir/lazuli.log" "$BIN/lazuli" serve --config "$dir/lazuli.toml"
     until_true lazuli $PID test -S "$dir/lazuli.sock"

@@ -21,7 +21,8 @@
 //!
 //! One index gives the same bytes always; the UUID comes from the bytes, because overlayfs tells file systems apart by it.
 //!
-//! Cost: the image, and 20 bytes for each inode while it is made.
+//! Cost: the image, and 20 bytes for each inode while it is made. Measured: 100,000 files in directories of 50 take 27 ms and 9 MiB, a million
+//! 0.2 s and 93 MiB, all in one directory no more; the process grew by 10 MiB and 100 MiB meanwhile.
 
 mod emit;
 mod format;

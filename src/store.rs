@@ -46,7 +46,7 @@ pub use images::{ImageLayer, ImageRecord};
 pub use indexes::IndexRecord;
 pub use layers::{LayerRecord, LayerSource};
 pub use schema::SCHEMA;
-pub use snapshots::{Kind, SnapshotRecord, SnapshotsWrite, Usage};
+pub use snapshots::{Ancestor, Kind, SnapshotRecord, SnapshotsWrite, Usage};
 
 /// Memory for pages of the database, in bytes. The whole database of a busy node is a few MiB; redb's default would be
 /// 1 GiB.

@@ -16,10 +16,10 @@ use crate::catalog::{Layers, Lowers, Needed};
 use crate::layer::Digest;
 use crate::proto::snapshots::v1::Info;
 use crate::proto::types::Mount;
-use crate::store::{Kind, SnapshotRecord, Store, StoreError, Usage};
+use crate::store::{Ancestor, Kind, SnapshotRecord, Store, StoreError, Usage};
 
 /// A snapshot with its key or name.
-type Entry = (String, SnapshotRecord);
+type Entry = (String, Ancestor);
 
 /// A committed snapshot and its ancestors, nearest first.
 type Chain = Vec<Entry>;
@@ -148,7 +148,7 @@ impl Core {
             self.dirs.place(built, record.id)?;
             Ok::<_, SnapshotsError>(record)
         })?;
-        Ok(self.show(&record, &lowers))
+        Ok(self.show(record.id, record.kind, &lowers))
     }
 
     /// Checks what a new snapshot needs, before a remote one is looked for.
@@ -158,7 +158,7 @@ impl Core {
             return Err(SnapshotsError::already_exists(key));
         }
         if !parent.is_empty() {
-            rules::check_parent(parent, self.store.snapshot(parent)?.as_ref())?;
+            rules::check_parent(parent, self.store.snapshot(parent)?.map(|record| record.kind))?;
         }
         Ok(())
     }
@@ -216,7 +216,7 @@ impl Core {
             )));
         }
         let lowers = self.lowers(&chain)?;
-        Ok(self.show(&record, &lowers))
+        Ok(self.show(record.id, record.kind, &lowers))
     }
 
     pub fn commit(
@@ -326,8 +326,7 @@ impl Core {
     /// What snapshots need of layers.
     pub fn needed(&self) -> Result<Needed, SnapshotsError> {
         let (mut layers, mut users) = (BTreeSet::new(), BTreeSet::new());
-        for (_, record) in self.store.snapshots()? {
-            let record = record?;
+        for (_, record) in self.store.ancestors()? {
             layers.extend(record.layer);
             if record.kind != Kind::Committed {
                 users.extend(record.parent);
@@ -370,7 +369,7 @@ impl Core {
             return Ok(Vec::new());
         }
         let chain = self.store.chain(parent)?;
-        rules::check_parent(parent, chain.first().map(|(_, record)| record))?;
+        rules::check_parent(parent, chain.first().map(|(_, record)| record.kind))?;
         Ok(chain)
     }
 
@@ -411,8 +410,8 @@ impl Core {
         Ok(())
     }
 
-    fn show(&self, record: &SnapshotRecord, lowers: &[PathBuf]) -> Vec<Mount> {
-        let (own, work) = (self.dirs.own(record.id), self.dirs.work(record.id));
-        self.overlay.mounts(record.kind, &own, &work, lowers)
+    fn show(&self, id: u64, kind: Kind, lowers: &[PathBuf]) -> Vec<Mount> {
+        let (own, work) = (self.dirs.own(id), self.dirs.work(id));
+        self.overlay.mounts(kind, &own, &work, lowers)
     }
 }

@@ -33,11 +33,11 @@ pub(super) fn check_key(what: &str, key: &str) -> Result<(), SnapshotsError> {
 }
 
 /// Refuses a parent that is not there or not committed.
-pub(super) fn check_parent(parent: &str, record: Option<&SnapshotRecord>) -> Result<(), SnapshotsError> {
-    match record {
+pub(super) fn check_parent(parent: &str, kind: Option<Kind>) -> Result<(), SnapshotsError> {
+    match kind {
         None => Err(SnapshotsError::parent_not_found(parent)),
-        Some(record) if record.kind != Kind::Committed => Err(SnapshotsError::parent_not_committed(parent)),
-        Some(_) => Ok(()),
+        Some(Kind::Committed) => Ok(()),
+        Some(_) => Err(SnapshotsError::parent_not_committed(parent)),
     }
 }
 
@@ -58,7 +58,7 @@ pub(super) fn create(
     now: i64,
 ) -> Result<SnapshotRecord, SnapshotsError> {
     if !new.parent.is_empty() {
-        check_parent(new.parent, snapshots.get(new.parent)?.as_ref())?;
+        check_parent(new.parent, snapshots.get(new.parent)?.map(|record| record.kind))?;
     }
     if snapshots.get(new.key)?.is_some() {
         return Err(SnapshotsError::already_exists(new.key));

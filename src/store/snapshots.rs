@@ -63,6 +63,21 @@ pub struct SnapshotRecord {
     pub usage: Usage,
 }
 
+/// What of a snapshot decides how those on it are mounted. Chains are walked for each container, and a record's labels may be many times as
+/// long as all the rest (those of a pull name every layer of the image): they are passed over here.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Ancestor {
+    /// [`SnapshotRecord::id`].
+    pub id: u64,
+    /// [`SnapshotRecord::kind`].
+    pub kind: Kind,
+    /// [`SnapshotRecord::parent`].
+    pub parent: Option<String>,
+    /// [`SnapshotRecord::layer`].
+    #[serde(default)]
+    pub layer: Option<Digest>,
+}
+
 /// Records with their keys; the error of one does not hide the others.
 pub(super) type Listed = Vec<(String, Result<SnapshotRecord, StoreError>)>;
 
@@ -99,6 +114,21 @@ impl Store {
         Ok(list)
     }
 
+    /// All snapshots at one moment, without their labels, ordered by key.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] if a record cannot be decoded, or an error of the database.
+    pub fn ancestors(&self) -> Result<Vec<(String, Ancestor)>, StoreError> {
+        let transaction = self.read()?;
+        let table = transaction.open_table(SNAPSHOTS)?;
+        let mut list = Vec::new();
+        for entry in table.iter()? {
+            let (key, bytes) = entry?;
+            list.push((key.value().to_owned(), decode(TABLE, &key.value(), bytes.value())?));
+        }
+        Ok(list)
+    }
+
     /// The snapshots whose parent is `parent` (empty: those without one) at one moment, ordered by key.
     ///
     /// # Errors
@@ -124,10 +154,10 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError::Damaged`] if a record cannot be decoded or an ancestor is missing, or an error of the database.
-    pub fn chain(&self, key: &str) -> Result<Vec<(String, SnapshotRecord)>, StoreError> {
+    pub fn chain(&self, key: &str) -> Result<Vec<(String, Ancestor)>, StoreError> {
         let transaction = self.read()?;
         let table = transaction.open_table(SNAPSHOTS)?;
-        let mut chain: Vec<(String, SnapshotRecord)> = Vec::new();
+        let mut chain: Vec<(String, Ancestor)> = Vec::new();
         let mut next = Some(key.to_owned());
         while let Some(key) = next {
             let Some(bytes) = table.get(key.as_str())? else {
@@ -136,7 +166,7 @@ impl Store {
                     Some((child, _)) => Err(StoreError::damaged(TABLE, child, "its parent is missing")),
                 };
             };
-            let record: SnapshotRecord = decode(TABLE, &key, bytes.value())?;
+            let record: Ancestor = decode(TABLE, &key, bytes.value())?;
             if chain.len() == MAX_CHAIN {
                 return Err(StoreError::damaged(TABLE, &key, "its parents form a circle"));
             }

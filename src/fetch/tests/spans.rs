@@ -21,7 +21,7 @@ fn files() -> Vec<u8> {
     tar
 }
 
-fn gzip(tar: &[u8], member: usize) -> Vec<u8> {
+pub(super) fn gzip(tar: &[u8], member: usize) -> Vec<u8> {
     let mut blob = Vec::new();
     for part in tar.chunks(member) {
         let builder = flate2::GzBuilder::new().filename("layer.tar");
@@ -32,13 +32,13 @@ fn gzip(tar: &[u8], member: usize) -> Vec<u8> {
     blob
 }
 
-fn frames(tar: &[u8]) -> Vec<u8> {
+pub(super) fn frames(tar: &[u8]) -> Vec<u8> {
     tar.chunks(400_000)
         .flat_map(|part| zstd::encode_all(part, 1).unwrap())
         .collect()
 }
 
-async fn streamed(bench: &Bench, bytes: &[u8], tar: &[u8]) -> (Arc<FakeBlob>, Arc<CachedLayer>, Arc<Layer>) {
+pub(super) async fn streamed(bench: &Bench, bytes: &[u8], tar: &[u8]) -> (Arc<FakeBlob>, Arc<CachedLayer>, Arc<Layer>) {
     let blob = FakeBlob::new(bytes.to_vec());
     let cached = bench.fetcher.stream(request(&blob, bytes, tar)).await.unwrap();
     let layer = bench.fetcher.open(Arc::clone(&cached), blob.clone());

@@ -40,7 +40,7 @@ use crate::fs::Faces;
 use crate::layer::{Access, Digest};
 use crate::metrics::Metrics;
 use crate::registry::{Blob, Reference, Registry};
-use crate::store::{ImageLayer, ImageRecord, LayerRecord, LayerSource, Store, StoreError};
+use crate::store::{LayerRecord, LayerSource, Store, StoreError};
 
 mod chains;
 pub mod containerd;
@@ -48,8 +48,10 @@ mod handle;
 pub mod images;
 mod indexes;
 pub mod loader;
+mod records;
 mod release;
 pub mod shared;
+pub mod soci;
 pub mod sources;
 pub mod status;
 pub mod toc;
@@ -291,29 +293,26 @@ impl Catalog {
         }
     }
 
-    /// All images whose records can be read.
-    fn images(&self) -> Result<Vec<ImageRecord>, StoreError> {
-        let damaged =
-            |digest: Digest, error: StoreError| tracing::warn!(%error, manifest = %digest, "image is passed over");
-        let images = self.store.images()?.into_iter();
-        Ok(images
-            .filter_map(|(digest, image)| image.map_err(|error| damaged(digest, error)).ok())
-            .collect())
-    }
-
     fn faces(&self) -> RwLockReadGuard<'_, Option<Faces>> {
         self.faces.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The layer that shows what is asked for, and whether it is the topmost of its image.
     async fn resolve_layer(self: Arc<Self>, request: LayerRequest) -> Result<(Digest, bool), Refusal> {
-        let plan = match self.images.find(&request).await {
+        let mut plan = match self.images.find(&request).await {
             Ok(plan) => plan,
             Err(refusal) => {
                 self.count_refusal(&refusal);
                 return Err(refusal);
             }
         };
+        if let Some(index) = request.labels.get(soci::LABEL) {
+            let mut layers = plan.layers.to_vec();
+            for layer in &mut layers {
+                layer.spec.annotations.insert(soci::LABEL.to_owned(), index.clone());
+            }
+            plan.layers = layers.into();
+        }
         let Some(position) = plan.position(&request.chain_id) else {
             let (manifest, chain_id) = (plan.manifest, &request.chain_id);
             return Err(Refusal::unresolved(
@@ -578,60 +577,12 @@ impl Catalog {
         Failover::over(sources.iter().map(at).collect())
     }
 
-    /// Records an image, so that what becomes of its layers can be noted.
-    fn record_plan(&self, plan: &ImagePlan) -> Result<(), StoreError> {
-        let _recording = self.lock_records();
-        match self.store.image(&plan.manifest)? {
-            Some(_) => Ok(()),
-            None => self.store.put_image(&new_image_record(plan)),
-        }
-    }
-
-    /// Notes why a layer is not served in all images that have it: containerd may never ask for it, because it unpacks one below.
-    fn record_refusal(&self, digest: &Digest, refusal: &Refusal) -> Result<(), StoreError> {
-        let _recording = self.lock_records();
-        let text = digest.to_string();
-        for mut image in self.images()? {
-            let mut changed = false;
-            for layer in image.layers.iter_mut().filter(|layer| layer.digest == text) {
-                layer.refused = Some(refusal.text.clone());
-                changed = true;
-            }
-            if changed {
-                self.store.put_image(&image)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn record_image(&self, plan: &ImagePlan, digest: &Digest, refusal: Option<&Refusal>) -> Result<(), StoreError> {
-        let _recording = self.lock_records();
-        let mut record = match self.store.image(&plan.manifest)? {
-            Some(record) => record,
-            None => new_image_record(plan),
-        };
-        if let Some(name) = &plan.name
-            && !record.names.contains(name)
-        {
-            record.names.push(name.clone());
-        }
-        let text = digest.to_string();
-        for layer in record.layers.iter_mut().filter(|layer| layer.digest == text) {
-            layer.refused = refusal.map(|refusal| refusal.text.clone());
-        }
-        self.store.put_image(&record)
-    }
-
     fn read_live(&self) -> RwLockReadGuard<'_, HashMap<Digest, Live>> {
         self.live.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn write_live(&self) -> RwLockWriteGuard<'_, HashMap<Digest, Live>> {
         self.live.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_records(&self) -> MutexGuard<'_, ()> {
-        self.recording.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock_flights(&self) -> MutexGuard<'_, HashMap<Digest, Flight>> {
@@ -654,29 +605,6 @@ fn spec_of(record: &LayerRecord) -> LayerSpec {
         annotations: record.annotations.clone(),
         foreign: false,
         diff_id: record.diff_id,
-    }
-}
-
-fn new_image_record(plan: &ImagePlan) -> ImageRecord {
-    let source = plan.sources.first();
-    ImageRecord {
-        manifest: plan.manifest,
-        namespace: plan.namespace.clone(),
-        names: Vec::new(),
-        host: source.map(|s| s.host.clone()).unwrap_or_default(),
-        repository: source.map(|s| s.repository.clone()).unwrap_or_default(),
-        layers: plan
-            .layers
-            .iter()
-            .map(|layer| ImageLayer {
-                digest: layer.spec.digest.to_string(),
-                size: layer.spec.size,
-                media_type: layer.spec.media_type.clone(),
-                diff_id: layer.spec.diff_id.map(|id| id.to_string()).unwrap_or_default(),
-                chain_id: layer.chain_id.clone(),
-                refused: None,
-            })
-            .collect(),
     }
 }
 

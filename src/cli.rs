@@ -20,6 +20,7 @@ use crate::registry::RegistryError;
 mod index;
 mod mount;
 mod pull;
+mod soci;
 mod status;
 
 /// Exit code of a failure.
@@ -217,6 +218,29 @@ enum IndexCommand {
         /// Index repository to remove them from [default: `index.repository`, else those beside the image]
         #[arg(long, value_name = "REPO")]
         repository: Option<String>,
+    },
+    /// Write an image's index in another project's format: SOCI, for nodes that run its snapshotter.
+    ///
+    /// The layers are downloaded. Indexes of version 1 say which image they are about, those of version 2 are named by a new manifest of
+    /// the image, with another digest.
+    Export {
+        /// registry.example/repo:tag or oci:DIRECTORY[:TAG]
+        source: String,
+        /// Which version of SOCI's index
+        #[arg(long, value_enum, value_name = "VERSION")]
+        soci: soci::Version,
+        /// A new or empty directory for an OCI layout: the index, and for v2 the image with it
+        #[arg(long, short, value_name = "DIR")]
+        output: Option<PathBuf>,
+        /// Push it: for v1 to the repository of registry.example/repo, for v2 as registry.example/repo:tag
+        #[arg(long, value_name = "REF")]
+        push: Option<String>,
+        /// Uncompressed bytes of a span at least
+        #[arg(long, value_name = "BYTES", default_value_t = crate::layer::soci::SPAN_SIZE)]
+        span_size: u64,
+        /// Layers whose blobs are smaller are left out
+        #[arg(long, value_name = "BYTES", default_value_t = soci::MIN_LAYER_SIZE)]
+        min_layer_size: u64,
     },
     /// Show what is in a file that `lazuli index build` or `pull` has written.
     Inspect {

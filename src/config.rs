@@ -155,6 +155,10 @@ pub struct IndexConfig {
     pub require_signature: bool,
     /// File with the ed25519 private key (PEM, PKCS#8) that signs what is published.
     pub signing_key: Option<PathBuf>,
+    /// Use SOCI indexes: those that an image's manifest names, and those about an image in the repositories that are trusted here.
+    pub soci: bool,
+    /// SOCI indexes to use, by the digest of the image's manifest: `"sha256:<manifest>" = "sha256:<index>"`.
+    pub soci_indexes: BTreeMap<String, String>,
 }
 
 /// Formats of layers.
@@ -263,6 +267,8 @@ impl Default for IndexConfig {
             public_keys: Vec::new(),
             require_signature: false,
             signing_key: None,
+            soci: true,
+            soci_indexes: BTreeMap::new(),
         }
     }
 }
@@ -585,12 +591,18 @@ mod tests {
             ),
             ("[fetch]\nmax_request = \"1GiB\"", "fetch.max_request"),
             ("[fuse]\nthreads = 65", "fuse.threads"),
-            ("[index]\nlookup_deadline = 0", "index.lookup_deadline: 0 is not between 1 and 60"),
+            (
+                "[index]\nlookup_deadline = 0",
+                "index.lookup_deadline: 0 is not between 1 and 60",
+            ),
             ("[index]\nrepository = \"r.example\"", "index.repository"),
             ("[index]\nrepository = \"r.example/a:tag\"", "without a tag"),
             ("[index]\ntrusted_repositories = [\"*\"]", "index.trusted_repositories"),
             ("[index]\ntrusted_repositories = [\"r.example/a*\"]", "\"r.example/a*\""),
-            ("[index]\nrequire_signature = true", "index.require_signature: it needs a key"),
+            (
+                "[index]\nrequire_signature = true",
+                "index.require_signature: it needs a key",
+            ),
             ("[index]\npublsh = true", "publsh"),
             ("root = ", "line 1"),
         ] {

@@ -22,6 +22,7 @@ use crate::cache::{Cache, CacheError};
 use crate::catalog::containerd::{Containerd, MAX_MESSAGE};
 use crate::catalog::loader::Loader;
 use crate::catalog::shared::SharedIndexes;
+use crate::catalog::soci::SociIndexes;
 use crate::catalog::shared::publish::Publisher;
 use crate::catalog::shared::trust::IndexError;
 use crate::catalog::{Catalog, Handle, Parts};
@@ -135,6 +136,7 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let _lock = prepare_root(&config.root)?;
     let metrics = Arc::new(Metrics::new());
     let registry = Registry::new(&config.registry, Arc::clone(&metrics))?;
+    let soci = SociIndexes::new(&config.index, Arc::clone(&registry), Arc::clone(&metrics))?;
     let shared = SharedIndexes::new(&config.index, Arc::clone(&registry), Arc::clone(&metrics))?;
     let (copy, finder, counts) = (Arc::clone(&registry), Arc::clone(&shared), Arc::clone(&metrics));
     let publisher = Publisher::new(&config.index, copy, finder, counts)?;
@@ -160,7 +162,7 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let catalog = Catalog::new(Parts {
         containerd: Containerd::new(&config.containerd_address),
         registry,
-        loader: Loader::new(cache, fetcher, config.formats.clone()).with_shared(shared),
+        loader: Loader::new(cache, fetcher, config.formats.clone()).with_shared(shared).with_soci(soci),
         faces,
         store: Arc::clone(&store),
         metrics: Arc::clone(&metrics),

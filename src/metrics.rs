@@ -58,6 +58,8 @@ pub struct Metrics {
     pub verify_failures_total: IntCounterVec,
     /// Searches for a shared index of a layer, by `result` (`found`, `none`, `untrusted`, `damaged`, `failed`).
     pub index_lookups_total: IntCounterVec,
+    /// Searches for a layer in the SOCI index of its image, by `result` (`found`, `left-out`, `none`, `damaged`, `failed`).
+    pub soci_lookups_total: IntCounterVec,
     /// Indexes that were built here and were to be published, by `result` (`published`, `present`, `failed`).
     pub index_publications_total: IntCounterVec,
     /// Layers that are wholly here and whose shared index does not describe them.
@@ -193,6 +195,12 @@ impl Metrics {
                 &r,
                 "lazuli_index_lookups_total",
                 "Searches for a shared index of a layer.",
+                &["result"],
+            ),
+            soci_lookups_total: counter_vec(
+                &r,
+                "lazuli_soci_lookups_total",
+                "Searches for a layer in the SOCI index of its image.",
                 &["result"],
             ),
             index_publications_total: counter_vec(

@@ -211,7 +211,10 @@ impl Node {
         let source = &self.origin.sources[0];
         let source = self.registry.repository(&source.host, &source.repository);
         let blob = source.blob(self.spec.digest, self.spec.size);
-        self.loader.load(&self.spec, blob, &[], Some(&self.origin)).await.unwrap()
+        self.loader
+            .load(&self.spec, blob, &[], Some(&self.origin))
+            .await
+            .unwrap()
     }
 
     fn count(&self, word: &str) -> u64 {

@@ -16,8 +16,8 @@ use rustix::io::Errno;
 
 use super::CachedLayer;
 use super::hold::file_size;
-use crate::layer::{Chunk, Verify};
 use crate::layer::digest::Hasher;
+use crate::layer::{Chunk, Verify};
 
 /// Bytes read at a time.
 const BUFFER: u64 = 1 << 20;

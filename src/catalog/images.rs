@@ -88,7 +88,7 @@ pub fn plan_layers(manifest: &Manifest, config: &ImageConfig) -> Result<Vec<Plan
                 digest: layer.digest,
                 size: layer.size,
                 media_type: layer.media_type.clone(),
-                annotations: layer.annotations.clone(),
+                annotations: super::soci::annotated(layer, manifest),
                 foreign: !layer.urls.is_empty(),
                 diff_id: Some(*diff_id),
             },

@@ -15,6 +15,7 @@ use crate::registry::{Blob, RegistryError};
 use crate::store::IndexRecord;
 
 use super::shared::{self, Found, Origin, SharedIndexes};
+use super::soci::{self, SociIndexes};
 
 /// What the image says of one layer.
 #[derive(Debug, Clone)]
@@ -161,6 +162,7 @@ pub struct Loader {
     fetcher: Arc<Fetcher>,
     formats: FormatsConfig,
     shared: Option<Arc<SharedIndexes>>,
+    soci: Option<Arc<SociIndexes>>,
 }
 
 impl Loader {
@@ -171,6 +173,7 @@ impl Loader {
             fetcher,
             formats,
             shared: None,
+            soci: None,
         }
     }
 
@@ -178,6 +181,14 @@ impl Loader {
     pub fn with_shared(self, shared: Arc<SharedIndexes>) -> Self {
         Loader {
             shared: Some(shared),
+            ..self
+        }
+    }
+
+    /// The same, which looks for SOCI indexes before it looks for others.
+    pub fn with_soci(self, soci: Arc<SociIndexes>) -> Self {
+        Loader {
+            soci: Some(soci),
             ..self
         }
     }
@@ -228,6 +239,11 @@ impl Loader {
             },
             (not_lazy, _) => not_lazy,
         };
+        if let (Some(soci), Some(origin)) = (&self.soci, origin)
+            && let Some(found) = soci.find(spec, origin).await
+        {
+            return self.take_soci(spec, blob, found).await;
+        }
         if let (Some(shared), Some(origin)) = (&self.shared, origin)
             && let Some(found) = shared.find(spec, origin).await
         {
@@ -275,6 +291,26 @@ impl Loader {
         layer.count(1, size);
         Ok(Loaded {
             index: Some(index),
+            ..Loaded::plain(layer)
+        })
+    }
+
+    /// Puts a layer into the cache that has a SOCI index, and has fetched ahead what that asks for.
+    async fn take_soci(&self, spec: &LayerSpec, blob: Arc<dyn Blob>, found: soci::Found) -> Result<Loaded, Refusal> {
+        let (cache, digest) = (Arc::clone(&self.cache), spec.digest);
+        let (index, windows) = (found.index, found.windows);
+        let inserted = tokio::task::spawn_blocking(move || cache.insert_with_windows(&digest, index, &windows)).await;
+        let cached = match inserted {
+            Ok(inserted) => inserted.map_err(|error| Refusal::of_cache(&error))?,
+            Err(_) => return Err(Refusal::unresolved("storing its index was interrupted", true)),
+        };
+        let layer = self.fetcher.open(cached, blob);
+        layer.count(1, found.bytes);
+        for (offset, len) in found.prefetch {
+            layer.prefetch(offset, len);
+        }
+        Ok(Loaded {
+            index: Some(found.record),
             ..Loaded::plain(layer)
         })
     }

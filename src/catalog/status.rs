@@ -164,6 +164,12 @@ impl From<Option<IndexRecord>> for IndexStatus {
                 verified,
                 published: None,
             },
+            Some(IndexRecord::Soci { from, trust, .. }) => IndexStatus {
+                source: "soci".to_owned(),
+                from: Some(from),
+                trust: Some(trust),
+                ..IndexStatus::default()
+            },
         }
     }
 }

@@ -27,6 +27,7 @@ use crate::registry::image::{Image, ImageConfig, Manifest, resolve};
 use crate::registry::{Reference, Registry, Source};
 use crate::store::{IndexRecord, LayerSource};
 
+use super::soci;
 use super::status::short;
 use super::{IndexArgs, IndexCommand};
 
@@ -35,29 +36,29 @@ const SUFFIX: &str = ".lazuli-index";
 
 /// One line of what a command found or did.
 #[derive(Debug, Default, Serialize)]
-struct Row {
+pub(super) struct Row {
     /// Digest of the layer.
-    layer: String,
+    pub(super) layer: String,
     /// Bytes of its blob, if known.
     #[serde(skip_serializing_if = "Option::is_none")]
-    layer_bytes: Option<u64>,
+    pub(super) layer_bytes: Option<u64>,
     /// Digest of the index.
     #[serde(skip_serializing_if = "Option::is_none")]
-    index: Option<String>,
+    pub(super) index: Option<String>,
     /// Bytes of the index.
     #[serde(skip_serializing_if = "Option::is_none")]
-    index_bytes: Option<u64>,
+    pub(super) index_bytes: Option<u64>,
     /// Repository or file.
     #[serde(skip_serializing_if = "Option::is_none")]
-    place: Option<String>,
+    pub(super) place: Option<String>,
     /// Whether it has a signature, good or not.
     #[serde(skip_serializing_if = "Option::is_none")]
-    signed: Option<bool>,
+    pub(super) signed: Option<bool>,
     /// Why this configuration trusts it; absent if it does not.
     #[serde(skip_serializing_if = "Option::is_none")]
-    trust: Option<String>,
+    pub(super) trust: Option<String>,
     /// What became of it, or why there is none.
-    note: String,
+    pub(super) note: String,
 }
 
 pub(super) fn run(args: IndexArgs) -> anyhow::Result<()> {
@@ -105,6 +106,24 @@ async fn execute(mut config: Config, args: &IndexArgs) -> anyhow::Result<Vec<Row
             repository,
         } => tool.list_repository(repository.as_deref()).await,
         IndexCommand::Rm { reference, repository } => tool.remove(reference, repository.as_deref()).await,
+        IndexCommand::Export {
+            source,
+            soci: version,
+            output,
+            push,
+            span_size,
+            min_layer_size,
+        } => {
+            let export = soci::Export {
+                version: *version,
+                output: output.as_deref(),
+                push: push.as_deref(),
+                span_size: *span_size,
+                min_layer_size: *min_layer_size,
+            };
+            let subject = tool.subject(source).await?;
+            export.run(&tool.registry, &subject).await
+        }
         IndexCommand::Inspect { .. } => Ok(Vec::new()),
     }
 }
@@ -121,6 +140,7 @@ fn hosts_named(command: &IndexCommand) -> Vec<String> {
         }
         | IndexCommand::Rm { reference, repository } => (Some(reference), repository.as_ref()),
         IndexCommand::Ls { reference, repository } => (reference.as_ref(), repository.as_ref()),
+        IndexCommand::Export { source, push, .. } => (Some(source), push.as_ref()),
         IndexCommand::Inspect { .. } => (None, None),
     };
     let names = reference.into_iter().chain(repository);
@@ -139,11 +159,11 @@ struct Tool {
 }
 
 /// An image whose layers are to be looked at.
-struct Subject {
-    source: Arc<dyn Source>,
-    place: Option<LayerSource>,
-    image: Image,
-    layers: Vec<PlannedLayer>,
+pub(super) struct Subject {
+    pub(super) source: Arc<dyn Source>,
+    pub(super) place: Option<LayerSource>,
+    pub(super) image: Image,
+    pub(super) layers: Vec<PlannedLayer>,
 }
 
 impl Tool {
@@ -467,7 +487,7 @@ fn inspect(file: &Path) -> anyhow::Result<Row> {
     })
 }
 
-fn row_of(layer: &PlannedLayer) -> Row {
+pub(super) fn row_of(layer: &PlannedLayer) -> Row {
     Row {
         layer: layer.spec.digest.to_string(),
         layer_bytes: Some(layer.spec.size),

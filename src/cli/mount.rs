@@ -67,9 +67,14 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
         .is_err()
         .then(|| TocImage::beside(Arc::clone(&source), &reference));
     let toc_images = toc_image.as_slice();
-    let loads = layers
-        .iter()
-        .map(|layer| loader.load(&layer.spec, source.blob(layer.spec.digest, layer.spec.size), toc_images, None));
+    let loads = layers.iter().map(|layer| {
+        loader.load(
+            &layer.spec,
+            source.blob(layer.spec.digest, layer.spec.size),
+            toc_images,
+            None,
+        )
+    });
     let loaded = try_join_all(loads).await?;
     let layers: Vec<_> = loaded.iter().map(|loaded| Arc::clone(&loaded.layer)).collect();
 

@@ -215,7 +215,7 @@ fn tree(ztoc: &Ztoc<'_>, xattrs: bool) -> Result<TreeBuilder, LayerError> {
     files.sort_by_key(|file| file.offset);
     for file in files {
         let end = file.offset.checked_add(file.size);
-        if end.is_none_or(|end| end > ztoc.uncompressed_size) || file.offset % BLOCK != 0 {
+        if end.is_none_or(|end| end > ztoc.uncompressed_size) || !file.offset.is_multiple_of(BLOCK) {
             return Err(file.wrong("its content lies outside, or at no block"));
         }
         tree.add(file.offset, &file.entry(xattrs)?)?;

@@ -29,6 +29,15 @@ pub enum IndexRecord {
         /// Whether it was found to describe the whole layer, once that was here; `None`: not looked at yet.
         verified: Option<bool>,
     },
+    /// Made of a zTOC, before the layer was here.
+    Soci {
+        /// Repository it was found in.
+        from: String,
+        /// Why it was believed, for people.
+        trust: String,
+        /// Digest of the SOCI index that lists it.
+        digest: Digest,
+    },
 }
 
 pub(super) fn create_tables(transaction: &WriteTransaction) -> Result<(), StoreError> {

@@ -29,21 +29,21 @@ const IMAGES: &str = "LAZULI_DEMO_IMAGES";
 const BALLAST: usize = 24 << 20;
 
 /// The registry that the machines have in common.
-struct Ground {
+pub struct Ground {
     sandbox: Sandbox,
     registry: Registry,
-    proxy: Proxy,
+    pub proxy: Proxy,
 }
 
 /// One machine. Fields are dropped in this order: users before what they use.
-struct Machine {
-    containerd: Containerd,
+pub struct Machine {
+    pub containerd: Containerd,
     lazuli: Lazuli,
     _sandbox: Sandbox,
 }
 
 impl Ground {
-    fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         let sandbox = Sandbox::new(name);
         let registry = Registry::start(&sandbox);
         let proxy = Proxy::start(registry.address, Link::default());
@@ -54,7 +54,33 @@ impl Ground {
         }
     }
 
-    fn machine(&self, name: &str, index: &str) -> Machine {
+    /// One whose registry has the images of the demonstration; `None`, and a message past the capture of the test runner, without them.
+    pub fn with_demo_images(name: &str) -> Option<Self> {
+        use std::io::Write as _;
+        let Some(storage) = std::env::var_os(IMAGES).filter(|dir| !dir.is_empty()) else {
+            let message = format!(
+                "\n*** NOT TESTED WITH python and numpy: run make demo, and set {IMAGES}=target/demo-images/1 ***\n"
+            );
+            let _ = std::io::stderr().write_all(message.as_bytes());
+            return None;
+        };
+        if subject() != program::SNAPSHOTTER {
+            return None;
+        }
+        let mut ground = Ground::new(name);
+        let data = ground.sandbox.path("registry/data");
+        ground.registry.stop();
+        run_ok(
+            std::process::Command::new("cp")
+                .args(["-a", "-T"])
+                .arg(&storage)
+                .arg(&data),
+        );
+        ground.registry.restart();
+        Some(ground)
+    }
+
+    pub fn machine(&self, name: &str, index: &str) -> Machine {
         let generation = Generation::two().unwrap_or(Generation::One);
         let sandbox = self.sandbox.machine(name);
         let containerd = Containerd::start(&sandbox, generation, &program::address_in(&sandbox));
@@ -68,13 +94,13 @@ impl Ground {
         }
     }
 
-    fn push(&self, image: &Image, name: &str) -> String {
+    pub fn push(&self, image: &Image, name: &str) -> String {
         self.registry.push(image, name);
         format!("{}/{name}", self.proxy.host())
     }
 
     /// Bytes of blobs that came from the registry since the last time.
-    fn blob_bytes(&self) -> u64 {
+    pub fn blob_bytes(&self) -> u64 {
         let exchanges = self.proxy.take().into_iter();
         total_bytes(&exchanges.filter(Exchange::is_blob).collect::<Vec<_>>())
     }
@@ -82,7 +108,7 @@ impl Ground {
 
 impl Machine {
     /// Stock `ctr` where that is lazy, `lazuli pull` elsewhere.
-    fn pull(&self, reference: &str) -> Finished {
+    pub fn pull(&self, reference: &str) -> Finished {
         match self.containerd.generation {
             Generation::One => self.lazuli.pull(reference),
             Generation::Two(_) => self.containerd.pull(reference, program::SNAPSHOTTER),
@@ -90,11 +116,11 @@ impl Machine {
         .expect_success()
     }
 
-    fn sh(&self, reference: &str, script: &str) -> String {
+    pub fn sh(&self, reference: &str, script: &str) -> String {
         self.containerd.sh(reference, program::SNAPSHOTTER, script)
     }
 
-    fn layer(&self, digest: &str) -> Value {
+    pub fn layer(&self, digest: &str) -> Value {
         let status = self.lazuli.status();
         let layers = status["layers"].as_array().cloned().unwrap_or_default();
         let layer = layers.into_iter().find(|layer| layer["digest"] == digest);
@@ -112,14 +138,14 @@ impl Machine {
         run(&mut self.lazuli.command("index", arguments), COMMAND_TIMEOUT)
     }
 
-    fn index_json(&self, arguments: &[&str]) -> Vec<Value> {
+    pub fn index_json(&self, arguments: &[&str]) -> Vec<Value> {
         let finished = self.index(&[&["--json"], arguments].concat()).expect_success();
         serde_json::from_slice(&finished.stdout).unwrap_or_else(|error| panic!("{error}: {}", finished.describe()))
     }
 }
 
 /// A base, and an application with a large file that nobody reads.
-fn image() -> Image {
+pub fn image() -> Image {
     let ballast = Entry::file("app/data/ballast.bin", noise(77, BALLAST));
     let entries = application_entries().into_iter().chain([ballast]);
     Image::new(
@@ -384,27 +410,9 @@ fn a_false_index_is_found_out_and_not_used_again() {
 
 #[test]
 fn a_python_with_numpy_starts_with_a_fifth_of_its_bytes() {
-    use std::io::Write as _;
-    let Some(storage) = std::env::var_os(IMAGES).filter(|dir| !dir.is_empty()) else {
-        let message = format!(
-            "\n*** NOT TESTED WITH python and numpy: run make demo, and set {IMAGES}=target/demo-images/1 ***\n"
-        );
-        let _ = std::io::stderr().write_all(message.as_bytes());
+    let Some(ground) = Ground::with_demo_images("shared_numpy") else {
         return;
     };
-    if subject() != program::SNAPSHOTTER {
-        return;
-    }
-    let mut ground = Ground::new("shared_numpy");
-    let data = ground.sandbox.path("registry/data");
-    ground.registry.stop();
-    run_ok(
-        std::process::Command::new("cp")
-            .args(["-a", "-T"])
-            .arg(&storage)
-            .arg(&data),
-    );
-    ground.registry.restart();
     let reference = format!("{}/demo/python:plain", ground.proxy.host());
     let index = "repository = \"REGISTRY/cluster/index\"";
     let one = ground.machine("a", &format!("{index}\npublish = true"));

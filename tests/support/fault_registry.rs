@@ -664,7 +664,10 @@ impl Inner {
             .iter()
             .filter_map(|(digest, (media_type, bytes))| {
                 let document: serde_json::Value = serde_json::from_slice(bytes).ok()?;
-                let artifact_type = document["artifactType"].as_str().unwrap_or_default();
+                // What says nothing of its own type has that of its config.
+                let artifact_type = document["artifactType"].as_str();
+                let artifact_type = artifact_type.or(document["config"]["mediaType"].as_str());
+                let artifact_type = artifact_type.unwrap_or_default();
                 let wanted = asked.query.get("artifactType");
                 let about = document["subject"]["digest"] == subject.as_str();
                 let of_type = !filters || wanted.is_none_or(|wanted| wanted == artifact_type);

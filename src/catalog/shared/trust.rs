@@ -47,6 +47,14 @@ pub enum IndexError {
         /// What is wrong.
         problem: String,
     },
+    /// An entry of the list of SOCI indexes cannot be used.
+    #[error("index.soci_indexes: {name:?}: {problem}")]
+    Soci {
+        /// The digest of a manifest or of an index.
+        name: String,
+        /// What is wrong.
+        problem: String,
+    },
 }
 
 /// Why an index is believed.

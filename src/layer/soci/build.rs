@@ -123,7 +123,7 @@ impl ZtocBuilder {
                 let mut at = self.blob_size - bytes.len() as u64;
                 walker.push(bytes)?;
                 while !bytes.is_empty() {
-                    if at > 0 && at % *span_size == 0 {
+                    if at > 0 && at.is_multiple_of(*span_size) {
                         digests.push(std::mem::replace(hasher, Hasher::new()).finish().to_string());
                     }
                     let room = *span_size - at % *span_size;

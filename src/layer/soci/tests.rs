@@ -322,9 +322,7 @@ fn a_table_that_is_referred_to_again_and_again_is_refused() {
     let count = 1_000_000u32;
     let mut bytes = Vec::new();
     let put = |bytes: &mut Vec<u8>, words: &[u32]| bytes.extend(words.iter().flat_map(|word| word.to_le_bytes()));
-    put(&mut bytes, &[16]);
-    // 4: list of the root's fields (slots 0, 4, 5), 16 bytes long; the root follows at 20 after padding.
-    bytes.clear();
+    // 4: list of the root's fields (slots 0, 4, 5), 16 bytes long; the root follows at 20.
     put(&mut bytes, &[20]);
     for field in [16u16, 16, 4, 0, 0, 0, 8, 12] {
         bytes.extend(field.to_le_bytes());
@@ -348,7 +346,7 @@ fn a_table_that_is_referred_to_again_and_again_is_refused() {
     }
     put(&mut bytes, &[spans - spans_list, count]);
     for at in 0..count {
-        // Back to a table is what no reference can say; each points on to the one behind the vector.
+        // No reference points back: each points on to the table behind the vector.
         put(&mut bytes, &[4 * (count - at)]);
     }
     // An empty table, whose list is the one of `spans`.

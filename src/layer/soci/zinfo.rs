@@ -48,7 +48,7 @@ pub(super) fn gzip(bytes: &[u8]) -> Result<Vec<Point<'_>>, LayerError> {
     let have = have.ok_or_else(|| malformed(0, "its zinfo has no checkpoints, or too many"))?;
     let body = &bytes[HEADER_LEN..];
     let stored = body.len() / CHECKPOINT_LEN;
-    if body.len() % CHECKPOINT_LEN != 0 || !(stored == have || stored + 1 == have) {
+    if !body.len().is_multiple_of(CHECKPOINT_LEN) || !(stored == have || stored + 1 == have) {
         let what = format!(
             "its zinfo has {} bytes, and says it has {have} checkpoints",
             bytes.len()

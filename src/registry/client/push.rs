@@ -167,16 +167,24 @@ impl Pusher {
                 artifact_type: artifact_type.to_owned(),
                 annotations: annotations.clone(),
             };
-            self.change_list(subject.digest, |list| {
-                let known = list.iter().any(|other| other.digest == digest);
-                if !known {
-                    list.push(entry.clone());
-                }
-                !known
-            })
-            .await?;
+            self.list_artifact(subject.digest, entry).await?;
         }
         Ok(digest)
+    }
+
+    /// Adds an artifact that is there to the list under the tag of its `subject`, for registries that keep no such lists themselves.
+    ///
+    /// # Errors
+    /// As [`Pusher::put_blob`].
+    pub async fn list_artifact(&self, subject: Digest, entry: Referrer) -> Result<(), RegistryError> {
+        self.change_list(subject, |list| {
+            let known = list.iter().any(|other| other.digest == entry.digest);
+            if !known {
+                list.push(entry.clone());
+            }
+            !known
+        })
+        .await
     }
 
     /// Removes a manifest, and its entry in the list under the tag of its `subject`. Whether it was there.

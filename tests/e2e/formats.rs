@@ -35,6 +35,8 @@ const STREAM_BELOW: u64 = 256 << 10;
 const TRUSTING: &str = "[index]\ntrusted_repositories = [\"REGISTRY/formats/*\", \"REGISTRY/torture/*\"]\n";
 /// Bytes that every plain layer is made larger by: those below 256 KiB are not worth an index.
 const BALLAST: usize = 300_000;
+/// Uncompressed bytes of a SOCI span: its own tool's 4 MiB are more than the part that is allowed here.
+const SPAN: &str = "1048576";
 /// Bytes of the tar in each gzip member, as bgzip cuts it, and in each zstd frame.
 const MEMBER: usize = 65_280;
 const FRAME: usize = 1 << 20;
@@ -269,10 +271,10 @@ fn containers_storage(stage: &Stage, image: &Image, name: &str) -> String {
 }
 
 /// Pushes an image with its layers compressed anew, each with something in front that makes it worth an index.
-fn push_plain(stage: &Stage, image: &Image, name: &str, compress: impl Fn(&[u8]) -> Layer) -> String {
+fn push_plain(stage: &Stage, image: &Image, name: &str, ballast: usize, compress: impl Fn(&[u8]) -> Layer) -> String {
     let layers = image.layers.iter().enumerate().map(|(number, layer)| {
         let mut tar = Vec::new();
-        let ballast = Entry::file(format!("ballast-{number}"), noise(number as u64 + 1, BALLAST));
+        let ballast = Entry::file(format!("ballast-{number}"), noise(number as u64 + 1, ballast));
         Tar::new(&mut tar).add(ballast).unwrap();
         let blob = layer.blob.bytes.as_slice();
         match layer.compression {
@@ -295,7 +297,7 @@ fn index(stage: &Stage, reference: String) -> String {
 
 fn plain_gzip(stage: &Stage, image: &Image, name: &str) -> String {
     let compress = |tar: &[u8]| Layer::from_tar(Compression::Gzip, tar);
-    index(stage, push_plain(stage, image, name, compress))
+    index(stage, push_plain(stage, image, name, BALLAST, compress))
 }
 
 /// Many small gzip members, as bgzip and `pigz --independent` make them.
@@ -308,23 +310,49 @@ fn gzip_members(stage: &Stage, image: &Image, name: &str) -> String {
         }
         Layer::from_blob(Compression::Gzip, blob)
     };
-    index(stage, push_plain(stage, image, name, compress))
+    index(stage, push_plain(stage, image, name, BALLAST, compress))
 }
 
 fn plain_tar(stage: &Stage, image: &Image, name: &str) -> String {
     let compress = |tar: &[u8]| Layer::from_tar(Compression::None, tar);
-    index(stage, push_plain(stage, image, name, compress))
+    index(stage, push_plain(stage, image, name, BALLAST, compress))
 }
 
 /// Several zstd frames, as pzstd makes them.
 fn zstd_frames(stage: &Stage, image: &Image, name: &str) -> String {
     let compress = |tar: &[u8]| {
         let frames = tar.chunks(FRAME).map(|part| zstd::encode_all(part, 1).unwrap());
-        // A layer has to have two of them: an empty one more is none too many.
-        let empty = zstd::encode_all(&[][..], 1).unwrap();
-        Layer::from_blob(Compression::Zstd, frames.chain([empty]).flatten().collect())
+        Layer::from_blob(Compression::Zstd, frames.flatten().collect())
     };
-    index(stage, push_plain(stage, image, name, compress))
+    index(stage, push_plain(stage, image, name, 3 * FRAME, compress))
+}
+
+/// Has a SOCI index of an image exported to `to`.
+fn soci(stage: &Stage, image: String, version: &str, to: String) -> String {
+    if let Some(lazuli) = &stage.lazuli {
+        let options = ["--span-size", SPAN, "--min-layer-size", "0", "--push", &to];
+        let arguments = [&["export", &image, "--soci", version][..], &options].concat();
+        run(&mut lazuli.command("index", &arguments), 5 * COMMAND_TIMEOUT).expect_success();
+    }
+    to
+}
+
+fn soci_v1(stage: &Stage, image: &Image, name: &str) -> String {
+    let plain = push_plain(stage, image, name, BALLAST, |tar| {
+        Layer::from_tar(Compression::Gzip, tar)
+    });
+    soci(stage, plain.clone(), "v1", plain)
+}
+
+/// The first layer is not compressed, so that both kinds of zTOCs are there.
+fn soci_v2(stage: &Stage, image: &Image, name: &str) -> String {
+    let first = std::cell::Cell::new(true);
+    let compress = |tar: &[u8]| match first.take() {
+        true => Layer::from_tar(Compression::None, tar),
+        false => Layer::from_tar(Compression::Gzip, tar),
+    };
+    let plain = push_plain(stage, image, &format!("{name}-plain"), BALLAST, compress);
+    soci(stage, plain, "v2", format!("{}/{name}", stage.proxy.host()))
 }
 
 formats! {
@@ -338,6 +366,8 @@ formats! {
     gzip_of_members: gzip_members, Options::default, "shared", [names links sizes sparse whiteouts implied];
     tar: plain_tar, Options::default, "shared", [names links sizes sparse whiteouts implied];
     zstd_of_frames: zstd_frames, Options::default, "shared", [names links sizes sparse whiteouts implied];
+    soci_of_version_1: soci_v1, Options::default, "soci", [links metadata xattrs sizes devices whiteouts];
+    soci_of_version_2: soci_v2, Options::default, "soci", [names links sizes whiteouts];
 }
 
 /// What a plain gzip layer lost to others after it was streamed comes back in ranges, and its container does not notice.
@@ -345,19 +375,21 @@ formats! {
 fn evicted_bytes_of_a_streamed_layer_come_back_in_ranges() {
     const LENGTH: usize = 1_000_000;
     const COUNT: u64 = 24;
+    /// Files of the image that takes the place of the first.
+    const OTHERS: u64 = 36;
     let config = "[cache]\nmax_size = \"40MiB\"\nmin_free = 0\n";
     let stage = Stage::with("formats::evicted_bytes", Generation::One, config, |_| {});
     let Some(lazuli) = &stage.lazuli else { return };
-    let files = |seed: u64| {
+    let files = |seed: u64, count: u64| {
         let dirs = [Entry::dir("data")].into_iter();
-        let files = (0..COUNT).map(|i| Entry::file(format!("data/f{i}"), noise(seed + i, LENGTH)));
+        let files = (0..count).map(|i| Entry::file(format!("data/f{i}"), noise(seed + i, LENGTH)));
         Layer::of(Compression::Gzip, dirs.chain(files))
     };
-    let image = |seed| {
+    let image = |seed, count| {
         let base = Layer::of(Compression::Gzip, base_entries());
-        Image::new(Flavour::Docker, vec![base, files(seed)])
+        Image::new(Flavour::Docker, vec![base, files(seed, count)])
     };
-    let (first, second) = (image(1), image(1000));
+    let (first, second) = (image(1, COUNT), image(1000, OTHERS));
     let layer = &first.layers[1].blob;
     let (reference, other) = (
         stage.push(&first, "evicted/first:1"),

@@ -1,10 +1,10 @@
-//! What the fuzz targets begin with: small files in `fuzz/corpus` that pass the checks of headers, made by
-//! `cargo test --lib seeds -- --ignored`.
+//! What the fuzz targets begin with: small files that pass the checks of headers. `LAZULI_SEEDS=$PWD/fuzz/corpus cargo test --lib seeds`
+//! writes them into the tree; without the variable they are made, and thrown away.
 //!
 //! A target that takes several values reads numbers from the front, little-endian, and bytes from what remains.
 
 use std::fs;
-use std::path::Path;
+use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
@@ -14,6 +14,8 @@ use super::streams::{entry, tar};
 use crate::layer::portable::{HEADER_LEN, inspect};
 use crate::layer::{Digest, LayerIndex, TarIndexer, estargz, portable};
 
+/// The variable that names the directory with a directory for each target.
+const DIR: &str = "LAZULI_SEEDS";
 /// Magic number and version of an index on disk, which targets put there themselves, as they do with the checksum at its end.
 const INDEX_HEAD: usize = 12;
 /// Header and record of windows.
@@ -27,7 +29,8 @@ const SEPARATOR: &[u8] = b"\xffLAYER\xff";
 fn write(target: &str, name: &str, parts: &[&[u8]]) {
     // What the fuzzer finds is named in hexadecimal digits, and is not kept.
     assert!(!name.starts_with(|first: char| first.is_ascii_hexdigit()), "{name}");
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target);
+    let Some(dir) = std::env::var_os(DIR) else { return };
+    let dir = PathBuf::from(dir).join(target);
     fs::create_dir_all(&dir).unwrap();
     fs::write(dir.join(name), parts.concat()).unwrap();
 }
@@ -75,7 +78,6 @@ fn indexed(tar: &[u8]) -> LayerIndex {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "writes into the source tree"]
 async fn seeds() {
     let (small, text) = (kinds(), text());
     for (name, tar, bytes) in [
@@ -172,7 +174,10 @@ fn tables() {
         entry.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         entry
     };
-    let table = |files: Vec<Value>| json!({"version": 1, "entries": [files, others.to_vec()].concat()}).to_string();
+    let table = |files: Vec<Value>| {
+        let entries = [files, others.to_vec()].concat();
+        json!({"version": 1, "entries": entries}).to_string()
+    };
 
     let landmark = json!({"name": ".prefetch.landmark", "type": "reg", "size": 1, "offset": 500, "digest": sum(2), "chunkDigest": sum(2)});
     let stargz = table(vec![

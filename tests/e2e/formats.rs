@@ -356,17 +356,18 @@ fn soci_v2(stage: &Stage, image: &Image, name: &str) -> String {
 }
 
 formats! {
-    estargz: estargz, stargz_options, "image", [sizes whiteouts devices];
-    estargz_external: estargz_external, stargz_options, "image", [sizes whiteouts devices];
-    zstd_chunked_stargz: stargz_zstd, stargz_options, "image", [sizes whiteouts devices];
-    zstd_chunked_skopeo: skopeo, Options::default, "image", [links metadata xattrs sizes whiteouts devices];
-    zstd_chunked_containers_storage: containers_storage, Options::default, "image", [links sizes whiteouts];
+    estargz: estargz, stargz_options, "image", [xattrs sizes whiteouts base_whiteouts devices];
+    estargz_external: estargz_external, stargz_options, "image", [xattrs sizes whiteouts base_whiteouts devices];
+    zstd_chunked_stargz: stargz_zstd, stargz_options, "image", [xattrs sizes whiteouts base_whiteouts devices];
+    zstd_chunked_skopeo: skopeo, Options::default, "image", [links metadata xattrs sizes whiteouts base_whiteouts devices];
+    zstd_chunked_containers_storage: containers_storage, Options::default, "image", [links metadata xattrs sizes whiteouts devices];
     gzip: plain_gzip, Options::default, "shared",
         [names links duplicates metadata xattrs sizes sparse devices whiteouts base_whiteouts implied];
     gzip_of_members: gzip_members, Options::default, "shared", [names links sizes sparse whiteouts implied];
     tar: plain_tar, Options::default, "shared", [names links sizes sparse whiteouts implied];
     zstd_of_frames: zstd_frames, Options::default, "shared", [names links sizes sparse whiteouts implied];
-    soci_of_version_1: soci_v1, Options::default, "soci", [links metadata xattrs sizes devices whiteouts];
+    soci_of_version_1: soci_v1, Options::default, "soci",
+        [names links duplicates metadata xattrs sizes devices whiteouts base_whiteouts implied];
     soci_of_version_2: soci_v2, Options::default, "soci", [names links sizes whiteouts];
 }
 

@@ -11,15 +11,17 @@ use libfuzzer_sys::fuzz_target;
 #[allow(dead_code)]
 mod reader;
 
-fuzz_target!(|input: (Vec<u32>, Vec<u8>)| {
-    let (sizes, bytes) = input;
-    let mut body = b"LZLINDEX\x01\0\0\0".to_vec();
-    body.extend_from_slice(&bytes);
-    let digest = Digest::of(&body);
-    body.extend_from_slice(digest.as_bytes());
-    let Ok(index) = LayerIndex::decode(&body) else {
+#[path = "../sealed.rs"]
+#[allow(dead_code)]
+mod sealed;
+
+fuzz_target!(|input: (u8, [u32; 3], &[u8])| {
+    let (count, sizes, bytes) = input;
+    let sizes = &sizes[..usize::from(count) % (sizes.len() + 1)];
+    let Ok(index) = LayerIndex::decode(&sealed::index(bytes)) else {
         return;
     };
+    let digest = Digest::of(bytes);
     let device = |size: &u32| Device {
         tag: digest,
         size: u64::from(*size),

@@ -26,14 +26,14 @@ fn member(json: &[u8]) -> Vec<u8> {
     gzip.finish().expect("a Vec takes all")
 }
 
-fuzz_target!(|input: (u64, Vec<u8>)| {
+fuzz_target!(|input: (u64, &[u8])| {
     let (blob_size, bytes) = input;
-    if let Ok(Some(Footer::Inside(toc) | Footer::Legacy(toc))) = find_toc(&bytes, blob_size) {
+    if let Ok(Some(Footer::Inside(toc) | Footer::Legacy(toc))) = find_toc(bytes, blob_size) {
         assert!(toc.len > 0 && toc.offset + toc.len <= blob_size);
     }
-    let digest = Digest::of(&bytes);
-    let _ = index_from_toc(&bytes, TOC_OFFSET, BLOB_SIZE, &digest);
-    if let Ok(toc) = index_from_toc(&member(&bytes), TOC_OFFSET, BLOB_SIZE, &digest) {
+    let digest = Digest::of(bytes);
+    let _ = index_from_toc(bytes, TOC_OFFSET, BLOB_SIZE, &digest);
+    if let Ok(toc) = index_from_toc(&member(bytes), TOC_OFFSET, BLOB_SIZE, &digest) {
         let index = toc.index;
         assert!(toc.prefetch <= index.data_size());
         for inode in index.inodes().iter().filter(|inode| inode.is_reg() && inode.size > 0) {

@@ -2,16 +2,16 @@
 
 #![no_main]
 
-use lazuli::layer::{Digest, LayerIndex};
+use lazuli::layer::LayerIndex;
 use libfuzzer_sys::fuzz_target;
+
+#[path = "../sealed.rs"]
+#[allow(dead_code)]
+mod sealed;
 
 fuzz_target!(|bytes: &[u8]| {
     let _ = LayerIndex::decode(bytes);
-    let mut body = b"LZLINDEX\x03\0\0\0".to_vec();
-    body.extend_from_slice(bytes);
-    let digest = Digest::of(&body);
-    body.extend_from_slice(digest.as_bytes());
-    if let Ok(index) = LayerIndex::decode(&body) {
+    if let Ok(index) = LayerIndex::decode(&sealed::index(bytes)) {
         for inode in index.inodes() {
             for entry in index.entries(inode) {
                 assert_eq!(index.lookup(inode, index.name(entry)), Some(entry.ino));

@@ -11,7 +11,7 @@ use libfuzzer_sys::fuzz_target;
 /// Most uncompressed bytes that are looked at.
 const LIMIT: usize = 4 << 20;
 
-fuzz_target!(|input: (u8, u16, u16, u16, Vec<u8>)| {
+fuzz_target!(|input: (u8, u16, u16, u16, &[u8])| {
     let (bits, window, skip, len, bytes) = input;
     let entry = Entry::Block {
         bits,
@@ -20,14 +20,14 @@ fuzz_target!(|input: (u8, u16, u16, u16, Vec<u8>)| {
     let window: Vec<u8> = (0..window).map(|i| (i % 251) as u8).collect();
     for (entry, window) in [(entry, &window[..]), (Entry::Member, &[])] {
         let (skip, len) = (u32::from(skip), u32::from(len));
-        if let Ok(decoded) = decode(entry, &bytes, window, skip, len) {
+        if let Ok(decoded) = decode(entry, bytes, window, skip, len) {
             assert_eq!(decoded.len(), len as usize);
-            let all = decode(entry, &bytes, window, 0, skip + len).unwrap();
+            let all = decode(entry, bytes, window, 0, skip + len).unwrap();
             assert_eq!(decoded, all[skip as usize..]);
         }
     }
     for compression in [Compression::Gzip, Compression::Zstd] {
-        let mut scanner = Scanner::new(compression, Cursor::new(bytes.clone())).unwrap();
+        let mut scanner = Scanner::new(compression, Cursor::new(bytes.to_vec())).unwrap();
         let (mut data, mut spans, mut buf) = (Vec::new(), Vec::new(), Vec::new());
         while scanner.read(&mut buf, 70_000).is_ok() && data.len() < LIMIT {
             spans.extend(scanner.spans());

@@ -2,5 +2,6 @@
 
 mod fake;
 mod ranges;
+mod seeds;
 mod spans;
 mod streams;

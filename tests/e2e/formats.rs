@@ -1,20 +1,24 @@
 //! Every lazy format passes the same tests: the same tree as overlayfs, for an ordinary image and for odd layers, and laziness.
 //!
-//! A format is one line at the end of this file: how an image is published in it, what its trees may differ in, and which odd layers its
-//! own tools take.
+//! A format is one line: how an image is published in it, what its trees may differ in, and which odd layers its own tools take. Plain
+//! layers count as formats too, once they have an index: it is published beside the image, so that nothing is streamed.
 
+use std::collections::BTreeMap;
 use std::fs;
+use std::io::{Read as _, Write as _};
 use std::process::Command;
 
+use flate2::read::MultiGzDecoder;
+use flate2::write::GzEncoder;
 use serde_json::Value;
 
 use crate::stage::Stage;
 use crate::support::containerd::Generation;
-use crate::support::image::{Compression, Flavour, Image, Layer, base_entries, ordinary};
+use crate::support::image::{Compression, Flavour, Image, Layer, base_entries, digest_of, ordinary};
 use crate::support::lazuli::SNAPSHOTTER;
 use crate::support::proxy::Exchange;
-use crate::support::sandbox::{PATIENCE, require_program, run, run_ok, wait_until};
-use crate::support::tar::{Entry, noise};
+use crate::support::sandbox::{COMMAND_TIMEOUT, PATIENCE, require_program, run, run_ok, wait_until};
+use crate::support::tar::{Entry, Tar, noise};
 use crate::support::torture::{self, Case};
 use crate::support::tree::Options;
 
@@ -25,6 +29,17 @@ const FILES: u64 = 100;
 const FILE_LEN: usize = 2_000_000;
 /// Of the layer's blob, the part that one small file may cost, in percent.
 const MOST_PERCENT: u64 = 2;
+/// Layers with a table of contents whose blobs are smaller than this (bytes) are streamed.
+const STREAM_BELOW: u64 = 256 << 10;
+/// The daemon believes what lies beside the images of these tests.
+const TRUSTING: &str = "[index]\ntrusted_repositories = [\"REGISTRY/formats/*\", \"REGISTRY/torture/*\"]\n";
+/// Bytes that every plain layer is made larger by: those below 256 KiB are not worth an index.
+const BALLAST: usize = 300_000;
+/// Uncompressed bytes of a SOCI span: its own tool's 4 MiB are more than the part that is allowed here.
+const SPAN: &str = "1048576";
+/// Bytes of the tar in each gzip member, as bgzip cuts it, and in each zstd frame.
+const MEMBER: usize = 65_280;
+const FRAME: usize = 1 << 20;
 
 /// A lazy format.
 struct Format {
@@ -32,21 +47,42 @@ struct Format {
     publish: fn(&Stage, &Image, &str) -> String,
     /// What its trees may differ in.
     options: fn() -> Options,
+    /// Where the daemon has the index of each layer from: `image`, or what else the status names.
+    source: &'static str,
     /// Odd layers that the format can express and its tools take.
     torture: &'static [fn() -> Case],
 }
 
 impl Format {
     fn same_tree(&self, name: &str) {
-        let stage = Stage::new(name, Generation::One);
+        let stage = Stage::with(name, Generation::One, TRUSTING, |_| {});
         let reference = (self.publish)(&stage, &ordinary(Flavour::Oci, Compression::Gzip), "formats/ordinary:1");
         let comparison = stage.compare(&reference, &(self.options)()).expect_equal();
+        self.check_sources(&stage, &reference);
         assert!(comparison.entries > ORDINARY_ENTRIES, "{comparison:?}");
         assert!(comparison.bytes > 5_000_000, "{comparison:?}");
     }
 
+    /// Whether the index of each layer of an image comes from where it should: what was streamed shows nothing about a format.
+    fn check_sources(&self, stage: &Stage, reference: &str) {
+        let Some(lazuli) = &stage.lazuli else { return };
+        let status = lazuli.status();
+        let manifest = stage.containerd.manifest(reference);
+        for layer in manifest["layers"].as_array().unwrap() {
+            // A table of contents is not worth a request where all of the layer takes one.
+            if self.source == "image" && layer["size"].as_u64().unwrap() < STREAM_BELOW {
+                continue;
+            }
+            let mut live = status["layers"].as_array().unwrap().iter();
+            let live = live.find(|live| live["digest"] == layer["digest"]);
+            let live = live.unwrap_or_else(|| panic!("{} is not served: {status:#}", layer["digest"]));
+            let found = (&live["index"]["source"], &live["lazy"]);
+            assert_eq!(found, (&self.source.into(), &true.into()), "{reference}: {live:#}");
+        }
+    }
+
     fn torture(&self, name: &str) {
-        let stage = Stage::new(name, Generation::One);
+        let stage = Stage::with(name, Generation::One, TRUSTING, |_| {});
         for case in self.torture {
             let case = case();
             let reference = (self.publish)(&stage, &case.image, &format!("torture/{}:1", case.name));
@@ -61,17 +97,24 @@ impl Format {
                 case.name,
                 comparison.differences
             );
+            self.check_sources(&stage, &reference);
         }
     }
 
-    /// Pulled by stock `ctr` where that is lazy, the image is there before its bytes, and a small file costs little more than itself.
+    /// Pulled by stock `ctr` of containerd 2.x if that is here, by `lazuli pull` otherwise, the image is there before its bytes, and a
+    /// small file costs little more than itself.
     fn lazy(&self, name: &str) {
-        let stage = Stage::new(name, Generation::One);
+        let generation = Generation::two().unwrap_or(Generation::One);
+        let stage = Stage::with(name, generation, TRUSTING, |_| {});
         if stage.lazuli.is_none() {
             return;
         }
         let mut entries = vec![Entry::dir("data"), Entry::file("data/small", "a small file\n")];
-        entries.extend((0..FILES).map(|i| Entry::file(format!("data/f{i}"), noise(i + 1, FILE_LEN))));
+        let files: BTreeMap<String, Vec<u8>> = (0..FILES)
+            .map(|i| (format!("data/f{i}"), noise(i + 1, FILE_LEN)))
+            .collect();
+        let whole = digest_of(&files.values().flatten().copied().collect::<Vec<u8>>());
+        entries.extend(files.into_iter().map(|(name, bytes)| Entry::file(name, bytes)));
         let layers = vec![
             Layer::of(Compression::Gzip, base_entries()),
             Layer::of(Compression::None, entries),
@@ -100,21 +143,15 @@ impl Format {
             (&true.into(), &Value::Null),
             "{live}"
         );
-        // And all the rest is right as well.
-        let sum = "cat /data/f* | sha256sum; sha256sum < /data/small";
-        assert_eq!(stage.sh(&reference, sum), stage_sum(&stage, &reference, sum));
+        assert_eq!(live["index"]["source"], self.source, "{live}");
+        // And all the rest is right as well: names come in the order of the map.
+        let sum = stage.sh(&reference, "cat /data/f* | sha256sum");
+        assert_eq!(sum.split_whitespace().next(), whole.strip_prefix("sha256:"));
     }
 }
 
-/// What a script says of an image on overlayfs.
-fn stage_sum(stage: &Stage, reference: &str, script: &str) -> String {
-    use crate::support::containerd::REFERENCE;
-    stage.containerd.pull(reference, REFERENCE).expect_success();
-    stage.containerd.sh(reference, REFERENCE, script)
-}
-
 macro_rules! formats {
-    ($($name:ident: $publish:expr, $options:expr, [$($torture:ident)*];)*) => {
+    ($($name:ident: $publish:expr, $options:expr, $source:literal, [$($torture:ident)*];)*) => {
         $(
             mod $name {
                 use super::*;
@@ -122,6 +159,7 @@ macro_rules! formats {
                 const FORMAT: Format = Format {
                     publish: $publish,
                     options: $options,
+                    source: $source,
                     torture: &[$(torture::$torture),*],
                 };
 
@@ -232,12 +270,178 @@ fn containers_storage(stage: &Stage, image: &Image, name: &str) -> String {
     stage.push(&image, name)
 }
 
+/// Pushes an image with its layers compressed anew, each with something in front that makes it worth an index.
+fn push_plain(stage: &Stage, image: &Image, name: &str, ballast: usize, compress: impl Fn(&[u8]) -> Layer) -> String {
+    let layers = image.layers.iter().enumerate().map(|(number, layer)| {
+        let mut tar = Vec::new();
+        let ballast = Entry::file(format!("ballast-{number}"), noise(number as u64 + 1, ballast));
+        Tar::new(&mut tar).add(ballast).unwrap();
+        let blob = layer.blob.bytes.as_slice();
+        match layer.compression {
+            Compression::None => tar.extend_from_slice(blob),
+            Compression::Gzip => drop(MultiGzDecoder::new(blob).read_to_end(&mut tar).unwrap()),
+            Compression::Zstd => zstd::stream::copy_decode(blob, &mut tar).unwrap(),
+        }
+        compress(&tar)
+    });
+    stage.push(&Image::new(Flavour::Oci, layers.collect()), name)
+}
+
+/// Has an index published beside an image.
+fn index(stage: &Stage, reference: String) -> String {
+    if let Some(lazuli) = &stage.lazuli {
+        run(&mut lazuli.command("index", &["push", &reference]), 5 * COMMAND_TIMEOUT).expect_success();
+    }
+    reference
+}
+
+fn plain_gzip(stage: &Stage, image: &Image, name: &str) -> String {
+    let compress = |tar: &[u8]| Layer::from_tar(Compression::Gzip, tar);
+    index(stage, push_plain(stage, image, name, BALLAST, compress))
+}
+
+/// Many small gzip members, as bgzip and `pigz --independent` make them.
+fn gzip_members(stage: &Stage, image: &Image, name: &str) -> String {
+    let compress = |tar: &[u8]| {
+        let mut blob = Vec::new();
+        for part in tar.chunks(MEMBER) {
+            let mut member = GzEncoder::new(&mut blob, flate2::Compression::fast());
+            member.write_all(part).and_then(|()| member.finish().map(drop)).unwrap();
+        }
+        Layer::from_blob(Compression::Gzip, blob)
+    };
+    index(stage, push_plain(stage, image, name, BALLAST, compress))
+}
+
+fn plain_tar(stage: &Stage, image: &Image, name: &str) -> String {
+    let compress = |tar: &[u8]| Layer::from_tar(Compression::None, tar);
+    index(stage, push_plain(stage, image, name, BALLAST, compress))
+}
+
+/// Several zstd frames, as pzstd makes them.
+fn zstd_frames(stage: &Stage, image: &Image, name: &str) -> String {
+    let compress = |tar: &[u8]| {
+        let frames = tar.chunks(FRAME).map(|part| zstd::encode_all(part, 1).unwrap());
+        Layer::from_blob(Compression::Zstd, frames.flatten().collect())
+    };
+    index(stage, push_plain(stage, image, name, 3 * FRAME, compress))
+}
+
+/// Has a SOCI index of an image exported to `to`.
+fn soci(stage: &Stage, image: String, version: &str, to: String) -> String {
+    if let Some(lazuli) = &stage.lazuli {
+        let options = ["--span-size", SPAN, "--min-layer-size", "0", "--push", &to];
+        let arguments = [&["export", &image, "--soci", version][..], &options].concat();
+        run(&mut lazuli.command("index", &arguments), 5 * COMMAND_TIMEOUT).expect_success();
+    }
+    to
+}
+
+fn soci_v1(stage: &Stage, image: &Image, name: &str) -> String {
+    let plain = push_plain(stage, image, name, BALLAST, |tar| {
+        Layer::from_tar(Compression::Gzip, tar)
+    });
+    soci(stage, plain.clone(), "v1", plain)
+}
+
+/// The first layer is not compressed, so that both kinds of zTOCs are there.
+fn soci_v2(stage: &Stage, image: &Image, name: &str) -> String {
+    let first = std::cell::Cell::new(true);
+    let compress = |tar: &[u8]| match first.take() {
+        true => Layer::from_tar(Compression::None, tar),
+        false => Layer::from_tar(Compression::Gzip, tar),
+    };
+    let plain = push_plain(stage, image, &format!("{name}-plain"), BALLAST, compress);
+    soci(stage, plain, "v2", format!("{}/{name}", stage.proxy.host()))
+}
+
 formats! {
-    estargz: estargz, stargz_options, [sizes whiteouts devices];
-    estargz_external: estargz_external, stargz_options, [sizes whiteouts devices];
-    zstd_chunked_stargz: stargz_zstd, stargz_options, [sizes whiteouts devices];
-    zstd_chunked_skopeo: skopeo, Options::default, [links metadata xattrs sizes whiteouts devices];
-    zstd_chunked_containers_storage: containers_storage, Options::default, [links sizes whiteouts];
+    estargz: estargz, stargz_options, "image", [xattrs sizes whiteouts base_whiteouts devices];
+    estargz_external: estargz_external, stargz_options, "image", [xattrs sizes whiteouts base_whiteouts devices];
+    zstd_chunked_stargz: stargz_zstd, stargz_options, "image", [xattrs sizes whiteouts base_whiteouts devices];
+    zstd_chunked_skopeo: skopeo, Options::default, "image", [links metadata xattrs sizes whiteouts base_whiteouts devices];
+    zstd_chunked_containers_storage: containers_storage, Options::default, "image", [links metadata xattrs sizes whiteouts devices];
+    gzip: plain_gzip, Options::default, "shared",
+        [names links duplicates metadata xattrs sizes sparse devices whiteouts base_whiteouts implied];
+    gzip_of_members: gzip_members, Options::default, "shared", [names links sizes sparse whiteouts implied];
+    tar: plain_tar, Options::default, "shared", [names links sizes sparse whiteouts implied];
+    zstd_of_frames: zstd_frames, Options::default, "shared", [names links sizes sparse whiteouts implied];
+    soci_of_version_1: soci_v1, Options::default, "soci",
+        [names links duplicates metadata xattrs sizes devices whiteouts base_whiteouts implied];
+    soci_of_version_2: soci_v2, Options::default, "soci", [names links sizes whiteouts];
+}
+
+/// What a plain gzip layer lost to others after it was streamed comes back in ranges, and its container does not notice.
+#[test]
+fn evicted_bytes_of_a_streamed_layer_come_back_in_ranges() {
+    const LENGTH: usize = 1_000_000;
+    const COUNT: u64 = 24;
+    /// Files of the image that takes the place of the first.
+    const OTHERS: u64 = 36;
+    let config = "[cache]\nmax_size = \"40MiB\"\nmin_free = 0\n";
+    let stage = Stage::with("formats::evicted_bytes", Generation::One, config, |_| {});
+    let Some(lazuli) = &stage.lazuli else { return };
+    let files = |seed: u64, count: u64| {
+        let dirs = [Entry::dir("data")].into_iter();
+        let files = (0..count).map(|i| Entry::file(format!("data/f{i}"), noise(seed + i, LENGTH)));
+        Layer::of(Compression::Gzip, dirs.chain(files))
+    };
+    let image = |seed, count| {
+        let base = Layer::of(Compression::Gzip, base_entries());
+        Image::new(Flavour::Docker, vec![base, files(seed, count)])
+    };
+    let (first, second) = (image(1, COUNT), image(1000, OTHERS));
+    let layer = &first.layers[1].blob;
+    let (reference, other) = (
+        stage.push(&first, "evicted/first:1"),
+        stage.push(&second, "evicted/second:1"),
+    );
+    stage.pull(&reference);
+    let present = || {
+        let status = lazuli.status();
+        let mut layers = status["layers"].as_array().unwrap().iter();
+        let live = layers.find(|live| live["digest"] == *layer.digest).unwrap();
+        assert_eq!(
+            (&live["lazy"], &live["index"]["source"]),
+            (&true.into(), &"built".into()),
+            "{live}"
+        );
+        live["present_bytes"].as_u64().unwrap()
+    };
+    let all = present();
+    assert!(all > COUNT * LENGTH as u64, "{all} bytes");
+    stage.pull(&other);
+    let evicted = wait_until(PATIENCE, || (present() < all / 2).then_some(()));
+    evicted.unwrap_or_else(|| panic!("{} of {all} bytes are still there", present()));
+    stage.proxy.take();
+    let of_layer = || {
+        let exchanges = stage.blob_requests().into_iter();
+        exchanges
+            .filter(|exchange| exchange.path.contains(&layer.digest))
+            .collect::<Vec<_>>()
+    };
+    let sum = |i: u64| digest_of(&noise(1 + i, LENGTH)).replace("sha256:", "");
+    let text = stage.sh(&reference, "sha256sum < /data/f11");
+    assert!(text.starts_with(&sum(11)), "{text}");
+    let asked = of_layer();
+    let fetched: u64 = asked.iter().map(|exchange| exchange.bytes).sum();
+    let whole = layer.bytes.len() as u64;
+    assert!(
+        !asked.is_empty() && asked.iter().all(|exchange| exchange.range.is_some()),
+        "{asked:#?}"
+    );
+    assert!(
+        fetched < whole / 4,
+        "{fetched} of {whole} bytes for {LENGTH}: {asked:#?}"
+    );
+    let text = stage.sh(&reference, "for f in /data/f*; do sha256sum $f; done");
+    for i in 0..COUNT {
+        assert!(text.contains(&format!("{}  /data/f{i}\n", sum(i))), "f{i}: {text}");
+    }
+    assert!(
+        of_layer().iter().all(|exchange| exchange.range.is_some()),
+        "it was streamed again"
+    );
 }
 
 /// What the author of an eStargz image wants ahead is fetched after the pull, without anybody asking for it.
@@ -288,7 +492,8 @@ fn landmarks_are_prefetched() {
     assert_eq!(asked.count(), 0, "what was fetched ahead is fetched again");
 }
 
-/// Every layer that is not lazy has a reason in `lazuli status`, in both forms, and in what `lazuli pull` says.
+/// Every layer that is not lazy has a reason in `lazuli status`, in both forms, and in what `lazuli pull` says. A gzip layer is, from its
+/// stream on; why it was streamed is in the log.
 #[test]
 fn what_is_not_lazy_says_why() {
     let stage = Stage::new("formats::what_is_not_lazy_says_why", Generation::One);
@@ -298,7 +503,7 @@ fn what_is_not_lazy_says_why() {
     nydus
         .annotations
         .insert("containerd.io/snapshot/nydus-blob".into(), "true".into());
-    let mut damaged = Layer::of(Compression::Gzip, file("damaged"));
+    let mut damaged = Layer::of(Compression::Zstd, file("damaged"));
     let digest = format!("sha256:{}", "0".repeat(64));
     damaged
         .annotations
@@ -320,7 +525,7 @@ fn what_is_not_lazy_says_why() {
     let pulled = stage.pull(&reference).text();
     let table = run_ok(&mut lazuli.command("status", &[])).text();
     for text in [&pulled, &table] {
-        for (layer, reason) in image.layers.iter().zip(reasons) {
+        for (layer, reason) in image.layers.iter().zip(reasons).skip(1) {
             let short = &layer.blob.digest["sha256:".len()..][..12];
             let line = text.lines().find(|line| line.contains(short));
             assert!(
@@ -330,9 +535,17 @@ fn what_is_not_lazy_says_why() {
         }
     }
     let status = lazuli.status();
-    for (layer, reason) in image.layers.iter().zip(reasons).take(3) {
+    for (number, (layer, reason)) in image.layers.iter().zip(reasons).take(3).enumerate() {
         let mut layers = status["layers"].as_array().unwrap().iter();
         let live = layers.find(|live| live["digest"] == *layer.blob.digest).unwrap();
+        if number == 0 {
+            assert_eq!(
+                (&live["lazy"], &live["not_lazy"]),
+                (&true.into(), &Value::Null),
+                "{live}"
+            );
+            continue;
+        }
         assert!(live["not_lazy"].as_str().unwrap().contains(reason), "{live}");
     }
     let refused = status["images"][0]["layers"][3]["refused"].as_str().unwrap();

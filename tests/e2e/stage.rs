@@ -36,15 +36,22 @@ impl Stage {
         Self::with(name, generation, "", |_| {})
     }
 
-    /// Starts all of them; `config` is added to the daemon's configuration, and `prepare` is called before anything is started.
+    /// Starts all of them; `config` is added to the daemon's configuration, in which `REGISTRY` is the proxy's address, and `prepare` is
+    /// called before anything is started.
     pub fn with(name: &str, generation: Generation, config: &str, prepare: impl FnOnce(&Sandbox)) -> Self {
         let sandbox = Sandbox::new(name);
         prepare(&sandbox);
         let registry = Registry::start(&sandbox);
         let proxy = Proxy::start(registry.address, Link::default());
         let containerd = Containerd::start(&sandbox, generation, &lazuli::address_in(&sandbox));
-        let lazuli = (subject() == lazuli::SNAPSHOTTER)
-            .then(|| Lazuli::start(&sandbox, &containerd.address, &[proxy.host()], config));
+        let lazuli = (subject() == lazuli::SNAPSHOTTER).then(|| {
+            Lazuli::start(
+                &sandbox,
+                &containerd.address,
+                &[proxy.host()],
+                &config.replace("REGISTRY", &proxy.host()),
+            )
+        });
         Stage {
             containerd,
             lazuli,

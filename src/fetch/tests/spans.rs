@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::fake::{Bench, FakeBlob, Fault, noise};
 use super::streams::{LONG, request, sparse, tar};
@@ -20,7 +21,7 @@ fn files() -> Vec<u8> {
     tar
 }
 
-fn gzip(tar: &[u8], member: usize) -> Vec<u8> {
+pub(super) fn gzip(tar: &[u8], member: usize) -> Vec<u8> {
     let mut blob = Vec::new();
     for part in tar.chunks(member) {
         let builder = flate2::GzBuilder::new().filename("layer.tar");
@@ -31,13 +32,13 @@ fn gzip(tar: &[u8], member: usize) -> Vec<u8> {
     blob
 }
 
-fn frames(tar: &[u8]) -> Vec<u8> {
+pub(super) fn frames(tar: &[u8]) -> Vec<u8> {
     tar.chunks(400_000)
         .flat_map(|part| zstd::encode_all(part, 1).unwrap())
         .collect()
 }
 
-async fn streamed(bench: &Bench, bytes: &[u8], tar: &[u8]) -> (Arc<FakeBlob>, Arc<CachedLayer>, Arc<Layer>) {
+pub(super) async fn streamed(bench: &Bench, bytes: &[u8], tar: &[u8]) -> (Arc<FakeBlob>, Arc<CachedLayer>, Arc<Layer>) {
     let blob = FakeBlob::new(bytes.to_vec());
     let cached = bench.fetcher.stream(request(&blob, bytes, tar)).await.unwrap();
     let layer = bench.fetcher.open(Arc::clone(&cached), blob.clone());
@@ -225,4 +226,40 @@ async fn spans_are_verified_before_they_are_decoded() {
     cached.evict_all();
     let result = layer.read(2_500_000, 10, LONG).await;
     assert!(matches!(result, Err(FetchError::Corrupt { .. })), "{result:?}");
+}
+
+/// Bytes that are evicted while the layer is streamed again reach those who wait for them all the same, those of sparse files too.
+#[tokio::test(flavor = "multi_thread")]
+async fn evictions_during_a_second_stream_harm_nobody() {
+    let tar = files();
+    let bytes = zstd::encode_all(&tar[..], 1).unwrap();
+    let bench = Bench::new();
+    let (blob, cached, layer) = streamed(&bench, &bytes, &tar).await;
+    let inode = *layer
+        .index()
+        .inode(layer.index().lookup_path(b"sparse").unwrap())
+        .unwrap();
+    cached.evict_all();
+    let done = Arc::new(AtomicBool::new(false));
+    let evicting = {
+        let (cached, done) = (Arc::clone(&cached), Arc::clone(&done));
+        std::thread::spawn(move || {
+            while !done.load(Ordering::Relaxed) {
+                cached.evict_all();
+                std::thread::yield_now();
+            }
+        })
+    };
+    // One chunk at a time: what a read of several waits for may be evicted again before it has all of them.
+    let chunks = layer.index().chunks();
+    let place = layer.index().chunks_at(inode.data, inode.size);
+    for chunk in [&chunks[1]].into_iter().chain(&chunks[place]) {
+        let read = layer.read(chunk.data_offset, chunk.data_len, LONG).await;
+        assert_eq!(Digest::of(&read.unwrap()), chunk.digest);
+    }
+    done.store(true, Ordering::Relaxed);
+    evicting.join().unwrap();
+    assert!(blob.requests() > 2);
+    let read = layer.read(inode.data, inode.size as u32, LONG).await.unwrap();
+    assert!(read[..] == sparse());
 }

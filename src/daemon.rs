@@ -22,9 +22,9 @@ use crate::cache::{Cache, CacheError};
 use crate::catalog::containerd::{Containerd, MAX_MESSAGE};
 use crate::catalog::loader::Loader;
 use crate::catalog::shared::SharedIndexes;
-use crate::catalog::soci::SociIndexes;
 use crate::catalog::shared::publish::Publisher;
 use crate::catalog::shared::trust::IndexError;
+use crate::catalog::soci::SociIndexes;
 use crate::catalog::{Catalog, Handle, Parts};
 use crate::config::{Config, LogConfig, LogFormat};
 use crate::fetch::Fetcher;
@@ -162,7 +162,9 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let catalog = Catalog::new(Parts {
         containerd: Containerd::new(&config.containerd_address),
         registry,
-        loader: Loader::new(cache, fetcher, config.formats.clone()).with_shared(shared).with_soci(soci),
+        loader: Loader::new(cache, fetcher, config.formats.clone())
+            .with_shared(shared)
+            .with_soci(soci),
         faces,
         store: Arc::clone(&store),
         metrics: Arc::clone(&metrics),

@@ -2,14 +2,16 @@
 //!
 //! Through `fsopen` and its kin: one page of options for `mount(2)` would hold the devices of a few dozen layers, not of 500.
 
+use std::fs;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountAttrFlags;
 
-use super::SysError;
 use super::mount::{Context, DetachedMount, FSCONFIG_STRING_MAX};
+use super::{SysError, fuse};
 
 /// Type of the mount in the list of mounts.
 pub const FS_TYPE: &str = "erofs";
@@ -21,7 +23,15 @@ const FS_IOC_GETFSUUID: u32 = 0x8011_1500;
 pub struct ErofsOptions {
     /// Whether the kernel reads metadata and devices past their own page cache, so that each byte is cached once (since Linux 6.15).
     pub direct_io: bool,
+    /// How far the kernel reads ahead within a file of the image, in KiB; `None`: its default (128 KiB).
+    pub read_ahead_kib: Option<u32>,
 }
+
+/// Where the kernel lists what file systems read through, EROFS mounts as `erofs-<number>`: the number is counted up by mounts, and nothing tells
+/// which mount has which.
+const BACKING_DEVICES: &str = "/sys/class/bdi";
+/// Held while a mount is made whose number is of interest.
+static NUMBERED: Mutex<()> = Mutex::new(());
 
 /// Mounts the image in the file `metadata`, whose devices are the files `devices` in their order: read-only; set-id bits and device nodes
 /// are in force, as they are in the layers below a container anywhere else.
@@ -41,7 +51,35 @@ pub fn mount(metadata: &Path, devices: &[PathBuf], options: ErofsOptions) -> Res
     if options.direct_io {
         context.flag("directio")?;
     }
-    context.mount(MountAttrFlags::MOUNT_ATTR_RDONLY)
+    // Never waited for: a mount may hang.
+    let (Some(kib), Ok(_turn)) = (options.read_ahead_kib, NUMBERED.try_lock()) else {
+        return context.mount(MountAttrFlags::MOUNT_ATTR_RDONLY);
+    };
+    let before = backing_devices();
+    let mount = context.mount(MountAttrFlags::MOUNT_ATTR_RDONLY)?;
+    let mut new = backing_devices();
+    new.retain(|name| !before.contains(name));
+    // If somebody else has made one at the same moment, neither is touched.
+    if let [name] = new.as_slice() {
+        // It is only slower without.
+        let _ = fuse::write_read_ahead(name, kib);
+    }
+    Ok(mount)
+}
+
+/// Names of what EROFS mounts read through.
+fn backing_devices() -> Vec<String> {
+    let names = fs::read_dir(BACKING_DEVICES).into_iter().flatten().flatten();
+    let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+    names.filter(|name| name.starts_with("erofs-")).collect()
+}
+
+/// How far the kernel reads ahead in files of the file system that holds `path`, in KiB; `None` if it does not tell.
+pub fn read_ahead_at(path: &Path) -> Option<u32> {
+    let device = device(path).ok()?;
+    let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
+    let text = fs::read_to_string(format!("{BACKING_DEVICES}/{major}:{minor}/read_ahead_kb")).ok()?;
+    text.trim().parse().ok()
 }
 
 /// A name of `path` that fits into a string of `fsconfig`: itself, or that of a descriptor which is put into `open`.

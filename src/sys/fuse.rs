@@ -72,7 +72,12 @@ pub fn abort(major: u32, minor: u32) -> Result<(), SysError> {
 /// # Errors
 /// [`SysError`], for instance where sysfs is read-only.
 pub fn set_read_ahead(major: u32, minor: u32, kib: u32) -> Result<(), SysError> {
-    let path = PathBuf::from(format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb"));
+    write_read_ahead(&format!("{major}:{minor}"), kib)
+}
+
+/// The same, for what is called `name` in `/sys/class/bdi`.
+pub(super) fn write_read_ahead(name: &str, kib: u32) -> Result<(), SysError> {
+    let path = PathBuf::from(format!("/sys/class/bdi/{name}/read_ahead_kb"));
     // Not `fs::write`: a file that is missing there must not be created.
     OpenOptions::new()
         .write(true)

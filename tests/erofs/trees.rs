@@ -14,9 +14,11 @@ pub struct Trees {
     names: Vec<(Ino, Vec<u8>, Ino)>,
     xattrs: Vec<(Ino, Vec<u8>, Vec<u8>)>,
     strings: Vec<u8>,
-    /// Content of each device, and which files are on it: inode, offset.
-    devices: Vec<(Vec<u8>, Vec<(Ino, usize)>)>,
+    devices: Vec<Content>,
 }
+
+/// Content of a device, and which files are on it: inode, offset.
+type Content = (Vec<u8>, Vec<(Ino, usize)>);
 
 /// A finished tree.
 pub struct Made {

@@ -22,7 +22,10 @@ use crate::sys::mount::{Unmount, unmount};
 use crate::sys::mountinfo;
 
 /// How every image is mounted.
-const OPTIONS: ErofsOptions = ErofsOptions { direct_io: false };
+pub(super) const OPTIONS: ErofsOptions = ErofsOptions {
+    direct_io: false,
+    read_ahead_kib: None,
+};
 /// How long nothing is tried again after a mount failed.
 const RETRY_AFTER: Duration = Duration::from_secs(60);
 /// Most mounts that are taken away from one mount point; more can only mean that something makes new ones.
@@ -294,7 +297,16 @@ impl Mounts {
         };
         let path = self.places.mount_point(slot, kind);
         make_mount_point(&path)?;
-        let device = self.mount_at(&path, metadata.source, devices)?;
+        let options = match kind {
+            // Over FUSE, what is read ahead may have to be fetched: the kernel's small default is enough.
+            Kind::Image => OPTIONS,
+            // As far as in the same file without EROFS in between.
+            Kind::File => ErofsOptions {
+                read_ahead_kib: devices.first().and_then(|file| erofs::read_ahead_at(file)),
+                ..OPTIONS
+            },
+        };
+        let device = self.mount_at(&path, metadata.source, devices, options)?;
         *state.place(kind) = Some(Mounted {
             path: path.clone(),
             kind,
@@ -307,8 +319,14 @@ impl Mounts {
     }
 
     /// Mounts the image `source` at the directory `path`, and gives the device number of the mount.
-    pub(super) fn mount_at(&self, path: &Path, source: PathBuf, devices: Vec<PathBuf>) -> Result<u64, CallError> {
-        let mount = self.calls.run(move || erofs::mount(&source, &devices, OPTIONS))?;
+    pub(super) fn mount_at(
+        &self,
+        path: &Path,
+        source: PathBuf,
+        devices: Vec<PathBuf>,
+        options: ErofsOptions,
+    ) -> Result<u64, CallError> {
+        let mount = self.calls.run(move || erofs::mount(&source, &devices, options))?;
         // Neither asks who serves it: the mount point is a directory of the local disk, and the root of an image is in memory.
         mount.attach(path)?;
         Ok(erofs::device(path)?)

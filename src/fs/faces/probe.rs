@@ -14,7 +14,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 
 use super::calls::CallError;
-use super::mounts::Mounts;
+use super::mounts::{Mounts, OPTIONS};
 use super::places::{PROBE, make_mount_point};
 use crate::fetch::{FetchError, LayerData};
 use crate::fs::{FsError, Session};
@@ -99,7 +99,7 @@ fn show(mounts: &Mounts, source: &Path, device: &Path) -> Result<(), CallError> 
     let path = mounts.places.dir().join(format!("{PROBE}mount"));
     let fail = |error: io::Error| SysError::new("read", &path, error);
     make_mount_point(&path).map_err(|error| fail(io::Error::other(error)))?;
-    mounts.mount_at(&path, source.to_owned(), vec![device.to_owned()])?;
+    mounts.mount_at(&path, source.to_owned(), vec![device.to_owned()], OPTIONS)?;
     let file = path.join("probe");
     let read = mounts.calls.run(move || {
         let read = std::fs::read(&file);

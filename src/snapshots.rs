@@ -29,6 +29,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::catalog::Layers;
 use crate::metrics::Metrics;
@@ -96,7 +97,7 @@ impl Service {
             release_due: Arc::default(),
             measuring: Arc::new(tokio::sync::Semaphore::new(MAX_MEASURED)),
         };
-        service.release_layers();
+        service.release_layers(Duration::ZERO);
         Ok(service)
     }
 

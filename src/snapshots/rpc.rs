@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use futures::stream::{self, BoxStream};
 use prost::Message as _;
@@ -33,6 +34,10 @@ const LIST_BATCH_BYTES: usize = 1 << 20;
 /// How often a layer that was released right after it was resolved is resolved anew. Each time takes a release just in
 /// between.
 const PUBLISH_ATTEMPTS: usize = 3;
+
+/// How long nothing is let go of after a removal: removals come in bursts, and a container that ended is often started again at once, on
+/// what is mounted for it.
+const RELEASE_DELAY: Duration = Duration::from_secs(3);
 
 /// Header with the namespace, which not every client and version sends.
 const NAMESPACE_HEADER: &str = "containerd-namespace";
@@ -169,13 +174,14 @@ impl Service {
         Ok(None)
     }
 
-    /// Lets go of layers and mounts that no snapshot needs, in the background.
-    pub(super) fn release_layers(&self) {
+    /// Lets go of layers and mounts that no snapshot needs, in the background, after a while.
+    pub(super) fn release_layers(&self, after: Duration) {
         if self.release_due.swap(true, Ordering::AcqRel) {
             return;
         }
         let service = self.clone();
         tokio::spawn(async move {
+            tokio::time::sleep(after).await;
             let _lock = service.references.lock().await;
             let _making = service.making.write().await;
             // What is removed from here on needs another release.
@@ -190,7 +196,7 @@ impl Service {
     async fn do_remove(&self, key: String) -> Result<(), SnapshotsError> {
         let removed = self.blocking(move |core| core.remove(&key)).await?;
         if removed.releases {
-            self.release_layers();
+            self.release_layers(RELEASE_DELAY);
         }
         if let Some(trash) = removed.trash {
             let core = Arc::clone(&self.core);

@@ -2,7 +2,7 @@
 //!
 //! EROFS asks for what a program wants to read in large requests, and when these fail, once more page by page. If each of them were
 //! tried with all its repetitions, or waited for its whole deadline, one `read` of a program would take as long as all its pages
-//! together. So bytes that could not be had fail again at once, for a moment; after it they are tried anew.
+//! together. So bytes that could not be had, and took their time to fail, fail again at once, for a moment; after it they are tried anew.
 
 use std::collections::HashMap;
 use std::ops::Range;

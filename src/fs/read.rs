@@ -20,6 +20,8 @@ use super::warn::WarnLimit;
 use crate::fetch::LayerData;
 use crate::layer::{Ino, Inode, LayerIndex, ROOT_INO};
 
+/// How long a read must have taken to fail for its bytes not to be tried again for a moment.
+const SLOW: Duration = Duration::from_secs(1);
 /// How much longer than its deadline a read is waited for: `fetch` answers in time by itself, and if it has a bug, the reader gets an
 /// error all the same instead of being stuck where even SIGKILL does not help.
 const GRACE: Duration = Duration::from_secs(1);
@@ -262,8 +264,11 @@ impl Shared {
             Err(error) => {
                 let errno = errno::of(&error);
                 let is_first = match through {
-                    Through::File(_) => true,
-                    Through::Data => self.failures.note(*layer.digest(), range.bytes(), errno),
+                    // What failed at once may be tried at once: the kernel's second try often succeeds.
+                    Through::Data if start.elapsed() >= SLOW => {
+                        self.failures.note(*layer.digest(), range.bytes(), errno)
+                    }
+                    Through::File(_) | Through::Data => true,
                 };
                 // The reader first: putting the line together takes longer than the answer.
                 answer.error(self.counters.failed(errno));

@@ -14,7 +14,7 @@ use lazuli::cache::Cache;
 use lazuli::config::{ByteSize, CacheConfig, FetchConfig};
 use lazuli::fetch::{Fetcher, StreamRequest};
 use lazuli::layer::digest::Hasher;
-use lazuli::layer::erofs::{self, Device};
+use lazuli::layer::erofs::{self, Addressing, Device};
 use lazuli::layer::merge::merge;
 use lazuli::layer::{Access, Chunk, Codec, Compression, Digest, LayerIndex, TarIndexer, decoder};
 use lazuli::metrics::Metrics;
@@ -158,10 +158,12 @@ fn images(c: &mut Criterion) {
             tag: Digest::from_bytes([0; 32]),
             size: built.data_size(),
         }];
-        let image = erofs::write(&built, &devices).unwrap();
+        let image = erofs::write(&built, &devices, Addressing::Chunks).unwrap();
         println!("{name}: {} inodes in {} bytes", image.inodes, image.bytes.len());
         group.throughput(Throughput::Elements(count));
-        group.bench_function(name, |b| b.iter(|| erofs::write(black_box(&built), &devices).unwrap()));
+        group.bench_function(name, |b| {
+            b.iter(|| erofs::write(black_box(&built), &devices, Addressing::Chunks).unwrap())
+        });
     }
 }
 

@@ -3,7 +3,7 @@
 
 #![no_main]
 
-use lazuli::layer::erofs::{self, Device};
+use lazuli::layer::erofs::{self, Addressing, Device};
 use lazuli::layer::{Digest, LayerIndex};
 use libfuzzer_sys::fuzz_target;
 
@@ -31,11 +31,13 @@ fuzz_target!(|input: (u8, [u32; 3], &[u8])| {
         size: index.data_size(),
     }];
     for devices in [whole, sizes.iter().map(device).collect()] {
-        let Ok(image) = erofs::write(&index, &devices) else {
-            continue;
-        };
-        let read = reader::read(&image.bytes).expect("what is written can be read");
-        assert_eq!(read.inodes, image.inodes);
-        assert_eq!(erofs::write(&index, &devices).as_ref(), Ok(&image));
+        for addressing in [Addressing::Unified, Addressing::Chunks] {
+            let Ok(image) = erofs::write(&index, &devices, addressing) else {
+                continue;
+            };
+            let read = reader::read(&image.bytes).expect("what is written can be read");
+            assert_eq!(read.inodes, image.inodes);
+            assert_eq!(erofs::write(&index, &devices, addressing).as_ref(), Ok(&image));
+        }
     }
 });

@@ -36,7 +36,7 @@ use self::stored::Part;
 use super::{FsError, Session};
 use crate::config::FaceChoice;
 use crate::fetch::{LayerData, LocalFile};
-use crate::layer::erofs;
+use crate::layer::erofs::{self, Addressing};
 use crate::metrics::Metrics;
 
 /// How faces are shown.
@@ -108,6 +108,8 @@ pub struct Faces {
     serving: Serving,
     /// Whether files of the cache can be mounted.
     files: bool,
+    /// How images say where bytes are.
+    addressing: Addressing,
     layers: RwLock<HashMap<u32, Arc<dyn LayerData>>>,
     /// Held while a chain's image is made.
     building: Mutex<()>,
@@ -125,26 +127,25 @@ impl Faces {
         // Read through the page cache, one large file for a whole layer would be read ahead across its files: bytes would be fetched that
         // nobody wants. The image reads ahead within each file.
         session.open_directly(options.choice != FaceChoice::Tree);
+        let kernel = rustix::system::uname();
+        let release = kernel.release().to_string_lossy();
+        let addressing = probe::addressing(&release);
         let probed = match options.choice {
             FaceChoice::Tree => Err("fuse.face is \"tree\" in the configuration".to_owned()),
-            FaceChoice::Auto | FaceChoice::Image => probe::probe(&session, &mounts),
+            FaceChoice::Auto | FaceChoice::Image => probe::probe(&session, &mounts, addressing),
         };
         let (serving, files) = match probed {
             Ok(probed) => {
                 if let Some(reason) = &probed.no_files {
                     tracing::info!("layers that are wholly in the cache are shown through FUSE as well: {reason}");
                 }
-                let kernel = rustix::system::uname();
                 let through = match probed.metadata_through_fuse {
                     true => ", but not from the file system of the root directory: metadata go through FUSE",
                     false => "",
                 };
                 let serving = Serving {
                     face: Face::Image,
-                    reason: format!(
-                        "Linux {} mounts EROFS from files{through}",
-                        kernel.release().to_string_lossy()
-                    ),
+                    reason: format!("Linux {release} mounts EROFS from files{through}"),
                     metadata_through_fuse: probed.metadata_through_fuse,
                 };
                 (serving, probed.no_files.is_none())
@@ -170,6 +171,7 @@ impl Faces {
             session,
             serving,
             files,
+            addressing,
             layers: RwLock::default(),
             building: Mutex::default(),
             metrics,
@@ -405,8 +407,8 @@ impl Faces {
             tag: *layer.digest(),
             size: index.data_size(),
         };
-        let image =
-            erofs::write(index, &[device]).map_err(|error| Trouble::lasting(Cause::Index, error.to_string()))?;
+        let image = erofs::write(index, &[device], self.addressing)
+            .map_err(|error| Trouble::lasting(Cause::Index, error.to_string()))?;
         self.count_dropped(slot, image.dropped_xattrs);
         let path = self.mounts.places.metadata(slot);
         self.mounts.places.write(&path, &[&image.bytes], false)?;

@@ -10,6 +10,11 @@
 //! in which a walk of the tree meets it: a directory's blocks, then the inodes of all its entries, so that listing a directory with
 //! attributes reads neighbours. `emit.rs` writes them there.
 //!
+//! A file's extent can be said in two ways ([`Addressing`]): by a block of the unified address space alone, or by a device and a block of it
+//! behind the inode, as the one chunk of a chunked file. They mean the same, but where the kernel reads files through other files, it
+//! compares addresses that it has translated with such that it has not, and so joins nothing that lies in the unified space: each folio
+//! of a file becomes a read of its own. With chunks, one read has up to 16 folios. A file of one page has nothing to join.
+//!
 //! What the format takes:
 //! - Links: 32 bits, and the kernel keeps 32 bits of it. Limits of 65,000 or 65,535 links are those of other file systems; none applies.
 //! - Times: a signed 64-bit second and its nanoseconds. There is one time, the modification; the kernel shows it as all the others.
@@ -34,12 +39,14 @@ mod tests;
 
 use sha2::{Digest as _, Sha256};
 
-use super::{Digest, LayerError, LayerIndex};
+use super::{Digest, Inode, LayerError, LayerIndex};
 pub use format::{BLOCK, MAX_DEVICES, MAX_IMAGE};
-use format::{MAX_BLOCK, TABLE};
+use format::{CHUNK, MAX_BLOCK, MAX_CHUNK, TABLE};
 
 /// Format name in errors.
 const FORMAT: &str = "layer index";
+/// Bytes of the smallest piece that the kernel reads of a file.
+const PAGE: u64 = 4096;
 
 /// One device of an image: the data space of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +55,22 @@ pub struct Device {
     pub tag: Digest,
     /// Bytes of its data space. The device must be readable up to the end of the last block of 512 bytes.
     pub size: u64,
+}
+
+/// How images say where the bytes of files are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Addressing {
+    /// By a block of the unified address space.
+    Unified,
+    /// Files of more than a page by a device and a block of it.
+    Chunks,
+}
+
+impl Addressing {
+    /// Whether the regular file `inode` is one chunk.
+    fn is_chunked(self, inode: &Inode) -> bool {
+        self == Addressing::Chunks && inode.is_reg() && (PAGE + 1..=MAX_CHUNK).contains(&inode.size)
+    }
 }
 
 /// A metadata image.
@@ -74,10 +97,10 @@ struct Span {
 /// # Errors
 /// [`LayerError::TooLarge`] naming the limit that the index exceeds, [`LayerError::Malformed`] when it says what no image can: a file
 /// outside every device or not at the beginning of a block, or an inode without links.
-pub fn write(index: &LayerIndex, devices: &[Device]) -> Result<Image, LayerError> {
+pub fn write(index: &LayerIndex, devices: &[Device], addressing: Addressing) -> Result<Image, LayerError> {
     let spans = spans(devices)?;
     let table_end = TABLE + devices.len() as u64 * format::DEVICE;
-    let plan = layout::plan(index, table_end)?;
+    let plan = layout::plan(index, addressing, table_end)?;
     // Addresses of the devices begin where the image ends.
     let base = plan.size / BLOCK;
     let data_blocks = spans.last().map_or(0, |span| (span.data + span.size).div_ceil(BLOCK));
@@ -123,28 +146,48 @@ struct Extents<'a> {
 }
 
 impl Extents<'_> {
-    /// First block of the `size` bytes at `offset` of the index's data space. `at` is the inode's position, for errors.
-    fn block(&self, at: u64, offset: u64, size: u64) -> Result<u32, LayerError> {
+    /// Where the content of the file `inode` is, which is not empty. `at` is the inode's position, for errors.
+    fn find(&self, at: u64, inode: &Inode) -> Result<Extent, LayerError> {
         let bad = |what: &str| LayerError::malformed(FORMAT, at, what);
+        let (offset, size) = (inode.data, inode.size);
         if !offset.is_multiple_of(BLOCK) {
             return Err(bad("a file's content does not begin at a whole block"));
         }
         // Of devices at the same place all but the last are empty.
         let after = self.spans.partition_point(|span| span.data <= offset);
-        let span = after.checked_sub(1).and_then(|at| self.spans.get(at));
-        let inside = span.is_some_and(|span| {
-            (offset - span.data)
-                .checked_add(size)
-                .is_some_and(|end| end <= span.size)
+        let number = |value: u64| u32::try_from(value).ok();
+        let found = after.checked_sub(1).and_then(|device| {
+            let span = self.spans.get(device)?;
+            let within = offset - span.data;
+            let inside = within.checked_add(size).is_some_and(|end| end <= span.size);
+            inside.then_some(Extent {
+                // Devices are counted from 1: 0 is the image.
+                device: u16::try_from(after).ok()?,
+                block: number(within / BLOCK)?,
+                unified: number(self.base.checked_add(offset / BLOCK)?)?,
+            })
         });
-        let block = self
-            .base
-            .checked_add(offset / BLOCK)
-            .and_then(|block| u32::try_from(block).ok());
-        match block {
-            Some(block) if inside => Ok(block),
-            _ => Err(bad("a file's content does not lie inside one device")),
-        }
+        found.ok_or_else(|| bad("a file's content does not lie inside one device"))
+    }
+}
+
+/// Where the content of a file is.
+struct Extent {
+    /// Number of the device.
+    device: u16,
+    /// First block on the device.
+    block: u32,
+    /// First block in the unified address space.
+    unified: u32,
+}
+
+impl Extent {
+    /// It as the address of a chunk.
+    fn chunk(&self) -> [u8; CHUNK as usize] {
+        let mut to = [0; CHUNK as usize];
+        to[2..4].copy_from_slice(&self.device.to_le_bytes());
+        to[4..].copy_from_slice(&self.block.to_le_bytes());
+        to
     }
 }
 

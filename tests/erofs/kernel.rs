@@ -7,12 +7,14 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use lazuli::layer::erofs::{self, Addressing};
 use lazuli::layer::index::mode;
-use lazuli::layer::{Ino, Inode, LayerIndex, ROOT_INO, erofs};
+use lazuli::layer::{Ino, Inode, LayerIndex, ROOT_INO};
 use proptest::prelude::*;
 use rustix::fs::{AtFlags, CWD, Mode, makedev};
 use rustix::mount::{MountFlags, UnmountFlags};
 
+use super::pure::ADDRESSINGS;
 use super::trees::{self, Made, Trees};
 
 /// An image in files, mounted until dropped.
@@ -32,13 +34,17 @@ impl Drop for Mounted {
     }
 }
 
-/// Mounts what was made; `None`, with a message, where that is impossible.
+/// Mounts what was made, in the way that Lazuli does here; `None`, with a message, where that is impossible.
 fn mount(made: &Made) -> Option<Mounted> {
+    mount_with(made, Addressing::Chunks)
+}
+
+fn mount_with(made: &Made, addressing: Addressing) -> Option<Mounted> {
     let mounted = Mounted {
         dir: tempfile::tempdir().unwrap(),
     };
     let path = |name: &str| mounted.dir.path().join(name);
-    let image = erofs::write(&made.index, &made.devices).unwrap();
+    let image = erofs::write(&made.index, &made.devices, addressing).unwrap();
     fs::create_dir(mounted.tree()).unwrap();
     fs::write(path("meta"), &image.bytes).unwrap();
     let mut options = Vec::new();
@@ -212,8 +218,12 @@ fn look(index: &LayerIndex, path: &Path, inode: &Inode, data: &[u8]) {
 #[test]
 fn the_kernel_shows_everything_odd() {
     let made = trees::torture();
-    let Some(mounted) = mount(&made) else { return };
-    compare(&made, &mounted.tree());
+    for addressing in ADDRESSINGS {
+        let Some(mounted) = mount_with(&made, addressing) else {
+            return;
+        };
+        compare(&made, &mounted.tree());
+    }
 }
 
 #[test]
@@ -239,7 +249,12 @@ fn an_acl_counts() {
     t.xattr(other, b"system.posix_acl_access", b"\x02\0\0\0nonsense");
     t.xattr(other, b"btrfs.compression", b"zstd");
     let made = t.finish();
-    assert_eq!(erofs::write(&made.index, &made.devices).unwrap().dropped_xattrs, 2);
+    assert_eq!(
+        erofs::write(&made.index, &made.devices, Addressing::Chunks)
+            .unwrap()
+            .dropped_xattrs,
+        2
+    );
     let Some(mounted) = mount(&made) else { return };
     let mut all = Command::new("setpriv");
     rustix::fs::chmodat(CWD, mounted.dir.path(), Mode::from_raw_mode(0o755), AtFlags::empty()).unwrap();
@@ -299,8 +314,10 @@ proptest! {
     #[test]
     fn the_kernel_shows_random_trees(devices in 1..4usize, steps in trees::steps()) {
         let made = trees::random(devices, &steps);
-        if let Some(mounted) = mount(&made) {
-            compare(&made, &mounted.tree());
+        for addressing in ADDRESSINGS {
+            if let Some(mounted) = mount_with(&made, addressing) {
+                compare(&made, &mounted.tree());
+            }
         }
     }
 }

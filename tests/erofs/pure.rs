@@ -2,13 +2,16 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use lazuli::layer::erofs::{self, Image};
+use lazuli::layer::erofs::{self, Addressing, Image};
 use lazuli::layer::index::mode;
 use lazuli::layer::{Digest, Ino, LayerIndex, ROOT_INO};
 use proptest::prelude::*;
 
 use super::reader::{self, Read};
 use super::trees::{self, Made};
+
+/// Both ways to say where bytes are.
+pub const ADDRESSINGS: [Addressing; 2] = [Addressing::Unified, Addressing::Chunks];
 
 /// Every name of an index with its inode, as the reader has them.
 pub fn names(index: &LayerIndex) -> BTreeMap<Vec<u8>, Ino> {
@@ -89,13 +92,15 @@ fn compare(made: &Made, image: &Image, read: &Read) {
 }
 
 fn round_trip(made: &Made) {
-    let image = erofs::write(&made.index, &made.devices).unwrap();
-    assert_eq!(
-        erofs::write(&made.index, &made.devices).unwrap(),
-        image,
-        "two times are two images"
-    );
-    compare(made, &image, &reader::read(&image.bytes).unwrap());
+    for addressing in ADDRESSINGS {
+        let image = erofs::write(&made.index, &made.devices, addressing).unwrap();
+        assert_eq!(
+            erofs::write(&made.index, &made.devices, addressing).unwrap(),
+            image,
+            "two times are two images"
+        );
+        compare(made, &image, &reader::read(&image.bytes).unwrap());
+    }
 }
 
 #[test]
@@ -105,7 +110,7 @@ fn everything_odd_comes_back() {
 
 #[test]
 fn an_image_needs_no_device() {
-    let image = erofs::write(&trees::Trees::new(0).finish().index, &[]).unwrap();
+    let image = erofs::write(&trees::Trees::new(0).finish().index, &[], Addressing::Chunks).unwrap();
     let read = reader::read(&image.bytes).unwrap();
     assert_eq!((read.inodes, read.devices.len(), image.bytes.len()), (1, 0, 1536));
 }
@@ -123,9 +128,8 @@ fn a_directory_of_a_hundred_thousand_entries_comes_back() {
 #[test]
 fn overlayfs_tells_images_apart() {
     let uuid = |made: Made| {
-        reader::read(&erofs::write(&made.index, &made.devices).unwrap().bytes)
-            .unwrap()
-            .uuid
+        let image = erofs::write(&made.index, &made.devices, Addressing::Chunks).unwrap();
+        reader::read(&image.bytes).unwrap().uuid
     };
     let one = |name: &[u8]| {
         let mut t = trees::Trees::new(1);
@@ -150,8 +154,10 @@ proptest! {
     fn no_extent_lies_outside(steps in trees::steps(), sizes in proptest::collection::vec(0..100_000u64, 0..5)) {
         let made = trees::random(3, &steps);
         let devices: Vec<_> = sizes.iter().map(|&size| erofs::Device { tag: made.devices[0].tag, size }).collect();
-        if let Ok(image) = erofs::write(&made.index, &devices) {
-            reader::read(&image.bytes).unwrap();
+        for addressing in ADDRESSINGS {
+            if let Ok(image) = erofs::write(&made.index, &devices, addressing) {
+                reader::read(&image.bytes).unwrap();
+            }
         }
     }
 
@@ -169,10 +175,12 @@ proptest! {
         }
         let digest = Digest::of(&bytes[..body]);
         bytes[body..].copy_from_slice(digest.as_bytes());
-        if let Ok(index) = LayerIndex::decode(&bytes)
-            && let Ok(image) = erofs::write(&index, &made.devices)
-        {
-            prop_assert_eq!(reader::read(&image.bytes).unwrap().inodes, image.inodes);
+        for addressing in ADDRESSINGS {
+            if let Ok(index) = LayerIndex::decode(&bytes)
+                && let Ok(image) = erofs::write(&index, &made.devices, addressing)
+            {
+                prop_assert_eq!(reader::read(&image.bytes).unwrap().inodes, image.inodes);
+            }
         }
     }
 }

@@ -34,6 +34,8 @@ struct Image<'a> {
     bytes: &'a [u8],
     /// First block and number of blocks.
     devices: Vec<(u64, u64)>,
+    /// Whether files may be in chunks.
+    chunks: bool,
     /// Which bytes belong to an inode or a directory: none may twice.
     taken: BTreeMap<u64, u64>,
 }
@@ -97,9 +99,7 @@ impl Image<'_> {
     fn node(&mut self, nid: u64) -> Result<(Node, Vec<u8>), Fault> {
         let at = nid * 32;
         let format = self.number(at, 2)?;
-        check(format & !0b101 == 0 && format & 1 == 1, || {
-            format!("inode format {format}")
-        })?;
+        check([1, 5, 9].contains(&format), || format!("inode format {format}"))?;
         let layout = format >> 1;
         let count = self.number(at + 2, 2)?;
         let xattr_len = if count == 0 { 0 } else { 12 + 4 * (count - 1) };
@@ -108,7 +108,13 @@ impl Image<'_> {
         let kind = mode & 0o170000;
         let tail = at + 64 + xattr_len;
         let inline = if layout == 2 { size % 512 } else { 0 };
-        self.take(at, 64 + xattr_len + inline)?;
+        let chunk = (tail + 7) / 8 * 8;
+        let len = if layout == 4 {
+            chunk + 8 - at
+        } else {
+            64 + xattr_len + inline
+        };
+        self.take(at, len)?;
         let mut node = Node {
             nid,
             mode,
@@ -129,8 +135,23 @@ impl Image<'_> {
             0o040000 => data = self.data(at, layout, size, tail)?,
             0o120000 => node.target = self.data(at, layout, size, tail)?,
             0o100000 => {
-                check(layout == 0, || "a file has a tail".into())?;
-                if size > 0 {
+                check(layout != 2, || "a file has a tail".into())?;
+                if layout == 4 {
+                    check(self.chunks, || "chunks are not among the features".into())?;
+                    check(unit & !0x1f == 0x20 && size <= 512 << (unit & 0x1f), || {
+                        format!("more than one chunk, or none with an address: {unit:x}, {size}")
+                    })?;
+                    check(self.number(chunk, 2)? == 0, || "a block of 48 bits".into())?;
+                    let (device, block) = (self.number(chunk + 2, 2)?, self.number(chunk + 4, 4)?);
+                    let (_, blocks) = device
+                        .checked_sub(1)
+                        .and_then(|device| self.devices.get(device as usize))
+                        .ok_or_else(|| format!("a chunk on device {device}"))?;
+                    check(block + size.div_ceil(512) <= *blocks, || {
+                        "a chunk lies outside its device".into()
+                    })?;
+                    node.extent = Some((device as usize - 1, block * 512));
+                } else if size > 0 {
                     let inside =
                         |&(first, blocks): &(u64, u64)| unit >= first && unit + size.div_ceil(512) <= first + blocks;
                     let device = self
@@ -244,6 +265,7 @@ pub fn read(bytes: &[u8]) -> Result<Read, Fault> {
     let mut image = Image {
         bytes,
         devices: Vec::new(),
+        chunks: false,
         taken: BTreeMap::new(),
     };
     check(image.number(1024, 4)? == 0xe0f5_e1e2, || "magic".into())?;
@@ -261,7 +283,9 @@ pub fn read(bytes: &[u8]) -> Result<Read, Fault> {
     check(image.number(1064, 4)? == 0, || "address of inodes".into())?;
     let uuid: [u8; 16] = image.bytes(1072, 16)?.try_into().map_err(|_| "uuid")?;
     let count = image.number(1110, 2)?;
-    check(image.number(1104, 4)? == if count > 0 { 8 } else { 0 }, || {
+    let features = image.number(1104, 4)?;
+    image.chunks = count > 0 && features & 4 != 0;
+    check(features & !4 == if count > 0 { 8 } else { 0 }, || {
         "incompatible features".into()
     })?;
     let table = image.number(1112, 2)? * 128;

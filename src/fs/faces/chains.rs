@@ -108,7 +108,7 @@ impl Faces {
             None => {}
         }
         let path = self.mounts.places.chain(slot);
-        let stored = match stored::load(&path) {
+        let stored = match stored::load(&path, self.addressing) {
             Ok(None) => return false,
             Ok(Some(Ok(stored))) if stored.parts == parts => stored,
             Ok(Some(stored)) => {
@@ -151,11 +151,11 @@ impl Faces {
                 size: *size,
             })
             .collect();
-        let image = erofs::write(&merged.index, &spaces).map_err(fail)?;
+        let image = erofs::write(&merged.index, &spaces, self.addressing).map_err(fail)?;
         drop(merged);
         self.count_dropped(slot, image.dropped_xattrs);
         let path = self.mounts.places.chain(slot);
-        let trailer = stored::trailer(&image, &parts);
+        let trailer = stored::trailer(&image, self.addressing, &parts);
         self.mounts.places.write(&path, &[&image.bytes, &trailer], true)?;
         tracing::debug!(
             slot,

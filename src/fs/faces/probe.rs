@@ -18,17 +18,43 @@ use super::mounts::{Mounts, OPTIONS};
 use super::places::{PROBE, make_mount_point};
 use crate::fetch::{FetchError, LayerData};
 use crate::fs::{FsError, Session};
+use crate::layer::erofs::{self, Addressing};
 use crate::layer::index::{Dirent, mode};
-use crate::layer::{Access, Codec, Digest, IndexParts, Inode, LayerError, LayerIndex, ROOT_INO, erofs};
+use crate::layer::{Access, Codec, Digest, IndexParts, Inode, LayerError, LayerIndex, ROOT_INO};
 use crate::sys::SysError;
 
 /// Slot of the probe's layer. Slots are given out from 1 upwards.
 const SLOT: u32 = u32::MAX - 1;
-/// The one file of the layer, and what is in it.
+/// The one file of the layer, and what is in it, again and again.
 const NAME: &[u8] = b"probe";
 const CONTENT: &[u8] = b"Does the kernel show what it was given?";
-/// Bytes of the layer's data space, and of its file: a page.
-const DATA_SIZE: usize = 4096;
+/// Bytes of the layer's data space: a few pages, since a file of one page is not read like others.
+const DATA_SIZE: usize = 3 * 4096;
+/// Bytes of the file. It ends within a page.
+const FILE_SIZE: usize = DATA_SIZE - 100;
+
+/// Releases of Linux from which on the kernel may join reads of EROFS from files: their first two numbers, and the third from which on
+/// they have the fix. Before (upstream "erofs_onlinefolio_split() after bio_add_folio()"), a read for which a request has too little room
+/// left its pages locked for ever. Of other releases all after the last of these have it.
+const JOINED_READS: [(u32, u32, u32); 3] = [(6, 12, 29), (6, 14, 7), (6, 15, 0)];
+
+/// How images for the kernel with this release should say where bytes are.
+pub(super) fn addressing(release: &str) -> Addressing {
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|digits| digits.parse::<u32>().unwrap_or(0));
+    let mut next = || numbers.next().unwrap_or(0);
+    let (major, minor, patch) = (next(), next(), next());
+    let [.., last] = JOINED_READS;
+    let listed = JOINED_READS
+        .iter()
+        .any(|&(a, b, c)| (major, minor) == (a, b) && patch >= c);
+    if listed || (major, minor, patch) >= last {
+        Addressing::Chunks
+    } else {
+        Addressing::Unified
+    }
+}
 
 /// What the kernel can do.
 #[derive(Debug)]
@@ -40,13 +66,13 @@ pub(super) struct Probed {
 }
 
 /// Why the image face cannot serve, as a person understands it.
-pub(super) fn probe(session: &Session, mounts: &Mounts) -> Result<Probed, String> {
+pub(super) fn probe(session: &Session, mounts: &Mounts, addressing: Addressing) -> Result<Probed, String> {
     let layer = Probe::new().map_err(|error| error.to_string())?;
     let device = erofs::Device {
         tag: layer.digest,
         size: DATA_SIZE as u64,
     };
-    let image = erofs::write(&layer.index, &[device]).map_err(|error| error.to_string())?;
+    let image = erofs::write(&layer.index, &[device], addressing).map_err(|error| error.to_string())?;
     let path = |what: &str| mounts.places.dir().join(format!("{PROBE}{what}"));
     let (metadata, data) = (path("meta"), path("data"));
     let files = [(&metadata, &image.bytes[..]), (&data, &layer.data[..])];
@@ -106,7 +132,7 @@ fn show(mounts: &Mounts, source: &Path, device: &Path) -> Result<(), CallError> 
         read.map_err(|error| SysError::new("read", &file, error))
     });
     let unmounted = mounts.unmount(path.clone());
-    if read? != CONTENT {
+    if read? != content()[..FILE_SIZE] {
         let error = io::Error::new(
             io::ErrorKind::InvalidData,
             "the kernel shows other bytes than it was given",
@@ -131,6 +157,11 @@ fn explain(error: &CallError) -> String {
     format!("{known}: {error}")
 }
 
+/// What is in the layer's data space.
+fn content() -> Vec<u8> {
+    CONTENT.iter().copied().cycle().take(DATA_SIZE).collect()
+}
+
 /// A layer of one file, in memory.
 struct Probe {
     digest: Digest,
@@ -140,8 +171,7 @@ struct Probe {
 
 impl Probe {
     fn new() -> Result<Self, LayerError> {
-        let mut data = CONTENT.to_vec();
-        data.resize(DATA_SIZE, 0);
+        let data = content();
         let root = Inode {
             mode: mode::DIR | 0o755,
             nlink: 2,
@@ -152,7 +182,7 @@ impl Probe {
         let file = Inode {
             mode: mode::REG | 0o400,
             nlink: 1,
-            size: CONTENT.len() as u64,
+            size: FILE_SIZE as u64,
             ..Inode::default()
         };
         let name = Dirent {
@@ -238,15 +268,42 @@ mod tests {
     }
 
     #[test]
+    fn reads_are_joined_where_the_kernel_can() {
+        for release in [
+            "6.12.29",
+            "6.12.48+deb13-amd64",
+            "6.14.7",
+            "6.18.4-fc",
+            "6.15",
+            "7.0.1",
+            "10.1.0",
+        ] {
+            assert_eq!(addressing(release), Addressing::Chunks, "{release}");
+        }
+        for release in [
+            "6.12.28",
+            "6.12.0-55.el10.x86_64",
+            "6.13.12",
+            "6.14.0-23-generic",
+            "6.14.6",
+            "5.15.200",
+            "",
+            "x.y",
+        ] {
+            assert_eq!(addressing(release), Addressing::Unified, "{release}");
+        }
+    }
+
+    #[test]
     fn the_layer_is_what_its_index_says() {
         let probe = Probe::new().unwrap();
         let file = probe.index.inode(probe.index.lookup_path(NAME).unwrap()).unwrap();
         let mut bytes = vec![1; file.size as usize];
         probe.read_ready(file.data, &mut bytes).unwrap().unwrap();
-        assert_eq!(bytes, CONTENT);
+        assert!(bytes.starts_with(CONTENT) && bytes.len() == FILE_SIZE);
         let mut tail = [1; 8];
         probe.read_ready(DATA_SIZE as u64 - 4, &mut tail).unwrap().unwrap();
-        assert_eq!(tail, [0; 8]);
+        assert_eq!((&tail[..4], &tail[4..]), (&content()[DATA_SIZE - 4..], &[0; 4][..]));
         probe.read_ready(u64::MAX, &mut tail).unwrap().unwrap();
     }
 }

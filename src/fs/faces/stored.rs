@@ -4,7 +4,7 @@
 //! image      whole blocks of 512 bytes: what the kernel mounts; it does not look behind them
 //! parts      40 each: bytes of the layer's data space u64, fingerprint of its index 32; the lowest layer first
 //! magic       8  "LZLCHAIN"
-//! made by    32  digest of the version of Lazuli that wrote the image: another version makes its own
+//! made by    32  digest of the version of Lazuli that wrote the image, and of the addressing in it: with others, a new one is made
 //! image_len   8  bytes of the image
 //! dropped     8  extended attributes that the image does not hold
 //! parts       4  number of parts
@@ -21,7 +21,7 @@ use std::path::Path;
 use super::places::files_error;
 use crate::fs::FsError;
 use crate::layer::digest::Hasher;
-use crate::layer::erofs::Image;
+use crate::layer::erofs::{Addressing, Image};
 use crate::layer::merge::MAX_LAYERS;
 use crate::layer::{Digest, LayerIndex};
 
@@ -69,14 +69,14 @@ pub(super) fn uuid(bytes: &[u8]) -> Uuid {
 }
 
 /// What stands behind `image` in its file.
-pub(super) fn trailer(image: &Image, parts: &[Part]) -> Vec<u8> {
+pub(super) fn trailer(image: &Image, addressing: Addressing, parts: &[Part]) -> Vec<u8> {
     let mut out = Vec::with_capacity(parts.len() * PART_LEN + FIXED_LEN + Digest::LEN);
     for part in parts {
         out.extend_from_slice(&part.data_size.to_le_bytes());
         out.extend_from_slice(part.fingerprint.as_bytes());
     }
     out.extend_from_slice(MAGIC);
-    out.extend_from_slice(made_by().as_bytes());
+    out.extend_from_slice(made_by(addressing).as_bytes());
     out.extend_from_slice(&(image.bytes.len() as u64).to_le_bytes());
     out.extend_from_slice(&image.dropped_xattrs.to_le_bytes());
     out.extend_from_slice(&(parts.len() as u32).to_le_bytes());
@@ -87,16 +87,19 @@ pub(super) fn trailer(image: &Image, parts: &[Part]) -> Vec<u8> {
     out
 }
 
-/// Reads and verifies the file at `path`. `Ok(None)`: there is none. The inner error says what is wrong with it.
-pub(super) fn load(path: &Path) -> Result<Option<Result<Stored, &'static str>>, FsError> {
+/// Reads and verifies the file at `path`, which must have been made with `addressing`. `Ok(None)`: there is none. The inner error says what
+/// is wrong with it.
+pub(super) fn load(path: &Path, addressing: Addressing) -> Result<Option<Result<Stored, &'static str>>, FsError> {
     let file = match File::open(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file.map_err(|source| files_error(path, source))?,
     };
-    verify(&file).map(Some).map_err(|source| files_error(path, source))
+    verify(&file, addressing)
+        .map(Some)
+        .map_err(|source| files_error(path, source))
 }
 
-fn verify(file: &File) -> io::Result<Result<Stored, &'static str>> {
+fn verify(file: &File, addressing: Addressing) -> io::Result<Result<Stored, &'static str>> {
     let len = file.metadata()?.len();
     let Some(fixed_at) = len.checked_sub((FIXED_LEN + Digest::LEN) as u64) else {
         return Ok(Err("it is too short"));
@@ -107,8 +110,8 @@ fn verify(file: &File) -> io::Result<Result<Stored, &'static str>> {
     if take::<8>(&mut rest) != *MAGIC {
         return Ok(Err("it does not end as it should"));
     }
-    if take::<{ Digest::LEN }>(&mut rest) != *made_by().as_bytes() {
-        return Ok(Err("another version of Lazuli made it"));
+    if take::<{ Digest::LEN }>(&mut rest) != *made_by(addressing).as_bytes() {
+        return Ok(Err("another version of Lazuli made it, or one for another kernel"));
     }
     let image_len = u64::from_le_bytes(take(&mut rest));
     let dropped_xattrs = u64::from_le_bytes(take(&mut rest));
@@ -148,8 +151,9 @@ fn verify(file: &File) -> io::Result<Result<Stored, &'static str>> {
     }))
 }
 
-fn made_by() -> Digest {
-    Digest::of(env!("CARGO_PKG_VERSION").as_bytes())
+fn made_by(addressing: Addressing) -> Digest {
+    let version = env!("CARGO_PKG_VERSION");
+    Digest::of(format!("{version} {addressing:?}").as_bytes())
 }
 
 /// The next bytes of a record whose length is right.
@@ -179,7 +183,7 @@ mod tests {
                 fingerprint: Digest::of(&[i as u8]),
             })
             .collect();
-        let bytes = [image.bytes.clone(), trailer(&image, &parts)].concat();
+        let bytes = [image.bytes.clone(), trailer(&image, Addressing::Chunks, &parts)].concat();
         (bytes, parts)
     }
 
@@ -187,7 +191,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("1.chain");
         std::fs::write(&path, bytes).unwrap();
-        load(&path).unwrap().unwrap()
+        load(&path, Addressing::Chunks).unwrap().unwrap()
     }
 
     #[test]
@@ -197,8 +201,17 @@ mod tests {
         assert_eq!((stored.parts, stored.dropped_xattrs), (parts, 3));
         assert_eq!(stored.uuid, uuid(&bytes));
         assert_eq!(stored.uuid[..4], [48, 49, 50, 51]);
-        assert!(load(Path::new("/nowhere/1.chain")).unwrap().is_none());
-        assert!(load(Path::new("/dev/null/1.chain")).is_err());
+        let load = |path: &str| load(Path::new(path), Addressing::Chunks);
+        assert!(load("/nowhere/1.chain").unwrap().is_none());
+        assert!(load("/dev/null/1.chain").is_err());
+    }
+
+    #[test]
+    fn an_image_of_another_addressing_does_not_count() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("1.chain");
+        std::fs::write(&path, sample().0).unwrap();
+        load(&path, Addressing::Unified).unwrap().unwrap().unwrap_err();
     }
 
     #[test]

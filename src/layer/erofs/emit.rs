@@ -1,8 +1,8 @@
 //! Writes the parts of an image to the places that they have in its plan.
 
 use super::format::{
-    BLOCK, BLOCK_BITS, COMPAT, DEVICE, DIRENT, INCOMPAT_DEVICES, INLINE, INODE, MAGIC, NO_BLOCK, PLAIN, SLOT, SUPER,
-    TABLE, VOLUME,
+    BLOCK, BLOCK_BITS, CHUNK_ADDRESSES, CHUNKED, COMPAT, DEVICE, DIRENT, INCOMPAT_CHUNKS, INCOMPAT_DEVICES, INLINE,
+    INODE, MAGIC, NO_BLOCK, PLAIN, SLOT, SUPER, TABLE, VOLUME,
 };
 use super::layout::{Place, Plan, Target, data_len, entry_len, names};
 use super::{Device, Extents, FORMAT, Span, xattrs};
@@ -38,6 +38,10 @@ pub(super) fn inodes(
             mode::DIR | mode::LNK => data_len(index, inode),
             _ => 0,
         };
+        if place.chunked {
+            let extent = extents.find(u64::from(ino) - 1, inode)?;
+            put(image, at + place.chunk() as usize, &extent.chunk());
+        }
         let head = head(inode, ino, &place, extents)?;
         let head = Head {
             number,
@@ -69,7 +73,7 @@ struct Head {
     format: u16,
     count: u16,
     size: u64,
-    /// First block, or device number.
+    /// First block, form of the chunks, or device number.
     unit: u32,
     number: u32,
 }
@@ -97,13 +101,18 @@ fn head(inode: &Inode, ino: Ino, place: &Place, extents: &Extents<'_>) -> Result
     let at = u64::from(ino) - 1;
     let unit = match inode.file_type() {
         mode::REG if inode.size == 0 => NO_BLOCK,
-        mode::REG => extents.block(at, inode.data, inode.size)?,
+        mode::REG if place.chunked => CHUNK_ADDRESSES | chunk_bits(inode.size),
+        mode::REG => extents.find(at, inode)?.unified,
         mode::CHR | mode::BLK => device_number(inode, at)?,
         mode::DIR | mode::LNK if place.block == 0 => NO_BLOCK,
         mode::DIR | mode::LNK => place.block,
         _ => 0,
     };
-    let format = if place.inline { INLINE } else { PLAIN };
+    let format = match place {
+        Place { chunked: true, .. } => CHUNKED,
+        Place { inline: true, .. } => INLINE,
+        _ => PLAIN,
+    };
     Ok(Head {
         format,
         count: 0,
@@ -111,6 +120,11 @@ fn head(inode: &Inode, ino: Ino, place: &Place, extents: &Extents<'_>) -> Result
         unit,
         number: 0,
     })
+}
+
+/// Binary logarithm of the blocks of the smallest chunk that `size` bytes fit into.
+fn chunk_bits(size: u64) -> u32 {
+    size.div_ceil(BLOCK).next_power_of_two().ilog2()
 }
 
 /// A device number in the kernel's form of 32 bits.
@@ -196,7 +210,9 @@ pub(super) fn superblock(plan: &Plan, devices: usize, image: &mut [u8]) {
     put(to, 36, &blocks.to_le_bytes());
     put(to, 64, VOLUME);
     if devices > 0 {
-        put(to, 80, &INCOMPAT_DEVICES.to_le_bytes());
+        let chunks = plan.order.iter().any(|&ino| plan.place(ino).chunked);
+        let chunks = if chunks { INCOMPAT_CHUNKS } else { 0 };
+        put(to, 80, &(INCOMPAT_DEVICES | chunks).to_le_bytes());
         put(to, 86, &(devices as u16).to_le_bytes());
         put(to, 88, &((TABLE / DEVICE) as u16).to_le_bytes());
     }

@@ -21,7 +21,8 @@ pub(super) const SUPER_LEN: usize = 128;
 pub(super) const MAGIC: u32 = 0xe0f5_e1e2;
 /// Compatible features: a checksum, and times that are those of modification.
 pub(super) const COMPAT: u32 = 1 | 2;
-/// Incompatible feature: a device table.
+/// Incompatible features: files in chunks, and a device table.
+pub(super) const INCOMPAT_CHUNKS: u32 = 4;
 pub(super) const INCOMPAT_DEVICES: u32 = 8;
 /// Name of the volume.
 pub(super) const VOLUME: &[u8] = b"lazuli";
@@ -35,9 +36,16 @@ pub(super) const DEVICE: u64 = 128;
 pub(super) const SLOT: u64 = 32;
 /// Bytes of an extended inode.
 pub(super) const INODE: u64 = 64;
-/// Formats of an extended inode: data in blocks, and data with its tail behind the inode.
+/// Formats of an extended inode: data in blocks, data with its tail behind the inode, and data in chunks.
 pub(super) const PLAIN: u16 = 1;
 pub(super) const INLINE: u16 = 1 | 2 << 1;
+pub(super) const CHUNKED: u16 = 1 | 4 << 1;
+/// Bytes of a chunk's address behind an inode, and what that is aligned to.
+pub(super) const CHUNK: u64 = 8;
+/// Chunks have addresses that name a device. Below it stands the binary logarithm of a chunk's blocks.
+pub(super) const CHUNK_ADDRESSES: u32 = 0x20;
+/// Largest size of a chunk that can be said, in bytes.
+pub(super) const MAX_CHUNK: u64 = BLOCK << 31;
 
 /// Bytes of a directory entry without its name.
 pub(super) const DIRENT: u64 = 12;

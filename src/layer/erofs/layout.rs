@@ -4,8 +4,8 @@
 //! lie at multiples of 512 bytes, inodes at multiples of 32. An unfinished block of inodes is filled on when the blocks of a directory
 //! come between, so little is lost. What cannot be written is known here: sizes are checked before anything is allocated for the image.
 
-use super::format::{BLOCK, DIRENT, INODE, MAX_IMAGE, SLOT};
-use super::{FORMAT, limit, xattrs};
+use super::format::{BLOCK, CHUNK, DIRENT, INODE, MAX_IMAGE, SLOT};
+use super::{Addressing, FORMAT, limit, xattrs};
 use crate::layer::index::MAX_INODES;
 use crate::layer::{Dirent, Ino, Inode, LayerError, LayerIndex, ROOT_INO};
 
@@ -24,6 +24,20 @@ pub(super) struct Place {
     pub(super) xattrs: u32,
     /// Whether the rest of its data that fills no block lies behind it; otherwise that has a block as well.
     pub(super) inline: bool,
+    /// Whether the address of its one chunk lies behind it.
+    pub(super) chunked: bool,
+}
+
+impl Place {
+    /// How far behind its beginning the address of its chunk is, in bytes.
+    pub(super) fn chunk(&self) -> u64 {
+        chunk_at(u64::from(self.xattrs))
+    }
+}
+
+/// How far behind the beginning of an inode with so many bytes of xattrs the address of its chunk is, in bytes.
+fn chunk_at(xattrs: u64) -> u64 {
+    (INODE + xattrs).next_multiple_of(CHUNK)
 }
 
 /// A finished plan.
@@ -46,7 +60,7 @@ impl Plan {
 }
 
 /// Plans the image of `index`, whose first `used` bytes are taken.
-pub(super) fn plan(index: &LayerIndex, used: u64) -> Result<Plan, LayerError> {
+pub(super) fn plan(index: &LayerIndex, addressing: Addressing, used: u64) -> Result<Plan, LayerError> {
     let mut names = 0u64;
     let mut attributes = 0u64;
     for inode in index.inodes() {
@@ -62,6 +76,7 @@ pub(super) fn plan(index: &LayerIndex, used: u64) -> Result<Plan, LayerError> {
 
     let mut walk = Walk {
         index,
+        addressing,
         space: Space::new(used),
         plan: Plan {
             places: vec![Place::default(); index.inodes().len()],
@@ -89,6 +104,7 @@ pub(super) fn plan(index: &LayerIndex, used: u64) -> Result<Plan, LayerError> {
 
 struct Walk<'a> {
     index: &'a LayerIndex,
+    addressing: Addressing,
     space: Space,
     plan: Plan,
 }
@@ -106,12 +122,19 @@ impl Walk<'_> {
         let (xattrs, dropped) = xattrs::measure(self.index, inode);
         self.plan.dropped_xattrs += dropped;
         let tail = data_len(self.index, inode) % BLOCK;
-        let found = self.space.inode(INODE + xattrs, tail)?;
+        let chunked = self.addressing.is_chunked(inode);
+        let len = if chunked {
+            chunk_at(xattrs) + CHUNK
+        } else {
+            INODE + xattrs
+        };
+        let found = self.space.inode(len, tail)?;
         let mut place = Place {
             nid: (found.at / SLOT) as u32,
             block: 0,
             xattrs: xattrs as u32,
             inline: found.inline,
+            chunked,
         };
         if !inode.is_dir() {
             place.block = self.data_blocks(inode, place.inline)?;

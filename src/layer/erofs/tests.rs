@@ -52,7 +52,7 @@ fn device(size: u64) -> Device {
 }
 
 fn written(parts: IndexParts, devices: &[Device]) -> Result<Image, LayerError> {
-    write(&LayerIndex::new(parts).unwrap(), devices)
+    write(&LayerIndex::new(parts).unwrap(), devices, Addressing::Unified)
 }
 
 fn error(inodes: &[Inode], devices: &[Device]) -> String {
@@ -119,6 +119,45 @@ fn an_inode_has_these_bytes() {
     assert_eq!(number(inode, 32, 8) as i64, -2);
     assert_eq!(number(inode, 40, 8), 5 | 70_000 << 32);
     assert_eq!(inode[48..], [0; 16]);
+}
+
+#[test]
+fn a_chunk_has_these_bytes() {
+    let files = [file(1024, 5000), file(8192, 4096), file(8192, 4097)];
+    let index = LayerIndex::new(parts(&files)).unwrap();
+    let image = write(&index, &[device(1000), device(20_000)], Addressing::Chunks).unwrap();
+    let bytes = &image.bytes;
+    assert_eq!(number(bytes, SUPER + 80, 4), 8 | 4, "chunks are a feature");
+    // The entries behind the root: `.`, `..`, and the files.
+    let root = number(bytes, SUPER + 14, 2) as usize * 32;
+    let inode = |entry: usize| number(&bytes[root + 64..], entry * 12, 8) as usize * 32;
+    let first = &bytes[inode(2)..];
+    assert_eq!(number(first, 0, 2), 1 | 4 << 1);
+    // 10 blocks: chunks of 16. Its address: the second device, from its beginning.
+    assert_eq!(number(first, 16, 4), 0x20 | 4);
+    assert_eq!(number(first, 64, 8), 2 << 16);
+    // One page has nothing to join.
+    assert_eq!(number(&bytes[inode(3)..], 0, 2), 1);
+    let third = &bytes[inode(4)..];
+    assert_eq!(
+        (number(third, 0, 2), number(third, 64, 8)),
+        (1 | 4 << 1, 2 << 16 | 14 << 32)
+    );
+    // A file that no chunk is large enough for.
+    let large = LayerIndex::new(parts(&[file(0, MAX_CHUNK), file(0, MAX_CHUNK + 1)])).unwrap();
+    let bytes = write(&large, &[device(MAX_CHUNK + 512)], Addressing::Chunks)
+        .unwrap()
+        .bytes;
+    let root = number(&bytes, SUPER + 14, 2) as usize * 32;
+    let inode = |entry: usize| number(&bytes[root + 64..], entry * 12, 8) as usize * 32;
+    assert_eq!(number(&bytes[inode(2)..], 16, 4), 0x20 | 31);
+    assert_eq!(number(&bytes[inode(3)..], 0, 2), 1);
+    // Without devices there are no chunks.
+    let empty = LayerIndex::new(parts(&[])).unwrap();
+    assert_eq!(
+        number(&write(&empty, &[], Addressing::Chunks).unwrap().bytes, SUPER + 80, 4),
+        0
+    );
 }
 
 #[test]

@@ -108,7 +108,7 @@ impl Image<'_> {
         let kind = mode & 0o170000;
         let tail = at + 64 + xattr_len;
         let inline = if layout == 2 { size % 512 } else { 0 };
-        let chunk = (tail + 7) / 8 * 8;
+        let chunk = tail.next_multiple_of(8);
         let len = if layout == 4 {
             chunk + 8 - at
         } else {

@@ -1,5 +1,6 @@
 //! What makes a layer that is being streamed readable in ranges later: its bytes are cut at the places where decoding can begin, and
-//! each piece is decoded again from there, on a thread of its own, before the index promises that it can be.
+//! each piece is decoded again from there, on a thread of its own, before the index promises that it can be: a zstd frame as a whole, of a
+//! gzip span as much as proves it.
 //!
 //! Of a window, only the bytes count that the stream really refers back to. Those are found by decoding the first 32 KiB of the span
 //! with two other windows, made so that a byte that comes from the window tells from where; all others are made zeros. That way a
@@ -15,6 +16,12 @@ use crate::layer::{Checkpoint, Chunk, Codec, Copy, Digest, LayerError, decode_me
 
 /// Bytes of an uncompressed layer per chunk: nothing has to be decoded, so that a read need not fetch much more than it wants.
 const PLAIN_PIECE: usize = 256 << 10;
+/// Bytes that are decoded of a gzip span to prove that decoding can begin there: nothing behind the first [`MAX_WINDOW`] bytes refers back to
+/// the window, and whoever has come so far with the right bytes goes on as the stream did. Twice as many, since it costs little.
+const PROOF: usize = 2 * MAX_WINDOW;
+/// Of so many gzip spans one is decoded to its end, in case that the bytes kept for it are not all that it takes: no damage comes of that,
+/// as every span is verified when it is fetched, but the layer would have to be streamed again.
+const WHOLE_EVERY: usize = 8;
 /// Pieces that wait to be verified. With those at work, a stream holds at most five of [`SPAN_MAX`] of either kind.
 const WAITING: usize = 1;
 
@@ -314,9 +321,13 @@ impl Checked {
     fn span(&mut self, job: &Job, span: &Scanned) -> Result<(), LayerError> {
         let (entry, window) = sparse(span, &job.bytes)?;
         let len = job.bytes.len() as u32;
+        let proof = match self.spans.is_multiple_of(WHOLE_EVERY) {
+            true => job.bytes.len(),
+            false => job.bytes.len().min(PROOF),
+        };
         same(
-            &checkpoint::decode(entry, &span.compressed, &window, 0, len)?,
-            &job.bytes,
+            &checkpoint::decode(entry, &span.compressed, &window, 0, proof as u32)?,
+            &job.bytes[..proof],
         )?;
         let checkpoint = Checkpoint {
             data_offset: job.offset,
@@ -392,3 +403,71 @@ fn sparse(span: &Scanned, bytes: &[u8]) -> Result<(Entry, Vec<u8>), LayerError> 
 
 /// Marks that a byte can have, besides none; their square is more than a window has places.
 const MARKS: usize = 255;
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+    use crate::layer::Compression;
+    use crate::layer::checkpoint::Scanner;
+
+    /// What comes of a gzip stream whose spans pass through `change`, which is told their numbers: whether it can be read in ranges, and the
+    /// number of its spans.
+    fn cut(change: impl Fn(usize, &mut Scanned)) -> (bool, usize) {
+        let mut seed = 7u32;
+        let text: Vec<u8> = std::iter::repeat_with(|| {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            // Sixteen letters: nothing can be left out, much refers back.
+            b'a' + (seed >> 28) as u8
+        })
+        .take(4 << 20)
+        .collect();
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::new(6));
+        gzip.write_all(&text).unwrap();
+        let blob = gzip.finish().unwrap();
+        let mut scanner = Scanner::new(Compression::Gzip, blob.as_slice()).unwrap();
+        let mut cutting = Cutting::new(|check| drop(std::thread::spawn(check)));
+        cutting.begin(Codec::Gzip);
+        let (mut buffer, mut count) = (Vec::new(), 0);
+        loop {
+            scanner.read(&mut buffer, 1 << 20).unwrap();
+            let mut begin = 0;
+            for mut span in scanner.spans() {
+                change(count, &mut span);
+                count += 1;
+                // Spans end within the buffer.
+                let end = (span.data_end - (cutting.from + cutting.pending.len() as u64)) as usize + begin;
+                cutting.push(&buffer[begin..end]);
+                cutting.span(span);
+                begin = end;
+            }
+            cutting.push(&buffer[begin..]);
+            if buffer.is_empty() {
+                break;
+            }
+        }
+        let cut = cutting.finish().unwrap();
+        (cut.ranges.is_some(), count)
+    }
+
+    #[test]
+    fn a_span_that_does_not_decode_is_not_promised() {
+        let (ranges, count) = cut(|_, _| ());
+        assert!(ranges && count > 2, "{count} spans");
+        let ranges = |change: fn(usize, &mut Scanned)| cut(change).0;
+        assert!(!ranges(|number, span| if number == 1 {
+            span.window.iter_mut().for_each(|byte| *byte ^= 1);
+        }));
+        assert!(!ranges(|number, span| if number == 1 {
+            span.window.rotate_left(1);
+        }));
+        assert!(!ranges(|number, span| if number == 2 {
+            span.compressed[300] ^= 4;
+        }));
+        // The first is decoded to its end.
+        assert!(!ranges(|number, span| if number == 0 {
+            span.compressed.truncate(span.compressed.len() - 20);
+        }));
+    }
+}

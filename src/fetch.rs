@@ -81,6 +81,12 @@ pub trait LayerData: Send + Sync + 'static {
     /// Bytes of the data space that are on the local disk (for statfs and Usage).
     fn present_bytes(&self) -> u64;
 
+    /// Whether nothing has to be fetched: every chunk is on the local disk, though it may have to be verified yet.
+    fn is_local(&self) -> bool {
+        let chunks = self.index().chunks();
+        self.present_bytes() >= chunks.iter().map(|chunk| u64::from(chunk.data_len)).sum()
+    }
+
     /// The whole data space as a local file, if all of it is there and was verified by this process. If it only has to be verified, that
     /// begins in the background, and a later call finds it. Waits for nothing but the local disk.
     fn local_file(&self) -> Option<LocalFile> {

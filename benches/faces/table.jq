@@ -10,10 +10,10 @@ def cell: if . == null then "" else
            else "\($ratio) (MISSED: <= \(.target)\($cpu))" end) end
     end;
 
-["| part | measure | state | overlayfs ms | fuse | file | tree |", "|---|---|---|---|---|---|---|"]
+["| part | measure | state | overlayfs ms | fuse | file | tree | memory |", "|---|---|---|---|---|---|---|---|"]
 + (reduce .rows[] as $row ([];
     (map(.part == $row.part and .measure == $row.measure and .state == $row.state) | index(true)) as $at
     | if $at == null then . + [{part: $row.part, measure: $row.measure, state: $row.state, setups: {($row.setup): $row}}]
       else .[$at].setups[$row.setup] = $row end)
-   | map("| \(.part) | \(.measure) | \(.state) | \(.setups.overlayfs | cell) | \(.setups.fuse | cell) | \(.setups.file | cell) | \(.setups.tree | cell) |"))
+   | map("| \(.part) | \(.measure) | \(.state) | \(.setups.overlayfs | cell) | \(.setups.fuse | cell) | \(.setups.file | cell) | \(.setups.tree | cell) | \(.setups.memory | cell) |"))
 | .[]

@@ -353,7 +353,7 @@ impl Faces {
             Ok(path) => return Some(path),
             Err(holds) => holds,
         };
-        match self.mounts.mount(slot, state, Kind::File, paths, holds) {
+        match self.mounts.mount(slot, state, Kind::File, true, paths, holds) {
             Ok(path) => Some(path),
             Err(trouble) => {
                 self.mounts.fail(slot, state, trouble);
@@ -380,7 +380,8 @@ impl Faces {
             }
         }
         let with_files = !holds.is_empty();
-        match self.mounts.mount(slot, state, Kind::Image, paths, holds) {
+        let local = devices.iter().all(|device| device.layer.is_local());
+        match self.mounts.mount(slot, state, Kind::Image, local, paths, holds) {
             Ok(path) => (Some(path), with_files),
             Err(trouble) => {
                 self.mounts.fail(slot, state, trouble);

@@ -78,6 +78,9 @@ async fn evicted_bytes_come_back_in_ranges() {
     ] {
         let bench = Bench::new();
         let (blob, cached, layer) = streamed(&bench, &bytes, &tar).await;
+        assert!(layer.is_local());
+        cached.evict_all();
+        assert!(!layer.is_local());
         assert_eq!(
             (cached.index().access(), cached.index().codec()),
             (Access::Ranges, codec),

@@ -283,12 +283,13 @@ impl Mounts {
         }
     }
 
-    /// Mounts an image for `slot`. Returns its path.
+    /// Mounts an image for `slot`; `local` says whether none of its bytes has to be fetched. Returns its path.
     pub(super) fn mount(
         &self,
         slot: u32,
         state: &mut State,
         kind: Kind,
+        local: bool,
         devices: Vec<PathBuf>,
         holds: Vec<Hold>,
     ) -> Result<PathBuf, Trouble> {
@@ -297,14 +298,13 @@ impl Mounts {
         };
         let path = self.places.mount_point(slot, kind);
         make_mount_point(&path)?;
-        let options = match kind {
-            // Over FUSE, what is read ahead may have to be fetched: the kernel's small default is enough.
-            Kind::Image => OPTIONS,
-            // As far as in the same file without EROFS in between.
-            Kind::File => ErofsOptions {
-                read_ahead_kib: devices.first().and_then(|file| erofs::read_ahead_at(file)),
-                ..OPTIONS
+        let options = ErofsOptions {
+            // As far as in files of that disk. What has yet to be fetched is read ahead by the kernel's small default.
+            read_ahead_kib: match local {
+                true => erofs::read_ahead_at(self.places.dir()),
+                false => None,
             },
+            ..OPTIONS
         };
         let device = self.mount_at(&path, metadata.source, devices, options)?;
         *state.place(kind) = Some(Mounted {

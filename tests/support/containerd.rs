@@ -366,9 +366,19 @@ impl Containerd {
         run(&mut command, 3 * COMMAND_TIMEOUT).expect_success();
     }
 
-    /// Pushes an image to the registry that its name begins with.
+    /// Pushes an image to the registry that its name begins with. `ctr` of 1.6 loses, rarely, the stream by which it reads a blob of its
+    /// own containerd, and gives up: that is no matter of this project, and a new `ctr` begins anew. Any other failure is one.
     pub fn push(&self, reference: &str) {
+        const TRIES: usize = 3;
+        const STREAM_LOST: &str = "code = Internal desc = unexpected EOF";
         let mut command = self.ctr(&["images", "push", "--plain-http", reference]);
+        for _ in 1..TRIES {
+            let pushed = run(&mut command, 3 * COMMAND_TIMEOUT);
+            if pushed.success() {
+                return;
+            }
+            assert!(pushed.stderr.contains(STREAM_LOST), "{}", pushed.describe());
+        }
         run(&mut command, 3 * COMMAND_TIMEOUT).expect_success();
     }
 }

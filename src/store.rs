@@ -19,7 +19,7 @@
 //! # Rules
 //! Every change is one transaction, on disk (fsync) before the call returns. Readers see the last committed state and
 //! never wait for a writer (MVCC); writers queue. Each call is short, but may wait for the disk: call it where blocking
-//! is allowed.
+//! is allowed. Chains of snapshots are walked in memory (lineage.rs).
 //!
 //! A record that cannot be decoded is an error that names it; all others stay readable. redb itself checks its pages'
 //! checksums and repairs an unclean stop when the file is opened.
@@ -37,8 +37,11 @@ mod error;
 mod images;
 mod indexes;
 mod layers;
+mod lineage;
 mod schema;
 mod snapshots;
+
+use self::lineage::Lineage;
 
 pub use chains::ChainRecord;
 pub use error::StoreError;
@@ -56,6 +59,7 @@ const PAGE_CACHE: usize = 16 << 20;
 pub struct Store {
     db: Database,
     path: PathBuf,
+    lineage: Lineage,
 }
 
 impl Store {
@@ -93,9 +97,11 @@ impl Store {
                 .map_err(io)?;
         }
         schema::prepare(&db, path)?;
+        let lineage = snapshots::lineage(&db)?;
         Ok(Store {
             db,
             path: path.to_owned(),
+            lineage,
         })
     }
 

@@ -37,6 +37,6 @@ def rank($list): . as $it | $list | index($it) // length;
             met: (if $target then .seconds / $base.seconds <= $target else null end)
           }
       ) | sort_by([(.part | rank(["layer", "chain", "create"])), (.measure | rank(["find", "tar", "python", "random", "sequential", "create"])),
-        (.state | rank(["warm", "cold", "first", "next"])), (.setup | rank(["overlayfs", "fuse", "file", "tree", "memory"]))])),
+        (.state | rank(["warm", "cold", "first", "again", "next"])), (.setup | rank(["overlayfs", "fuse", "file", "tree", "memory"]))])),
     measurements: $all
   }

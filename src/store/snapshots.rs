@@ -1,12 +1,15 @@
 //! Snapshot records, and the index of children.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
 
 use redb::{
-    MultimapTableDefinition, ReadableMultimapTable as _, ReadableTable as _, TableDefinition, WriteTransaction,
+    Database, MultimapTableDefinition, ReadableDatabase as _, ReadableMultimapTable as _, ReadableTable as _,
+    TableDefinition, WriteTransaction,
 };
 use serde::{Deserialize, Serialize};
 
+use super::lineage::{Change, Lineage};
 use super::schema::next_number;
 use super::{Store, StoreError, decode, encode};
 use crate::layer::Digest;
@@ -63,8 +66,8 @@ pub struct SnapshotRecord {
     pub usage: Usage,
 }
 
-/// What of a snapshot decides how those on it are mounted. Chains are walked for each container, and a record's labels may be many times as
-/// long as all the rest (those of a pull name every layer of the image): they are passed over here.
+/// What of a snapshot decides how those on it are mounted: a small part of the record, of which the labels of a pull, which name every layer
+/// of the image, may be most.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Ancestor {
     /// [`SnapshotRecord::id`].
@@ -78,6 +81,17 @@ pub struct Ancestor {
     pub layer: Option<Digest>,
 }
 
+impl From<&SnapshotRecord> for Ancestor {
+    fn from(record: &SnapshotRecord) -> Self {
+        Ancestor {
+            id: record.id,
+            kind: record.kind,
+            parent: record.parent.clone(),
+            layer: record.layer,
+        }
+    }
+}
+
 /// Records with their keys; the error of one does not hide the others.
 pub(super) type Listed = Vec<(String, Result<SnapshotRecord, StoreError>)>;
 
@@ -85,6 +99,19 @@ pub(super) fn create_tables(transaction: &WriteTransaction) -> Result<(), StoreE
     transaction.open_table(SNAPSHOTS)?;
     transaction.open_multimap_table(CHILDREN)?;
     Ok(())
+}
+
+/// The snapshots of the database, but for those whose records cannot be decoded.
+pub(super) fn lineage(db: &Database) -> Result<Lineage, StoreError> {
+    let table = db.begin_read()?.open_table(SNAPSHOTS)?;
+    let mut known = HashMap::new();
+    for entry in table.iter()? {
+        let (key, bytes) = entry?;
+        if let Ok(ancestor) = decode(TABLE, &key.value(), bytes.value()) {
+            known.insert(key.value().to_owned(), ancestor);
+        }
+    }
+    Ok(Lineage::new(known))
 }
 
 impl Store {
@@ -155,23 +182,23 @@ impl Store {
     /// # Errors
     /// [`StoreError::Damaged`] if a record cannot be decoded or an ancestor is missing, or an error of the database.
     pub fn chain(&self, key: &str) -> Result<Vec<(String, Ancestor)>, StoreError> {
-        let transaction = self.read()?;
-        let table = transaction.open_table(SNAPSHOTS)?;
+        let known = self.lineage.read();
         let mut chain: Vec<(String, Ancestor)> = Vec::new();
         let mut next = Some(key.to_owned());
         while let Some(key) = next {
-            let Some(bytes) = table.get(key.as_str())? else {
+            let Some(ancestor) = known.get(&key) else {
+                // It may be there, and damaged.
+                self.snapshot(&key)?;
                 return match chain.last() {
                     None => Ok(chain),
                     Some((child, _)) => Err(StoreError::damaged(TABLE, child, "its parent is missing")),
                 };
             };
-            let record: Ancestor = decode(TABLE, &key, bytes.value())?;
             if chain.len() == MAX_CHAIN {
                 return Err(StoreError::damaged(TABLE, &key, "its parents form a circle"));
             }
-            next = record.parent.clone();
-            chain.push((key, record));
+            next = ancestor.parent.clone();
+            chain.push((key, ancestor.clone()));
         }
         Ok(chain)
     }
@@ -185,13 +212,24 @@ impl Store {
         &self,
         change: impl FnOnce(&SnapshotsWrite<'_>) -> Result<T, E>,
     ) -> Result<T, E> {
-        self.write(|transaction| change(&SnapshotsWrite { transaction }))
+        let turn = self.lineage.turn();
+        let (value, changes) = self.write(|transaction| {
+            let snapshots = SnapshotsWrite {
+                transaction,
+                changes: RefCell::default(),
+            };
+            let value = change(&snapshots)?;
+            Ok::<_, E>((value, snapshots.changes.into_inner()))
+        })?;
+        self.lineage.apply(turn, changes);
+        Ok(value)
     }
 }
 
 /// The snapshots within a write transaction.
 pub struct SnapshotsWrite<'t> {
     transaction: &'t WriteTransaction,
+    changes: RefCell<Vec<Change>>,
 }
 
 impl SnapshotsWrite<'_> {
@@ -218,6 +256,7 @@ impl SnapshotsWrite<'_> {
         children.insert(record.parent.as_deref().unwrap_or(""), key)?;
         let bytes = encode(TABLE, &key, record)?;
         self.transaction.open_table(SNAPSHOTS)?.insert(key, bytes.as_slice())?;
+        self.changes.borrow_mut().push((key.to_owned(), Some(record.into())));
         Ok(())
     }
 
@@ -230,6 +269,7 @@ impl SnapshotsWrite<'_> {
         let mut children = self.transaction.open_multimap_table(CHILDREN)?;
         children.remove(record.parent.as_deref().unwrap_or(""), key)?;
         self.transaction.open_table(SNAPSHOTS)?.remove(key)?;
+        self.changes.borrow_mut().push((key.to_owned(), None));
         Ok(Some(record))
     }
 

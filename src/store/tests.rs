@@ -156,6 +156,63 @@ fn a_chain_is_nearest_first_and_never_endless() {
 }
 
 #[test]
+fn chains_follow_every_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    let chain = |store: &Store, key: &str| -> Vec<(String, u64)> {
+        let chain = store.chain(key).unwrap();
+        chain.into_iter().map(|(key, ancestor)| (key, ancestor.id)).collect()
+    };
+    let expected = |chain: &[(&str, u64)]| -> Vec<(String, u64)> {
+        chain.iter().map(|(key, id)| ((*key).to_owned(), *id)).collect()
+    };
+    put(&store, "base", &snapshot(1, None));
+    put(&store, "top", &snapshot(2, Some("base")));
+    put(&store, "other", &snapshot(3, None));
+    assert_eq!(chain(&store, "top"), expected(&[("top", 2), ("base", 1)]));
+
+    // All of a transaction, and nothing of one that fails.
+    let moved = store.write_snapshots(|snapshots| {
+        snapshots.put("top", &snapshot(2, Some("other")))?;
+        snapshots.remove("base")
+    });
+    assert!(moved.unwrap().is_some());
+    assert_eq!(chain(&store, "top"), expected(&[("top", 2), ("other", 3)]));
+    assert!(store.chain("base").unwrap().is_empty());
+    let failed: Result<(), StoreError> = store.write_snapshots(|snapshots| {
+        snapshots.remove("other")?;
+        snapshots.put("top", &snapshot(9, None))?;
+        Err(StoreError::Exhausted { what: "patience" })
+    });
+    assert!(failed.is_err());
+    assert_eq!(chain(&store, "top"), expected(&[("top", 2), ("other", 3)]));
+
+    drop(store);
+    assert_eq!(chain(&open(&dir), "top"), expected(&[("top", 2), ("other", 3)]));
+}
+
+#[test]
+fn a_damaged_ancestor_is_named() {
+    const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new("snapshots");
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    put(&store, "base", &snapshot(1, None));
+    put(&store, "top", &snapshot(2, Some("base")));
+    store
+        .write(|transaction| {
+            transaction.open_table(SNAPSHOTS)?.insert("base", b"{".as_slice())?;
+            Ok::<_, StoreError>(())
+        })
+        .unwrap();
+    drop(store);
+    let store = open(&dir);
+    for key in ["top", "base"] {
+        let error = store.chain(key).unwrap_err();
+        assert!(error.to_string().contains(r#"damaged record "base""#), "{error}");
+    }
+}
+
+#[test]
 fn a_failed_change_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir);

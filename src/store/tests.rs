@@ -54,8 +54,8 @@ fn layer(store: &Store, bytes: &[u8]) -> LayerRecord {
 }
 
 /// Writes bytes that are no record, as a fault of the disk or of a program would.
-fn damage(store: &Store, table: &str, key: &[u8; Digest::LEN]) {
-    let definition: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new(table);
+fn damage<'k, K: redb::Key + 'static>(store: &Store, table: &str, key: K::SelfType<'k>) {
+    let definition: TableDefinition<K, &[u8]> = TableDefinition::new(table);
     store
         .write(|transaction| {
             transaction.open_table(definition)?.insert(key, b"{".as_slice())?;
@@ -193,17 +193,11 @@ fn chains_follow_every_change() {
 
 #[test]
 fn a_damaged_ancestor_is_named() {
-    const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new("snapshots");
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir);
     put(&store, "base", &snapshot(1, None));
     put(&store, "top", &snapshot(2, Some("base")));
-    store
-        .write(|transaction| {
-            transaction.open_table(SNAPSHOTS)?.insert("base", b"{".as_slice())?;
-            Ok::<_, StoreError>(())
-        })
-        .unwrap();
+    damage::<&str>(&store, "snapshots", "base");
     drop(store);
     let store = open(&dir);
     for key in ["top", "base"] {
@@ -298,7 +292,7 @@ fn a_damaged_record_is_an_error_of_its_own() {
     let (bad, good) = (layer(&store, b"bad"), layer(&store, b"good"));
     store.put_layer(&bad).unwrap();
     store.put_layer(&good).unwrap();
-    damage(&store, "layers", bad.digest.as_bytes());
+    damage::<&[u8; Digest::LEN]>(&store, "layers", bad.digest.as_bytes());
     let error = store.layer(&bad.digest).unwrap_err();
     assert!(error.to_string().contains(&bad.digest.to_string()), "{error}");
     let readable: Vec<_> = store
@@ -312,24 +306,18 @@ fn a_damaged_record_is_an_error_of_its_own() {
     assert_eq!(store.layers().unwrap().len(), 1);
 
     let manifest = Digest::of(b"manifest");
-    damage(&store, "images", manifest.as_bytes());
+    damage::<&[u8; Digest::LEN]>(&store, "images", manifest.as_bytes());
     assert!(matches!(store.image(&manifest), Err(StoreError::Damaged { .. })));
     assert!(store.remove_image(&manifest).unwrap());
 }
 
 #[test]
 fn a_damaged_snapshot_does_not_hide_others() {
-    const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new("snapshots");
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir);
     put(&store, "good", &snapshot(1, None));
     put(&store, "bad", &snapshot(2, None));
-    store
-        .write(|transaction| {
-            transaction.open_table(SNAPSHOTS)?.insert("bad", b"\xff".as_slice())?;
-            Ok::<_, StoreError>(())
-        })
-        .unwrap();
+    damage::<&str>(&store, "snapshots", "bad");
     assert!(matches!(store.snapshot("bad"), Err(StoreError::Damaged { .. })));
     let listed = store.snapshots().unwrap();
     assert!(listed[0].1.is_err() && listed[1].1.is_ok(), "{listed:?}");
@@ -387,7 +375,7 @@ fn chains_come_and_go() {
     let store = open(&dir);
     let listed: Vec<_> = store.chains().unwrap().into_iter().map(|(_, r)| r.unwrap()).collect();
     assert_eq!(listed, [record]);
-    damage(&store, "chains", digest.as_bytes());
+    damage::<&[u8; Digest::LEN]>(&store, "chains", digest.as_bytes());
     assert!(store.chains().unwrap()[0].1.is_err());
     assert!(store.remove_chain(&digest).unwrap());
     assert!(!store.remove_chain(&digest).unwrap());

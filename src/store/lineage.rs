@@ -1,7 +1,7 @@
 //! Who descends from whom, in memory: of each snapshot what decides how those on it are mounted.
 //!
 //! For a container the whole chain of its parents is walked. In the database that is a look-up and a decoding for each of up to 500
-//! layers, among labels that are many times as long as all the rest: a third of the time that a container of 100 layers took to make.
+//! layers, among labels that are many times as long as all the rest: a third of the time that Prepare took with 100 layers.
 //!
 //! It holds what the last committed transaction left: it is loaded when the database is opened, and told of each transaction's changes
 //! after its commit and before the next one begins. Records that cannot be decoded are not in it.
@@ -15,7 +15,6 @@ use super::Ancestor;
 pub(super) type Change = (String, Option<Ancestor>);
 
 /// All snapshots.
-#[derive(Default)]
 pub(super) struct Lineage {
     known: RwLock<HashMap<String, Ancestor>>,
     turn: Mutex<()>,

@@ -187,7 +187,8 @@ impl Store {
         let mut next = Some(key.to_owned());
         while let Some(key) = next {
             let Some(ancestor) = known.get(&key) else {
-                // It may be there, and damaged.
+                // It may be there, and damaged. Nobody waits meanwhile.
+                drop(known);
                 self.snapshot(&key)?;
                 return match chain.last() {
                     None => Ok(chain),

@@ -41,6 +41,8 @@ pub struct Config {
     pub formats: FormatsConfig,
     /// FUSE.
     pub fuse: FuseConfig,
+    /// Memory.
+    pub memory: MemoryConfig,
 }
 
 /// Logs.
@@ -180,6 +182,14 @@ pub struct FuseConfig {
     pub face: FaceChoice,
 }
 
+/// Memory.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MemoryConfig {
+    /// Most bytes for what grows with what comes from outside: tables of contents, bodies, decoders, streams, indexes. Who needs more waits.
+    pub budget: ByteSize,
+}
+
 /// Which face of a layer serves.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -207,6 +217,7 @@ impl Default for Config {
             index: IndexConfig::default(),
             formats: FormatsConfig::default(),
             fuse: FuseConfig::default(),
+            memory: MemoryConfig::default(),
         }
     }
 }
@@ -252,6 +263,14 @@ impl Default for FetchConfig {
             max_concurrent_streams: 4,
             stream_memory: ByteSize(64 << 20),
             read_deadline: Duration::from_secs(120),
+        }
+    }
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        MemoryConfig {
+            budget: ByteSize(512 << 20),
         }
     }
 }
@@ -400,7 +419,7 @@ impl Config {
                 format!("{:?} is not a log level or filter", self.log.level),
             );
         }
-        let bounds: [(&'static str, u64, u64, u64); 9] = [
+        let bounds: [(&'static str, u64, u64, u64); 10] = [
             (
                 "registry.connect_timeout",
                 self.registry.connect_timeout.as_secs(),
@@ -423,6 +442,7 @@ impl Config {
                 64,
             ),
             ("fetch.stream_memory", self.fetch.stream_memory.0, 4 << 20, 64 << 30),
+            ("memory.budget", self.memory.budget.0, 64 << 20, 1 << 40),
             ("fetch.read_deadline", self.fetch.read_deadline.as_secs(), 1, 86_400),
             ("index.lookup_deadline", self.index.lookup_deadline.as_secs(), 1, 60),
         ];

@@ -65,6 +65,11 @@ pub trait LayerData: Send + Sync + 'static {
     /// Digest of the layer's blob.
     fn digest(&self) -> &Digest;
 
+    /// Whose reads they are when many wait: layers of one image have one owner.
+    fn owner(&self) -> String {
+        self.digest().to_string()
+    }
+
     /// Names and attributes.
     fn index(&self) -> &LayerIndex;
 

@@ -31,8 +31,9 @@ pub mod read;
 mod readdir;
 pub mod session;
 mod tree;
+mod waiting;
 mod warn;
 
 pub use error::FsError;
 pub use faces::{Face, Faces, FacesOptions, Serving, Shown};
-pub use session::{Session, SessionOptions};
+pub use session::{Deadlines, Session, SessionOptions};

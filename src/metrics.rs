@@ -42,6 +42,8 @@ pub struct Metrics {
     pub face_chains_total: IntCounterVec,
     /// Extended attributes left out of images, since EROFS cannot express them.
     pub face_dropped_xattrs_total: IntCounter,
+    /// Reads that wait now for bytes that have to be fetched.
+    pub waiting_reads: IntGauge,
     /// Bytes returned to readers.
     pub read_bytes_total: IntCounter,
     /// Reads that had to wait for a fetch: their duration in seconds.
@@ -154,6 +156,11 @@ impl Metrics {
                 &r,
                 "lazuli_face_dropped_xattrs_total",
                 "Extended attributes left out of images, since EROFS cannot express them.",
+            ),
+            waiting_reads: gauge(
+                &r,
+                "lazuli_waiting_reads",
+                "Reads that wait now for bytes that have to be fetched.",
             ),
             read_bytes_total: counter(&r, "lazuli_read_bytes_total", "Bytes returned to readers."),
             cold_read_seconds: histogram(

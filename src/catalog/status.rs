@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use super::{Catalog, Live};
 use crate::fetch::LayerData as _;
-use crate::fs::{Faces, Serving, Shown};
+use crate::fs::{Deadlines, Faces, Serving, Shown};
 use crate::layer::{Access, Digest};
 use crate::store::{ImageRecord, IndexRecord};
 
@@ -27,6 +27,9 @@ pub struct Status {
     /// By which face layers are shown.
     #[serde(default)]
     pub face: FaceStatus,
+    /// How long reads wait.
+    #[serde(default)]
+    pub reads: ReadsStatus,
     /// Images that were pulled through Lazuli.
     pub images: Vec<ImageStatus>,
     /// Layers that are live.
@@ -47,6 +50,17 @@ pub struct FaceStatus {
     pub reason: String,
     /// Whether EROFS metadata come through FUSE, because the kernel mounts no EROFS file from the root directory's file system.
     pub metadata_through_fuse: bool,
+}
+
+/// How long reads wait for bytes that have to be fetched.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReadsStatus {
+    /// Reads that wait now, of all images.
+    pub waiting: u64,
+    /// Seconds after which a reader gets an error.
+    pub deadline_seconds: u64,
+    /// Seconds after which the kernel would abort the FUSE connection of all images; null if it has no such limit.
+    pub kernel_limit_seconds: Option<u64>,
 }
 
 /// One chain: layers that are shown merged, as one directory.
@@ -236,6 +250,16 @@ impl From<&Serving> for FaceStatus {
     }
 }
 
+impl ReadsStatus {
+    fn new(waiting: i64, deadlines: Deadlines) -> Self {
+        ReadsStatus {
+            waiting: u64::try_from(waiting).unwrap_or_default(),
+            deadline_seconds: deadlines.read.as_secs(),
+            kernel_limit_seconds: deadlines.kernel.map(|limit| limit.as_secs()),
+        }
+    }
+}
+
 impl Catalog {
     /// The status document as JSON.
     pub fn status_json(&self) -> String {
@@ -268,6 +292,9 @@ impl Catalog {
             cache_max_bytes: self.cache_max_bytes,
             cache_held_bytes: self.loader.cache().held_bytes(),
             face: faces.map(|faces| faces.serving().into()).unwrap_or_default(),
+            reads: faces
+                .map(|faces| ReadsStatus::new(self.metrics.waiting_reads.get(), faces.session().deadlines()))
+                .unwrap_or_default(),
             images,
             loading: loading.collect(),
             layers,

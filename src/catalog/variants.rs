@@ -43,6 +43,10 @@ impl LayerData for Variant {
         self.layer.digest()
     }
 
+    fn owner(&self) -> String {
+        self.layer.owner()
+    }
+
     fn index(&self) -> &LayerIndex {
         &self.index
     }

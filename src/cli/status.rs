@@ -82,6 +82,15 @@ fn table(status: &Status) -> String {
         "layers are shown by the {} face: {}",
         status.face.face, status.face.reason
     );
+    let kernel = match status.reads.kernel_limit_seconds {
+        Some(limit) => format!("the kernel gives all images up after {limit} s"),
+        None => "the kernel has no limit of its own".to_owned(),
+    };
+    let _ = writeln!(
+        out,
+        "{} reads wait, none longer than {} s ({kernel})",
+        status.reads.waiting, status.reads.deadline_seconds
+    );
     if status.cache_held_bytes > 0 {
         let held = ByteSize(status.cache_held_bytes);
         let _ = writeln!(
@@ -195,7 +204,7 @@ pub(super) fn short(digest: &str) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::catalog::status::{FaceStatus, ImageLayerStatus, ImageStatus, IndexStatus, LoadingStatus};
+    use crate::catalog::status::{FaceStatus, ImageLayerStatus, ImageStatus, IndexStatus, LoadingStatus, ReadsStatus};
 
     #[test]
     fn table_tells_lazy_refused_and_loading() {
@@ -227,6 +236,11 @@ mod tests {
                 face: "image".into(),
                 reason: "Linux 6.18 mounts EROFS from files".into(),
                 metadata_through_fuse: false,
+            },
+            reads: ReadsStatus {
+                waiting: 2,
+                deadline_seconds: 115,
+                kernel_limit_seconds: Some(120),
             },
             chains,
             images: vec![ImageStatus {
@@ -280,6 +294,7 @@ mod tests {
         insta::assert_snapshot!(table(&status), @r"
         lazuli 1 at /r; cache 3.0 MiB (no limit)
         layers are shown by the image face: Linux 6.18 mounts EROFS from files
+        2 reads wait, none longer than 115 s (the kernel gives all images up after 120 s)
         1.0 MiB of the cache are mounted as files, and stay while containers use them
 
         r.example/a:1 [default] ffffffffffff

@@ -315,6 +315,14 @@ impl LayerData for Layer {
         self.cached.digest()
     }
 
+    /// The repository it comes from.
+    fn owner(&self) -> String {
+        let mut name = Layer::blob(self).describe();
+        let end = name.rfind('@').unwrap_or(name.len());
+        name.truncate(end);
+        name
+    }
+
     fn index(&self) -> &LayerIndex {
         self.cached.index()
     }

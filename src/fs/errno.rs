@@ -24,6 +24,9 @@ pub enum ReadError {
         /// Bytes that the index promises.
         wanted: usize,
     },
+    /// Too many reads of the same image wait already.
+    #[error("too many reads of this image wait for its registry; this one is not tried")]
+    Crowded,
     /// No answer came, not even that the deadline has passed.
     #[error("no answer within {} s", after.as_secs())]
     Overdue {
@@ -47,6 +50,7 @@ pub fn of(error: &ReadError) -> Errno {
         )
         | ReadError::Disk(_)
         | ReadError::Short { .. }
+        | ReadError::Crowded
         | ReadError::Overdue { .. } => Errno::EIO,
     }
 }

@@ -42,9 +42,10 @@ pub(super) const FOREVER: Duration = Duration::from_secs(u32::MAX as u64);
 /// How long the kernel keeps what may change at any time.
 pub(super) const NEVER: Duration = Duration::ZERO;
 
-/// Requests of read-ahead and asynchronous reads that the kernel sends before it waits for answers. fuser's 16 would let one slow
-/// registry stop the read-ahead of every container; each request pins at most 1 MiB of page cache, and as much here.
-const MAX_BACKGROUND: u16 = 256;
+/// Requests of read-ahead and asynchronous reads that the kernel sends before it waits for answers, over all images. EROFS reads files
+/// of this file system asynchronously, so that each reader counts: with fuser's 16, or some hundreds, the readers of one image whose registry
+/// hangs would stop those of all others, also where nothing has to be fetched. Twice as many as [`waiting`](super::waiting) lets wait.
+pub(super) const MAX_BACKGROUND: u16 = 2 * super::waiting::PLACES as u16;
 /// At how many of them the kernel begins to leave read-ahead out: three quarters, as it does by default.
 const CONGESTION_THRESHOLD: u16 = MAX_BACKGROUND / 4 * 3;
 /// fuser derives the largest *read* from the largest write, so a read-only file system states one: 1 MiB, the kernel's own limit.

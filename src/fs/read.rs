@@ -16,6 +16,7 @@ use super::counters::Counters;
 use super::errno::{self, ReadError};
 use super::failures::Failures;
 use super::image::{self, Metadata};
+use super::waiting::{Place, Waiting};
 use super::warn::WarnLimit;
 use crate::fetch::LayerData;
 use crate::layer::{Ino, Inode, LayerIndex, ROOT_INO};
@@ -159,6 +160,7 @@ struct Shared {
     cold_seconds: Histogram,
     warnings: WarnLimit,
     failures: Failures,
+    waiting: Arc<Waiting>,
 }
 
 impl Reads {
@@ -177,6 +179,7 @@ impl Reads {
                 cold_seconds: metrics.cold_read_seconds.clone(),
                 warnings: WarnLimit::default(),
                 failures: Failures::default(),
+                waiting: Waiting::new(metrics.waiting_reads.clone()),
             }),
         }
     }
@@ -219,11 +222,16 @@ impl Reads {
         {
             return answer.error(self.shared.counters.failed(errno));
         }
+        let Some(place) = self.shared.waiting.enter(&layer.owner()) else {
+            let error = ReadError::Crowded;
+            answer.error(self.shared.counters.failed(errno::of(&error)));
+            return self.shared.warn(layer.as_ref(), through, range, &error);
+        };
         let shared = Arc::clone(&self.shared);
         let layer = Arc::clone(layer);
         self.shared
             .runtime
-            .spawn(async move { shared.read_cold(layer, through, range, answer).await });
+            .spawn(async move { shared.read_cold(layer, through, range, answer, place).await });
     }
 
     /// Answers a read of `size` bytes at `offset` of the metadata in `slot`.
@@ -246,9 +254,17 @@ impl Reads {
 }
 
 impl Shared {
-    async fn read_cold<A: Answer>(&self, layer: Arc<dyn LayerData>, through: Through, range: Range, answer: A) {
+    async fn read_cold<A: Answer>(
+        &self,
+        layer: Arc<dyn LayerData>,
+        through: Through,
+        range: Range,
+        answer: A,
+        place: Place,
+    ) {
         let start = Instant::now();
         let result = self.fetch(layer.as_ref(), range.offset, range.len).await;
+        drop(place);
         self.cold_seconds.observe(start.elapsed().as_secs_f64());
         match result {
             Ok(bytes) => {

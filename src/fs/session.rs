@@ -38,6 +38,9 @@ const THREADS_MAX: usize = 8;
 const READ_AHEAD_KIB: u32 = 1024;
 /// Most stale mounts that are removed from one mount point; more can only mean that something makes new ones.
 const STALE_MAX: usize = 64;
+/// How much earlier than the kernel's own limit, if it has one, a read is answered: the kernel aborts the connection of all images for one late
+/// answer, and a request may wait for a moment before it is read.
+const BEFORE_KERNEL: Duration = Duration::from_secs(5);
 /// How long the threads may take to end after the unmount, and again after the connection is aborted.
 const END_WAIT: Duration = Duration::from_secs(2);
 
@@ -60,6 +63,7 @@ pub struct Session {
     runtime: Handle,
     /// Whether data files are opened past the page cache.
     direct: Arc<AtomicBool>,
+    deadlines: Deadlines,
     /// The mount, until it is unmounted.
     mount: Option<Mount>,
     /// Tells when all threads have ended.
@@ -100,7 +104,14 @@ impl Session {
 
         let tree = Arc::new(Tree::new());
         let counters = Arc::new(Counters::new(Arc::clone(&metrics)));
-        let reads = Reads::new(runtime.clone(), options.read_deadline, Arc::clone(&counters), &metrics);
+        let deadlines = Deadlines::new(options.read_deadline, sys::fuse::request_timeout());
+        if deadlines.read < options.read_deadline {
+            tracing::warn!(
+                seconds = deadlines.read.as_secs(),
+                "fetch.read_deadline is shortened: this kernel aborts FUSE connections for late answers (fs.fuse.max_request_timeout)"
+            );
+        }
+        let reads = Reads::new(runtime.clone(), deadlines.read, Arc::clone(&counters), &metrics);
         let direct = Arc::new(AtomicBool::new(false));
         let face = Face::new(Arc::clone(&tree), reads, counters, Arc::clone(&direct));
         let mut config = fuser::Config::default();
@@ -138,6 +149,7 @@ impl Session {
             notifier,
             runtime,
             direct,
+            deadlines,
             mount,
             ended: Mutex::new(ended),
         })
@@ -211,6 +223,11 @@ impl Session {
         &self.mountpoint
     }
 
+    /// After how long reads are answered at the latest.
+    pub fn deadlines(&self) -> Deadlines {
+        self.deadlines
+    }
+
     /// Whether the session still answers. It ends on its own only when somebody unmounts it or aborts its connection.
     pub fn is_alive(&self) -> bool {
         let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
@@ -275,6 +292,26 @@ impl Session {
                 tracing::debug!("the kernel did not take an invalidation: {error}");
             }
         });
+    }
+}
+
+/// After how long reads are answered at the latest, by whom.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Deadlines {
+    /// A reader gets an error after this time.
+    pub read: Duration,
+    /// The kernel aborts the connection after this time, if it does.
+    pub kernel: Option<Duration>,
+}
+
+impl Deadlines {
+    /// The deadline `wanted`, but before that of the kernel.
+    fn new(wanted: Duration, kernel: Option<Duration>) -> Self {
+        let latest = kernel.map(|kernel| kernel.saturating_sub(BEFORE_KERNEL));
+        Deadlines {
+            read: latest.map_or(wanted, |latest| wanted.min(latest)),
+            kernel,
+        }
     }
 }
 
@@ -350,5 +387,26 @@ fn threads(configured: usize) -> usize {
             .map_or(1, usize::from)
             .clamp(THREADS_MIN, THREADS_MAX),
         threads => threads,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_read_is_answered_before_the_kernel_gives_the_connection_up() {
+        let seconds = Duration::from_secs;
+        for (wanted, kernel, read) in [
+            (120, None, 120),
+            (120, Some(300), 120),
+            (120, Some(120), 115),
+            (120, Some(15), 10),
+            (3, Some(15), 3),
+        ] {
+            let deadlines = Deadlines::new(seconds(wanted), kernel.map(seconds));
+            assert_eq!(deadlines.read, seconds(read), "{wanted} {kernel:?}");
+            assert!(kernel.is_none_or(|kernel| deadlines.read < seconds(kernel)));
+        }
     }
 }

@@ -5,6 +5,7 @@ use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::MountAttrFlags;
@@ -16,6 +17,11 @@ use super::mount::{Context, DetachedMount};
 const DEVICE: &str = "/dev/fuse";
 /// Mode of the root directory as FUSE wants it at mount: only its type is used.
 const ROOT_MODE: &str = "40000";
+
+/// The kernel's settings of FUSE.
+const SYSCTLS: &str = "/proc/sys/fs/fuse";
+/// Least time that the kernel lets a request take if it limits it, in seconds.
+const LEAST_TIMEOUT: u64 = 15;
 
 /// How a FUSE file system is mounted.
 #[derive(Debug, Clone, Copy)]
@@ -65,6 +71,22 @@ pub fn abort(major: u32, minor: u32) -> Result<(), SysError> {
         .and_then(|file| rustix::io::write(file, b"1"))
         .map(drop)
         .map_err(|error| SysError::new("abort of a FUSE connection", &path, error))
+}
+
+/// How long the kernel lets a request of a new connection take before it aborts the *whole connection*, where it has such a limit: Linux
+/// 6.15 and later, `fs.fuse.default_request_timeout` and `max_request_timeout`. It is settled when the connection begins.
+pub fn request_timeout() -> Option<Duration> {
+    let seconds = |name: &str| {
+        let text = std::fs::read_to_string(Path::new(SYSCTLS).join(name)).ok()?;
+        text.trim().parse::<u64>().ok().filter(|seconds| *seconds > 0)
+    };
+    let (default, most) = (seconds("default_request_timeout"), seconds("max_request_timeout"));
+    // We ask for none ourselves. The kernel looks every 15 s, and takes no less than that.
+    let seconds = match (default, most) {
+        (Some(default), Some(most)) => default.min(most),
+        (default, most) => default.or(most)?,
+    };
+    Some(Duration::from_secs(seconds.max(LEAST_TIMEOUT)))
 }
 
 /// Sets how far the kernel reads ahead on the file system with the device number `major`:`minor`, in KiB.

@@ -48,6 +48,8 @@ mod handle;
 pub mod images;
 mod indexes;
 pub mod loader;
+mod loads;
+mod pace;
 mod records;
 mod release;
 pub mod shared;

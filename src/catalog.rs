@@ -114,7 +114,8 @@ pub trait Layers: Send + Sync + 'static {
     fn is_live(&self, layer: &Digest) -> bool;
 
     /// The directories that show live layers, topmost first and each once; mounted now if they are not. They stay until a
-    /// [`Layers::retain`] that does not name these layers as a base. Never waits for the network; blocks for mount calls.
+    /// [`Layers::retain`] with a later [mark](Layers::mark) that does not name these layers as a base. Never waits for the network; blocks
+    /// for mount calls.
     ///
     /// # Errors
     /// The layer that is not live.
@@ -126,9 +127,16 @@ pub trait Layers: Send + Sync + 'static {
     /// Bytes and inodes that a live layer uses on the local disk now.
     fn usage(&self, layer: &Digest) -> Option<(u64, u64)>;
 
-    /// Tells what is needed; layers that are not may be released, and unmounted. Called after removals, and at start.
-    fn retain(&self, needed: Needed) -> BoxFuture<'_, ()>;
+    /// A mark in time: what [`Layers::lowers`] gives out from now on is later.
+    fn mark(&self) -> u64;
+
+    /// Tells what is needed; layers that are not may be released, and what was last given out before `mark` may be unmounted. Called after
+    /// removals, and at start. Decides quickly; what takes long is left to the answer.
+    fn retain(&self, needed: Needed, mark: u64) -> BoxFuture<'_, Released>;
 }
+
+/// What a release has decided and not done yet. It blocks for unmount calls and for the disk.
+pub type Released = Box<dyn FnOnce() + Send>;
 
 /// What snapshots need of layers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -13,10 +13,11 @@
 //! only then is the layer mounted. The remote snapshots at the lower end of a chain are one directory if there is a
 //! merged image of them.
 //!
-//! No lock is held while a layer is being resolved, which may take minutes. Layers are released with
+//! No lock is held while a layer is being resolved, which may take seconds. Layers are released with
 //! [`Layers::retain`], and between "it is live" and "a snapshot refers to it" such a release could come; so the second
-//! step takes a lock that a release takes too, and looks again. For the same reason a release waits for snapshots that are
-//! being made: what was mounted for them is needed only once they are recorded.
+//! step takes a lock that a release takes too while it decides, and looks again. For the same reason a release waits for snapshots that were
+//! being made when it began: what was mounted for them is needed only once they are recorded. Nobody waits for a release: what is given
+//! out meanwhile bears a later mark, by which it is left alone, and unmounting comes after all decisions.
 //!
 //! # Durability
 //! Records are on disk before an RPC is answered, and so is the name of the directory of a committed snapshot. The
@@ -35,6 +36,7 @@ use crate::catalog::Layers;
 use crate::metrics::Metrics;
 use crate::proto::snapshots::v1::snapshots_server::SnapshotsServer;
 use crate::store::Store;
+use crate::sync::Epochs;
 
 mod core;
 mod dirs;
@@ -68,8 +70,10 @@ pub struct Service {
     metrics: Arc<Metrics>,
     /// Held from seeing a layer live to having recorded a snapshot of it, and while layers are released.
     references: Arc<tokio::sync::Mutex<()>>,
-    /// Held, shared, while something is mounted for a snapshot until that is recorded, and exclusively by a release.
-    making: Arc<tokio::sync::RwLock<()>>,
+    /// Inside is who mounts something for a snapshot, until that is recorded. A release waits for those who came before it.
+    making: Arc<Epochs>,
+    /// Held while what a release has decided is carried out.
+    letting_go: Arc<tokio::sync::Mutex<()>>,
     /// Whether a release of layers is due; more than one at a time would do the same.
     release_due: Arc<std::sync::atomic::AtomicBool>,
     /// Permits to measure active snapshots.
@@ -93,7 +97,8 @@ impl Service {
             layers,
             metrics,
             references: Arc::default(),
-            making: Arc::default(),
+            making: Epochs::new(),
+            letting_go: Arc::default(),
             release_due: Arc::default(),
             measuring: Arc::new(tokio::sync::Semaphore::new(MAX_MEASURED)),
         };

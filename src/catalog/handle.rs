@@ -5,8 +5,9 @@ use std::sync::Arc;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
-use super::{Catalog, LayerRequest, Layers, Lowers, Needed, Resolution};
+use super::{Catalog, LayerRequest, Layers, Lowers, Needed, Released, Resolution};
 use crate::fetch::LayerData;
+use crate::fs::Faces;
 use crate::layer::Digest;
 
 /// The catalog as `snapshots` sees it: a handle that can start tasks of its own.
@@ -42,13 +43,23 @@ impl Layers for Handle {
         Some((layer.present_bytes(), layer.index().inodes().len() as u64))
     }
 
-    fn retain(&self, needed: Needed) -> BoxFuture<'_, ()> {
+    fn mark(&self) -> u64 {
+        self.0.faces().as_ref().map_or(0, Faces::mark)
+    }
+
+    fn retain(&self, needed: Needed, mark: u64) -> BoxFuture<'_, Released> {
         let catalog = Arc::clone(&self.0);
         async move {
-            match tokio::task::spawn_blocking(move || catalog.release(needed)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::error!(%error, "images cannot be forgotten"),
-                Err(error) => tracing::error!(%error, "releasing layers was interrupted"),
+            let decide = move || {
+                let released = catalog.release(needed);
+                Box::new(move || catalog.let_go(released, mark)) as Released
+            };
+            match tokio::task::spawn_blocking(decide).await {
+                Ok(released) => released,
+                Err(error) => {
+                    tracing::error!(%error, "releasing layers was interrupted");
+                    Box::new(|| ())
+                }
             }
         }
         .boxed()

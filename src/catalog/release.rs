@@ -1,44 +1,71 @@
 //! Letting go: of layers that no snapshot refers to, of their chains and images, and of mounts that no container needs.
+//!
+//! In two steps. What goes is decided at once, while nobody may come to refer to it: it is no longer live then. Unmounting, closing and
+//! forgetting come after, while pulls and containers go on; a layer that comes back meanwhile is left alone.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use super::{Catalog, GRACE, Live, Needed, access_label};
-use crate::fetch::LayerData as _;
+use crate::fetch::LayerData;
 use crate::layer::Digest;
 use crate::store::{ImageLayer, StoreError};
 
-impl Catalog {
-    /// Lets go of everything that is not needed. Blocks for unmount calls.
-    ///
-    /// # Errors
-    /// [`StoreError`] if images cannot be forgotten; everything else is let go then.
-    pub(super) fn release(&self, needed: Needed) -> Result<(), StoreError> {
-        let mut keep: HashSet<Digest> = needed.layers.into_iter().collect();
-        self.release_layers(&mut keep);
-        self.release_chains(&keep);
-        let slots = self.slots_of_bases(&needed.bases);
-        if let Some(faces) = &*self.faces() {
-            faces.retain(&slots);
-        }
-        self.forget_images(&keep)
-    }
+/// What has been decided to go.
+pub(super) struct Going {
+    layers: Vec<(Digest, Live)>,
+    variants: Vec<(Digest, Live)>,
+    /// What stays.
+    keep: HashSet<Digest>,
+    /// Slots of what containers are made on.
+    bases: HashSet<u32>,
+}
 
-    /// Releases layers that are not to be kept. `keep` gets the layers whose variants are kept.
-    fn release_layers(&self, keep: &mut HashSet<Digest>) {
-        keep.extend(self.release_variants(keep));
-        let released: Vec<(Digest, Live)> = self
+impl Catalog {
+    /// Decides what goes: what is not needed, and was not asked for just now.
+    pub(super) fn release(&self, needed: Needed) -> Going {
+        let mut keep: HashSet<Digest> = needed.layers.into_iter().collect();
+        let (variants, bases_of_variants) = self.release_variants(&keep);
+        keep.extend(bases_of_variants);
+        let layers = self
             .write_live()
             .extract_if(|digest, live| !live.is_variant && !keep.contains(digest) && live.wanted.elapsed() > GRACE)
             .collect();
-        for (digest, live) in released {
-            if let Some(faces) = &*self.faces() {
-                faces.detach(live.slot);
-            }
-            live.layer.close();
-            let access = access_label(live.layer.index().access());
-            self.metrics.layers_live.with_label_values(&[access]).dec();
-            tracing::info!(layer = %digest, "layer is released; its bytes stay in the cache while there is room");
+        Going {
+            layers,
+            variants,
+            bases: self.slots_of_bases(&needed.bases),
+            keep,
         }
+    }
+
+    /// Lets go of it. What was given out after `mark` is not unmounted. Blocks for unmount calls and the database.
+    pub(super) fn let_go(&self, going: Going, mark: u64) {
+        for (variant, live) in going.variants {
+            self.let_variant_go(&variant, live);
+        }
+        for (digest, live) in going.layers {
+            self.let_layer_go(&digest, live);
+        }
+        self.release_chains(&going.keep);
+        if let Some(faces) = &*self.faces() {
+            faces.retain(&going.bases, mark);
+        }
+        if let Err(error) = self.forget_images(&going.keep) {
+            tracing::error!(%error, "images cannot be forgotten");
+        }
+    }
+
+    fn let_layer_go(&self, digest: &Digest, live: Live) {
+        live.layer.close();
+        let access = access_label(live.layer.index().access());
+        self.metrics.layers_live.with_label_values(&[access]).dec();
+        // It may be there again, in the same slot, with a new reader.
+        let layer: Arc<dyn LayerData> = live.layer;
+        if let Some(faces) = &*self.faces() {
+            faces.detach_layer(live.slot, &layer);
+        }
+        tracing::info!(layer = %digest, "layer is released; its bytes stay in the cache while there is room");
     }
 
     /// Forgets images none of whose layers is referred to any more.

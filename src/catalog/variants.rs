@@ -318,8 +318,8 @@ impl Catalog {
         }
     }
 
-    /// Releases the variants that are not to be kept, and gives the layers of the others.
-    pub(super) fn release_variants(&self, keep: &HashSet<Digest>) -> Vec<Digest> {
+    /// Takes the variants that are not to be kept out of those that are live, and gives the layers of the others.
+    pub(super) fn release_variants(&self, keep: &HashSet<Digest>) -> (Vec<(Digest, Live)>, Vec<Digest>) {
         let _changing = self.shelf.lock();
         let mut live = self.write_live();
         let goes = |digest: &Digest, live: &mut Live| {
@@ -328,15 +328,20 @@ impl Catalog {
         let gone: Vec<(Digest, Live)> = live.extract_if(goes).collect();
         let stay = live.values().filter(|live| live.is_variant);
         let bases = stay.map(|live| *live.layer.digest()).collect();
-        drop(live);
-        for (variant, live) in gone {
-            if let Some(faces) = &*self.faces() {
-                faces.detach(live.slot);
-            }
-            self.forget_variant(&variant);
-            tracing::info!(layer = %live.layer.digest(), %variant, "is released as it looked on its parents");
+        (gone, bases)
+    }
+
+    /// Lets go of a variant that is not live any more, unless it has come back.
+    pub(super) fn let_variant_go(&self, variant: &Digest, live: Live) {
+        let _changing = self.shelf.lock();
+        if self.read_live().contains_key(variant) {
+            return;
         }
-        bases
+        if let Some(faces) = &*self.faces() {
+            faces.detach(live.slot);
+        }
+        self.forget_variant(variant);
+        tracing::info!(layer = %live.layer.digest(), %variant, "is released as it looked on its parents");
     }
 
     /// Removes what is stored of a variant. Always `false`: it is not there any more.

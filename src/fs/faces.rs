@@ -27,6 +27,7 @@ mod stored;
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -111,6 +112,10 @@ pub struct Faces {
     /// How images say where bytes are.
     addressing: Addressing,
     layers: RwLock<HashMap<u32, Arc<dyn LayerData>>>,
+    /// Held while a layer comes or goes, in the session and in `layers`.
+    changing: Mutex<()>,
+    /// Counts what is given out: see [`Faces::mark`].
+    given: AtomicU64,
     /// Held while a chain's image is made.
     building: Mutex<()>,
     metrics: Arc<Metrics>,
@@ -173,6 +178,8 @@ impl Faces {
             files,
             addressing,
             layers: RwLock::default(),
+            changing: Mutex::default(),
+            given: AtomicU64::new(0),
             building: Mutex::default(),
             metrics,
         })
@@ -189,10 +196,12 @@ impl Faces {
     /// # Errors
     /// [`FsError::SlotZero`], [`FsError::SlotTaken`].
     pub fn attach(&self, slot: u32, layer: Arc<dyn LayerData>) -> Result<(), FsError> {
+        let changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         self.session.attach(slot, Arc::clone(&layer))?;
         let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
         layers.insert(slot, Arc::clone(&layer));
         drop(layers);
+        drop(changing);
         if let Some(entry) = self.mounts.find(slot) {
             let mut state = entry.lock();
             if let Some(metadata) = &state.metadata
@@ -214,16 +223,34 @@ impl Faces {
 
     /// Takes the layer in `slot` and all its mounts away. Tells whether there was one.
     pub fn detach(&self, slot: u32) -> bool {
+        self.detach_if(slot, |_| true)
+    }
+
+    /// The same, if it is this very reader that is in `slot`: the layer may have come back with another one.
+    pub fn detach_layer(&self, slot: u32, layer: &Arc<dyn LayerData>) -> bool {
+        self.detach_if(slot, |there| std::ptr::addr_eq(Arc::as_ptr(there), Arc::as_ptr(layer)))
+    }
+
+    fn detach_if(&self, slot: u32, is_it: impl Fn(&Arc<dyn LayerData>) -> bool) -> bool {
+        let changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.layer(slot).is_some_and(|there| is_it(&there)) {
+            return false;
+        }
         let mut layers = self.layers.write().unwrap_or_else(PoisonError::into_inner);
         layers.remove(&slot);
         drop(layers);
+        let there = self.session.detach(slot);
+        drop(changing);
         if let Some(entry) = self.mounts.find(slot) {
             let mut state = entry.lock();
-            let _ = self.mounts.dismount(slot, &mut state);
-            self.drop_metadata(slot, &mut state);
-            self.mounts.remove(slot);
+            // Another reader may have come to the slot meanwhile; then its mounts are good.
+            if self.layer(slot).is_none() {
+                let _ = self.mounts.dismount(slot, &mut state);
+                self.drop_metadata(slot, &mut state);
+                self.mounts.remove(slot);
+            }
         }
-        self.session.detach(slot)
+        there
     }
 
     /// The directory that shows the layer in `slot`, mounted now if it is not. A layer that cannot be shown as an image is shown as a
@@ -238,17 +265,23 @@ impl Faces {
         }
         let entry = self.mounts.entry(slot);
         let mut state = entry.lock();
+        state.given = self.given.load(Ordering::SeqCst);
         let path = self.show(slot, &mut state, &[Device { slot, layer }]);
         entry.tell(&state, Face::Tree.word());
         Ok(path.unwrap_or_else(|| self.session.path(slot)))
     }
 
-    /// Unmounts every layer and chain that is not in `needed`. They stay attached, and are mounted again when they are asked for.
+    /// A mark in time: paths that are given out from now on are later. For [`Faces::retain`].
+    pub fn mark(&self) -> u64 {
+        self.given.fetch_add(1, Ordering::SeqCst)
+    }
+
+    /// Unmounts every layer and chain that is not in `needed`, and of which no path was given out after `mark`. They stay attached, and are mounted again when they are asked for.
     ///
     /// Paths that were handed out for slots in `needed` stay. An overlay goes on with what it was made of, but files of the cache may then
     /// be evicted below it: a slot is needed until no overlay uses it.
-    pub fn retain(&self, needed: &HashSet<u32>) {
-        self.mounts.retain(needed, |slot, entry, state| {
+    pub fn retain(&self, needed: &HashSet<u32>, mark: u64) {
+        self.mounts.retain(needed, mark, |slot, entry, state| {
             let fallback = match self.layer(slot) {
                 Some(_) => {
                     self.drop_metadata(slot, state);

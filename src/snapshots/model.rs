@@ -12,7 +12,7 @@ use tonic::Code;
 
 use super::core::Core;
 use super::rules::{REF_LABEL, remote_name};
-use crate::catalog::{LayerRequest, Layers, Lowers, Needed, Resolution};
+use crate::catalog::{LayerRequest, Layers, Lowers, Needed, Released, Resolution};
 use crate::layer::Digest;
 use crate::proto::snapshots::v1::{Info, Kind as ApiKind};
 use crate::store::{Kind, Store};
@@ -48,8 +48,12 @@ impl Layers for OneDirectory {
         None
     }
 
-    fn retain(&self, _: Needed) -> BoxFuture<'_, ()> {
-        async {}.boxed()
+    fn mark(&self) -> u64 {
+        0
+    }
+
+    fn retain(&self, _: Needed, _: u64) -> BoxFuture<'_, Released> {
+        async { Box::new(|| ()) as Released }.boxed()
     }
 }
 

@@ -106,7 +106,7 @@ impl Service {
         labels: HashMap<String, String>,
     ) -> Result<Vec<Mount>, SnapshotsError> {
         // It goes with the work, which goes on if this future is dropped.
-        let making = Arc::clone(&self.making).read_owned().await;
+        let making = self.making.enter();
         self.blocking(move |core| {
             let mounts = core.create(kind, &key, &parent, labels);
             drop(making);
@@ -182,13 +182,21 @@ impl Service {
         let service = self.clone();
         tokio::spawn(async move {
             tokio::time::sleep(after).await;
-            let _lock = service.references.lock().await;
-            let _making = service.making.write().await;
             // What is removed from here on needs another release.
             service.release_due.store(false, Ordering::Release);
-            match service.blocking(Core::needed).await {
-                Ok(needed) => service.layers.retain(needed).await,
-                Err(error) => tracing::error!(%error, "layers without snapshots are not released"),
+            // In this order: whatever is given out to those who are not waited for comes after the mark.
+            let mark = service.layers.mark();
+            service.making.advance().await;
+            let lock = service.references.lock().await;
+            let released = match service.blocking(Core::needed).await {
+                Ok(needed) => service.layers.retain(needed, mark).await,
+                Err(error) => return tracing::error!(%error, "layers without snapshots are not released"),
+            };
+            drop(lock);
+            // One at a time; nobody but the next release waits for it.
+            let _turn = service.letting_go.lock().await;
+            if let Err(error) = tokio::task::spawn_blocking(released).await {
+                tracing::error!(%error, "releasing layers was interrupted");
             }
         });
     }
@@ -279,7 +287,7 @@ impl Snapshots for Service {
         let key = request.into_inner().key;
         let work = async {
             // Something may be mounted, of which a release under way does not know yet.
-            let making = Arc::clone(&self.making).read_owned().await;
+            let making = self.making.enter();
             self.blocking(move |core| {
                 let mounts = core.mounts(&key);
                 drop(making);

@@ -167,7 +167,7 @@ impl Rig {
 
     pub fn retain(&self, needed: &[u32]) {
         let (faces, needed) = (Arc::clone(&self.faces), needed.iter().copied().collect::<HashSet<_>>());
-        self.within(move || faces.retain(&needed));
+        self.within(move || faces.retain(&needed, faces.mark()));
     }
 
     /// Words for what is shown of a slot.

@@ -271,6 +271,80 @@ async fn layers_are_released_when_the_last_snapshot_goes() {
     assert_eq!(view.names(), ["one"]);
 }
 
+/// A release may take long: a kernel that does not answer an unmount, a disk that is slow. Nobody waits for it.
+#[tokio::test]
+async fn nothing_waits_for_what_is_let_go() {
+    let daemon = Daemon::start().await;
+    daemon.layers.add("sha256:1", "one");
+    daemon.layers.add("sha256:2", "two");
+    let one = daemon.pull("default/1/x", "", "sha256:1").await;
+    let two = daemon.pull("default/2/x", "", "sha256:2").await;
+    eventually("the release of the start is over", || {
+        daemon.layers.last_retained().is_some()
+    })
+    .await;
+    let letting_go = std::sync::Arc::clone(&daemon.layers.letting_go);
+    let held = letting_go.lock().unwrap();
+    daemon.remove(&two).await.unwrap();
+    let without_two = || {
+        daemon
+            .layers
+            .last_retained()
+            .is_some_and(|needed| needed.layers.len() == 1)
+    };
+    eventually("a release has been decided", without_two).await;
+    daemon.prepare("default/3/c", &one).await.unwrap();
+    daemon.view("default/4/v", &one).await.unwrap();
+    daemon.mounts("default/3/c").await.unwrap();
+    daemon.remove("default/3/c").await.unwrap();
+    daemon.layers.add("sha256:3", "three");
+    daemon.pull("default/5/x", &one, "sha256:3").await;
+    drop(held);
+}
+
+/// A release waits for what is being mounted when it begins, since nothing refers to that yet; nobody else does.
+#[tokio::test]
+async fn a_slow_mount_delays_a_release_and_nobody_else() {
+    let daemon = Daemon::start().await;
+    daemon.layers.add("sha256:1", "one");
+    daemon.layers.add("sha256:2", "two");
+    let one = daemon.pull("default/1/x", "", "sha256:1").await;
+    let two = daemon.pull("default/2/x", "", "sha256:2").await;
+    eventually("the release of the start is over", || {
+        daemon.layers.last_retained().is_some()
+    })
+    .await;
+    let before = daemon.layers.last_retained();
+    let slow_mounts = std::sync::Arc::clone(&daemon.layers.slow_mounts);
+    let held = slow_mounts.lock().unwrap();
+    let slow = daemon.prepare("default/3/slow", &one);
+    let others = async {
+        let mounting = || daemon.layers.mounting.load(Ordering::SeqCst) == 1;
+        eventually("a container is being made", mounting).await;
+        daemon.remove(&two).await.unwrap();
+        // Past the moment in which nothing is let go of.
+        tokio::time::sleep(std::time::Duration::from_secs(4)).await;
+        daemon.prepare("default/4/quick", &one).await.unwrap();
+        daemon.mounts("default/4/quick").await.unwrap();
+        assert_eq!(
+            daemon.layers.last_retained(),
+            before,
+            "the release waits for the slow one"
+        );
+        drop(held);
+    };
+    let (slow, ()) = tokio::join!(slow, others);
+    slow.unwrap();
+    let base = vec![Digest::of(b"one")];
+    let decided = || {
+        daemon
+            .layers
+            .last_retained()
+            .is_some_and(|needed| needed.bases == [base.clone()])
+    };
+    eventually("the release knows what was made", decided).await;
+}
+
 #[tokio::test]
 async fn a_layer_that_occurs_twice_can_be_mounted() {
     let daemon = Daemon::start().await;

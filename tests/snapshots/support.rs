@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
-use lazuli::catalog::{LayerRequest, Layers, Lowers, Needed, Resolution};
+use lazuli::catalog::{LayerRequest, Layers, Lowers, Needed, Released, Resolution};
 use lazuli::layer::Digest;
 use lazuli::metrics::Metrics;
 use lazuli::proto::snapshots::v1::snapshots_client::SnapshotsClient;
@@ -49,6 +49,12 @@ pub struct FakeLayers {
     pub lost: AtomicUsize,
     /// Whether several layers are shown as one directory.
     pub merges: AtomicBool,
+    /// While this is held, releases that were decided are not carried out.
+    pub letting_go: Arc<Mutex<()>>,
+    /// While this is held, the next directories that are asked for do not come.
+    pub slow_mounts: Arc<Mutex<()>>,
+    /// How many are asked for.
+    pub mounting: AtomicUsize,
 }
 
 #[derive(Default)]
@@ -68,6 +74,9 @@ impl FakeLayers {
             held: watch::channel(false).0,
             lost: AtomicUsize::new(0),
             merges: AtomicBool::new(false),
+            letting_go: Arc::default(),
+            slow_mounts: Arc::default(),
+            mounting: AtomicUsize::new(0),
         })
     }
 
@@ -185,6 +194,10 @@ impl Layers for FakeLayers {
     }
 
     fn lowers(&self, layers: &[Digest]) -> Result<Lowers, Digest> {
+        self.mounting.fetch_add(1, Ordering::SeqCst);
+        if self.mounting.load(Ordering::SeqCst) == 1 {
+            drop(self.slow_mounts.lock());
+        }
         let paths = layers.iter().map(|layer| self.path(layer).ok_or(*layer));
         let paths = paths.collect::<Result<Vec<_>, _>>()?;
         Ok(match self.merges.load(Ordering::Relaxed) && paths.len() > 1 {
@@ -201,11 +214,16 @@ impl Layers for FakeLayers {
         self.path(layer).map(|_| (4711, 42))
     }
 
-    fn retain(&self, needed: Needed) -> BoxFuture<'_, ()> {
+    fn mark(&self) -> u64 {
+        0
+    }
+
+    fn retain(&self, needed: Needed, _: u64) -> BoxFuture<'_, Released> {
         let mut state = self.state();
         state.live.retain(|layer| needed.layers.contains(layer));
         state.retained.push(needed);
-        async {}.boxed()
+        let turn = Arc::clone(&self.letting_go);
+        async move { Box::new(move || drop(turn.lock())) as Released }.boxed()
     }
 }
 

@@ -5,6 +5,7 @@
 //! its data space in FUSE if it is not.
 
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use super::mounts::{Cause, Metadata, State, Trouble};
@@ -71,6 +72,7 @@ impl Faces {
         let parts = parts_of(&devices);
         let entry = self.mounts.entry(slot);
         let mut state = entry.lock();
+        state.given = self.given.load(Ordering::SeqCst);
         let path = match self.load_chain(slot, &parts, &mut state) {
             true => self.show(slot, &mut state, &devices),
             false => None,

@@ -131,6 +131,8 @@ pub(super) struct State {
     /// attached, goes with it.
     pub(super) leftover: Option<Vec<Hold>>,
     pub(super) trouble: Option<Trouble>,
+    /// The mark at which a path of it was given out last.
+    pub(super) given: u64,
 }
 
 impl State {
@@ -395,13 +397,16 @@ impl Mounts {
         })
     }
 
-    /// Takes away the mounts of all slots that are not in `needed`, and tells `gone` of each.
-    pub(super) fn retain(&self, needed: &HashSet<u32>, gone: impl Fn(u32, &Entry, &mut State)) {
+    /// Takes away the mounts of all slots that are not in `needed` and were not given out after `mark`, and tells `gone` of each.
+    pub(super) fn retain(&self, needed: &HashSet<u32>, mark: u64, gone: impl Fn(u32, &Entry, &mut State)) {
         for (slot, entry) in self.all() {
             if needed.contains(&slot) {
                 continue;
             }
             let mut state = entry.lock();
+            if state.given > mark {
+                continue;
+            }
             let result = self.dismount(slot, &mut state);
             gone(slot, &entry, &mut state);
             if result.is_err_and(|error| error.is_silence()) {
@@ -435,6 +440,6 @@ impl Mounts {
 
 impl Drop for Mounts {
     fn drop(&mut self) {
-        self.retain(&HashSet::new(), |_, _, _| {});
+        self.retain(&HashSet::new(), u64::MAX, |_, _, _| {});
     }
 }

@@ -4,7 +4,8 @@
 //! # A pull
 //! containerd asks for layers one after the other, lowest first. The first question makes the whole image known ([`images`]), and
 //! all its layers are loaded at once, side by side ([`loader`]): one task per layer, which every later question for that layer
-//! joins. A layer that is loaded gets a *slot*, its directory in the FUSE tree, for ever the same number for the same digest.
+//! joins, and which ends when nobody wants it any more ([`loads`]). A question waits for its layer for a few seconds ([`pace`]); what
+//! cannot be had by then is left to containerd ([`question`]). A layer that is loaded gets a *slot*, its directory in the FUSE tree, for ever the same number for the same digest.
 //!
 //! A layer may look different on its parents than by itself ([`crate::layer::variant`]): then it is a *variant* of the layer that is
 //! live for the snapshot ([`variants`]), with a digest and a slot of its own. Snapshots know it by that digest as they know layers.
@@ -28,11 +29,11 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
-use futures::future::{BoxFuture, Shared};
+use futures::future::BoxFuture;
 
 use crate::cache::InUse;
 use crate::fetch::{Layer, LayerData};
@@ -43,6 +44,7 @@ use crate::registry::{Blob, Reference, Registry};
 use crate::store::{LayerRecord, LayerSource, Store, StoreError};
 
 mod chains;
+mod contact;
 pub mod containerd;
 mod handle;
 pub mod images;
@@ -50,6 +52,7 @@ mod indexes;
 pub mod loader;
 mod loads;
 mod pace;
+mod question;
 mod records;
 mod release;
 pub mod shared;
@@ -63,9 +66,12 @@ pub use chains::Lowers;
 pub use handle::Handle;
 
 use chains::Chains;
+use contact::{Contact, Contacts};
 use containerd::Containerd;
-use images::{ImagePlan, Images};
+use images::Images;
 use loader::{LayerSpec, Loader, NotLazy, Refusal};
+use loads::Loads;
+use pace::Hosts;
 use shared::Origin;
 use shared::publish::Publisher;
 use sources::Failover;
@@ -88,6 +94,8 @@ pub struct LayerRequest {
     pub chain_id: String,
     /// All labels of the request.
     pub labels: HashMap<String, String>,
+    /// Chain ids of layers that containerd is fetching and unpacking by itself.
+    pub unpacking: HashSet<String>,
 }
 
 /// What became of a [`LayerRequest`].
@@ -106,7 +114,8 @@ pub enum Resolution {
 
 /// What `snapshots` needs to know of layers. ([`Catalog`] implements it; tests use a fake.)
 pub trait Layers: Send + Sync + 'static {
-    /// Makes the layer live if it can be, waiting for its index (and for its bytes, where it has to be streamed). The layer stays
+    /// Makes the layer live if it can be, waiting for its index (and for its bytes, where it has to be streamed), but for a few seconds at
+    /// the most: what is not there by then is refused. The layer stays
     /// live at least until the next [`Layers::retain`] that does not name it.
     fn resolve(&self, request: LayerRequest) -> BoxFuture<'_, Resolution>;
 
@@ -147,8 +156,16 @@ pub struct Needed {
     pub bases: Vec<Vec<Digest>>,
 }
 
-/// A layer that is being loaded; everybody who needs it waits for the same task.
-type Flight = Shared<BoxFuture<'static, Result<(), Refusal>>>;
+/// What a load is of: a layer, and where it is had. A load that was begun with the sources of one image does not hold up another image that
+/// knows other ones.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct LoadKey {
+    layer: Digest,
+    sources: Vec<LayerSource>,
+}
+
+/// What comes of a load: the layer is live.
+type Loaded = ();
 
 struct Live {
     slot: u32,
@@ -183,7 +200,11 @@ pub struct Catalog {
     chains: Chains,
     /// Where work in the background runs.
     runtime: tokio::runtime::Handle,
-    flights: Mutex<HashMap<Digest, Flight>>,
+    loads: Arc<Loads<LoadKey, Loaded>>,
+    /// What is known of registries' hosts.
+    hosts: Arc<Hosts>,
+    /// Who was asked for layers that are being loaded, and whether he answers.
+    contacts: Contacts,
     /// Held while the record of an image is changed.
     recording: Mutex<()>,
 }
@@ -224,9 +245,10 @@ impl Catalog {
             root,
             cache_max_bytes,
         } = parts;
+        let hosts: Arc<Hosts> = Arc::default();
         Arc::new(Catalog {
             images: Images::new(containerd, Arc::clone(&registry)),
-            loader,
+            loader: loader.with_hosts(Arc::clone(&hosts)),
             registry,
             faces: RwLock::new(Some(faces)),
             store,
@@ -238,7 +260,9 @@ impl Catalog {
             chains: Chains::new(),
             runtime: tokio::runtime::Handle::current(),
             live: RwLock::default(),
-            flights: Mutex::default(),
+            loads: Loads::new(tokio::runtime::Handle::current()),
+            contacts: Contacts::default(),
+            hosts,
             recording: Mutex::default(),
         })
     }
@@ -278,7 +302,13 @@ impl Catalog {
                     missing += 1;
                     tracing::warn!(layer = %record.digest, "its index is not in the cache, will be loaded again");
                     // Nobody waits: who needs the layer joins the task.
-                    drop(self.begin(spec, record.sources, record.images, None));
+                    let key = LoadKey {
+                        layer: digest,
+                        sources: record.sources.clone(),
+                    };
+                    let catalog = Arc::clone(self);
+                    let load = move || catalog.loading(spec, record.sources, record.images, None).boxed();
+                    drop(self.loads.keep(key, load));
                 }
                 Err(refusal) => tracing::error!(layer = %record.digest, reason = %refusal, "cannot be brought back"),
             }
@@ -307,9 +337,16 @@ impl Catalog {
         self.faces.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The layer that shows what is asked for, and whether it is the topmost of its image.
+    /// The layer that shows what is asked for, and whether it is the topmost of its image; within [`pace::BOUND`].
     async fn resolve_layer(self: Arc<Self>, request: LayerRequest) -> Result<(Digest, bool), Refusal> {
-        let mut plan = match self.images.find(&request).await {
+        let deadline = Instant::now() + pace::BOUND;
+        let late = |_| Refusal {
+            word: "slow",
+            text: format!("it was not found out within {} s what it is", pace::BOUND.as_secs()),
+            retry_helps: true,
+        };
+        let found = tokio::time::timeout_at(deadline.into(), self.images.find(&request)).await;
+        let mut plan = match found.map_err(late).flatten() {
             Ok(plan) => plan,
             Err(refusal) => {
                 self.count_refusal(&refusal);
@@ -342,38 +379,20 @@ impl Catalog {
         if let Err(error) = self.record_plan(&plan) {
             tracing::error!(%error, manifest = %plan.manifest, "the image cannot be recorded");
         }
-        let flights = self.begin_image(&plan);
-        let result = match flights.get(&digest) {
-            Some(flight) => flight.clone().await,
-            // Already live: `begin_image` starts flights for all others.
-            None => Ok(()),
-        };
-        let result = match result {
-            Ok(()) => self.on_its_parents(&plan, position, &flights).await,
+        let asking = self.loads.ask((plan.namespace.clone(), plan.manifest), position);
+        let begun = self.begin_image(&plan, position, &asking, &request.unpacking);
+        let result = match self.wait_for(&plan, position, &asking, &begun, deadline).await {
+            Ok(()) => {
+                let looks = self.on_its_parents(&plan, position, &begun);
+                let looks = tokio::time::timeout_at(deadline.into(), looks).await;
+                looks.map_err(late).flatten()
+            }
             Err(refusal) => Err(refusal),
         };
         if let Err(error) = self.record_image(&plan, &digest, result.as_ref().err()) {
             tracing::error!(%error, manifest = %plan.manifest, "what became of the image cannot be recorded");
         }
         Ok((result?, position + 1 == plan.layers.len()))
-    }
-
-    /// Begins to load every layer of an image that is not live, and gives the tasks of those that are being loaded.
-    fn begin_image(self: &Arc<Self>, plan: &ImagePlan) -> HashMap<Digest, Flight> {
-        let mut flights = HashMap::new();
-        for planned in plan.layers.iter() {
-            let digest = planned.spec.digest;
-            if let Some(live) = self.write_live().get_mut(&digest) {
-                live.wanted = Instant::now();
-                let (catalog, sources) = (Arc::clone(self), plan.sources.clone());
-                tokio::task::spawn_blocking(move || catalog.learn_sources(&digest, sources));
-                continue;
-            }
-            let names = plan.name.iter().cloned().collect();
-            let (spec, sources) = (planned.spec.clone(), plan.sources.clone());
-            flights.insert(digest, self.begin(spec, sources, names, Some(plan.manifest)));
-        }
-        flights
     }
 
     /// Notes that a live layer can be had from `sources` as well. They come first, as credentials for them were just used; the ones
@@ -405,49 +424,28 @@ impl Catalog {
         }
     }
 
-    /// Begins to load a layer, or joins the task that does.
-    fn begin(
-        self: &Arc<Self>,
+    /// Loads a layer; tells in log, metrics and records if that fails.
+    async fn loading(
+        self: Arc<Self>,
         spec: LayerSpec,
         sources: Vec<LayerSource>,
         names: Vec<String>,
         manifest: Option<Digest>,
-    ) -> Flight {
-        let mut flights = self.lock_flights();
-        if let Some(flight) = flights.get(&spec.digest) {
-            return flight.clone();
-        }
-        // A task that has just ended has made its layer live before it left the list of flights.
-        if self.read_live().contains_key(&spec.digest) {
-            return futures::future::ready(Ok(())).boxed().shared();
-        }
+    ) -> Result<Loaded, Refusal> {
         let digest = spec.digest;
-        let catalog = Arc::clone(self);
-        let task = tokio::spawn(async move {
-            let result = catalog.load(&spec, sources, names, manifest).await;
-            // Success is found in `live` from now on, and a failure may be tried again by the next pull.
-            catalog.lock_flights().remove(&digest);
-            if let Err(refusal) = &result {
-                catalog.count_refusal(refusal);
-                tracing::warn!(layer = %digest, reason = %refusal, "not served by Lazuli");
-                if let Err(error) = catalog.record_refusal(&digest, refusal) {
-                    tracing::error!(%error, layer = %digest, "why it is not served cannot be recorded");
-                }
+        // Another load, of the same layer from elsewhere, may have been faster.
+        if self.read_live().contains_key(&digest) {
+            return Ok(());
+        }
+        let result = self.load(&spec, sources, names, manifest).await;
+        if let Err(refusal) = &result {
+            self.count_refusal(refusal);
+            tracing::warn!(layer = %digest, reason = %refusal, "not served by Lazuli");
+            if let Err(error) = self.record_refusal(&digest, refusal) {
+                tracing::error!(%error, layer = %digest, "why it is not served cannot be recorded");
             }
-            result
-        });
-        let flight = async move {
-            task.await.unwrap_or_else(|_| {
-                Err(Refusal {
-                    word: "closed",
-                    text: "loading it was interrupted".to_owned(),
-                    retry_helps: true,
-                })
-            })
-        };
-        let flight = flight.boxed().shared();
-        flights.insert(digest, flight.clone());
-        flight
+        }
+        result
     }
 
     async fn load(
@@ -468,11 +466,15 @@ impl Catalog {
         self.forget_if_false(&spec.digest);
         let may_share = self.may_share(&spec.digest);
         let toc_images = self.toc_images(&images);
+        let host = sources.first().map(|source| source.host.clone()).unwrap_or_default();
+        let contact = Contact::new(Arc::clone(&blob), host, Arc::clone(&self.hosts));
+        let _noted = self.contacts.note(spec.digest, &contact);
         let loaded = self
             .loader
-            .load(spec, blob, &toc_images, may_share.then_some(&origin))
+            .load(spec, contact, &toc_images, may_share.then_some(&origin))
             .await?;
         let layer = loaded.layer;
+        layer.set_blob(blob);
         let streamed = match loaded.streamed {
             Some(NotLazy { word, text }) => {
                 self.metrics.layers_streamed_total.with_label_values(&[word]).inc();
@@ -593,10 +595,6 @@ impl Catalog {
 
     fn write_live(&self) -> RwLockWriteGuard<'_, HashMap<Digest, Live>> {
         self.live.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn lock_flights(&self) -> MutexGuard<'_, HashMap<Digest, Flight>> {
-        self.flights.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -46,7 +46,7 @@ pub mod window;
 pub use error::FetchError;
 pub use fetcher::Fetcher;
 pub use layer::{Layer, LayerStats};
-pub use pipeline::Progress;
+pub use pipeline::{Hurried, Paused, Progress};
 pub use stream::StreamRequest;
 
 /// A layer's data space as a file.

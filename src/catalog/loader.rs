@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::toc::{self, TocError, TocImage};
 use crate::cache::{Cache, CacheError};
@@ -14,6 +15,8 @@ use crate::layer::{Access, Codec, Digest, LayerIndex};
 use crate::registry::{Blob, RegistryError};
 use crate::store::IndexRecord;
 
+use super::pace::{self, Hopeless, Hosts};
+use super::question;
 use super::shared::{self, Found, Origin, SharedIndexes};
 use super::soci::{self, SociIndexes};
 
@@ -38,8 +41,8 @@ pub struct LayerSpec {
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{text}")]
 pub struct Refusal {
-    /// One word of a fixed set, for metrics: `encrypted`, `foreign`, `nydus`, `media-type`, `format`, `corrupt`, `source`, `disk`,
-    /// `unresolved`, `closed`.
+    /// One word of a fixed set, for metrics: `encrypted`, `foreign`, `nydus`, `media-type`, `format`, `corrupt`, `source`, `silent`, `slow`,
+    /// `disk`, `unresolved`, `closed`.
     pub word: &'static str,
     /// The whole reason, for people.
     pub text: String,
@@ -163,6 +166,7 @@ pub struct Loader {
     formats: FormatsConfig,
     shared: Option<Arc<SharedIndexes>>,
     soci: Option<Arc<SociIndexes>>,
+    hosts: Arc<Hosts>,
 }
 
 impl Loader {
@@ -174,6 +178,7 @@ impl Loader {
             formats,
             shared: None,
             soci: None,
+            hosts: Arc::default(),
         }
     }
 
@@ -191,6 +196,11 @@ impl Loader {
             soci: Some(soci),
             ..self
         }
+    }
+
+    /// The same, which asks what is known of hosts before it asks them.
+    pub(super) fn with_hosts(self, hosts: Arc<Hosts>) -> Self {
+        Loader { hosts, ..self }
     }
 
     /// The cache it works with.
@@ -232,6 +242,11 @@ impl Loader {
             return Ok(Loaded::plain(layer));
         }
         let compression = supported(spec)?;
+        let host = origin.and_then(|origin| origin.sources.first());
+        let host = host.map_or("", |source| source.host.as_str());
+        if self.hosts.is_silent(host, Instant::now()) {
+            return Err(silent(host));
+        }
         let not_lazy = match (NotLazy::of_spec(spec), toc::kind(spec)) {
             (None, Ok(Some(kind))) => match self.load_lazily(spec, &blob, kind, images).await? {
                 Ok(loaded) => return Ok(loaded),
@@ -248,6 +263,17 @@ impl Loader {
             && let Some(found) = shared.find(spec, origin).await
         {
             return self.take(spec, blob, found).await;
+        }
+        match self.hosts.hopeless(host, spec.size, pace::BOUND, Instant::now()) {
+            Some(Hopeless::Silent) => return Err(silent(host)),
+            Some(Hopeless::Slow(pace)) => {
+                return Err(Refusal {
+                    word: "slow",
+                    text: question::too_slow(host, spec.size, pace),
+                    retry_helps: true,
+                });
+            }
+            None => {}
         }
         if let Some(NotLazy { word, text }) = &not_lazy {
             tracing::info!(layer = %spec.digest, word, reason = text, "is streamed");
@@ -353,6 +379,14 @@ impl Loader {
             prefetch: table.toc.prefetch,
             ..Loaded::plain(layer)
         }))
+    }
+}
+
+fn silent(host: &str) -> Refusal {
+    Refusal {
+        word: "silent",
+        text: format!("{host} did not answer a moment ago, and is not waited for"),
+        retry_helps: true,
     }
 }
 

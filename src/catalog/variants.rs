@@ -9,7 +9,7 @@
 //! under a temporary name, synced and renamed, before the database has the variant's record. A file without a record is removed at
 //! start, and so are file and record of a variant that no snapshot refers to.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::PathBuf;
@@ -21,7 +21,8 @@ use futures::future::BoxFuture;
 
 use super::images::{ImagePlan, PlannedLayer};
 use super::loader::{self, Refusal};
-use super::{Catalog, Flight, GRACE, Live, of_store, spec_of};
+use super::question::Begun;
+use super::{Catalog, GRACE, Live, of_store, spec_of};
 use crate::fetch::{FetchError, Layer, LayerData, LocalFile};
 use crate::layer::variant::{depends_on_below, on_top_of};
 use crate::layer::{Digest, LayerError, LayerIndex};
@@ -175,7 +176,7 @@ impl Catalog {
         self: &Arc<Self>,
         plan: &ImagePlan,
         position: usize,
-        flights: &HashMap<Digest, Flight>,
+        begun: &Begun,
     ) -> Result<Digest, Refusal> {
         let Some((planned, below)) = plan.layers.get(..=position).and_then(<[PlannedLayer]>::split_last) else {
             return Err(Refusal::unresolved("the image has no such layer", false));
@@ -188,9 +189,9 @@ impl Catalog {
         let mut layers = Vec::with_capacity(below.len() + 1);
         for lower in below {
             let lower = &lower.spec.digest;
-            if let Some(flight) = flights.get(lower) {
+            if let Some(Ok(load)) = begun.get(lower) {
                 // Why it is not served is told to whoever asks for it.
-                let _ = flight.clone().await;
+                let _ = load.wait().await;
             }
             let lower_layer = self.live_layer(lower);
             if lower_layer.is_none() {
@@ -281,16 +282,15 @@ impl Catalog {
         }
         for record in records {
             let Some(base) = record.variant_of else { continue };
-            // In this order: a flight that ends leaves the list after its layer is live.
-            let flight = self.lock_flights().get(&base).cloned();
-            let Some(flight) = flight else {
+            // In this order: a load that ends leaves the list after its layer is live.
+            let Some(load) = self.loads.find_by(|key| key.layer == base) else {
                 self.restore_variant(&record);
                 continue;
             };
             let catalog = Arc::clone(self);
             tokio::spawn(async move {
                 // The failure is told where it happens.
-                if flight.await.is_ok() {
+                if load.wait().await.is_ok() {
                     let _ = tokio::task::spawn_blocking(move || catalog.restore_variant(&record)).await;
                 }
             });

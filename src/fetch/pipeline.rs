@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use futures::StreamExt;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::timeout;
 
 use crate::layer::checkpoint::{Scanned, Scanner};
@@ -119,6 +119,8 @@ pub(super) struct Resources {
     pub patience: Duration,
     /// Counts the bytes of the blob that arrive.
     pub progress: Box<dyn Fn(u64) + Send + Sync>,
+    /// What may have the download pause.
+    pub stream: Option<Arc<Progress>>,
 }
 
 /// A piece of the download, with the memory it takes.
@@ -163,7 +165,13 @@ async fn fetch(blob: &dyn Blob, pieces: mpsc::Sender<Piece>, resources: &Resourc
     let silence = |_| Fault::Silence(resources.patience);
     let body = timeout(resources.patience, blob.read(0..blob.size()));
     let mut body = body.await.map_err(silence)?.map_err(Fault::Source)?;
-    while let Some(piece) = timeout(resources.patience, body.next()).await.map_err(silence)? {
+    loop {
+        if let Some(stream) = &resources.stream {
+            stream.go_on().await;
+        }
+        let Some(piece) = timeout(resources.patience, body.next()).await.map_err(silence)? else {
+            return Ok(());
+        };
         let mut bytes = piece.map_err(Fault::Source)?;
         (resources.progress)(bytes.len() as u64);
         while !bytes.is_empty() {
@@ -181,7 +189,6 @@ async fn fetch(blob: &dyn Blob, pieces: mpsc::Sender<Piece>, resources: &Resourc
             }
         }
     }
-    Ok(())
 }
 
 /// The download as the decoder reads it.
@@ -368,9 +375,59 @@ fn hand_over<S: Sink>(sink: &mut S, offset: u64, bytes: &[u8], spans: Vec<Scanne
 pub struct Progress {
     pub(super) done: AtomicU64,
     pub(super) total: AtomicU64,
+    wishes: watch::Sender<Wishes>,
+}
+
+/// How many want the stream to pause, and how many wait for it.
+#[derive(Debug, Default)]
+struct Wishes {
+    pauses: usize,
+    waits: usize,
+}
+
+/// A stream that pauses for another one, as long as this lives and nobody [waits](Hurried) for it.
+pub struct Paused(Arc<Progress>);
+
+impl Paused {
+    /// Has the download wait before its next piece.
+    pub fn new(stream: Arc<Progress>) -> Self {
+        stream.wishes.send_modify(|wishes| wishes.pauses += 1);
+        Paused(stream)
+    }
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        self.0.wishes.send_modify(|wishes| wishes.pauses -= 1);
+    }
+}
+
+/// A stream that somebody waits for, as long as this lives: it pauses for nobody.
+pub struct Hurried(Arc<Progress>);
+
+impl Hurried {
+    /// Has the download go on.
+    pub fn new(stream: Arc<Progress>) -> Self {
+        stream.wishes.send_modify(|wishes| wishes.waits += 1);
+        Hurried(stream)
+    }
+}
+
+impl Drop for Hurried {
+    fn drop(&mut self) {
+        self.0.wishes.send_modify(|wishes| wishes.waits -= 1);
+    }
 }
 
 impl Progress {
+    /// Waits until the stream may go on.
+    pub(super) async fn go_on(&self) {
+        let mut wishes = self.wishes.subscribe();
+        let may_go_on = |wishes: &Wishes| wishes.pauses == 0 || wishes.waits > 0;
+        // The sender lives as long as this does.
+        let _ = wishes.wait_for(may_go_on).await;
+    }
+
     /// Bytes that have arrived.
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)

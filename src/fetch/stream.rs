@@ -132,9 +132,10 @@ impl Fetcher {
             offset: 0,
         };
         let shown = Arc::clone(progress);
-        let resources = self.resources(move |bytes| {
+        let mut resources = self.resources(move |bytes| {
             shown.done.fetch_add(bytes, Ordering::Relaxed);
         });
+        resources.stream = Some(Arc::clone(progress));
         let (sink, sums) = pipeline::run(&*request.blob, request.digest, sink, resources).await?;
         if sums.compression != request.compression {
             tracing::debug!(layer = %request.digest, "is {:?}, though its type says {:?}", sums.compression, request.compression);
@@ -158,6 +159,7 @@ impl Fetcher {
                 fetched.inc_by(bytes);
                 arrived(bytes);
             }),
+            stream: None,
         }
     }
 

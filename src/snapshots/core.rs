@@ -18,6 +18,9 @@ use crate::proto::snapshots::v1::Info;
 use crate::proto::types::Mount;
 use crate::store::{Ancestor, Kind, SnapshotRecord, Store, StoreError, Usage};
 
+/// In the keys of snapshots in which containerd unpacks a layer: `<namespace>/<number>/extract-<time>-<random> <chain id>`.
+const EXTRACTION: &str = "/extract-";
+
 /// A snapshot with its key or name.
 type Entry = (String, Ancestor);
 
@@ -345,6 +348,16 @@ impl Core {
             layers: layers.into_iter().collect(),
             bases: bases.into_iter().collect(),
         })
+    }
+
+    /// Chain ids of layers that containerd is unpacking: the active snapshots that it makes for that are named so.
+    pub fn unpacking(&self) -> HashSet<String> {
+        let active = self.store.keys(|ancestor| ancestor.kind == Kind::Active);
+        let chain_id = |key: &String| {
+            let (begin, chain_id) = key.rsplit_once(' ')?;
+            begin.contains(EXTRACTION).then(|| chain_id.to_owned())
+        };
+        active.iter().filter_map(chain_id).collect()
     }
 
     /// Tells the layers that containers will be made on the snapshot `name`.

@@ -123,13 +123,15 @@ impl Service {
         chain_id: &str,
     ) -> Result<Option<String>, SnapshotsError> {
         let (key, parent) = (request.key.clone(), request.parent.clone());
-        self.blocking(move |core| core.check_new(&key, &parent)).await?;
+        let unpacking = self.blocking(move |core| core.check_new(&key, &parent).map(|()| core.unpacking()));
+        let unpacking = unpacking.await?;
         let mut refusal = "it was released again and again".to_owned();
         for _ in 0..PUBLISH_ATTEMPTS {
             let wish = LayerRequest {
                 namespace: namespace(&request.key, metadata),
                 chain_id: chain_id.to_owned(),
                 labels: request.labels.clone(),
+                unpacking: unpacking.clone(),
             };
             let (layer, is_top) = match self.layers.resolve(wish).await {
                 Resolution::Live { layer, is_top } => (layer, is_top),

@@ -204,6 +204,13 @@ impl Store {
         Ok(chain)
     }
 
+    /// Keys of the snapshots that are such, in no order.
+    pub fn keys(&self, is_such: impl Fn(&Ancestor) -> bool) -> Vec<String> {
+        let known = self.lineage.read();
+        let such = known.iter().filter(|(_, ancestor)| is_such(ancestor));
+        such.map(|(key, _)| key.clone()).collect()
+    }
+
     /// Runs `change` on the snapshots in one transaction. An error of `change`, or of the commit, changes nothing.
     /// Other writers wait meanwhile, so `change` must be short.
     ///

@@ -17,6 +17,7 @@ mod faces;
 mod faults;
 mod formats;
 mod harness;
+mod node;
 mod pull;
 mod refused;
 mod restart;

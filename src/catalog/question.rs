@@ -1,0 +1,205 @@
+//! A question of containerd for one layer: the image's layers are loaded, and the layer is waited for, but never longer than
+//! [`pace::BOUND`].
+//!
+//! What is not there by then, or will not be, is left to containerd: it fetches and unpacks that layer itself, and downloads the layers
+//! above it with it, so that streams of those end as well. Layers that are lazy go on: containerd asks for them later, and need not unpack
+//! them then.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::FutureExt;
+
+use super::images::ImagePlan;
+use super::loads::{Asking, Load};
+use super::pace::{self, Verdict, Watch};
+use super::{Catalog, LoadKey, Loaded, Refusal};
+use crate::config::ByteSize;
+use crate::fetch::{Hurried, Paused};
+use crate::layer::Digest;
+
+/// The loads of an image's layers that are not live, or why one is not begun.
+pub(super) type Begun = HashMap<Digest, Result<Arc<Load<Loaded>>, Refusal>>;
+
+impl Catalog {
+    /// Begins to load every layer of an image that is not live, for a question for the layer at `position`; `unpacking` are the chain ids of
+    /// layers that containerd is fetching by itself.
+    pub(super) fn begin_image(
+        self: &Arc<Self>,
+        plan: &ImagePlan,
+        position: usize,
+        asking: &Asking<LoadKey, Loaded>,
+        unpacking: &HashSet<String>,
+    ) -> Begun {
+        let mut begun = HashMap::new();
+        for (at, planned) in plan.layers.iter().enumerate() {
+            let digest = planned.spec.digest;
+            if let Some(live) = self.write_live().get_mut(&digest) {
+                live.wanted = Instant::now();
+                let (catalog, sources) = (Arc::clone(self), plan.sources.clone());
+                tokio::task::spawn_blocking(move || catalog.learn_sources(&digest, sources));
+                continue;
+            }
+            // The one that is asked for is not being unpacked, or containerd would not ask.
+            if at != position && unpacking.contains(&planned.chain_id) {
+                continue;
+            }
+            let key = LoadKey {
+                layer: digest,
+                sources: plan.sources.clone(),
+            };
+            let load = asking.load(&key, || {
+                let names = plan.name.iter().cloned().collect();
+                let (spec, sources, manifest) = (planned.spec.clone(), plan.sources.clone(), Some(plan.manifest));
+                Arc::clone(self).loading(spec, sources, names, manifest).boxed()
+            });
+            begun.insert(digest, load);
+        }
+        begun
+    }
+
+    /// Waits for the layer at `position`, until `deadline` at the latest.
+    pub(super) async fn wait_for(
+        &self,
+        plan: &ImagePlan,
+        position: usize,
+        asking: &Asking<LoadKey, Loaded>,
+        begun: &Begun,
+        deadline: Instant,
+    ) -> Result<(), Refusal> {
+        let Some(planned) = plan.layers.get(position) else {
+            return Err(Refusal::unresolved("the image has no such layer", false));
+        };
+        let digest = planned.spec.digest;
+        let load = match begun.get(&digest) {
+            // Already live: all others are being loaded.
+            None => return Ok(()),
+            Some(Err(refusal)) => return Err(refusal.clone()),
+            Some(Ok(load)) => load,
+        };
+        let verdict = match self.watch(plan, &digest, load, deadline).await {
+            Ok(loaded) => return loaded,
+            Err(verdict) => verdict,
+        };
+        let host = plan
+            .sources
+            .first()
+            .map_or("its registry", |source| source.host.as_str());
+        let refusal = self.too_late(host, planned.spec.size, verdict);
+        let mut streams = vec![position];
+        streams.extend((position + 1..plan.layers.len()).filter(|&at| {
+            let upper = &plan.layers[at].spec.digest;
+            self.loader.fetcher().progress(upper).is_some()
+        }));
+        for at in streams {
+            let layer = plan.layers[at].spec.digest;
+            let key = LoadKey {
+                layer,
+                sources: plan.sources.clone(),
+            };
+            asking.leave(&key, &refusal);
+        }
+        self.count_refusal(&refusal);
+        tracing::warn!(layer = %digest, reason = %refusal, "is left to containerd, which waits for an answer");
+        Err(refusal)
+    }
+
+    /// What came of the load, or why it is not waited for any longer.
+    async fn watch(
+        &self,
+        plan: &ImagePlan,
+        digest: &Digest,
+        load: &Load<Loaded>,
+        deadline: Instant,
+    ) -> Result<Result<(), Refusal>, Verdict> {
+        let fetcher = self.loader.fetcher();
+        let host = plan
+            .sources
+            .first()
+            .map(|source| source.host.clone())
+            .unwrap_or_default();
+        let mut watch = Watch::new(Instant::now(), deadline);
+        let mut arrived: HashMap<Digest, u64> = HashMap::new();
+        let mut paused = Vec::new();
+        let mut hurried = None;
+        loop {
+            let look = tokio::time::sleep(pace::LOOK_EVERY);
+            tokio::select! {
+                biased;
+                outcome = load.wait() => {
+                    if let Some(pace) = watch.pace() {
+                        self.hosts.delivered(&host, pace, Instant::now());
+                    }
+                    return Ok(outcome.map(drop));
+                }
+                () = look => {}
+            }
+            for planned in plan.layers.iter() {
+                if let Some(progress) = fetcher.progress(&planned.spec.digest) {
+                    arrived.insert(planned.spec.digest, progress.done());
+                }
+            }
+            let stream = fetcher.progress(digest);
+            if let Some(stream) = &stream
+                && hurried.is_none()
+            {
+                hurried = Some(Hurried::new(Arc::clone(stream)));
+            }
+            let stream = stream.map(|progress| (progress.done(), progress.total()));
+            let silent = self.contacts.silent_since(digest);
+            match watch.look(Instant::now(), silent, stream, arrived.values().sum()) {
+                Verdict::Wait => {}
+                Verdict::Favour => {
+                    let others = plan.layers.iter().map(|planned| planned.spec.digest);
+                    let others = others.filter(|other| other != digest);
+                    paused = others
+                        .filter_map(|other| fetcher.progress(&other))
+                        .map(Paused::new)
+                        .collect();
+                    tracing::debug!(layer = %digest, others = paused.len(), "streams pause for the one that is waited for");
+                }
+                verdict => {
+                    match verdict {
+                        Verdict::Silent => self.hosts.silent(&host, Instant::now()),
+                        Verdict::Slow(pace) => self.hosts.delivered(&host, pace, Instant::now()),
+                        _ => {}
+                    }
+                    drop(paused);
+                    return Err(verdict);
+                }
+            }
+        }
+    }
+
+    fn too_late(&self, host: &str, size: u64, verdict: Verdict) -> Refusal {
+        let bound = pace::BOUND.as_secs();
+        let (word, text) = match verdict {
+            Verdict::Silent => (
+                "silent",
+                format!("{host} did not answer within {} s", pace::SILENCE.as_secs()),
+            ),
+            Verdict::Slow(pace) => ("slow", too_slow(host, size, pace)),
+            Verdict::Wait | Verdict::Favour | Verdict::Over => (
+                "slow",
+                format!("it was not there within {bound} s, for which Prepare may wait"),
+            ),
+        };
+        Refusal {
+            word,
+            text,
+            retry_helps: true,
+        }
+    }
+}
+
+/// Why a layer of `size` bytes is not streamed from a host that delivers `pace` bytes per second.
+pub(super) fn too_slow(host: &str, size: u64, pace: f64) -> String {
+    format!(
+        "its {} would take about {:.0} s at the {}/s that {host} delivers, and Prepare may wait for {} s",
+        ByteSize(size),
+        size as f64 / pace.max(1.0),
+        ByteSize(pace as u64),
+        pace::BOUND.as_secs()
+    )
+}

@@ -14,10 +14,10 @@
 //! merged image of them.
 //!
 //! No lock is held while a layer is being resolved, which may take seconds. Layers are released with
-//! [`Layers::retain`], and between "it is live" and "a snapshot refers to it" such a release could come; so the second
-//! step takes a lock that a release takes too while it decides, and looks again. For the same reason a release waits for snapshots that were
-//! being made when it began: what was mounted for them is needed only once they are recorded. Nobody waits for a release: what is given
-//! out meanwhile bears a later mark, by which it is left alone, and unmounting comes after all decisions.
+//! [`Layers::retain`], and between "it is live" and "a snapshot refers to it" such a release could come. So a release waits for snapshots that
+//! were being made when it began: what they refer to, and what was mounted for them, is needed only once they are recorded. Nobody waits for
+//! a release: a layer that was asked for just now stays in any case, what is mounted meanwhile bears a later mark, by which it is left alone,
+//! and unmounting comes after all decisions.
 //!
 //! # Durability
 //! Records are on disk before an RPC is answered, and so is the name of the directory of a committed snapshot. The
@@ -68,11 +68,10 @@ pub struct Service {
     core: Arc<Core>,
     layers: Arc<dyn Layers>,
     metrics: Arc<Metrics>,
-    /// Held from seeing a layer live to having recorded a snapshot of it, and while layers are released.
-    references: Arc<tokio::sync::Mutex<()>>,
-    /// Inside is who mounts something for a snapshot, until that is recorded. A release waits for those who came before it.
+    /// Inside is who has seen a layer live or mounts something for a snapshot, until that is recorded. A release waits for those who came
+    /// before it.
     making: Arc<Epochs>,
-    /// Held while what a release has decided is carried out.
+    /// Held by a release, until all is let go of.
     letting_go: Arc<tokio::sync::Mutex<()>>,
     /// Whether a release of layers is due; more than one at a time would do the same.
     release_due: Arc<std::sync::atomic::AtomicBool>,
@@ -96,7 +95,6 @@ impl Service {
             core: Arc::new(Core::open(root, store, Arc::clone(&layers))?),
             layers,
             metrics,
-            references: Arc::default(),
             making: Epochs::new(),
             letting_go: Arc::default(),
             release_due: Arc::default(),

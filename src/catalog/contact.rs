@@ -115,7 +115,7 @@ impl Blob for Contact {
             // A refusal is an answer as well, unless it is that nobody was there.
             if !matches!(body, Err(RegistryError::Unreachable { .. })) {
                 self.note(|_| Heard::Answered);
-                self.hosts.answered(&self.host);
+                self.hosts.answered(&self.host, Instant::now());
             }
             body
         }

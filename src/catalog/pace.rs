@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 
 /// Longest wait for a layer in Prepare.
 pub(super) const BOUND: Duration = Duration::from_secs(8);
-/// Longest wait for a host that does not answer at all: connections, tokens and redirects take less than a second each.
-pub(super) const SILENCE: Duration = Duration::from_secs(3);
+/// Longest wait for a host that does not answer at all: connections, tokens and redirects take less than a second each, and a proxy that has
+/// to fetch a blob itself begins to send within a few.
+pub(super) const SILENCE: Duration = Duration::from_secs(5);
 /// How often a stream is looked at.
 pub(super) const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Over how long the pace is measured.
@@ -141,6 +142,8 @@ pub(super) struct Hosts(Mutex<HashMap<String, Host>>);
 struct Host {
     /// Bytes per second of a layer that it delivered, and when.
     pace: Option<(f64, Instant)>,
+    /// When it answered last.
+    answered: Option<Instant>,
     /// Until when it is not waited for, and for how long that was.
     shunned: Option<(Instant, Duration)>,
 }
@@ -181,15 +184,20 @@ impl Hosts {
     }
 
     /// `host` answers.
-    pub(super) fn answered(&self, host: &str) {
-        if let Some(host) = self.lock().get_mut(host) {
+    pub(super) fn answered(&self, host: &str, now: Instant) {
+        self.change(host, now, |host| {
+            host.answered = Some(now);
             host.shunned = None;
-        }
+        });
     }
 
-    /// `host` did not answer for as long as could be waited.
+    /// `host` did not answer for as long as could be waited. If it has answered somebody else meanwhile, it is only slow with this one.
     pub(super) fn silent(&self, host: &str, now: Instant) {
         self.change(host, now, |host| {
+            let answers = |at: Instant| now.saturating_duration_since(at) < SILENCE;
+            if host.answered.is_some_and(answers) {
+                return;
+            }
             let time = match host.shunned {
                 // Others that waited at the same time say nothing new.
                 Some((until, time)) if now < until => return host.shunned = Some((until, time)),
@@ -205,7 +213,12 @@ impl Hosts {
         if hosts.len() >= HOSTS_MAX && !hosts.contains_key(host) {
             let old = |at: Instant| now.saturating_duration_since(at) > PACE_HOLDS;
             hosts.retain(|_, host| {
-                host.pace.is_some_and(|(_, at)| !old(at)) || host.shunned.is_some_and(|(until, _)| !old(until))
+                let times = [
+                    host.pace.map(|(_, at)| at),
+                    host.answered,
+                    host.shunned.map(|(until, _)| until),
+                ];
+                times.into_iter().flatten().any(|at| !old(at))
             });
         }
         if hosts.len() < HOSTS_MAX || hosts.contains_key(host) {
@@ -318,8 +331,12 @@ mod tests {
             hosts.is_silent("h", now + 2 * SHUN_FIRST),
             "longer, since it happened again"
         );
-        hosts.answered("h");
+        hosts.answered("h", now);
         assert_eq!(of(1, now), None);
+        hosts.silent("h", now + SILENCE / 2);
+        assert_eq!(of(1, now + SILENCE / 2), None, "it answers somebody");
+        hosts.silent("h", now + SILENCE);
+        assert_eq!(of(1, now + SILENCE), Some(Hopeless::Silent));
         for number in 0..2 * HOSTS_MAX {
             hosts.silent(&number.to_string(), now);
         }

@@ -163,7 +163,11 @@ impl Catalog {
                     match verdict {
                         Verdict::Silent => self.hosts.silent(&host, Instant::now()),
                         Verdict::Slow(pace) => self.hosts.delivered(&host, pace, Instant::now()),
-                        _ => {}
+                        _ => {
+                            if let Some(pace) = watch.pace() {
+                                self.hosts.delivered(&host, pace, Instant::now());
+                            }
+                        }
                     }
                     drop(paused);
                     return Err(verdict);

@@ -141,11 +141,11 @@ impl Service {
                 }
             };
             let (parent, chain_id, labels) = (request.parent.clone(), chain_id.to_owned(), request.labels.clone());
-            // The lock goes with the work, which goes on if this future is dropped.
-            let lock = Arc::clone(&self.references).lock_owned().await;
+            // It goes with the work, which goes on if this future is dropped.
+            let making = self.making.enter();
             let published = self.blocking(move |core| {
                 let published = core.publish(&parent, &chain_id, labels, layer);
-                drop(lock);
+                drop(making);
                 let published = published?;
                 if let Some(name) = published.as_ref().filter(|_| is_top)
                     && let Err(error) = core.expect(name)
@@ -184,19 +184,17 @@ impl Service {
         let service = self.clone();
         tokio::spawn(async move {
             tokio::time::sleep(after).await;
+            // One at a time; nobody else waits for it.
+            let _turn = service.letting_go.lock().await;
             // What is removed from here on needs another release.
             service.release_due.store(false, Ordering::Release);
             // In this order: whatever is given out to those who are not waited for comes after the mark.
             let mark = service.layers.mark();
             service.making.advance().await;
-            let lock = service.references.lock().await;
             let released = match service.blocking(Core::needed).await {
                 Ok(needed) => service.layers.retain(needed, mark).await,
                 Err(error) => return tracing::error!(%error, "layers without snapshots are not released"),
             };
-            drop(lock);
-            // One at a time; nobody but the next release waits for it.
-            let _turn = service.letting_go.lock().await;
             if let Err(error) = tokio::task::spawn_blocking(released).await {
                 tracing::error!(%error, "releasing layers was interrupted");
             }

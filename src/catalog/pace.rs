@@ -61,6 +61,8 @@ pub(super) struct Watch {
     favoured: Option<Instant>,
     /// Times, bytes of the stream and of all streams of the image.
     marks: VecDeque<(Instant, u64, u64)>,
+    /// The most bytes per second that all streams of the image got.
+    best: f64,
 }
 
 impl Watch {
@@ -72,6 +74,7 @@ impl Watch {
             seen: None,
             favoured: None,
             marks: VecDeque::new(),
+            best: 0.0,
         }
     }
 
@@ -106,12 +109,15 @@ impl Watch {
         let Some(&(since, before, all_before)) = self.marks.front() else {
             return Verdict::Wait;
         };
-        let settled = self.favoured.unwrap_or(seen) + SETTLE;
-        if now < settled || now - since < WINDOW / 2 {
+        if now - since < WINDOW / 2 {
             return Verdict::Wait;
         }
         let pace = |bytes: u64| bytes as f64 / (now - since).as_secs_f64();
         let (own, of_all) = (pace(done - before), pace(all.saturating_sub(all_before)));
+        self.best = self.best.max(of_all);
+        if now < self.favoured.unwrap_or(seen) + SETTLE {
+            return Verdict::Wait;
+        }
         let left = total.saturating_sub(done) as f64;
         let room = (self.deadline - now).as_secs_f64();
         let takes = |pace: f64| if left == 0.0 { 0.0 } else { left / pace.max(1.0) };
@@ -126,11 +132,10 @@ impl Watch {
         Verdict::Slow(own.max(of_all))
     }
 
-    /// Bytes per second that all streams of the image get now.
+    /// The most bytes per second that all streams of the image got at a time: what the host delivers, since streams also wait for
+    /// decoders, the disk, and each other.
     pub(super) fn pace(&self) -> Option<f64> {
-        let ((since, _, before), (until, _, after)) = (self.marks.front()?, self.marks.back()?);
-        let seconds = (*until - *since).as_secs_f64();
-        (seconds > 0.0).then(|| after.saturating_sub(*before) as f64 / seconds)
+        (self.best > 0.0).then_some(self.best)
     }
 }
 

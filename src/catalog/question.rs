@@ -147,6 +147,10 @@ impl Catalog {
                 hurried = Some(Hurried::new(Arc::clone(stream)));
             }
             let stream = stream.map(|progress| (progress.done(), progress.total()));
+            if stream.is_some_and(|(done, total)| done >= total) {
+                // What is left to do is no matter of the link.
+                paused.clear();
+            }
             let silent = self.contacts.silent_since(digest);
             match watch.look(Instant::now(), silent, stream, arrived.values().sum()) {
                 Verdict::Wait => {}
@@ -162,7 +166,9 @@ impl Catalog {
                 verdict => {
                     match verdict {
                         Verdict::Silent => self.hosts.silent(&host, Instant::now()),
-                        Verdict::Slow(pace) => self.hosts.delivered(&host, pace, Instant::now()),
+                        Verdict::Slow(pace) if watch.pace().is_none_or(|best| best < pace) => {
+                            self.hosts.delivered(&host, pace, Instant::now());
+                        }
                         _ => {
                             if let Some(pace) = watch.pace() {
                                 self.hosts.delivered(&host, pace, Instant::now());

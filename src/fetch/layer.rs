@@ -315,6 +315,10 @@ impl LayerData for Layer {
         self.cached.digest()
     }
 
+    fn id(&self) -> &Digest {
+        self.cached.id()
+    }
+
     fn index(&self) -> &LayerIndex {
         self.cached.index()
     }

@@ -34,7 +34,7 @@ use std::time::{Duration, Instant};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 
-use crate::cache::InUse;
+use crate::cache::{InUse, Key};
 use crate::fetch::{Layer, LayerData};
 use crate::fs::Faces;
 use crate::layer::{Access, Digest};
@@ -42,6 +42,8 @@ use crate::metrics::Metrics;
 use crate::registry::{Blob, Reference, Registry};
 use crate::store::{LayerRecord, LayerSource, Store, StoreError};
 
+mod agree;
+pub mod belief;
 mod chains;
 pub mod containerd;
 mod handle;
@@ -60,6 +62,7 @@ pub mod variants;
 pub use chains::Lowers;
 pub use handle::Handle;
 
+use belief::Beliefs;
 use chains::Chains;
 use containerd::Containerd;
 use images::{ImagePlan, Images};
@@ -74,6 +77,9 @@ use variants::Shelf;
 /// one by one, each after those below it; a slow layer may hold up the ones above for minutes.
 const GRACE: Duration = Duration::from_secs(900);
 
+/// Most promises of one layer's tar that are remembered: images that are right promise the same.
+const DIFF_IDS_MAX: usize = 8;
+
 /// Most sources of one layer that are remembered.
 const SOURCES_MAX: usize = 8;
 
@@ -86,6 +92,8 @@ pub struct LayerRequest {
     pub chain_id: String,
     /// All labels of the request.
     pub labels: HashMap<String, String>,
+    /// Of the snapshots below, the lowest first: whether Lazuli shows a layer in its place.
+    pub below: Vec<bool>,
 }
 
 /// What became of a [`LayerRequest`].
@@ -93,8 +101,12 @@ pub struct LayerRequest {
 pub enum Resolution {
     /// Lazuli serves the layer.
     Live {
-        /// Its digest, or that of a variant of it.
+        /// Its id, or the digest of a variant of it.
         layer: Digest,
+        /// The layers below it as its image sees them, the lowest first, in the same way; `None` for what Lazuli does not serve.
+        below: Vec<Option<Digest>>,
+        /// Whether all of them were found to be what the image promises, so that every image that promises the same may share them.
+        proven: bool,
         /// Whether it is the topmost one of its image: containers will be made on it.
         is_top: bool,
     },
@@ -107,6 +119,10 @@ pub trait Layers: Send + Sync + 'static {
     /// Makes the layer live if it can be, waiting for its index (and for its bytes, where it has to be streamed). The layer stays
     /// live at least until the next [`Layers::retain`] that does not name it.
     fn resolve(&self, request: LayerRequest) -> BoxFuture<'_, Resolution>;
+
+    /// What may be shown to a container if several images of its namespace have the same chain of layers, and do not believe the same of them.
+    /// Asks containerd, and may wait for a layer, both for a few seconds.
+    fn agree(&self, question: Question) -> BoxFuture<'_, Agreement>;
 
     /// Whether Lazuli shows the layer.
     fn is_live(&self, layer: &Digest) -> bool;
@@ -128,6 +144,28 @@ pub trait Layers: Send + Sync + 'static {
     fn retain(&self, needed: Needed) -> BoxFuture<'_, ()>;
 }
 
+/// What containers are about to be made on.
+#[derive(Debug, Clone)]
+pub struct Question {
+    /// containerd namespace of the container.
+    pub namespace: String,
+    /// Chain id of the topmost layer.
+    pub chain_id: String,
+    /// The layers that would be shown, the lowest first; `None` for those that containerd has unpacked.
+    pub shown: Vec<Option<Digest>>,
+}
+
+/// What the images say that hold a chain of layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Agreement {
+    /// Nobody objects to what would be shown.
+    Shown,
+    /// They agree on this alone.
+    Instead(Vec<Option<Digest>>),
+    /// Not yet on anything; the text says who says what.
+    Open(String),
+}
+
 /// What snapshots need of layers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Needed {
@@ -137,12 +175,38 @@ pub struct Needed {
     pub bases: Vec<Vec<Digest>>,
 }
 
-/// A layer that is being loaded; everybody who needs it waits for the same task.
-type Flight = Shared<BoxFuture<'static, Result<(), Refusal>>>;
+/// A layer that is being loaded; everybody who needs it waits for the same task. It ends with the layer's id.
+type Flight = Shared<BoxFuture<'static, Result<Digest, Refusal>>>;
+
+/// A layer that is to be loaded.
+struct Wanted {
+    spec: LayerSpec,
+    /// Where its blob can be had, and for which image.
+    origin: Origin,
+    /// Names of the image.
+    names: Vec<String>,
+    /// What must be live in the end.
+    how: How,
+}
+
+/// What is wanted of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// That it can be read, by any index that may be shown to the image.
+    AsImageSays,
+    /// That its index is built from the blob.
+    Built,
+    /// That it is live under the id that it had before, as snapshots know it by that, whatever its index is now.
+    Again(Digest),
+}
 
 struct Live {
     slot: u32,
     layer: Arc<Layer>,
+    /// Of a variant, the id of its layer; of a layer its own. It is not always that of `layer`: see [`How::Again`].
+    of: Digest,
+    /// What images that use it promise its tar to be.
+    diff_ids: Vec<Digest>,
     format: String,
     /// Why it is streamed, if it is.
     not_lazy: Option<String>,
@@ -167,12 +231,16 @@ pub struct Catalog {
     publisher: Option<Arc<Publisher>>,
     root: PathBuf,
     cache_max_bytes: u64,
+    /// By id.
     live: RwLock<HashMap<Digest, Live>>,
+    /// What is known of the ids of layers.
+    beliefs: Beliefs,
     /// The variants on disk.
     shelf: Shelf,
     chains: Chains,
     /// Where work in the background runs.
     runtime: tokio::runtime::Handle,
+    /// By what is wanted: [`Catalog::flight_key`].
     flights: Mutex<HashMap<Digest, Flight>>,
     /// Held while the record of an image is changed.
     recording: Mutex<()>,
@@ -228,6 +296,7 @@ impl Catalog {
             chains: Chains::new(),
             runtime: tokio::runtime::Handle::current(),
             live: RwLock::default(),
+            beliefs: Beliefs::default(),
             flights: Mutex::default(),
             recording: Mutex::default(),
         })
@@ -239,9 +308,11 @@ impl Catalog {
     /// # Errors
     /// [`StoreError`] when the database cannot be read.
     pub fn restore(self: &Arc<Self>, referenced: &[Digest]) -> Result<(), StoreError> {
+        self.beliefs.load(&self.store)?;
         let mut referenced: HashSet<_> = referenced.iter().copied().collect();
         let (mut restored, mut missing) = (0_usize, 0_usize);
         let (mut layers, mut variants) = (Vec::new(), Vec::new());
+        let mut flights = HashMap::new();
         for (digest, record) in self.store.layers()? {
             match record {
                 Ok(record) if record.variant_of.is_some() => variants.push(record),
@@ -258,9 +329,16 @@ impl Catalog {
                 tracing::error!(layer = %record.digest, "no source is recorded; pull its image again");
                 continue;
             };
-            self.forget_if_false(&digest);
-            match self.loader.stored(&spec, Arc::clone(&blob)) {
-                Ok(Some(layer)) => match self.attach(&spec, record.slot, layer, record.streamed) {
+            let key = Key {
+                id: digest,
+                blob: spec.digest,
+            };
+            let stored = match self.forget_if_false(&digest) {
+                true => Ok(None),
+                false => self.loader.stored(key, Arc::clone(&blob)),
+            };
+            match stored {
+                Ok(Some(layer)) => match self.attach(&spec, digest, record.slot, layer, record.streamed) {
                     Ok(_) => restored += 1,
                     Err(refusal) => tracing::error!(layer = %digest, reason = %refusal, "cannot be brought back"),
                 },
@@ -268,12 +346,22 @@ impl Catalog {
                     missing += 1;
                     tracing::warn!(layer = %record.digest, "its index is not in the cache, will be loaded again");
                     // Nobody waits: who needs the layer joins the task.
-                    drop(self.begin(spec, record.sources, record.images, None));
+                    let origin = Origin {
+                        sources: record.sources,
+                        manifest: None,
+                    };
+                    let flight = self.begin(Wanted {
+                        spec,
+                        origin,
+                        names: record.images,
+                        how: How::Again(digest),
+                    });
+                    flights.insert(digest, flight);
                 }
                 Err(refusal) => tracing::error!(layer = %record.digest, reason = %refusal, "cannot be brought back"),
             }
         }
-        self.restore_variants(variants);
+        self.restore_variants(variants, &flights);
         self.restore_chains(&referenced)?;
         self.publish_the_rest();
         self.check_shared();
@@ -297,8 +385,8 @@ impl Catalog {
         self.faces.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The layer that shows what is asked for, and whether it is the topmost of its image.
-    async fn resolve_layer(self: Arc<Self>, request: LayerRequest) -> Result<(Digest, bool), Refusal> {
+    /// The layer that shows what is asked for.
+    async fn resolve_layer(self: Arc<Self>, request: LayerRequest) -> Result<Resolution, Refusal> {
         let mut plan = match self.images.find(&request).await {
             Ok(plan) => plan,
             Err(refusal) => {
@@ -306,7 +394,7 @@ impl Catalog {
                 return Err(refusal);
             }
         };
-        if let Some(index) = request.labels.get(soci::LABEL) {
+        if let Some(index) = self.clients_index(&plan, &request).await {
             let mut layers = plan.layers.to_vec();
             for layer in &mut layers {
                 layer.spec.annotations.insert(soci::LABEL.to_owned(), index.clone());
@@ -321,49 +409,128 @@ impl Catalog {
             ));
         };
         let digest = plan.layers[position].spec.digest;
-        if !self.may_share(&digest) && self.read_live().contains_key(&digest) {
-            let text = "its shared index has turned out to be false; it is read anew once no container uses it";
-            return Err(Refusal {
-                word: "corrupt",
-                text: text.to_owned(),
-                retry_helps: true,
-            });
-        }
         if let Err(error) = self.record_plan(&plan) {
             tracing::error!(%error, manifest = %plan.manifest, "the image cannot be recorded");
         }
         let flights = self.begin_image(&plan);
-        let result = match flights.get(&digest) {
+        let result = match flights.get(position) {
             Some(flight) => flight.clone().await,
-            // Already live: `begin_image` starts flights for all others.
-            None => Ok(()),
+            None => Err(released(&digest)),
         };
         let result = match result {
-            Ok(()) => self.on_its_parents(&plan, position, &flights).await,
+            Ok(_) => self.on_its_parents(&plan, position, &flights, &request.below).await,
             Err(refusal) => Err(refusal),
         };
         if let Err(error) = self.record_image(&plan, &digest, result.as_ref().err()) {
             tracing::error!(%error, manifest = %plan.manifest, "what became of the image cannot be recorded");
         }
-        Ok((result?, position + 1 == plan.layers.len()))
+        let mut shown = result?;
+        let bases = std::mem::take(&mut shown.bases);
+        let proven = |(base, planned): (&Option<Digest>, &images::PlannedLayer)| {
+            base.is_none_or(|base| self.is_proven(&base, planned.spec.diff_id))
+        };
+        let proven = bases.iter().zip(plan.layers.iter()).all(proven);
+        match shown.ids.pop().flatten() {
+            Some(layer) => Ok(Resolution::Live {
+                layer,
+                below: shown.ids,
+                proven,
+                is_top: position + 1 == plan.layers.len(),
+            }),
+            None => Err(released(&digest)),
+        }
     }
 
-    /// Begins to load every layer of an image that is not live, and gives the tasks of those that are being loaded.
-    fn begin_image(self: &Arc<Self>, plan: &ImagePlan) -> HashMap<Digest, Flight> {
-        let mut flights = HashMap::new();
-        for planned in plan.layers.iter() {
-            let digest = planned.spec.digest;
-            if let Some(live) = self.write_live().get_mut(&digest) {
-                live.wanted = Instant::now();
-                let (catalog, sources) = (Arc::clone(self), plan.sources.clone());
-                tokio::task::spawn_blocking(move || catalog.learn_sources(&digest, sources));
-                continue;
-            }
-            let names = plan.name.iter().cloned().collect();
-            let (spec, sources) = (planned.spec.clone(), plan.sources.clone());
-            flights.insert(digest, self.begin(spec, sources, names, Some(plan.manifest)));
+    /// The SOCI index that the client names, if it does. A label that containerd has made of a layer's annotation is no client's word: it is in
+    /// the manifest already, for that layer, or it comes from the manifest of another image with the same layers, which is then none of this one.
+    async fn clients_index(&self, plan: &ImagePlan, request: &LayerRequest) -> Option<String> {
+        let index = request.labels.get(soci::LABEL)?;
+        let names = |plan: &ImagePlan| {
+            let layer = plan.layer(&request.chain_id);
+            layer.is_some_and(|layer| layer.spec.annotations.get(soci::manifest::INDEX_DIGEST) == Some(index))
+        };
+        if names(plan) {
+            return None;
         }
-        flights
+        match self
+            .images
+            .with_chain(&request.namespace, &request.chain_id, false)
+            .await
+        {
+            Ok(plans) if !plans.iter().any(names) => Some(index.clone()),
+            Ok(_) => {
+                tracing::warn!(
+                    index,
+                    chain_id = request.chain_id,
+                    "another image names this SOCI index, and not the one that is pulled"
+                );
+                None
+            }
+            Err(refusal) => {
+                tracing::warn!(index, %refusal, "it cannot be told whether the client names this SOCI index: it is not used");
+                None
+            }
+        }
+    }
+
+    /// What an image may be shown of a layer.
+    fn judge(&self, spec: &LayerSpec, origin: &Origin) -> loader::Judged {
+        self.loader.judge(self.beliefs.of_blob(&spec.digest), spec, origin)
+    }
+
+    /// Whether a layer was found to be the tar that an image promises.
+    fn is_proven(&self, id: &Digest, promised: Option<Digest>) -> bool {
+        let belief = self.beliefs.get(id).filter(|belief| !belief.is_false());
+        promised.is_some() && belief.is_some_and(|belief| belief.proof == promised)
+    }
+
+    /// Begins to load every layer of an image that is not live in a form that may be shown to it. For each layer of the plan the task that ends
+    /// with its id.
+    fn begin_image(self: &Arc<Self>, plan: &ImagePlan) -> Vec<Flight> {
+        let layers = plan.layers.iter();
+        let begin = |planned: &images::PlannedLayer| {
+            self.begin(Wanted {
+                spec: planned.spec.clone(),
+                origin: plan.origin(),
+                names: plan.name.iter().cloned().collect(),
+                how: How::AsImageSays,
+            })
+        };
+        layers.map(begin).collect()
+    }
+
+    /// The live layer that serves what is wanted, if there is one; it is wanted from now on.
+    fn live_for(self: &Arc<Self>, wanted: &Wanted) -> Option<Digest> {
+        let ids: Vec<Digest> = match wanted.how {
+            How::AsImageSays => {
+                let usable = self.judge(&wanted.spec, &wanted.origin).usable;
+                usable.into_iter().map(|(_, id)| id).collect()
+            }
+            How::Built => vec![wanted.spec.digest],
+            How::Again(id) => vec![id],
+        };
+        let mut lives = self.write_live();
+        let id = ids.into_iter().find(|id| lives.contains_key(id))?;
+        let live = lives.get_mut(&id)?;
+        live.wanted = Instant::now();
+        live.note_diff_id(wanted.spec.diff_id);
+        let (catalog, sources) = (Arc::clone(self), wanted.origin.sources.clone());
+        tokio::task::spawn_blocking(move || catalog.learn_sources(&id, sources));
+        Some(id)
+    }
+
+    /// What tasks that load a layer are told apart by: everything that decides what comes of them. So nobody waits for, or gets, what another
+    /// image believes.
+    fn flight_key(&self, wanted: &Wanted) -> Digest {
+        let Wanted { spec, origin, how, .. } = wanted;
+        let mut text = format!("{how:?} {} {:?}", spec.digest, spec.diff_id);
+        for id in self.loader.vouched(spec, origin) {
+            text.push_str(&id.hex());
+        }
+        if self.loader.may_find_beside(spec, origin) {
+            text.push_str(&format!("{origin:?}"));
+        }
+        Digest::of(text.as_bytes())
     }
 
     /// Notes that a live layer can be had from `sources` as well. They come first, as credentials for them were just used; the ones
@@ -395,28 +562,23 @@ impl Catalog {
         }
     }
 
-    /// Begins to load a layer, or joins the task that does.
-    fn begin(
-        self: &Arc<Self>,
-        spec: LayerSpec,
-        sources: Vec<LayerSource>,
-        names: Vec<String>,
-        manifest: Option<Digest>,
-    ) -> Flight {
+    /// Begins to load a layer, or joins the task that does; ends at once if what is wanted is live.
+    fn begin(self: &Arc<Self>, wanted: Wanted) -> Flight {
+        let key = self.flight_key(&wanted);
         let mut flights = self.lock_flights();
-        if let Some(flight) = flights.get(&spec.digest) {
+        if let Some(flight) = flights.get(&key) {
             return flight.clone();
         }
         // A task that has just ended has made its layer live before it left the list of flights.
-        if self.read_live().contains_key(&spec.digest) {
-            return futures::future::ready(Ok(())).boxed().shared();
+        if let Some(id) = self.live_for(&wanted) {
+            return futures::future::ready(Ok(id)).boxed().shared();
         }
-        let digest = spec.digest;
+        let digest = wanted.spec.digest;
         let catalog = Arc::clone(self);
         let task = tokio::spawn(async move {
-            let result = catalog.load(&spec, sources, names, manifest).await;
+            let result = catalog.load(wanted).await;
             // Success is found in `live` from now on, and a failure may be tried again by the next pull.
-            catalog.lock_flights().remove(&digest);
+            catalog.lock_flights().remove(&key);
             if let Err(refusal) = &result {
                 catalog.count_refusal(refusal);
                 tracing::warn!(layer = %digest, reason = %refusal, "not served by Lazuli");
@@ -436,33 +598,38 @@ impl Catalog {
             })
         };
         let flight = flight.boxed().shared();
-        flights.insert(digest, flight.clone());
+        flights.insert(key, flight.clone());
         flight
     }
 
-    async fn load(
-        self: &Arc<Self>,
-        spec: &LayerSpec,
-        sources: Vec<LayerSource>,
-        images: Vec<String>,
-        manifest: Option<Digest>,
-    ) -> Result<(), Refusal> {
+    /// Loads a layer, and tells its id.
+    async fn load(self: &Arc<Self>, wanted: Wanted) -> Result<Digest, Refusal> {
         let began = Instant::now();
+        let Wanted {
+            spec,
+            origin,
+            names: images,
+            how,
+        } = wanted;
+        let (spec, sources) = (&spec, origin.sources.clone());
         let blob = self
             .blob(spec, &sources)
             .ok_or_else(|| Refusal::unresolved("no source is known", false))?;
-        let origin = Origin {
-            sources: sources.clone(),
-            manifest,
+        let judged = self.judge(spec, &origin);
+        judged.refused.iter().for_each(|id| {
+            self.forget_if_false(id);
+        });
+        let loaded = match how {
+            How::Built => self.loader.build(spec, blob).await?,
+            How::AsImageSays | How::Again(_) => {
+                let toc_images = self.toc_images(&images);
+                self.loader
+                    .load(spec, blob, &toc_images, Some(&origin), &judged)
+                    .await?
+            }
         };
-        self.forget_if_false(&spec.digest);
-        let may_share = self.may_share(&spec.digest);
-        let toc_images = self.toc_images(&images);
-        let loaded = self
-            .loader
-            .load(spec, blob, &toc_images, may_share.then_some(&origin))
-            .await?;
         let layer = loaded.layer;
+        let id = *layer.cached().id();
         let streamed = match loaded.streamed {
             Some(NotLazy { word, text }) => {
                 self.metrics.layers_streamed_total.with_label_values(&[word]).inc();
@@ -470,16 +637,20 @@ impl Catalog {
             }
             // It was stored already. Whoever streamed it then has noted why, if that record is still there.
             None => {
-                let known = self.store.layer(&spec.digest).map_err(|error| of_store(&error))?;
+                let known = self.store.layer(&id).map_err(|error| of_store(&error))?;
                 known.and_then(|record| record.streamed)
             }
         };
-        let slot = self
-            .store
-            .allocate_slot(&spec.digest)
-            .map_err(|error| of_store(&error))?;
+        let slot = self.store.allocate_slot(&id).map_err(|error| of_store(&error))?;
+        let proof = match id == spec.digest {
+            true => layer.cached().diff_id(),
+            false => None,
+        };
         let record = LayerRecord {
-            digest: spec.digest,
+            digest: id,
+            blob: (id != spec.digest).then_some(spec.digest),
+            proof: proof.or_else(|| self.beliefs.get(&id).and_then(|belief| belief.proof)),
+            formerly: None,
             variant_of: None,
             diff_id: spec.diff_id,
             media_type: spec.media_type.clone(),
@@ -491,17 +662,33 @@ impl Catalog {
             streamed: streamed.clone(),
         };
         self.store.put_layer(&record).map_err(|error| of_store(&error))?;
-        let format = self.attach(spec, slot, Arc::clone(&layer), streamed)?;
+        self.beliefs.note(&record);
+        let format = self.attach(spec, id, slot, Arc::clone(&layer), streamed)?;
         if let Some(index) = loaded.index {
             self.index_is_known(layer.cached(), index, origin);
         }
         let seconds = began.elapsed().as_secs_f64();
-        tracing::info!(layer = %spec.digest, format, bytes = spec.size, seconds, "layer is live");
+        tracing::info!(layer = %spec.digest, %id, format, bytes = spec.size, seconds, "layer is live");
         if loaded.prefetch > 0 {
             tracing::debug!(layer = %spec.digest, bytes = loaded.prefetch, "its author wants these bytes ahead");
             layer.prefetch(0, loaded.prefetch);
         }
-        Ok(())
+        match how {
+            How::Again(before) if before != id => self.again(spec, before, &layer),
+            _ => Ok(id),
+        }
+    }
+
+    /// Makes a layer live under an id that snapshots know it by, whose index is lost or false: with the index that was found in its place for the
+    /// same image.
+    fn again(&self, spec: &LayerSpec, before: Digest, found: &Arc<Layer>) -> Result<Digest, Refusal> {
+        let known = self.store.layer(&before).map_err(|error| of_store(&error))?;
+        let record = known.ok_or_else(|| released(&before))?;
+        // A reader of its own: it is closed when this id is released.
+        let layer = self.loader.fetcher().open(Arc::clone(found.cached()), found.blob());
+        self.attach(spec, before, record.slot, layer, record.streamed)?;
+        tracing::warn!(layer = %spec.digest, id = %before, now = %found.cached().id(), "the index that it had is gone, it is shown by another");
+        Ok(before)
     }
 
     /// Images that may hold tables of contents of the layers of the images with these names.
@@ -524,6 +711,7 @@ impl Catalog {
     fn attach(
         &self,
         spec: &LayerSpec,
+        id: Digest,
         slot: u32,
         layer: Arc<Layer>,
         streamed: Option<String>,
@@ -540,12 +728,14 @@ impl Catalog {
                 Access::Ranges => None,
             },
             layer,
+            of: id,
+            diff_ids: spec.diff_id.into_iter().collect(),
             format: format.clone(),
             is_variant: false,
             _in_use: in_use,
             wanted: Instant::now(),
         };
-        if self.write_live().insert(spec.digest, live).is_none() {
+        if self.write_live().insert(id, live).is_none() {
             self.metrics.layers_live.with_label_values(&[access]).inc();
         }
         Ok(format)
@@ -590,6 +780,27 @@ impl Catalog {
     }
 }
 
+impl Live {
+    /// Notes what an image promises the layer's tar to be.
+    fn note_diff_id(&mut self, diff_id: Option<Digest>) {
+        if let Some(diff_id) = diff_id
+            && self.diff_ids.len() < DIFF_IDS_MAX
+            && !self.diff_ids.contains(&diff_id)
+        {
+            self.diff_ids.push(diff_id);
+        }
+    }
+}
+
+/// The answer for a layer that was live a moment ago.
+fn released(layer: &Digest) -> Refusal {
+    Refusal {
+        word: "closed",
+        text: format!("{layer} was released while it was asked for"),
+        retry_helps: true,
+    }
+}
+
 fn access_label(access: Access) -> &'static str {
     match access {
         Access::Ranges => "ranges",
@@ -599,7 +810,7 @@ fn access_label(access: Access) -> &'static str {
 
 fn spec_of(record: &LayerRecord) -> LayerSpec {
     LayerSpec {
-        digest: record.digest,
+        digest: record.blob(),
         size: record.size,
         media_type: record.media_type.clone(),
         annotations: record.annotations.clone(),

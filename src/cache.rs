@@ -5,13 +5,17 @@
 //! <root>/layers/                    mode 0700: layer data is on no path that another user can reach
 //!     .lock                         locked by the one process that uses the cache
 //!     .incoming/<hex>-<random>/     layers in the making, and layers being deleted; emptied at start
-//!     <hex digest>/index            the layer's index (crate::layer::index)
-//!     <hex digest>/data             its data space as a sparse file, and zeros up to the end of a page of 4096 bytes
-//!     <hex digest>/map              which chunks are ready (map.rs)
-//!     <hex digest>/mounted          the boot in which the data was mounted (hold.rs)
-//!     <hex digest>/data.next        a data file that was to take the place of one that was mounted (evict.rs)
-//!     <hex digest>/windows          what is needed to decode its spans, if it has any (windows.rs)
+//!     .ids                          says that directories are named for ids (adopt.rs)
+//!     <hex id>/index                the layer's index (crate::layer::index)
+//!     <hex id>/data                 its data space as a sparse file, and zeros up to the end of a page of 4096 bytes
+//!     <hex id>/map                  which chunks are ready (map.rs)
+//!     <hex id>/mounted              the boot in which the data was mounted (hold.rs)
+//!     <hex id>/data.next            a data file that was to take the place of one that was mounted (evict.rs)
+//!     <hex id>/windows              what is needed to decode its spans, if it has any (windows.rs)
 //! ```
+//! The id of a layer is the digest of its blob if its index was built from that, and another one for everything that somebody else said of it
+//! ([`Key`]): indexes of one blob that come from different people have nothing in common, not even bytes.
+//!
 //! A layer appears by the rename of a directory in which everything is already durable, so there are no half-made layers.
 //!
 //! # Crashes
@@ -37,6 +41,7 @@
 //! of chunks of layers in use, then, as the last resort, whole streamed layers in use, which have to be streamed again from their
 //! beginning when they are read. Where no room can be made, reads are served past the disk.
 
+pub mod adopt;
 mod bitmap;
 mod budget;
 mod check;
@@ -53,6 +58,7 @@ mod staging;
 mod tests;
 mod windows;
 
+pub use adopt::Key;
 pub use check::Checked;
 pub use dir::Cache;
 pub use error::CacheError;

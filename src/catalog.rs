@@ -35,7 +35,7 @@ use std::time::{Duration, Instant};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
-use crate::cache::InUse;
+use crate::cache::{InUse, Key};
 use crate::fetch::{Layer, LayerData};
 use crate::fs::Faces;
 use crate::layer::{Access, Digest};
@@ -43,6 +43,8 @@ use crate::metrics::Metrics;
 use crate::registry::{Blob, Reference, Registry};
 use crate::store::{LayerRecord, LayerSource, Store, StoreError};
 
+mod agree;
+pub mod belief;
 mod chains;
 mod contact;
 pub mod containerd;
@@ -65,13 +67,15 @@ pub mod variants;
 pub use chains::Lowers;
 pub use handle::Handle;
 
+use belief::Beliefs;
 use chains::Chains;
 use contact::{Contact, Contacts};
 use containerd::Containerd;
-use images::Images;
+use images::{ImagePlan, Images};
 use loader::{LayerSpec, Loader, NotLazy, Refusal};
 use loads::Loads;
 use pace::Hosts;
+use question::Begun;
 use shared::Origin;
 use shared::publish::Publisher;
 use sources::Failover;
@@ -81,6 +85,9 @@ use variants::Shelf;
 /// How long a layer stays live without a snapshot that refers to it. A pull loads all layers of an image at once and commits them
 /// one by one, each after those below it; a slow layer may hold up the ones above for minutes.
 const GRACE: Duration = Duration::from_secs(900);
+
+/// Most promises of one layer's tar that are remembered: images that are right promise the same.
+const DIFF_IDS_MAX: usize = 8;
 
 /// Most sources of one layer that are remembered.
 const SOURCES_MAX: usize = 8;
@@ -94,6 +101,8 @@ pub struct LayerRequest {
     pub chain_id: String,
     /// All labels of the request.
     pub labels: HashMap<String, String>,
+    /// Of the snapshots below, the lowest first: whether Lazuli shows a layer in its place.
+    pub below: Vec<bool>,
     /// Chain ids of layers that containerd is fetching and unpacking by itself.
     pub unpacking: HashSet<String>,
 }
@@ -103,8 +112,12 @@ pub struct LayerRequest {
 pub enum Resolution {
     /// Lazuli serves the layer.
     Live {
-        /// Its digest, or that of a variant of it.
+        /// Its id, or the digest of a variant of it.
         layer: Digest,
+        /// The layers below it as its image sees them, the lowest first, in the same way; `None` for what Lazuli does not serve.
+        below: Vec<Option<Digest>>,
+        /// Whether all of them were found to be what the image promises, so that every image that promises the same may share them.
+        proven: bool,
         /// Whether it is the topmost one of its image: containers will be made on it.
         is_top: bool,
     },
@@ -118,6 +131,10 @@ pub trait Layers: Send + Sync + 'static {
     /// the most: what is not there by then is refused. The layer stays
     /// live at least until the next [`Layers::retain`] that does not name it.
     fn resolve(&self, request: LayerRequest) -> BoxFuture<'_, Resolution>;
+
+    /// What may be shown to a container if several images of its namespace have the same chain of layers, and do not believe the same of them.
+    /// Asks containerd, and may wait for a layer, both for a few seconds.
+    fn agree(&self, question: Question) -> BoxFuture<'_, Agreement>;
 
     /// Whether Lazuli shows the layer.
     fn is_live(&self, layer: &Digest) -> bool;
@@ -146,6 +163,27 @@ pub trait Layers: Send + Sync + 'static {
 
 /// What a release has decided and not done yet. It blocks for unmount calls and for the disk.
 pub type Released = Box<dyn FnOnce() + Send>;
+/// What containers are about to be made on.
+#[derive(Debug, Clone)]
+pub struct Question {
+    /// containerd namespace of the container.
+    pub namespace: String,
+    /// Chain id of the topmost layer.
+    pub chain_id: String,
+    /// The layers that would be shown, the lowest first; `None` for those that containerd has unpacked.
+    pub shown: Vec<Option<Digest>>,
+}
+
+/// What the images say that hold a chain of layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Agreement {
+    /// Nobody objects to what would be shown.
+    Shown,
+    /// They agree on this alone.
+    Instead(Vec<Option<Digest>>),
+    /// Not yet on anything; the text says who says what.
+    Open(String),
+}
 
 /// What snapshots need of layers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -156,20 +194,41 @@ pub struct Needed {
     pub bases: Vec<Vec<Digest>>,
 }
 
-/// What a load is of: a layer, and where it is had. A load that was begun with the sources of one image does not hold up another image that
-/// knows other ones.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub(crate) struct LoadKey {
-    layer: Digest,
-    sources: Vec<LayerSource>,
+/// A layer that is to be loaded.
+struct Wanted {
+    spec: LayerSpec,
+    /// Where its blob can be had, and for which image.
+    origin: Origin,
+    /// Names of the image.
+    names: Vec<String>,
+    /// What must be live in the end.
+    how: How,
 }
 
-/// What comes of a load: the layer is live.
-type Loaded = ();
+/// What is wanted of a layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// That it can be read, by any index that may be shown to the image.
+    AsImageSays,
+    /// That its index is built from the blob.
+    Built,
+    /// That it is live under the id that it had before, as snapshots know it by that, whatever its index is now.
+    Again(Digest),
+}
+
+/// What a load is known by: [`Catalog::load_key`].
+type LoadKey = Digest;
+
+/// What comes of a load: the id of the layer that is live then.
+type LoadedId = Digest;
 
 struct Live {
     slot: u32,
     layer: Arc<Layer>,
+    /// Of a variant, the id of its layer; of a layer its own. It is not always that of `layer`: see [`How::Again`].
+    of: Digest,
+    /// What images that use it promise its tar to be.
+    diff_ids: Vec<Digest>,
     format: String,
     /// Why it is streamed, if it is.
     not_lazy: Option<String>,
@@ -194,13 +253,16 @@ pub struct Catalog {
     publisher: Option<Arc<Publisher>>,
     root: PathBuf,
     cache_max_bytes: u64,
+    /// By id.
     live: RwLock<HashMap<Digest, Live>>,
+    /// What is known of the ids of layers.
+    beliefs: Beliefs,
     /// The variants on disk.
     shelf: Shelf,
     chains: Chains,
     /// Where work in the background runs.
     runtime: tokio::runtime::Handle,
-    loads: Arc<Loads<LoadKey, Loaded>>,
+    loads: Arc<Loads<LoadKey, LoadedId>>,
     /// What is known of registries' hosts.
     hosts: Arc<Hosts>,
     /// Who was asked for layers that are being loaded, and whether he answers.
@@ -260,6 +322,7 @@ impl Catalog {
             chains: Chains::new(),
             runtime: tokio::runtime::Handle::current(),
             live: RwLock::default(),
+            beliefs: Beliefs::default(),
             loads: Loads::new(tokio::runtime::Handle::current()),
             contacts: Contacts::default(),
             hosts,
@@ -273,9 +336,11 @@ impl Catalog {
     /// # Errors
     /// [`StoreError`] when the database cannot be read.
     pub fn restore(self: &Arc<Self>, referenced: &[Digest]) -> Result<(), StoreError> {
+        self.beliefs.load(&self.store)?;
         let mut referenced: HashSet<_> = referenced.iter().copied().collect();
         let (mut restored, mut missing) = (0_usize, 0_usize);
         let (mut layers, mut variants) = (Vec::new(), Vec::new());
+        let mut begun = HashMap::new();
         for (digest, record) in self.store.layers()? {
             match record {
                 Ok(record) if record.variant_of.is_some() => variants.push(record),
@@ -292,9 +357,16 @@ impl Catalog {
                 tracing::error!(layer = %record.digest, "no source is recorded; pull its image again");
                 continue;
             };
-            self.forget_if_false(&digest);
-            match self.loader.stored(&spec, Arc::clone(&blob)) {
-                Ok(Some(layer)) => match self.attach(&spec, record.slot, layer, record.streamed) {
+            let key = Key {
+                id: digest,
+                blob: spec.digest,
+            };
+            let stored = match self.forget_if_false(&digest) {
+                true => Ok(None),
+                false => self.loader.stored(key, Arc::clone(&blob)),
+            };
+            match stored {
+                Ok(Some(layer)) => match self.attach(&spec, digest, record.slot, layer, record.streamed) {
                     Ok(_) => restored += 1,
                     Err(refusal) => tracing::error!(layer = %digest, reason = %refusal, "cannot be brought back"),
                 },
@@ -302,18 +374,22 @@ impl Catalog {
                     missing += 1;
                     tracing::warn!(layer = %record.digest, "its index is not in the cache, will be loaded again");
                     // Nobody waits: who needs the layer joins the task.
-                    let key = LoadKey {
-                        layer: digest,
-                        sources: record.sources.clone(),
+                    let origin = Origin {
+                        sources: record.sources,
+                        manifest: None,
                     };
-                    let catalog = Arc::clone(self);
-                    let load = move || catalog.loading(spec, record.sources, record.images, None).boxed();
-                    drop(self.loads.keep(key, load));
+                    let load = self.begin(Wanted {
+                        spec,
+                        origin,
+                        names: record.images,
+                        how: How::Again(digest),
+                    });
+                    begun.insert(digest, load);
                 }
                 Err(refusal) => tracing::error!(layer = %record.digest, reason = %refusal, "cannot be brought back"),
             }
         }
-        self.restore_variants(variants);
+        self.restore_variants(variants, &begun);
         self.restore_chains(&referenced)?;
         self.publish_the_rest();
         self.check_shared();
@@ -337,29 +413,22 @@ impl Catalog {
         self.faces.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The layer that shows what is asked for, and whether it is the topmost of its image; within [`pace::BOUND`].
-    async fn resolve_layer(self: Arc<Self>, request: LayerRequest) -> Result<(Digest, bool), Refusal> {
+    /// The layer that shows what is asked for, within [`pace::BOUND`].
+    async fn resolve_layer(self: Arc<Self>, request: LayerRequest) -> Result<Resolution, Refusal> {
         let deadline = Instant::now() + pace::BOUND;
         let late = |_| Refusal {
             word: "slow",
             text: format!("it was not found out within {} s what it is", pace::BOUND.as_secs()),
             retry_helps: true,
         };
-        let found = tokio::time::timeout_at(deadline.into(), self.images.find(&request)).await;
-        let mut plan = match found.map_err(late).flatten() {
+        let found = tokio::time::timeout_at(deadline.into(), self.plan(&request)).await;
+        let plan = match found.map_err(late).flatten() {
             Ok(plan) => plan,
             Err(refusal) => {
                 self.count_refusal(&refusal);
                 return Err(refusal);
             }
         };
-        if let Some(index) = request.labels.get(soci::LABEL) {
-            let mut layers = plan.layers.to_vec();
-            for layer in &mut layers {
-                layer.spec.annotations.insert(soci::LABEL.to_owned(), index.clone());
-            }
-            plan.layers = layers.into();
-        }
         let Some(position) = plan.position(&request.chain_id) else {
             let (manifest, chain_id) = (plan.manifest, &request.chain_id);
             return Err(Refusal::unresolved(
@@ -368,22 +437,14 @@ impl Catalog {
             ));
         };
         let digest = plan.layers[position].spec.digest;
-        if !self.may_share(&digest) && self.read_live().contains_key(&digest) {
-            let text = "its shared index has turned out to be false; it is read anew once no container uses it";
-            return Err(Refusal {
-                word: "corrupt",
-                text: text.to_owned(),
-                retry_helps: true,
-            });
-        }
         if let Err(error) = self.record_plan(&plan) {
             tracing::error!(%error, manifest = %plan.manifest, "the image cannot be recorded");
         }
         let asking = self.loads.ask((plan.namespace.clone(), plan.manifest), position);
         let begun = self.begin_image(&plan, position, &asking, &request.unpacking);
         let result = match self.wait_for(&plan, position, &asking, &begun, deadline).await {
-            Ok(()) => {
-                let looks = self.on_its_parents(&plan, position, &begun);
+            Ok(_) => {
+                let looks = self.on_its_parents(&plan, position, &begun, &request.below);
                 let looks = tokio::time::timeout_at(deadline.into(), looks).await;
                 looks.map_err(late).flatten()
             }
@@ -392,7 +453,111 @@ impl Catalog {
         if let Err(error) = self.record_image(&plan, &digest, result.as_ref().err()) {
             tracing::error!(%error, manifest = %plan.manifest, "what became of the image cannot be recorded");
         }
-        Ok((result?, position + 1 == plan.layers.len()))
+        let mut shown = result?;
+        let bases = std::mem::take(&mut shown.bases);
+        let proven = |(base, planned): (&Option<Digest>, &images::PlannedLayer)| {
+            base.is_none_or(|base| self.is_proven(&base, planned.spec.diff_id))
+        };
+        let proven = bases.iter().zip(plan.layers.iter()).all(proven);
+        match shown.ids.pop().flatten() {
+            Some(layer) => Ok(Resolution::Live {
+                layer,
+                below: shown.ids,
+                proven,
+                is_top: position + 1 == plan.layers.len(),
+            }),
+            None => Err(released(&digest)),
+        }
+    }
+
+    /// The image that holds the layer, with the SOCI index that the client names.
+    async fn plan(&self, request: &LayerRequest) -> Result<ImagePlan, Refusal> {
+        let mut plan = self.images.find(request).await?;
+        if let Some(index) = self.clients_index(&plan, request).await {
+            let mut layers = plan.layers.to_vec();
+            for layer in &mut layers {
+                layer.spec.annotations.insert(soci::LABEL.to_owned(), index.clone());
+            }
+            plan.layers = layers.into();
+        }
+        Ok(plan)
+    }
+
+    /// The SOCI index that the client names, if it does. A label that containerd has made of a layer's annotation is no client's word: it is in
+    /// the manifest already, for that layer, or it comes from the manifest of another image with the same layers, which is then none of this one.
+    async fn clients_index(&self, plan: &ImagePlan, request: &LayerRequest) -> Option<String> {
+        let index = request.labels.get(soci::LABEL)?;
+        let names = |plan: &ImagePlan| {
+            let layer = plan.layer(&request.chain_id);
+            layer.is_some_and(|layer| layer.spec.annotations.get(soci::manifest::INDEX_DIGEST) == Some(index))
+        };
+        if names(plan) {
+            return None;
+        }
+        match self
+            .images
+            .with_chain(&request.namespace, &request.chain_id, false)
+            .await
+        {
+            Ok(plans) if !plans.iter().any(names) => Some(index.clone()),
+            Ok(_) => {
+                tracing::warn!(
+                    index,
+                    chain_id = request.chain_id,
+                    "another image names this SOCI index, and not the one that is pulled"
+                );
+                None
+            }
+            Err(refusal) => {
+                tracing::warn!(index, %refusal, "it cannot be told whether the client names this SOCI index: it is not used");
+                None
+            }
+        }
+    }
+
+    /// What an image may be shown of a layer.
+    fn judge(&self, spec: &LayerSpec, origin: &Origin) -> loader::Judged {
+        self.loader.judge(self.beliefs.of_blob(&spec.digest), spec, origin)
+    }
+
+    /// Whether a layer was found to be the tar that an image promises.
+    fn is_proven(&self, id: &Digest, promised: Option<Digest>) -> bool {
+        let belief = self.beliefs.get(id).filter(|belief| !belief.is_false());
+        promised.is_some() && belief.is_some_and(|belief| belief.proof == promised)
+    }
+
+    /// The live layer that serves what is wanted, if there is one; it is wanted from now on.
+    fn live_for(self: &Arc<Self>, wanted: &Wanted) -> Option<Digest> {
+        let ids: Vec<Digest> = match wanted.how {
+            How::AsImageSays => {
+                let usable = self.judge(&wanted.spec, &wanted.origin).usable;
+                usable.into_iter().map(|(_, id)| id).collect()
+            }
+            How::Built => vec![wanted.spec.digest],
+            How::Again(id) => vec![id],
+        };
+        let mut lives = self.write_live();
+        let id = ids.into_iter().find(|id| lives.contains_key(id))?;
+        let live = lives.get_mut(&id)?;
+        live.wanted = Instant::now();
+        live.note_diff_id(wanted.spec.diff_id);
+        let (catalog, sources) = (Arc::clone(self), wanted.origin.sources.clone());
+        tokio::task::spawn_blocking(move || catalog.learn_sources(&id, sources));
+        Some(id)
+    }
+
+    /// What loads are told apart by: everything that decides what comes of them, and where they ask for it. So nobody waits for, or gets, what
+    /// another image believes, nor waits for a registry that only another image names.
+    fn load_key(&self, wanted: &Wanted) -> LoadKey {
+        let Wanted { spec, origin, how, .. } = wanted;
+        let mut text = format!("{how:?} {} {:?} {:?}", spec.digest, spec.diff_id, origin.sources);
+        for id in self.loader.vouched(spec, origin) {
+            text.push_str(&id.hex());
+        }
+        if self.loader.may_find_beside(spec, origin) {
+            text.push_str(&format!("{:?}", origin.manifest));
+        }
+        Digest::of(text.as_bytes())
     }
 
     /// Notes that a live layer can be had from `sources` as well. They come first, as credentials for them were just used; the ones
@@ -424,20 +589,23 @@ impl Catalog {
         }
     }
 
-    /// Loads a layer; tells in log, metrics and records if that fails.
-    async fn loading(
-        self: Arc<Self>,
-        spec: LayerSpec,
-        sources: Vec<LayerSource>,
-        names: Vec<String>,
-        manifest: Option<Digest>,
-    ) -> Result<Loaded, Refusal> {
-        let digest = spec.digest;
-        // Another load, of the same layer from elsewhere, may have been faster.
-        if self.read_live().contains_key(&digest) {
-            return Ok(());
+    /// Begins to load a layer, whoever waits for it; ends at once if what is wanted is live.
+    fn begin(self: &Arc<Self>, wanted: Wanted) -> Begun {
+        if let Some(id) = self.live_for(&wanted) {
+            return Begun::Live(id);
         }
-        let result = self.load(&spec, sources, names, manifest).await;
+        let (key, catalog) = (self.load_key(&wanted), Arc::clone(self));
+        Begun::Load(self.loads.keep(key, || catalog.loading(wanted).boxed()))
+    }
+
+    /// Loads a layer; tells in log, metrics and records if that fails.
+    async fn loading(self: Arc<Self>, wanted: Wanted) -> Result<LoadedId, Refusal> {
+        // A load of the same that has just ended, or one from elsewhere, has made it live.
+        if let Some(id) = self.live_for(&wanted) {
+            return Ok(id);
+        }
+        let digest = wanted.spec.digest;
+        let result = self.load(wanted).await;
         if let Err(refusal) = &result {
             self.count_refusal(refusal);
             tracing::warn!(layer = %digest, reason = %refusal, "not served by Lazuli");
@@ -448,33 +616,38 @@ impl Catalog {
         result
     }
 
-    async fn load(
-        self: &Arc<Self>,
-        spec: &LayerSpec,
-        sources: Vec<LayerSource>,
-        images: Vec<String>,
-        manifest: Option<Digest>,
-    ) -> Result<(), Refusal> {
+    /// Loads a layer, and tells its id.
+    async fn load(self: &Arc<Self>, wanted: Wanted) -> Result<Digest, Refusal> {
         let began = Instant::now();
+        let Wanted {
+            spec,
+            origin,
+            names: images,
+            how,
+        } = wanted;
+        let (spec, sources) = (&spec, origin.sources.clone());
         let blob = self
             .blob(spec, &sources)
             .ok_or_else(|| Refusal::unresolved("no source is known", false))?;
-        let origin = Origin {
-            sources: sources.clone(),
-            manifest,
-        };
-        self.forget_if_false(&spec.digest);
-        let may_share = self.may_share(&spec.digest);
-        let toc_images = self.toc_images(&images);
+        let judged = self.judge(spec, &origin);
+        judged.refused.iter().for_each(|id| {
+            self.forget_if_false(id);
+        });
         let host = sources.first().map(|source| source.host.clone()).unwrap_or_default();
         let contact = Contact::new(Arc::clone(&blob), host, Arc::clone(&self.hosts));
         let _noted = self.contacts.note(spec.digest, &contact);
-        let loaded = self
-            .loader
-            .load(spec, contact, &toc_images, may_share.then_some(&origin))
-            .await?;
+        let loaded = match how {
+            How::Built => self.loader.build(spec, contact).await?,
+            How::AsImageSays | How::Again(_) => {
+                let toc_images = self.toc_images(&images);
+                self.loader
+                    .load(spec, contact, &toc_images, Some(&origin), &judged)
+                    .await?
+            }
+        };
         let layer = loaded.layer;
         layer.set_blob(blob);
+        let id = *layer.cached().id();
         let streamed = match loaded.streamed {
             Some(NotLazy { word, text }) => {
                 self.metrics.layers_streamed_total.with_label_values(&[word]).inc();
@@ -482,16 +655,20 @@ impl Catalog {
             }
             // It was stored already. Whoever streamed it then has noted why, if that record is still there.
             None => {
-                let known = self.store.layer(&spec.digest).map_err(|error| of_store(&error))?;
+                let known = self.store.layer(&id).map_err(|error| of_store(&error))?;
                 known.and_then(|record| record.streamed)
             }
         };
-        let slot = self
-            .store
-            .allocate_slot(&spec.digest)
-            .map_err(|error| of_store(&error))?;
+        let slot = self.store.allocate_slot(&id).map_err(|error| of_store(&error))?;
+        let proof = match id == spec.digest {
+            true => layer.cached().diff_id(),
+            false => None,
+        };
         let record = LayerRecord {
-            digest: spec.digest,
+            digest: id,
+            blob: (id != spec.digest).then_some(spec.digest),
+            proof: proof.or_else(|| self.beliefs.get(&id).and_then(|belief| belief.proof)),
+            formerly: None,
             variant_of: None,
             diff_id: spec.diff_id,
             media_type: spec.media_type.clone(),
@@ -503,17 +680,33 @@ impl Catalog {
             streamed: streamed.clone(),
         };
         self.store.put_layer(&record).map_err(|error| of_store(&error))?;
-        let format = self.attach(spec, slot, Arc::clone(&layer), streamed)?;
+        self.beliefs.note(&record);
+        let format = self.attach(spec, id, slot, Arc::clone(&layer), streamed)?;
         if let Some(index) = loaded.index {
             self.index_is_known(layer.cached(), index, origin);
         }
         let seconds = began.elapsed().as_secs_f64();
-        tracing::info!(layer = %spec.digest, format, bytes = spec.size, seconds, "layer is live");
+        tracing::info!(layer = %spec.digest, %id, format, bytes = spec.size, seconds, "layer is live");
         if loaded.prefetch > 0 {
             tracing::debug!(layer = %spec.digest, bytes = loaded.prefetch, "its author wants these bytes ahead");
             layer.prefetch(0, loaded.prefetch);
         }
-        Ok(())
+        match how {
+            How::Again(before) if before != id => self.again(spec, before, &layer),
+            _ => Ok(id),
+        }
+    }
+
+    /// Makes a layer live under an id that snapshots know it by, whose index is lost or false: with the index that was found in its place for the
+    /// same image.
+    fn again(&self, spec: &LayerSpec, before: Digest, found: &Arc<Layer>) -> Result<Digest, Refusal> {
+        let known = self.store.layer(&before).map_err(|error| of_store(&error))?;
+        let record = known.ok_or_else(|| released(&before))?;
+        // A reader of its own: it is closed when this id is released.
+        let layer = self.loader.fetcher().open(Arc::clone(found.cached()), found.blob());
+        self.attach(spec, before, record.slot, layer, record.streamed)?;
+        tracing::warn!(layer = %spec.digest, id = %before, now = %found.cached().id(), "the index that it had is gone, it is shown by another");
+        Ok(before)
     }
 
     /// Images that may hold tables of contents of the layers of the images with these names.
@@ -536,6 +729,7 @@ impl Catalog {
     fn attach(
         &self,
         spec: &LayerSpec,
+        id: Digest,
         slot: u32,
         layer: Arc<Layer>,
         streamed: Option<String>,
@@ -552,12 +746,14 @@ impl Catalog {
                 Access::Ranges => None,
             },
             layer,
+            of: id,
+            diff_ids: spec.diff_id.into_iter().collect(),
             format: format.clone(),
             is_variant: false,
             _in_use: in_use,
             wanted: Instant::now(),
         };
-        if self.write_live().insert(spec.digest, live).is_none() {
+        if self.write_live().insert(id, live).is_none() {
             self.metrics.layers_live.with_label_values(&[access]).inc();
         }
         Ok(format)
@@ -598,6 +794,27 @@ impl Catalog {
     }
 }
 
+impl Live {
+    /// Notes what an image promises the layer's tar to be.
+    fn note_diff_id(&mut self, diff_id: Option<Digest>) {
+        if let Some(diff_id) = diff_id
+            && self.diff_ids.len() < DIFF_IDS_MAX
+            && !self.diff_ids.contains(&diff_id)
+        {
+            self.diff_ids.push(diff_id);
+        }
+    }
+}
+
+/// The answer for a layer that was live a moment ago.
+fn released(layer: &Digest) -> Refusal {
+    Refusal {
+        word: "closed",
+        text: format!("{layer} was released while it was asked for"),
+        retry_helps: true,
+    }
+}
+
 fn access_label(access: Access) -> &'static str {
     match access {
         Access::Ranges => "ranges",
@@ -607,7 +824,7 @@ fn access_label(access: Access) -> &'static str {
 
 fn spec_of(record: &LayerRecord) -> LayerSpec {
     LayerSpec {
-        digest: record.digest,
+        digest: record.blob(),
         size: record.size,
         media_type: record.media_type.clone(),
         annotations: record.annotations.clone(),

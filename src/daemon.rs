@@ -4,6 +4,7 @@
 //! listen: containerd never meets a daemon that does not know its snapshots yet. Order of the end: stop listening, answer what is
 //! under way, close the cache (which marks it clean), unmount.
 
+use std::collections::HashMap;
 use std::fs::{DirBuilder, File, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
@@ -18,7 +19,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
 use crate::admin::Admin;
-use crate::cache::{Cache, CacheError};
+use crate::cache::{self, Cache, CacheError};
 use crate::catalog::containerd::{Containerd, MAX_MESSAGE};
 use crate::catalog::loader::Loader;
 use crate::catalog::shared::SharedIndexes;
@@ -140,8 +141,10 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let shared = SharedIndexes::new(&config.index, Arc::clone(&registry), Arc::clone(&metrics))?;
     let (copy, finder, counts) = (Arc::clone(&registry), Arc::clone(&shared), Arc::clone(&metrics));
     let publisher = Publisher::new(&config.index, copy, finder, counts)?;
-    let cache = Cache::open(&config.root, &config.cache, Arc::clone(&metrics))?;
+    // The database first: it knows what was believed of the layers of an older cache.
     let store = Arc::new(Store::open(&config.root.join("metadata.redb"))?);
+    cache::adopt::adopt(&config.root, &names_of_layers(&store)?)?;
+    let cache = Cache::open(&config.root, &config.cache, Arc::clone(&metrics))?;
     let runtime = tokio::runtime::Handle::current();
     let fetcher = Fetcher::new(&config.fetch, Arc::clone(&cache), runtime.clone(), Arc::clone(&metrics));
     let mountpoint = config.root.join("fuse");
@@ -240,11 +243,25 @@ fn referenced_layers(store: &Store) -> Result<Vec<Digest>, StoreError> {
     let mut layers = Vec::new();
     for (name, record) in store.snapshots()? {
         match record {
-            Ok(record) => layers.extend(record.layer),
+            Ok(record) => {
+                layers.extend(record.layer);
+                layers.extend(record.chain.into_iter().flatten());
+            }
             Err(error) => tracing::error!(%error, snapshot = name, "its record is damaged"),
         }
     }
     Ok(layers)
+}
+
+/// By what layers are known, and what they were known by in older caches.
+fn names_of_layers(store: &Store) -> Result<HashMap<Digest, Digest>, StoreError> {
+    let layers = store.layers()?.into_iter();
+    let records = layers
+        .filter_map(|(_, record)| record.ok())
+        .filter(|record| record.variant_of.is_none());
+    Ok(records
+        .map(|record| (record.formerly.unwrap_or(record.digest), record.digest))
+        .collect())
 }
 
 /// Ends when SIGTERM or SIGINT arrives; can be waited for in many places.

@@ -70,6 +70,11 @@ pub trait LayerData: Send + Sync + 'static {
         self.digest().to_string()
     }
 
+    /// What the layer's index is known by ([`crate::cache::Key`]): what tells it from other layers, also from those with the same blob.
+    fn id(&self) -> &Digest {
+        self.digest()
+    }
+
     /// Names and attributes.
     fn index(&self) -> &LayerIndex;
 

@@ -13,6 +13,11 @@
 //! only then is the layer mounted. The remote snapshots at the lower end of a chain are one directory if there is a
 //! merged image of them.
 //!
+//! What an image may be shown of a layer depends on what it vouches for (`crate::catalog::belief`), so that the same chain id on the same parent
+//! may stand for different things: one snapshot for each (rules.rs), and containerd finds the right one (handover.rs). A snapshot also knows what its
+//! image believes of the layers below it where that is something else than these show: containerd asks for no layer that it has. And what
+//! is made on a snapshot is shown only what all images say that have its layers (`crate::catalog::agree`).
+//!
 //! No lock is held while a layer is being resolved, which may take seconds. Layers are released with
 //! [`Layers::retain`], and between "it is live" and "a snapshot refers to it" such a release could come. So a release waits for snapshots that
 //! were being made when it began: what they refer to, and what was mounted for them, is needed only once they are recorded. Nobody waits for
@@ -42,6 +47,7 @@ mod core;
 mod dirs;
 mod error;
 mod filters;
+mod handover;
 mod info;
 #[cfg(test)]
 mod model;
@@ -54,6 +60,7 @@ pub use error::SnapshotsError;
 pub use filters::{Fields, FilterError, Filters};
 
 use self::core::Core;
+use self::handover::Handover;
 
 /// Largest message, in bytes: containerd's own limit for a proxy snapshotter.
 const MAX_MESSAGE: usize = 16 << 20;
@@ -75,6 +82,8 @@ pub struct Service {
     letting_go: Arc<tokio::sync::Mutex<()>>,
     /// Whether a release of layers is due; more than one at a time would do the same.
     release_due: Arc<std::sync::atomic::AtomicBool>,
+    /// What Prepares have answered, for the lists that follow.
+    handover: Arc<Handover>,
     /// Permits to measure active snapshots.
     measuring: Arc<tokio::sync::Semaphore>,
 }
@@ -98,6 +107,7 @@ impl Service {
             making: Epochs::new(),
             letting_go: Arc::default(),
             release_due: Arc::default(),
+            handover: Arc::default(),
             measuring: Arc::new(tokio::sync::Semaphore::new(MAX_MEASURED)),
         };
         service.release_layers(Duration::ZERO);

@@ -6,11 +6,14 @@
 //! | `meta` | `schema`, `next_snapshot_id`, `next_slot` | `u64` |
 //! | `snapshots` | key or name of the snapshot | [`SnapshotRecord`] as JSON |
 //! | `children` (multimap) | name of the parent, empty for none | keys of the snapshots on it |
-//! | `layers` | SHA-256 of the blob or digest of the variant, 32 bytes | [`LayerRecord`] as JSON |
-//! | `slots` | SHA-256 of the blob, digest of the variant or of the chain, 32 bytes | `u32`, given once and never taken back |
+//! | `layers` | id of the layer or digest of the variant, 32 bytes | [`LayerRecord`] as JSON |
+//! | `slots` | id of the layer, digest of the variant or of the chain, 32 bytes | `u32`, given once and never taken back |
 //! | `images` | SHA-256 of the manifest, 32 bytes | [`ImageRecord`] as JSON |
 //! | `chains` | digest of the chain, 32 bytes | [`ChainRecord`] as JSON |
-//! | `indexes` | SHA-256 of the blob, 32 bytes | [`IndexRecord`] as JSON |
+//! | `indexes` | id of the layer, 32 bytes | [`IndexRecord`] as JSON |
+//!
+//! The id of a layer is the SHA-256 of its blob if its index was built from that, and another one for each thing that somebody else said of it
+//! (`crate::catalog::belief`).
 //!
 //! JSON, because a record is small, read rarely, and has to be readable by the next version: fields may be added with a
 //! default, and tables whose records may be lost; anything else raises [`SCHEMA`] and adds a step to the migrations. (`chains` is such a
@@ -34,6 +37,7 @@ use serde::de::DeserializeOwned;
 
 mod chains;
 mod error;
+mod ids;
 mod images;
 mod indexes;
 mod layers;
@@ -46,10 +50,10 @@ use self::lineage::Lineage;
 pub use chains::ChainRecord;
 pub use error::StoreError;
 pub use images::{ImageLayer, ImageRecord};
-pub use indexes::IndexRecord;
+pub use indexes::{IndexRecord, Voucher};
 pub use layers::{LayerRecord, LayerSource};
 pub use schema::SCHEMA;
-pub use snapshots::{Ancestor, Kind, SnapshotRecord, SnapshotsWrite, Usage};
+pub use snapshots::{Ancestor, Kind, SnapshotRecord, SnapshotsWrite, Usage, shown};
 
 /// Memory for pages of the database, in bytes. The whole database of a busy node is a few MiB; redb's default would be
 /// 1 GiB.

@@ -172,7 +172,7 @@ impl Cache {
     /// Streamed layers in use.
     fn evict_streamed(&self, writer: Option<&Digest>, free: &mut impl FnMut(u64) -> bool) -> bool {
         let mut layers = self.open_layers(Access::Stream);
-        layers.retain(|layer| Some(layer.digest()) != writer && layer.present_bytes() > 0);
+        layers.retain(|layer| Some(layer.id()) != writer && layer.present_bytes() > 0);
         layers.sort_by_cached_key(|layer| (layer.is_exposed(), layer.last_used()));
         layers.iter().all(|layer| free(layer.evict_all()))
     }

@@ -10,13 +10,14 @@ use std::time::{Instant, SystemTime};
 
 use lru::LruCache;
 
+use super::adopt;
 use super::hold::{boot_id, file_size, is_exposed, unmark};
 use super::hot::HotChunks;
 use super::layer::{BLOCK, Files};
 use super::map::{self, MapFile};
 use super::staging::{Staging, sync_dir};
 use super::windows::{RecentWindows, WindowFile};
-use super::{CacheError, CachedLayer};
+use super::{CacheError, CachedLayer, Key};
 use crate::config::CacheConfig;
 use crate::layer::{Digest, LayerIndex, Windows};
 use crate::metrics::Metrics;
@@ -83,6 +84,7 @@ impl Cache {
         }
         let mut known = LruCache::unbounded();
         let mut used = 0;
+        adopt::keyed(&layers)?;
         for (_, digest, bytes) in scan(&layers)? {
             used += bytes;
             let entry = Entry {
@@ -117,12 +119,14 @@ impl Cache {
         Ok(cache)
     }
 
-    /// The layer whose blob has this digest, if its index is here; always the same one while anyone has it. A layer that is damaged
-    /// is removed, and is not here.
+    /// The layer with this key, if its index is here; always the same one while anyone has it. A layer that is damaged is removed, and is
+    /// not here.
     ///
     /// # Errors
     /// [`CacheError::Io`] if it cannot be told whether the layer is here.
-    pub fn get(&self, digest: &Digest) -> Result<Option<Arc<CachedLayer>>, CacheError> {
+    pub fn get(&self, key: impl Into<Key>) -> Result<Option<Arc<CachedLayer>>, CacheError> {
+        let key = key.into();
+        let digest = &key.id;
         let mut known = self.known();
         let Some(entry) = known.get_mut(digest) else {
             return Ok(None);
@@ -131,7 +135,7 @@ impl Cache {
             return Ok(Some(layer));
         }
         let allocated = Arc::clone(&entry.allocated);
-        if let Some(layer) = self.load(digest, allocated)? {
+        if let Some(layer) = self.load(&key, allocated)? {
             layer.touch();
             let layer = Arc::new(layer);
             entry.open = Arc::downgrade(&layer);
@@ -150,8 +154,8 @@ impl Cache {
     ///
     /// # Errors
     /// [`CacheError`] if it cannot be written.
-    pub fn insert(&self, digest: &Digest, index: LayerIndex) -> Result<Arc<CachedLayer>, CacheError> {
-        self.insert_with_windows(digest, index, &Windows::new())
+    pub fn insert(&self, key: impl Into<Key>, index: LayerIndex) -> Result<Arc<CachedLayer>, CacheError> {
+        self.insert_with_windows(key, index, &Windows::new())
     }
 
     /// Like [`Cache::insert`], for an index with checkpoints and their windows.
@@ -160,17 +164,18 @@ impl Cache {
     /// [`CacheError`] if it cannot be written, or the windows are not those of the index.
     pub fn insert_with_windows(
         &self,
-        digest: &Digest,
+        key: impl Into<Key>,
         index: LayerIndex,
         windows: &Windows,
     ) -> Result<Arc<CachedLayer>, CacheError> {
-        match self.get(digest)? {
+        let key = key.into();
+        match self.get(key)? {
             Some(layer) => Ok(layer),
-            None => self.stage(digest)?.commit_with_windows(index, windows, false),
+            None => self.stage(key)?.commit_with_windows(index, windows, false),
         }
     }
 
-    /// Removes a layer that nobody has open, with all that is kept of it. Whether it is not here any more.
+    /// Removes the layer with this id that nobody has open, with all that is kept of it. Whether it is not here any more.
     ///
     /// # Errors
     /// [`CacheError::Io`] if it is out of sight, but cannot be deleted; the next start does that.
@@ -198,11 +203,11 @@ impl Cache {
     ///
     /// # Errors
     /// [`CacheError::Io`].
-    pub fn stage(&self, digest: &Digest) -> Result<Staging, CacheError> {
+    pub fn stage(&self, key: impl Into<Key>) -> Result<Staging, CacheError> {
         let me = self.me.upgrade().ok_or_else(|| CacheError::InUse {
             path: self.layers.clone(),
         })?;
-        Staging::new(me, *digest)
+        Staging::new(me, key.into())
     }
 
     /// Makes everything durable, so that the next start need not verify anything. Called at the end of the daemon, when nothing is
@@ -269,7 +274,7 @@ impl Cache {
 
     /// Makes a new layer visible, whose files are in `from`. If the same layer has become visible meanwhile, that one is returned.
     pub(super) fn publish(&self, layer: CachedLayer, from: &Path) -> Result<Arc<CachedLayer>, CacheError> {
-        let digest = *layer.digest();
+        let digest = *layer.id();
         let target = self.layer_dir(&digest);
         let mut known = self.known();
         if let Some(entry) = known.get(&digest) {
@@ -297,8 +302,9 @@ impl Cache {
     }
 
     /// Opens a layer from the disk. `None`: it is damaged.
-    fn load(&self, digest: &Digest, allocated: Arc<AtomicU64>) -> Result<Option<CachedLayer>, CacheError> {
+    fn load(&self, key: &Key, allocated: Arc<AtomicU64>) -> Result<Option<CachedLayer>, CacheError> {
         let Some(me) = self.me.upgrade() else { return Ok(None) };
+        let digest = &key.id;
         let dir = self.layer_dir(digest);
         let path = dir.join("index");
         let encoded = match fs::read(&path) {
@@ -372,7 +378,7 @@ impl Cache {
             id,
             allocated,
         };
-        Ok(Some(CachedLayer::new(me, *digest, index, files)))
+        Ok(Some(CachedLayer::new(me, *key, index, files)))
     }
 }
 

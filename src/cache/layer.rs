@@ -8,7 +8,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -19,7 +19,7 @@ use super::bitmap::{Bitmap, WORD};
 use super::error::is_full;
 use super::map::MapFile;
 use super::windows::WindowFile;
-use super::{Cache, CacheError};
+use super::{Cache, CacheError, Key};
 use crate::layer::{Chunk, Digest, LayerError, LayerIndex, Verify, Windows, portable};
 
 /// Unit in which the use of a layer is noted and in which parts of it are evicted, in bytes of the data space: large enough that a
@@ -42,7 +42,11 @@ pub enum Stored {
 
 /// A layer in the cache. All offsets are bytes of its data space.
 pub struct CachedLayer {
+    /// By what the cache knows it: its id. The layer's blob has another digest, unless the index was built from it.
     pub(super) digest: Digest,
+    blob: Digest,
+    /// Digest of its tar, once this process has seen all of it.
+    diff_id: OnceLock<Digest>,
     pub(super) index: LayerIndex,
     /// Directory of the layer.
     pub(super) dir: PathBuf,
@@ -99,7 +103,7 @@ pub(super) struct Files {
 }
 
 impl CachedLayer {
-    pub(super) fn new(cache: Arc<Cache>, digest: Digest, index: LayerIndex, files: Files) -> Self {
+    pub(super) fn new(cache: Arc<Cache>, key: Key, index: LayerIndex, files: Files) -> Self {
         let chunks = index.chunks();
         let (known, empty) = (
             Bitmap::from_words(chunks.len(), &files.words),
@@ -119,7 +123,9 @@ impl CachedLayer {
         }
         let groups = index.data_size().div_ceil(GROUP);
         CachedLayer {
-            digest,
+            digest: key.id,
+            blob: key.blob,
+            diff_id: OnceLock::new(),
             dir: files.dir,
             data: ArcSwap::from_pointee(files.data),
             map: Mutex::new(files.map),
@@ -145,7 +151,23 @@ impl CachedLayer {
 
     /// Digest of the layer's blob.
     pub fn digest(&self) -> &Digest {
+        &self.blob
+    }
+
+    /// What the layer's index is known by: see [`Key`].
+    pub fn id(&self) -> &Digest {
         &self.digest
+    }
+
+    /// Digest of the layer's tar, if this process has seen all of it, and that the index is the tar's.
+    pub fn diff_id(&self) -> Option<Digest> {
+        self.diff_id.get().copied()
+    }
+
+    /// Notes that all of the layer was seen: what its index gives is the tar with this digest.
+    pub fn is_tar(&self, diff_id: Digest) {
+        // The first word stands: there is but one tar.
+        let _ = self.diff_id.set(diff_id);
     }
 
     /// Names, attributes and chunks.
@@ -179,7 +201,7 @@ impl CachedLayer {
                 Some(windows) => windows.all(&self.index, &self.id)?,
                 None => Windows::new(),
             };
-            portable::pack(&self.digest, &self.index, &windows).map_err(io::Error::other)
+            portable::pack(&self.blob, &self.index, &windows).map_err(io::Error::other)
         };
         pack().map_err(CacheError::io("pack the index in", &self.dir))
     }

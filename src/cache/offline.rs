@@ -5,16 +5,21 @@ use std::io;
 use std::path::Path;
 
 use super::CacheError;
+use super::adopt::is_keyed;
 use super::windows::WindowFile;
 use crate::layer::{Digest, LayerIndex, Windows, portable};
 
-/// The index of a layer and its windows as one file that others can use ([`portable`]), from the cache under `root`; `None` if the
-/// layer is not there. It takes memory for all windows.
+/// The index of a layer that was built from its blob, and its windows, as one file that others can use ([`portable`]), from the cache under
+/// `root`; `None` if it is not there. It takes memory for all windows.
 ///
 /// # Errors
 /// [`CacheError::Io`] if they cannot be read, or are damaged.
 pub fn portable_of(root: &Path, layer: &Digest) -> Result<Option<Vec<u8>>, CacheError> {
-    let dir = root.join("layers").join(layer.hex());
+    let layers = root.join("layers");
+    if !is_keyed(&layers) {
+        return Ok(None);
+    }
+    let dir = layers.join(layer.hex());
     let pack = || {
         let encoded = match fs::read(dir.join("index")) {
             Ok(encoded) => encoded,

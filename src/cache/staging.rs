@@ -16,13 +16,15 @@ use super::hold::file_size;
 use super::layer::{BLOCK, Files};
 use super::map::{self, MapFile};
 use super::windows::{self, WindowFile};
-use super::{Cache, CacheError, CachedLayer};
+use super::{Cache, CacheError, CachedLayer, Key};
 use crate::layer::{Digest, LayerIndex, Windows};
 
 /// A layer in the making. Dropped without [`Staging::commit`], it vanishes.
 pub struct Staging {
     cache: Arc<Cache>,
+    /// By what the cache knows it: its id.
     digest: Digest,
+    blob: Digest,
     dir: TempDir,
     data: File,
     /// Bytes counted in the cache's budget.
@@ -30,10 +32,10 @@ pub struct Staging {
 }
 
 impl Staging {
-    pub(super) fn new(cache: Arc<Cache>, digest: Digest) -> Result<Self, CacheError> {
+    pub(super) fn new(cache: Arc<Cache>, key: Key) -> Result<Self, CacheError> {
         let parent = cache.incoming();
         let dir = tempfile::Builder::new()
-            .prefix(&format!("{}-", digest.hex()))
+            .prefix(&format!("{}-", key.id.hex()))
             .permissions(Permissions::from_mode(DIR_MODE))
             .tempdir_in(&parent)
             .map_err(CacheError::io("create a directory in", &parent))?;
@@ -46,7 +48,8 @@ impl Staging {
             .map_err(CacheError::io("create", &path))?;
         Ok(Staging {
             cache,
-            digest,
+            digest: key.id,
+            blob: key.blob,
             dir,
             data,
             reserved: 0,
@@ -163,7 +166,11 @@ impl Staging {
             id,
             allocated,
         };
-        let layer = CachedLayer::new(Arc::clone(&self.cache), self.digest, index, files);
+        let key = Key {
+            id: self.digest,
+            blob: self.blob,
+        };
+        let layer = CachedLayer::new(Arc::clone(&self.cache), key, index, files);
         let layer = self.cache.publish(layer, dir)?;
         // From here on the layer's own bytes count.
         self.cache.occupy(layer.allocated_bytes());

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
-use super::{Catalog, LayerRequest, Layers, Lowers, Needed, Released, Resolution};
+use super::{Agreement, Catalog, LayerRequest, Layers, Lowers, Needed, Question, Released, Resolution};
 use crate::fetch::LayerData;
 use crate::fs::Faces;
 use crate::layer::Digest;
@@ -17,12 +17,14 @@ impl Layers for Handle {
     fn resolve(&self, request: LayerRequest) -> BoxFuture<'_, Resolution> {
         let catalog = Arc::clone(&self.0);
         async move {
-            match catalog.resolve_layer(request).await {
-                Ok((layer, is_top)) => Resolution::Live { layer, is_top },
-                Err(refusal) => Resolution::Refused(refusal.text),
-            }
+            let resolved = catalog.resolve_layer(request).await;
+            resolved.unwrap_or_else(|refusal| Resolution::Refused(refusal.text))
         }
         .boxed()
+    }
+
+    fn agree(&self, question: Question) -> BoxFuture<'_, Agreement> {
+        Arc::clone(&self.0).agree(question).boxed()
     }
 
     fn is_live(&self, layer: &Digest) -> bool {

@@ -20,6 +20,7 @@ use crate::store::LayerSource;
 use super::LayerRequest;
 use super::containerd::{CONFIG_LABEL, Containerd, ContainerdError, ContentInfo, SOURCE_LABEL};
 use super::loader::{LayerSpec, Refusal};
+use super::shared::Origin;
 
 const LABEL_IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
 const LABEL_MANIFEST_DIGEST: &str = "containerd.io/snapshot/cri.manifest-digest";
@@ -53,6 +54,24 @@ pub struct PlannedLayer {
 }
 
 impl ImagePlan {
+    /// Where its layers come from.
+    pub fn origin(&self) -> Origin {
+        Origin {
+            sources: self.sources.clone(),
+            manifest: Some(self.manifest),
+        }
+    }
+
+    /// What it is called in messages.
+    pub fn title(&self) -> String {
+        let manifest = &self.manifest;
+        match (&self.name, self.sources.first()) {
+            (Some(name), _) => format!("{name} ({manifest})"),
+            (None, Some(place)) => format!("{}/{}@{manifest}", place.host, place.repository),
+            (None, None) => manifest.to_string(),
+        }
+    }
+
     /// The layer with this chain id.
     pub fn layer(&self, chain_id: &str) -> Option<&PlannedLayer> {
         self.layers.get(self.position(chain_id)?)
@@ -180,7 +199,8 @@ impl Images {
                 }
             };
             if layers.iter().any(|layer| layer.chain_id == request.chain_id) {
-                let sources = self.sources(&request.namespace, info).await;
+                let names = self.names(&request.namespace).await;
+                let sources = self.sources(&names, info);
                 if sources.is_empty() {
                     let text = format!("containerd does not tell which registry manifest {digest} came from");
                     return Err(Refusal::unresolved(text, false));
@@ -278,9 +298,51 @@ impl Images {
             .cloned()
     }
 
-    /// Where the blobs of a manifest may be: its `distribution.source` labels, with the ports that they lack.
-    async fn sources(&self, namespace: &str, info: &ContentInfo) -> Vec<LayerSource> {
-        let names = self.containerd.image_names(namespace).await.unwrap_or_default();
+    /// All images of a namespace that have this chain id, as far as containerd's content store tells. Their sources are known with `sources` only:
+    /// that takes another question.
+    ///
+    /// # Errors
+    /// [`Refusal`] if containerd cannot be asked.
+    pub async fn with_chain(&self, namespace: &str, chain_id: &str, sources: bool) -> Result<Vec<ImagePlan>, Refusal> {
+        let manifests = self.containerd.manifests(namespace).await;
+        let manifests = manifests.map_err(|error| of_containerd(&error))?;
+        let mut found = Vec::new();
+        for info in manifests.iter().take(READ_AT_MOST) {
+            let Ok(digest) = info.digest.parse::<Digest>() else {
+                continue;
+            };
+            match self.layers_of(namespace, &digest, info).await {
+                Ok(layers) if layers.iter().any(|layer| layer.chain_id == chain_id) => {
+                    found.push((digest, info, layers))
+                }
+                Ok(_) => {}
+                Err(error) => tracing::debug!(manifest = %digest, error = %error.text, "manifest is passed over"),
+            }
+        }
+        let names = match sources && !found.is_empty() {
+            true => self.names(namespace).await,
+            false => Vec::new(),
+        };
+        let plan = |(manifest, info, layers): (Digest, &ContentInfo, _)| ImagePlan {
+            namespace: namespace.to_owned(),
+            name: None,
+            manifest,
+            sources: match sources {
+                true => self.sources(&names, info),
+                false => Vec::new(),
+            },
+            layers,
+        };
+        Ok(found.into_iter().map(plan).collect())
+    }
+
+    /// What the images of a namespace are called.
+    async fn names(&self, namespace: &str) -> Vec<String> {
+        self.containerd.image_names(namespace).await.unwrap_or_default()
+    }
+
+    /// Where the blobs of a manifest may be: its `distribution.source` labels, with the ports that they lack; `names` are those of all images.
+    fn sources(&self, names: &[String], info: &ContentInfo) -> Vec<LayerSource> {
         let mut sources = Vec::new();
         for (host, repository) in source_labels(&info.labels) {
             let pulled = names

@@ -8,22 +8,22 @@ use super::Catalog;
 use super::shared::publish::Publisher;
 use super::shared::{Origin, check};
 use crate::cache::CachedLayer;
-use crate::fetch::LayerData as _;
 use crate::layer::Digest;
 use crate::store::{IndexRecord, LayerRecord, StoreError};
 
 /// How long after the start what an earlier run did not publish is published: first come the pulls that wait.
 const PUBLISH_AFTER: Duration = Duration::from_secs(60);
-/// How often layers with shared indexes are looked at: whether all of them is here.
+/// How often layers with indexes from elsewhere are looked at: whether all of them is here.
 const CHECK_EVERY: Duration = Duration::from_secs(30);
 
 impl Catalog {
     /// Notes where the index of a layer came from, and publishes it if it was built here.
     pub(super) fn index_is_known(self: &Arc<Self>, cached: &Arc<CachedLayer>, record: IndexRecord, origin: Origin) {
-        let layer = *cached.digest();
-        if let Err(error) = self.store.put_index(&layer, &record) {
+        let (id, layer) = (*cached.id(), cached.digest());
+        if let Err(error) = self.store.put_index(&id, &record) {
             tracing::error!(%error, %layer, "where its index came from cannot be recorded");
         }
+        self.beliefs.note_index(&id, record.clone());
         if let IndexRecord::Built { published: None } = record {
             self.publish(Arc::clone(cached), origin, Duration::ZERO);
         }
@@ -38,6 +38,7 @@ impl Catalog {
         let catalog = Arc::downgrade(self);
         tokio::spawn(async move {
             tokio::time::sleep(after).await;
+            // What is built here is known by its blob.
             let layer = *cached.digest();
             let published = Publisher::publish(&publisher, &cached, &origin).await;
             drop(cached);
@@ -46,6 +47,7 @@ impl Catalog {
                 if let Err(error) = catalog.store.put_index(&layer, &record) {
                     tracing::warn!(%error, %layer, "that its index is published cannot be recorded");
                 }
+                catalog.beliefs.note_index(&layer, record);
             }
         });
     }
@@ -55,11 +57,11 @@ impl Catalog {
         if self.publisher.is_none() {
             return;
         }
-        for layer in self.live_digests() {
-            let unpublished = matches!(
-                self.store.index(&layer),
-                Ok(Some(IndexRecord::Built { published: None }))
-            );
+        for layer in self.live_ids() {
+            let belief = self.beliefs.get(&layer);
+            let unpublished = belief.is_some_and(|belief| {
+                belief.id == belief.blob && belief.index == Some(IndexRecord::Built { published: None })
+            });
             let live = self.read_live().get(&layer).map(|live| Arc::clone(live.layer.cached()));
             if let (true, Some(cached)) = (unpublished, live) {
                 match self.origin_of(&layer) {
@@ -82,27 +84,18 @@ impl Catalog {
         })
     }
 
-    /// Whether a layer may be looked for among shared indexes: not if one has shown itself to be false.
-    pub(super) fn may_share(&self, layer: &Digest) -> bool {
-        !matches!(
-            self.store.index(layer),
-            Ok(Some(IndexRecord::Shared {
-                verified: Some(false),
-                ..
-            }))
-        )
-    }
-
-    /// Takes a layer whose shared index has shown itself to be false out of the cache, so that it is streamed.
-    pub(super) fn forget_if_false(&self, layer: &Digest) {
-        if self.may_share(layer) {
-            return;
+    /// Takes a layer whose index has shown itself to be false out of the cache, so that it is not read by that index any more. Whether it has.
+    pub(super) fn forget_if_false(&self, id: &Digest) -> bool {
+        let belief = self.beliefs.get(id);
+        if !belief.is_some_and(|belief| belief.is_false()) {
+            return false;
         }
-        match self.loader.cache().forget(layer) {
-            Ok(true) => tracing::warn!(%layer, "its shared index was false; it is streamed"),
-            Ok(false) => tracing::error!(%layer, "its shared index is false, and it is still in use"),
-            Err(error) => tracing::error!(%error, %layer, "its shared index is false"),
+        match self.loader.cache().forget(id) {
+            Ok(true) => tracing::warn!(%id, "its index was false, and is gone"),
+            Ok(false) => tracing::error!(%id, "its index is false, and it is still in use"),
+            Err(error) => tracing::error!(%error, %id, "its index is false"),
         }
+        true
     }
 
     /// Compares layers whose index came from elsewhere with their bytes, one after the other, as soon as all of those are here. Runs as
@@ -113,69 +106,92 @@ impl Catalog {
             loop {
                 tokio::time::sleep(CHECK_EVERY).await;
                 let Some(catalog) = catalog.upgrade() else { return };
-                for layer in catalog.live_digests() {
-                    catalog.check_layer(layer).await;
+                for id in catalog.live_ids() {
+                    catalog.check_layer(id).await;
                 }
             }
         });
     }
 
-    async fn check_layer(self: &Arc<Self>, layer: Digest) {
-        let cached = self.read_live().get(&layer).map(|live| Arc::clone(live.layer.cached()));
-        let Some(cached) = cached.filter(|cached| cached.is_complete()) else {
+    async fn check_layer(self: &Arc<Self>, id: Digest) {
+        let live = self.whole(&id);
+        let Some((cached, promised)) = live.filter(|(cached, _)| *cached.id() == id) else {
             return;
         };
-        let Ok(Some(IndexRecord::Shared {
+        let belief = self.beliefs.get(&id);
+        let Some(mut index) = belief
+            .filter(|belief| belief.proof.is_none())
+            .and_then(|belief| belief.index)
+        else {
+            return;
+        };
+        let (IndexRecord::Shared {
             from,
             trust,
             digest,
             verified: None,
-        })) = self.store.index(&layer)
+            ..
+        }
+        | IndexRecord::Soci {
+            from,
+            trust,
+            digest,
+            verified: None,
+            ..
+        }) = index.clone()
         else {
             return;
         };
-        let diff_id = self
-            .store
-            .layer(&layer)
-            .ok()
-            .flatten()
-            .and_then(|record| record.diff_id);
-        let checked = tokio::task::spawn_blocking(move || check::describes(&cached, diff_id)).await;
-        let verified = match checked {
-            Ok(Ok(())) => {
-                tracing::info!(%layer, from, "its shared index describes it");
-                true
+        let layer = *cached.digest();
+        let checked = tokio::task::spawn_blocking(move || check::describes(&cached, &promised)).await;
+        let proof = match checked {
+            Ok(Ok(proof)) => {
+                tracing::info!(%layer, %id, from, "its index describes it");
+                Some(proof)
             }
             Ok(Err(check::Mismatch::Absent)) => return,
             Ok(Err(mismatch)) => {
                 self.metrics.index_mismatches_total.inc();
                 tracing::error!(
-                    %layer, from, trust, index = %digest, %mismatch,
-                    "its shared index is FALSE: containers may have seen wrong files. No pull gets this layer any more; remove its images, \
-                     and find out who wrote the index"
+                    %layer, %id, from, trust, index = %digest, %mismatch,
+                    "its shared index is FALSE: containers may have seen wrong files. No pull gets it any more; remove the images that \
+                     use it, and find out who wrote the index"
                 );
-                false
+                None
             }
             Err(panic) => {
-                tracing::error!(%layer, %panic, "its shared index cannot be compared with it");
+                tracing::error!(%layer, %panic, "its index cannot be compared with it");
                 return;
             }
         };
-        let record = IndexRecord::Shared {
-            from,
-            trust,
-            digest,
-            verified: Some(verified),
-        };
-        if let Err(error) = self.store.put_index(&layer, &record) {
+        index.set_verified(proof.is_some());
+        if let Err(error) = self.note_check(&id, index, proof) {
             tracing::error!(%error, %layer, "what its index is worth cannot be recorded");
         }
     }
 
-    /// Layers that are live, without variants.
-    fn live_digests(&self) -> Vec<Digest> {
+    /// A live layer all of which is here, and what images promise its tar to be.
+    fn whole(&self, id: &Digest) -> Option<(Arc<CachedLayer>, Vec<Digest>)> {
+        let live = self.read_live();
+        let live = live.get(id).filter(|live| live.layer.cached().is_complete())?;
+        Some((Arc::clone(live.layer.cached()), live.diff_ids.clone()))
+    }
+
+    fn note_check(&self, id: &Digest, index: IndexRecord, proof: Option<Digest>) -> Result<(), StoreError> {
+        self.store.put_index(id, &index)?;
+        self.beliefs.note_index(id, index);
+        if let (Some(proof), Some(mut record)) = (proof, self.store.layer(id)?) {
+            record.proof = Some(proof);
+            self.store.put_layer(&record)?;
+            self.beliefs.note(&record);
+        }
+        Ok(())
+    }
+
+    /// Ids of layers that are live, without variants.
+    fn live_ids(&self) -> Vec<Digest> {
         let live = self.read_live();
         let layers = live.iter().filter(|(_, live)| !live.is_variant);
-        layers.map(|(_, live)| *live.layer.digest()).collect()
+        layers.map(|(id, _)| *id).collect()
     }
 }

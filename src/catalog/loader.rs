@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::belief::{self, Belief, Ground};
 use super::toc::{self, TocError, TocImage};
-use crate::cache::{Cache, CacheError};
+use crate::cache::{Cache, CacheError, Key};
 use crate::config::FormatsConfig;
 use crate::fetch::{FetchError, Fetcher, Layer, StreamRequest};
 use crate::layer::compression::{self, Compression};
@@ -17,6 +18,7 @@ use crate::store::IndexRecord;
 
 use super::pace::{self, Hopeless, Hosts};
 use super::question;
+use super::shared::trust::Policy;
 use super::shared::{self, Found, Origin, SharedIndexes};
 use super::soci::{self, SociIndexes};
 
@@ -142,7 +144,7 @@ pub struct Loaded {
     pub prefetch: u64,
     /// Why it was streamed, if it was just now.
     pub streamed: Option<NotLazy>,
-    /// Where its index came from, if that was found out now, and it is no part of the image.
+    /// Where its index came from, if that was found out now.
     pub index: Option<IndexRecord>,
 }
 
@@ -156,6 +158,17 @@ impl Loaded {
             index: None,
         }
     }
+}
+
+/// What is known of a layer, as one image may see it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Judged {
+    /// Ids that may be shown to it, and why, the best first.
+    pub usable: Vec<(Ground, Digest)>,
+    /// Ids that may not, though they may be found on the way: false ones, and those of others.
+    pub refused: Vec<Digest>,
+    /// Digest of the blob's tar, if it was found out.
+    pub proof: Option<Digest>,
 }
 
 /// Makes layers readable.
@@ -213,21 +226,74 @@ impl Loader {
         &self.fetcher
     }
 
-    /// A layer whose index is stored, without asking the network; `None` if it has to be loaded.
+    /// The layer with this id whose index is stored, without asking the network; `None` if it has to be loaded.
     ///
     /// # Errors
     /// [`Refusal`] when the disk fails.
-    pub fn stored(&self, spec: &LayerSpec, blob: Arc<dyn Blob>) -> Result<Option<Arc<Layer>>, Refusal> {
-        let cached = self
-            .cache
-            .get(&spec.digest)
-            .map_err(|error| Refusal::of_cache(&error))?;
+    pub fn stored(&self, key: Key, blob: Arc<dyn Blob>) -> Result<Option<Arc<Layer>>, Refusal> {
+        let cached = self.cache.get(key).map_err(|error| Refusal::of_cache(&error))?;
         Ok(cached.map(|cached| self.fetcher.open(cached, blob)))
     }
 
-    /// A readable layer: from the stored index, else from its table of contents, else from an index that others share, else streamed.
-    /// Waits for the network. If the table is in another image, it is looked for in `images`. `origin` says where to look for shared
-    /// indexes; without it none is looked for.
+    /// Ids of the layer that the image itself vouches for (or its client, or the configuration for its manifest), in the order in which they are
+    /// tried when it is loaded.
+    pub fn vouched(&self, spec: &LayerSpec, origin: &Origin) -> Vec<Digest> {
+        let table = match (NotLazy::of_spec(spec), toc::kind(spec)) {
+            (None, Ok(Some(kind))) => Some(belief::Kind::Table.id(&spec.digest, &kind.digest())),
+            _ => None,
+        };
+        let soci = self.soci.as_ref().and_then(|soci| soci.vouched(spec, origin));
+        let shared = self.shared.as_ref().and_then(|shared| shared.vouched(spec, origin));
+        [table, soci, shared].into_iter().flatten().collect()
+    }
+
+    /// Whether what is found for the layer depends on the image's manifest and where it comes from, because indexes beside it may be believed.
+    pub fn may_find_beside(&self, spec: &LayerSpec, origin: &Origin) -> bool {
+        let soci = self.soci.as_ref().is_some_and(|soci| soci.may_find(spec, origin));
+        soci || self.shared.as_ref().is_some_and(|shared| shared.may_find(spec, origin))
+    }
+
+    /// Whose indexes are believed; `None` if no shared ones are looked for.
+    pub fn policy(&self) -> Option<&Policy> {
+        self.shared.as_ref().map(|shared| shared.policy())
+    }
+
+    /// What of `known` may be shown to the image, the best first, and what was found to be false.
+    pub fn judge(&self, known: Vec<Belief>, spec: &LayerSpec, origin: &Origin) -> Judged {
+        let vouched = self.vouched(spec, origin);
+        let mut judged = Judged::default();
+        // What the image vouches for may be in the cache though nothing is recorded of it.
+        let is_known = |id: &Digest| known.iter().any(|belief| belief.id == *id);
+        let unknown = vouched.iter().filter(|id| !is_known(id));
+        judged.usable.extend(unknown.map(|id| (Ground::Image, *id)));
+        for belief in &known {
+            match belief.ground(spec, origin, &vouched, self.policy()) {
+                Some(ground) => judged.usable.push((ground, belief.id)),
+                None => judged.refused.push(belief.id),
+            }
+            if belief.id == spec.digest {
+                judged.proof = belief.proof;
+            }
+        }
+        let rank = |id: &Digest| vouched.iter().position(|vouched| vouched == id);
+        judged.usable.sort_by_key(|(ground, id)| (*ground, rank(id)));
+        judged
+    }
+
+    /// What one image alone says of a layer, where nothing else is known.
+    pub fn alone(&self, spec: &LayerSpec) -> Judged {
+        let vouched = self.vouched(spec, &Origin::default()).into_iter();
+        let mut usable = vec![(Ground::Built, spec.digest)];
+        usable.extend(vouched.map(|id| (Ground::Image, id)));
+        Judged {
+            usable,
+            ..Judged::default()
+        }
+    }
+
+    /// A readable layer: from a stored index that may be shown to the image, as `judged` says; else from its table of contents, else from an index
+    /// that others share, else streamed. Waits for the network. If the table is in another image, it is looked for in `images`. `origin`
+    /// says where to look for shared indexes; without it none is looked for.
     ///
     /// # Errors
     /// [`Refusal`] says why Lazuli cannot serve it.
@@ -237,17 +303,38 @@ impl Loader {
         blob: Arc<dyn Blob>,
         images: &[TocImage],
         origin: Option<&Origin>,
+        judged: &Judged,
     ) -> Result<Loaded, Refusal> {
-        if let Some(layer) = self.stored(spec, Arc::clone(&blob))? {
-            return Ok(Loaded::plain(layer));
+        if let Some(proof) = judged.proof {
+            keeps_its_promise(spec, proof)?;
         }
-        let compression = supported(spec)?;
+        for (_, id) in &judged.usable {
+            let key = Key {
+                id: *id,
+                blob: spec.digest,
+            };
+            if let Some(layer) = self.stored(key, Arc::clone(&blob))? {
+                return Ok(Loaded::plain(layer));
+            }
+        }
+        supported(spec)?;
         let host = origin.and_then(|origin| origin.sources.first());
         let host = host.map_or("", |source| source.host.as_str());
         if self.hosts.is_silent(host, Instant::now()) {
             return Err(silent(host));
         }
         let not_lazy = match (NotLazy::of_spec(spec), toc::kind(spec)) {
+            // Never so, unless somebody has compared a table with its layer.
+            (None, Ok(Some(kind)))
+                if judged
+                    .refused
+                    .contains(&belief::Kind::Table.id(&spec.digest, &kind.digest())) =>
+            {
+                Some(NotLazy {
+                    word: "toc",
+                    text: "its table of contents was found not to describe it".to_owned(),
+                })
+            }
             (None, Ok(Some(kind))) => match self.load_lazily(spec, &blob, kind, images).await? {
                 Ok(loaded) => return Ok(loaded),
                 Err(not_lazy) => Some(not_lazy),
@@ -256,11 +343,13 @@ impl Loader {
         };
         if let (Some(soci), Some(origin)) = (&self.soci, origin)
             && let Some(found) = soci.find(spec, origin).await
+            && !judged.refused.contains(&found.id)
         {
             return self.take_soci(spec, blob, found).await;
         }
         if let (Some(shared), Some(origin)) = (&self.shared, origin)
             && let Some(found) = shared.find(spec, origin).await
+            && !judged.refused.contains(&found.id())
         {
             return self.take(spec, blob, found).await;
         }
@@ -278,6 +367,19 @@ impl Loader {
         if let Some(NotLazy { word, text }) = &not_lazy {
             tracing::info!(layer = %spec.digest, word, reason = text, "is streamed");
         }
+        let loaded = self.build(spec, blob).await?;
+        Ok(Loaded {
+            streamed: not_lazy,
+            ..loaded
+        })
+    }
+
+    /// The layer as its blob says, whatever anybody else says of it: the index is built by streaming all of it.
+    ///
+    /// # Errors
+    /// [`Refusal`] says why Lazuli cannot serve it.
+    pub async fn build(&self, spec: &LayerSpec, blob: Arc<dyn Blob>) -> Result<Loaded, Refusal> {
+        let compression = supported(spec)?;
         let request = StreamRequest {
             digest: spec.digest,
             blob: Arc::clone(&blob),
@@ -290,10 +392,13 @@ impl Loader {
             .stream(request)
             .await
             .map_err(|error| Refusal::of_fetch(&error))?;
+        // Another image's stream may have made it.
+        if let Some(actual) = cached.diff_id() {
+            keeps_its_promise(spec, actual)?;
+        }
         let layer = self.fetcher.open(cached, blob);
         layer.count(1, spec.size);
         Ok(Loaded {
-            streamed: not_lazy,
             index: Some(IndexRecord::Built { published: None }),
             ..Loaded::plain(layer)
         })
@@ -301,14 +406,21 @@ impl Loader {
 
     /// Puts a layer into the cache whose index others share.
     async fn take(&self, spec: &LayerSpec, blob: Arc<dyn Blob>, found: Found) -> Result<Loaded, Refusal> {
-        let (cache, digest, size) = (Arc::clone(&self.cache), spec.digest, found.candidate.size);
+        let (cache, size) = (Arc::clone(&self.cache), found.candidate.size);
+        let key = Key {
+            id: found.id(),
+            blob: spec.digest,
+        };
         let index = IndexRecord::Shared {
             from: shared::name_of(&found.candidate.place),
             trust: found.trust.to_string(),
             digest: found.candidate.digest,
             verified: None,
+            place: Some(found.candidate.place),
+            signature: found.candidate.signature,
         };
-        let inserted = tokio::task::spawn_blocking(move || found.portable.insert(&cache, &digest)).await;
+        let portable = found.portable;
+        let inserted = tokio::task::spawn_blocking(move || portable.insert(&cache, key)).await;
         let cached = match inserted {
             Ok(inserted) => inserted.map_err(|error| Refusal::of_cache(&error))?,
             Err(_) => return Err(Refusal::unresolved("storing its index was interrupted", true)),
@@ -323,9 +435,13 @@ impl Loader {
 
     /// Puts a layer into the cache that has a SOCI index, and has fetched ahead what that asks for.
     async fn take_soci(&self, spec: &LayerSpec, blob: Arc<dyn Blob>, found: soci::Found) -> Result<Loaded, Refusal> {
-        let (cache, digest) = (Arc::clone(&self.cache), spec.digest);
+        let cache = Arc::clone(&self.cache);
+        let key = Key {
+            id: found.id,
+            blob: spec.digest,
+        };
         let (index, windows) = (found.index, found.windows);
-        let inserted = tokio::task::spawn_blocking(move || cache.insert_with_windows(&digest, index, &windows)).await;
+        let inserted = tokio::task::spawn_blocking(move || cache.insert_with_windows(key, index, &windows)).await;
         let cached = match inserted {
             Ok(inserted) => inserted.map_err(|error| Refusal::of_cache(&error))?,
             Err(_) => return Err(Refusal::unresolved("storing its index was interrupted", true)),
@@ -349,6 +465,11 @@ impl Loader {
         kind: toc::Kind,
         images: &[TocImage],
     ) -> Result<Result<Loaded, NotLazy>, Refusal> {
+        let stated = kind.digest();
+        let key = Key {
+            id: belief::Kind::Table.id(&spec.digest, &stated),
+            blob: spec.digest,
+        };
         let read = toc::read(spec, blob, kind, &self.formats, images);
         let table = match tokio::time::timeout(toc::DEADLINE, read).await {
             Ok(Ok(table)) => table,
@@ -367,8 +488,8 @@ impl Loader {
                 });
             }
         };
-        let (cache, digest, index) = (Arc::clone(&self.cache), spec.digest, table.toc.index);
-        let inserted = tokio::task::spawn_blocking(move || cache.insert(&digest, index)).await;
+        let (cache, index) = (Arc::clone(&self.cache), table.toc.index);
+        let inserted = tokio::task::spawn_blocking(move || cache.insert(key, index)).await;
         let cached = match inserted {
             Ok(inserted) => inserted.map_err(|error| Refusal::of_cache(&error))?,
             Err(_) => return Err(Refusal::unresolved("storing its index was interrupted", true)),
@@ -377,6 +498,7 @@ impl Loader {
         layer.count(table.requests, table.bytes);
         Ok(Ok(Loaded {
             prefetch: table.toc.prefetch,
+            index: Some(IndexRecord::Table { digest: stated }),
             ..Loaded::plain(layer)
         }))
     }
@@ -387,6 +509,18 @@ fn silent(host: &str) -> Refusal {
         word: "silent",
         text: format!("{host} did not answer a moment ago, and is not waited for"),
         retry_helps: true,
+    }
+}
+
+/// Refuses a layer whose image promises another tar than its blob, which is right, holds.
+fn keeps_its_promise(spec: &LayerSpec, actual: Digest) -> Result<(), Refusal> {
+    match spec.diff_id {
+        Some(promised) if promised != actual => Err(Refusal {
+            word: "format",
+            text: format!("the tar has digest {actual}, and the image says its diff id is {promised}"),
+            retry_helps: false,
+        }),
+        _ => Ok(()),
     }
 }
 

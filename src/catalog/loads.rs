@@ -135,6 +135,7 @@ where
     }
 
     /// A load under way whose key is such.
+    #[cfg(test)]
     pub(super) fn find_by(&self, is_such: impl Fn(&K) -> bool) -> Option<Arc<Load<T>>> {
         let inner = self.lock();
         let mut such = inner.running.iter().filter(|(key, _)| is_such(key));

@@ -11,52 +11,86 @@ use std::time::Instant;
 
 use futures::FutureExt;
 
-use super::images::ImagePlan;
+use super::images::{ImagePlan, PlannedLayer};
+use super::loader::Refusal;
 use super::loads::{Asking, Load};
 use super::pace::{self, Verdict, Watch};
-use super::{Catalog, LoadKey, Loaded, Refusal};
+use super::{Catalog, How, LoadKey, LoadedId, Wanted};
 use crate::config::ByteSize;
 use crate::fetch::{Hurried, Paused};
 use crate::layer::Digest;
 
-/// The loads of an image's layers that are not live, or why one is not begun.
-pub(super) type Begun = HashMap<Digest, Result<Arc<Load<Loaded>>, Refusal>>;
+/// A layer that is wanted.
+#[derive(Clone)]
+pub(super) enum Begun {
+    /// It is live already, under this id.
+    Live(Digest),
+    /// It is being loaded.
+    Load(Arc<Load<LoadedId>>),
+    /// It is not loaded, for this pull.
+    Left(Refusal),
+}
+
+impl Begun {
+    /// Its id, once it is live.
+    pub(super) async fn wait(&self) -> Result<LoadedId, Refusal> {
+        match self {
+            Begun::Live(id) => Ok(*id),
+            Begun::Load(load) => load.wait().await,
+            Begun::Left(refusal) => Err(refusal.clone()),
+        }
+    }
+
+    /// The same, if it has come to an end.
+    pub(super) fn outcome(&self) -> Option<Result<LoadedId, Refusal>> {
+        match self {
+            Begun::Live(id) => Some(Ok(*id)),
+            Begun::Load(load) => load.outcome().cloned(),
+            Begun::Left(refusal) => Some(Err(refusal.clone())),
+        }
+    }
+}
+
+/// A layer of an image, as it is wanted by a pull.
+fn wanted(plan: &ImagePlan, planned: &PlannedLayer) -> Wanted {
+    Wanted {
+        spec: planned.spec.clone(),
+        origin: plan.origin(),
+        names: plan.name.iter().cloned().collect(),
+        how: How::AsImageSays,
+    }
+}
 
 impl Catalog {
-    /// Begins to load every layer of an image that is not live, for a question for the layer at `position`; `unpacking` are the chain ids of
-    /// layers that containerd is fetching by itself.
+    /// Begins to load every layer of an image that is not live in a form that may be shown to it, for a question for the layer at `position`;
+    /// `unpacking` are the chain ids of layers that containerd is fetching by itself.
     pub(super) fn begin_image(
         self: &Arc<Self>,
         plan: &ImagePlan,
         position: usize,
-        asking: &Asking<LoadKey, Loaded>,
+        asking: &Asking<LoadKey, LoadedId>,
         unpacking: &HashSet<String>,
-    ) -> Begun {
-        let mut begun = HashMap::new();
-        for (at, planned) in plan.layers.iter().enumerate() {
-            let digest = planned.spec.digest;
-            if let Some(live) = self.write_live().get_mut(&digest) {
-                live.wanted = Instant::now();
-                let (catalog, sources) = (Arc::clone(self), plan.sources.clone());
-                tokio::task::spawn_blocking(move || catalog.learn_sources(&digest, sources));
-                continue;
+    ) -> Vec<Begun> {
+        let begin = |(at, planned): (usize, &PlannedLayer)| {
+            let wanted = wanted(plan, planned);
+            if let Some(id) = self.live_for(&wanted) {
+                return Begun::Live(id);
             }
             // The one that is asked for is not being unpacked, or containerd would not ask.
             if at != position && unpacking.contains(&planned.chain_id) {
-                continue;
+                return Begun::Left(Refusal {
+                    word: "slow",
+                    text: "containerd is fetching it".to_owned(),
+                    retry_helps: true,
+                });
             }
-            let key = LoadKey {
-                layer: digest,
-                sources: plan.sources.clone(),
-            };
-            let load = asking.load(&key, || {
-                let names = plan.name.iter().cloned().collect();
-                let (spec, sources, manifest) = (planned.spec.clone(), plan.sources.clone(), Some(plan.manifest));
-                Arc::clone(self).loading(spec, sources, names, manifest).boxed()
-            });
-            begun.insert(digest, load);
-        }
-        begun
+            let (key, catalog) = (self.load_key(&wanted), Arc::clone(self));
+            match asking.load(&key, || catalog.loading(wanted).boxed()) {
+                Ok(load) => Begun::Load(load),
+                Err(refusal) => Begun::Left(refusal),
+            }
+        };
+        plan.layers.iter().enumerate().map(begin).collect()
     }
 
     /// Waits for the layer at `position`, until `deadline` at the latest.
@@ -64,19 +98,16 @@ impl Catalog {
         &self,
         plan: &ImagePlan,
         position: usize,
-        asking: &Asking<LoadKey, Loaded>,
-        begun: &Begun,
+        asking: &Asking<LoadKey, LoadedId>,
+        begun: &[Begun],
         deadline: Instant,
-    ) -> Result<(), Refusal> {
-        let Some(planned) = plan.layers.get(position) else {
+    ) -> Result<LoadedId, Refusal> {
+        let (Some(planned), Some(begun)) = (plan.layers.get(position), begun.get(position)) else {
             return Err(Refusal::unresolved("the image has no such layer", false));
         };
         let digest = planned.spec.digest;
-        let load = match begun.get(&digest) {
-            // Already live: all others are being loaded.
-            None => return Ok(()),
-            Some(Err(refusal)) => return Err(refusal.clone()),
-            Some(Ok(load)) => load,
+        let Begun::Load(load) = begun else {
+            return begun.wait().await;
         };
         let verdict = match self.watch(plan, &digest, load, deadline).await {
             Ok(loaded) => return loaded,
@@ -86,19 +117,11 @@ impl Catalog {
             .sources
             .first()
             .map_or("its registry", |source| source.host.as_str());
-        let refusal = self.too_late(host, planned.spec.size, verdict);
-        let mut streams = vec![position];
-        streams.extend((position + 1..plan.layers.len()).filter(|&at| {
-            let upper = &plan.layers[at].spec.digest;
-            self.loader.fetcher().progress(upper).is_some()
-        }));
-        for at in streams {
-            let layer = plan.layers[at].spec.digest;
-            let key = LoadKey {
-                layer,
-                sources: plan.sources.clone(),
-            };
-            asking.leave(&key, &refusal);
+        let refusal = too_late(host, planned.spec.size, verdict);
+        for (at, planned) in plan.layers.iter().enumerate().skip(position) {
+            if at == position || self.loader.fetcher().progress(&planned.spec.digest).is_some() {
+                asking.leave(&self.load_key(&wanted(plan, planned)), &refusal);
+            }
         }
         self.count_refusal(&refusal);
         tracing::warn!(layer = %digest, reason = %refusal, "is left to containerd, which waits for an answer");
@@ -110,9 +133,9 @@ impl Catalog {
         &self,
         plan: &ImagePlan,
         digest: &Digest,
-        load: &Load<Loaded>,
+        load: &Load<LoadedId>,
         deadline: Instant,
-    ) -> Result<Result<(), Refusal>, Verdict> {
+    ) -> Result<Result<LoadedId, Refusal>, Verdict> {
         let fetcher = self.loader.fetcher();
         let host = plan
             .sources
@@ -131,7 +154,7 @@ impl Catalog {
                     if let Some(pace) = watch.pace() {
                         self.hosts.delivered(&host, pace, Instant::now());
                     }
-                    return Ok(outcome.map(drop));
+                    return Ok(outcome);
                 }
                 () = look => {}
             }
@@ -181,25 +204,26 @@ impl Catalog {
             }
         }
     }
+}
 
-    fn too_late(&self, host: &str, size: u64, verdict: Verdict) -> Refusal {
-        let bound = pace::BOUND.as_secs();
-        let (word, text) = match verdict {
-            Verdict::Silent => (
-                "silent",
-                format!("{host} did not answer within {} s", pace::SILENCE.as_secs()),
-            ),
-            Verdict::Slow(pace) => ("slow", too_slow(host, size, pace)),
-            Verdict::Wait | Verdict::Favour | Verdict::Over => (
-                "slow",
-                format!("it was not there within {bound} s, for which Prepare may wait"),
-            ),
-        };
-        Refusal {
-            word,
-            text,
-            retry_helps: true,
-        }
+/// Why a layer is not waited for any longer.
+fn too_late(host: &str, size: u64, verdict: Verdict) -> Refusal {
+    let bound = pace::BOUND.as_secs();
+    let (word, text) = match verdict {
+        Verdict::Silent => (
+            "silent",
+            format!("{host} did not answer within {} s", pace::SILENCE.as_secs()),
+        ),
+        Verdict::Slow(pace) => ("slow", too_slow(host, size, pace)),
+        Verdict::Wait | Verdict::Favour | Verdict::Over => (
+            "slow",
+            format!("it was not there within {bound} s, for which Prepare may wait"),
+        ),
+    };
+    Refusal {
+        word,
+        text,
+        retry_helps: true,
     }
 }
 

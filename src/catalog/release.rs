@@ -70,13 +70,13 @@ impl Catalog {
 
     /// Forgets images none of whose layers is referred to any more.
     fn forget_images(&self, keep: &HashSet<Digest>) -> Result<(), StoreError> {
-        let kept = |layer: &ImageLayer| layer.digest.parse().is_ok_and(|digest| keep.contains(&digest));
+        // Images know layers by their blobs.
+        let blob = |id: &Digest| self.beliefs.get(id).map_or(*id, |belief| belief.blob);
+        let mut blobs: HashSet<Digest> = keep.iter().map(|id| blob(&self.beliefs.layer_of(id))).collect();
+        blobs.extend(self.read_live().values().map(|live| *live.layer.digest()));
+        let kept = |layer: &ImageLayer| layer.digest.parse().is_ok_and(|digest| blobs.contains(&digest));
         for image in self.images()? {
-            let young = image
-                .layers
-                .iter()
-                .any(|layer| layer.digest.parse().is_ok_and(|d| self.read_live().contains_key(&d)));
-            if !young && !image.layers.iter().any(kept) {
+            if !image.layers.iter().any(kept) {
                 self.store.remove_image(&image.manifest)?;
             }
         }

@@ -24,6 +24,7 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, join_all};
 use tokio::sync::Semaphore;
 
+use super::belief;
 use super::loader::LayerSpec;
 use crate::config::IndexConfig;
 use crate::layer::Digest;
@@ -164,6 +165,13 @@ pub fn name_of(place: &LayerSource) -> String {
     format!("{}/{}", place.host, place.repository)
 }
 
+impl Found {
+    /// The layer's id with it.
+    pub fn id(&self) -> Digest {
+        belief::Kind::Portable.id(&self.candidate.layer, &self.candidate.digest)
+    }
+}
+
 impl SharedIndexes {
     /// A finder as `config` wants it. Reads the files of keys.
     ///
@@ -182,6 +190,22 @@ impl SharedIndexes {
         }))
     }
 
+    /// The layer's id with the index that the image's manifest names for it.
+    pub fn vouched(&self, spec: &LayerSpec, origin: &Origin) -> Option<Digest> {
+        let named = named(spec, origin).filter(|_| self.looks_for(spec))?;
+        Some(belief::Kind::Portable.id(&spec.digest, &named.digest))
+    }
+
+    /// Whether an index of the layer may be found beside the image, so that it depends on image and place.
+    pub fn may_find(&self, spec: &LayerSpec, origin: &Origin) -> bool {
+        let believed = |place: &LayerSource| self.policy.may_trust(place);
+        self.looks_for(spec) && origin.manifest.is_some() && origin.sources.iter().any(believed)
+    }
+
+    fn looks_for(&self, spec: &LayerSpec) -> bool {
+        self.enabled && spec.size >= WORTH_FROM
+    }
+
     /// Whose indexes are believed.
     pub fn policy(&self) -> &Policy {
         &self.policy
@@ -190,7 +214,7 @@ impl SharedIndexes {
     /// An index of the layer that can be believed; `None` if there is none, or none in time. It never fails: the log and the metric
     /// tell what went wrong.
     pub async fn find(&self, spec: &LayerSpec, origin: &Origin) -> Option<Found> {
-        if !self.enabled || spec.size < WORTH_FROM {
+        if !self.looks_for(spec) {
             return None;
         }
         let asks = self.asks(spec, origin);

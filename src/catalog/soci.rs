@@ -2,16 +2,16 @@
 //!
 //! # Where an index is found
 //! In this order, and the first that is named counts:
-//! - the one that the operator names: in the configuration by the digest of the image's manifest, or the client that pulls, with the label
-//!   [`LABEL`];
-//! - the one that the image's manifest names in its annotation [`INDEX_DIGEST`] (SOCI v2);
+//! - the one that the operator names: the client that pulls, with the label [`LABEL`], or the configuration by the digest of the image's manifest;
+//! - the one that the image's manifest names: for one layer in that layer's annotation [`LABEL`] (containerd makes a label of such an annotation,
+//!   so that it looks as if a client had given it), or for all in its own annotation [`INDEX_DIGEST`] (SOCI v2);
 //! - an artifact about the manifest (SOCI v1), by the referrers API or the tag that stands for it; of several the first.
 //!
 //! # Whom it may hurt
 //! A zTOC decides what a layer's names are, and SOCI verifies nothing but *compressed* spans: who wrote it can show false files. An
 //! index that the manifest names is as good as the image. One that merely says it is about the image can have been put there by
 //! anybody who may push to its repository, after the image was signed: it is believed only in repositories that the configuration
-//! trusts, and not at all where signatures are required, as SOCI has none. Searching has a deadline; whatever goes wrong is
+//! trusts. Where signatures are required, only what the manifest names is believed, as SOCI has none. Searching has a deadline; whatever goes wrong is
 //! logged, and the layer is had in another way. A layer that its index leaves out is none of SOCI's business.
 
 use std::collections::BTreeMap;
@@ -21,6 +21,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use tokio::sync::Semaphore;
 
+use super::belief;
 use super::loader::LayerSpec;
 use super::shared::trust::{IndexError, Policy};
 use super::shared::{Origin, WORTH_FROM, name_of};
@@ -30,7 +31,7 @@ use crate::metrics::Metrics;
 use crate::registry::artifact::Artifact;
 use crate::registry::image::{LayerDescriptor, Manifest};
 use crate::registry::{Registry, RegistryError, Source};
-use crate::store::{IndexRecord, LayerSource};
+use crate::store::{IndexRecord, LayerSource, Voucher};
 use crate::sync::SingleFlight;
 
 pub mod manifest;
@@ -59,12 +60,12 @@ const MAX_ARTIFACTS: usize = 4;
 /// The annotations of a layer, with what the manifest of its image says of SOCI: layers are loaded one by one.
 pub fn annotated(layer: &LayerDescriptor, manifest: &Manifest) -> BTreeMap<String, String> {
     let mut annotations = layer.annotations.clone();
-    match manifest.annotations.get(INDEX_DIGEST) {
+    // In the annotations of a spec, LABEL is the client's.
+    let own = annotations.remove(LABEL);
+    match own.as_ref().or_else(|| manifest.annotations.get(INDEX_DIGEST)) {
         Some(digest) => annotations.insert(INDEX_DIGEST.to_owned(), digest.clone()),
         None => annotations.remove(INDEX_DIGEST),
     };
-    // Only a client can name an index so.
-    annotations.remove(LABEL);
     annotations
 }
 
@@ -76,6 +77,8 @@ pub struct Found {
     pub windows: Windows,
     /// Ranges of the data space to fetch ahead: offset and length.
     pub prefetch: Vec<(u64, u64)>,
+    /// The layer's id with it.
+    pub id: Digest,
     /// What is to be remembered of it.
     pub record: IndexRecord,
     /// Bytes that were fetched for it.
@@ -121,6 +124,11 @@ impl SociIndexes {
     /// # Errors
     /// [`IndexError`] names what cannot be used.
     pub fn new(config: &IndexConfig, registry: Arc<Registry>, metrics: Arc<Metrics>) -> Result<Arc<Self>, IndexError> {
+        if config.require_signature && !config.soci_indexes.is_empty() {
+            tracing::warn!(
+                "index.soci_indexes is NOT used: SOCI indexes cannot be signed, and index.require_signature wants signatures"
+            );
+        }
         Ok(Arc::new(SociIndexes {
             registry,
             policy: Policy::new(config)?,
@@ -136,11 +144,8 @@ impl SociIndexes {
     /// An index of the layer that can be believed; `None` if there is none, or none in time. It never fails: the log and the metric
     /// tell what went wrong.
     pub async fn find(&self, spec: &LayerSpec, origin: &Origin) -> Option<Found> {
-        if !self.enabled || spec.size < WORTH_FROM {
-            return None;
-        }
-        let (wanted, trust) = self.wanted(spec, origin)?;
-        let result = self.search(spec, origin, wanted, trust).await;
+        let (wanted, by) = self.wanted(spec, origin)?;
+        let result = self.search(spec, origin, wanted, by).await;
         let word = match &result {
             Ok(_) => "found",
             Err(Miss(word, problem)) => {
@@ -154,8 +159,24 @@ impl SociIndexes {
         result.ok()
     }
 
-    /// Which index to look for, and why it is believed; `None` if nothing names one, and none about the image would be believed.
-    fn wanted(&self, spec: &LayerSpec, origin: &Origin) -> Option<(Wanted, &'static str)> {
+    /// The layer's id with the index that the image, its client, or the configuration names for it.
+    pub fn vouched(&self, spec: &LayerSpec, origin: &Origin) -> Option<Digest> {
+        match self.wanted(spec, origin)? {
+            (Wanted::Index(digest), _) => Some(belief::Kind::Soci.id(&spec.digest, &digest)),
+            (Wanted::About(_), _) => None,
+        }
+    }
+
+    /// Whether an index of the layer may be found that nobody names, so that it depends on the place.
+    pub fn may_find(&self, spec: &LayerSpec, origin: &Origin) -> bool {
+        matches!(self.wanted(spec, origin), Some((Wanted::About(_), _)))
+    }
+
+    /// Which index to look for, and who says so; `None` if nobody names one, and none about the image would be believed.
+    fn wanted(&self, spec: &LayerSpec, origin: &Origin) -> Option<(Wanted, Voucher)> {
+        if !self.enabled || spec.size < WORTH_FROM {
+            return None;
+        }
         let parsed = |key: &str| {
             let text = spec.annotations.get(key)?;
             let digest = text.parse::<Digest>();
@@ -163,34 +184,30 @@ impl SociIndexes {
                 .inspect_err(|error| tracing::warn!(layer = %spec.digest, key, %error, "names no SOCI index"))
                 .ok()
         };
-        if let Some(digest) = parsed(LABEL) {
-            return Some((Wanted::Index(digest), "named by the client"));
+        // Of these the image's manifest, which may be signed, knows nothing.
+        let beside = !self.policy.requires_signature();
+        if let Some(digest) = parsed(LABEL).filter(|_| beside) {
+            return Some((Wanted::Index(digest), Voucher::Client));
         }
-        if let Some(digest) = origin.manifest.and_then(|manifest| self.named.get(&manifest)) {
-            return Some((Wanted::Index(*digest), "named by the configuration"));
+        let configured = origin.manifest.and_then(|manifest| self.named.get(&manifest));
+        if let Some(digest) = configured.filter(|_| beside) {
+            return Some((Wanted::Index(*digest), Voucher::Configuration));
         }
         if let Some(digest) = parsed(INDEX_DIGEST) {
-            return Some((Wanted::Index(digest), "named by the manifest"));
+            return Some((Wanted::Index(digest), Voucher::Manifest));
         }
         let believed = origin.sources.iter().any(|place| self.believes(place));
         let manifest = origin.manifest.filter(|_| believed)?;
-        Some((Wanted::About(manifest), "trusted repository"))
+        Some((Wanted::About(manifest), Voucher::Place))
     }
 
     /// Whether an index is believed because of where it lies.
     fn believes(&self, place: &LayerSource) -> bool {
-        let nothing = Digest::of(b"");
-        // What it is makes no difference without a signature.
-        self.policy.judge(place, &nothing, &nothing, None, false).is_some()
+        self.policy.trusts_unsigned(place)
     }
 
-    async fn search(
-        &self,
-        spec: &LayerSpec,
-        origin: &Origin,
-        wanted: Wanted,
-        trust: &'static str,
-    ) -> Result<Found, Miss> {
+    async fn search(&self, spec: &LayerSpec, origin: &Origin, wanted: Wanted, by: Voucher) -> Result<Found, Miss> {
+        let trust = trust_of(by);
         let mut miss = Miss("none", None);
         let places = origin.sources.iter();
         let places = places.filter(|place| matches!(wanted, Wanted::Index(_)) || self.believes(place));
@@ -233,10 +250,14 @@ impl SociIndexes {
                 index,
                 windows,
                 prefetch,
+                id: belief::Kind::Soci.id(&spec.digest, &digest),
                 record: IndexRecord::Soci {
                     from: name_of(place),
                     trust: trust.to_owned(),
                     digest,
+                    verified: None,
+                    place: Some(place.clone()),
+                    by,
                 },
                 bytes: ztoc.size,
             });
@@ -314,6 +335,17 @@ impl SociIndexes {
         };
         tracing::warn!(list = %list.digest, problem, "a list of what to fetch ahead cannot be used");
         Vec::new()
+    }
+}
+
+/// Why an index is believed, for people.
+fn trust_of(by: Voucher) -> &'static str {
+    match by {
+        Voucher::Manifest => "named by the manifest",
+        Voucher::Client => "named by the client",
+        Voucher::Configuration => "named by the configuration",
+        Voucher::Place => "trusted repository",
+        Voucher::Unknown => "not known any more",
     }
 }
 
@@ -399,10 +431,18 @@ mod tests {
             layers: Vec::new(),
             annotations: BTreeMap::new(),
         };
-        let layer = descriptor(&format!(r#""{INDEX_DIGEST}":"x","{LABEL}":"y","other":"z""#));
+        // SOCI's own annotation is the manifest's to have, not a layer's.
+        let layer = descriptor(&format!(r#""{INDEX_DIGEST}":"x","other":"z""#));
         assert_eq!(annotated(&layer, &manifest).into_keys().collect::<Vec<_>>(), ["other"]);
         manifest.annotations.insert(INDEX_DIGEST.to_owned(), "right".to_owned());
         assert_eq!(annotated(&layer, &manifest)[INDEX_DIGEST], "right");
+        // What looks like a client's label is the image's word for this layer.
+        let layer = descriptor(&format!(r#""{LABEL}":"y""#));
+        let annotations = annotated(&layer, &manifest);
+        assert_eq!(
+            (annotations[INDEX_DIGEST].as_str(), annotations.get(LABEL)),
+            ("y", None)
+        );
     }
 
     #[test]

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use std::collections::HashMap;
 
+use super::belief::Belief;
 use super::{Catalog, Live};
 use crate::fetch::LayerData as _;
 use crate::fs::{Deadlines, Faces, Serving, Shown};
@@ -111,6 +112,10 @@ pub struct ImageLayerStatus {
 pub struct LayerStatus {
     /// Digest of its blob.
     pub digest: String,
+    /// What it is known by: the digest of its blob if its index was built from that. Layers with the same blob and different ids are shown to
+    /// different images.
+    #[serde(default)]
+    pub id: String,
     /// `estargz`, `zstd:chunked`, `tar`, `tar+gzip` or `tar+zstd`.
     pub format: String,
     /// Whether single ranges of it can be fetched.
@@ -145,13 +150,16 @@ pub struct LayerStatus {
 /// Where the index of a layer came from.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IndexStatus {
-    /// `image` (it is part of the image), `built` (here), `shared` (by others).
+    /// `image` (its manifest states a table of contents), `built` (here), `shared` (by others), `soci`.
     pub source: String,
-    /// Of a shared one: the repository it was found in.
+    /// Of one from elsewhere: the repository it was found in.
     pub from: Option<String>,
-    /// Of a shared one: why it was believed.
+    /// Of one that was not built here: why it was believed.
     pub trust: Option<String>,
-    /// Of a shared one: whether it was found to describe the whole layer, once that was here.
+    /// Whether the layer was found to be the tar that its image promises: every image that promises the same is shown it.
+    #[serde(default)]
+    pub proven: bool,
+    /// Of one from elsewhere: whether it was found to describe the whole layer, once that was here.
     pub verified: Option<bool>,
     /// Of one that was built here: the repository it was published in.
     pub published: Option<String>,
@@ -162,6 +170,11 @@ impl From<Option<IndexRecord>> for IndexStatus {
         match record {
             None => IndexStatus {
                 source: "image".to_owned(),
+                ..IndexStatus::default()
+            },
+            Some(IndexRecord::Table { .. }) => IndexStatus {
+                source: "image".to_owned(),
+                trust: Some("named by the manifest".to_owned()),
                 ..IndexStatus::default()
             },
             Some(IndexRecord::Built { published }) => IndexStatus {
@@ -176,12 +189,15 @@ impl From<Option<IndexRecord>> for IndexStatus {
                 from: Some(from),
                 trust: Some(trust),
                 verified,
-                published: None,
+                ..IndexStatus::default()
             },
-            Some(IndexRecord::Soci { from, trust, .. }) => IndexStatus {
+            Some(IndexRecord::Soci {
+                from, trust, verified, ..
+            }) => IndexStatus {
                 source: "soci".to_owned(),
                 from: Some(from),
                 trust: Some(trust),
+                verified,
                 ..IndexStatus::default()
             },
         }
@@ -200,14 +216,21 @@ pub struct LoadingStatus {
 }
 
 /// What the document says of a live layer.
-fn of_layer(digest: &Digest, live: &Live, shown: Shown, from: Option<IndexRecord>) -> LayerStatus {
+fn of_layer(id: &Digest, live: &Live, shown: Shown, belief: Option<Belief>) -> LayerStatus {
     let index = live.layer.index();
     let stats = live.layer.stats();
+    let proven = belief
+        .as_ref()
+        .is_some_and(|belief| belief.proof.is_some() && !belief.is_false());
     LayerStatus {
-        digest: digest.to_string(),
+        digest: live.layer.digest().to_string(),
+        id: id.to_string(),
         format: live.format.clone(),
         lazy: index.access() == Access::Ranges,
-        index: from.into(),
+        index: IndexStatus {
+            proven,
+            ..belief.and_then(|belief| belief.index).into()
+        },
         not_lazy: live.not_lazy.clone(),
         blob_bytes: index.blob_size(),
         total_bytes: stats.total_bytes,
@@ -272,7 +295,7 @@ impl Catalog {
         let faces = self.faces();
         let faces = faces.as_ref();
         let mut layers = self.layers_status(faces);
-        layers.sort_by(|a, b| a.digest.cmp(&b.digest));
+        layers.sort_by(|a, b| (&a.digest, &a.id).cmp(&(&b.digest, &b.id)));
         let images = self.images().unwrap_or_else(|error| {
             tracing::error!(%error, "images cannot be listed");
             Vec::new()
@@ -316,17 +339,17 @@ impl Catalog {
         let variants: HashMap<&Digest, Shown> = live
             .values()
             .filter(|live| live.is_variant)
-            .map(|live| (live.layer.digest(), shown(live.slot)))
+            .map(|live| (&live.of, shown(live.slot)))
             .filter(|(_, shown)| shown.mounted || shown.reason.is_some())
             .collect();
-        let from = |digest: &Digest| self.store.index(digest).ok().flatten();
+        let from = |live: &Live| self.beliefs.get(live.layer.id());
         live.iter()
             .filter(|(_, live)| !live.is_variant)
             .map(|(digest, live)| {
                 let own = shown(live.slot);
                 match variants.get(digest) {
-                    Some(variant) if !own.mounted => of_layer(digest, live, variant.clone(), from(digest)),
-                    _ => of_layer(digest, live, own, from(digest)),
+                    Some(variant) if !own.mounted => of_layer(digest, live, variant.clone(), from(live)),
+                    _ => of_layer(digest, live, own, from(live)),
                 }
             })
             .collect()

@@ -1,6 +1,7 @@
 //! Reads tables of contents out of registries: of eStargz, with the table in the layer or in an image of its own, and of zstd:chunked.
 //!
-//! What is read is trusted for one reason only: its digest is in the image's manifest. A layer of whose table the manifest has no digest
+//! What is read is trusted for one reason only: its digest is in the image's manifest; so it is trusted for that image alone, and for those that
+//! state the same ([`super::belief`]). A layer of whose table the manifest has no digest
 //! is not looked into, it is streamed.
 
 #[cfg(test)]
@@ -121,6 +122,27 @@ pub(super) fn kind(spec: &LayerSpec) -> Result<Option<Kind>, LayerError> {
         LayerError::malformed("annotation", 0, format!("{TOC_DIGEST_ANNOTATION}: {error}"))
     })?;
     Ok(Some(Kind::Digest(digest)))
+}
+
+impl Kind {
+    /// Digest of everything that the manifest states, which decides what is read.
+    pub fn digest(&self) -> Digest {
+        // It becomes a part of ids, which outlive this version.
+        let text = match self {
+            Kind::Digest(digest) => format!("digest {digest}"),
+            Kind::Chunked(Promise { place, compressed, raw }) => {
+                let place = place.map(|place| format!("{} {} {}", place.offset, place.len, place.raw_len));
+                let digest = |digest: &Option<Digest>| digest.map(|digest| digest.to_string()).unwrap_or_default();
+                format!(
+                    "chunked {}; {}; {}",
+                    place.unwrap_or_default(),
+                    digest(compressed),
+                    digest(raw)
+                )
+            }
+        };
+        Digest::of(text.as_bytes())
+    }
 }
 
 /// Reads a layer's table of contents. Its digest has been checked when this returns.

@@ -1,7 +1,7 @@
 //! Layers as they look on their parents, where that differs from how they look by themselves ([`crate::layer::variant`]).
 //!
 //! A variant is another index over the bytes of a layer: it shares the layer's chunks in the cache and its fetches, and has its own
-//! slot in the FUSE tree. Its digest is the SHA-256 of [`DIGEST_DOMAIN`], the digest of the layer's blob, and its encoded index; so
+//! slot in the FUSE tree. Its digest is the SHA-256 of [`DIGEST_DOMAIN`], the layer's id, and its encoded index; so
 //! the same layer on parents that make the same of it is the same variant, before and after a restart.
 //!
 //! # On disk
@@ -9,20 +9,22 @@
 //! under a temporary name, synced and renamed, before the database has the variant's record. A file without a record is removed at
 //! start, and so are file and record of a variant that no snapshot refers to.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
 use std::io::{self, Write as _};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use lru::LruCache;
 
-use super::images::{ImagePlan, PlannedLayer};
+use super::images::ImagePlan;
 use super::loader::{self, Refusal};
 use super::question::Begun;
-use super::{Catalog, GRACE, Live, of_store, spec_of};
+use super::{Catalog, GRACE, Live, of_store, released, spec_of};
 use crate::fetch::{FetchError, Layer, LayerData, LocalFile};
 use crate::layer::variant::{depends_on_below, on_top_of};
 use crate::layer::{Digest, LayerError, LayerIndex};
@@ -32,6 +34,11 @@ use crate::store::LayerRecord;
 pub const DIRECTORY: &str = "variants";
 /// Tells the digest of a variant from digests of other things.
 const DIGEST_DOMAIN: &[u8] = b"lazuli variant\0";
+
+/// Tells the digest of a stack from digests of other things.
+const STACK_DOMAIN: &[u8] = b"lazuli stack\0";
+/// Stacks of which it is remembered what their topmost layer looks like, of 64 bytes each: a pull asks again for all below with every layer.
+const SEEN: NonZeroUsize = NonZeroUsize::new(8192).unwrap();
 
 /// A layer with another index.
 pub struct Variant {
@@ -46,6 +53,10 @@ impl LayerData for Variant {
 
     fn owner(&self) -> String {
         self.layer.owner()
+    }
+
+    fn id(&self) -> &Digest {
+        self.layer.id()
     }
 
     fn index(&self) -> &LayerIndex {
@@ -101,6 +112,17 @@ fn stack(layers: &[Option<&LayerIndex>]) -> Result<Vec<Option<LayerIndex>>, Laye
     Ok(changed)
 }
 
+/// Digests of the stacks of the first layers, for each number of them.
+fn stacks(bases: &[Option<Digest>]) -> Vec<Digest> {
+    let mut below = Digest::of(STACK_DOMAIN);
+    let stack = |base: &Option<Digest>| {
+        let layer = base.as_ref().map(|base| base.as_bytes().as_slice()).unwrap_or_default();
+        below = Digest::of(&[STACK_DOMAIN, below.as_bytes(), layer].concat());
+        below
+    };
+    bases.iter().map(stack).collect()
+}
+
 fn digest_of(layer: &Digest, encoded: &[u8]) -> Digest {
     Digest::of(&[DIGEST_DOMAIN, layer.as_bytes(), Digest::of(encoded).as_bytes()].concat())
 }
@@ -111,8 +133,18 @@ fn same_space(a: &LayerIndex, b: &LayerIndex) -> bool {
     shape(a) == shape(b) && a.chunks() == b.chunks()
 }
 
+/// Layers of an image on each other, the lowest first; `None` for those that are not served.
+pub(super) struct OnEachOther {
+    /// Their ids.
+    pub bases: Vec<Option<Digest>>,
+    /// Their ids, or those of their variants.
+    pub ids: Vec<Option<Digest>>,
+}
+
 /// The directory of variants.
 pub(super) struct Shelf {
+    /// What topmost layers of stacks look like, by the digest of the ids of the stack.
+    seen: Mutex<LruCache<Digest, Digest>>,
     dir: PathBuf,
     /// Held while a variant comes or goes, with its file and its record: it must not go while it comes back.
     changing: Mutex<()>,
@@ -121,6 +153,7 @@ pub(super) struct Shelf {
 impl Shelf {
     pub(super) fn new(dir: PathBuf) -> Self {
         Shelf {
+            seen: Mutex::new(LruCache::new(SEEN)),
             dir,
             changing: Mutex::default(),
         }
@@ -128,6 +161,18 @@ impl Shelf {
 
     fn lock(&self) -> MutexGuard<'_, ()> {
         self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn seen(&self) -> MutexGuard<'_, LruCache<Digest, Digest>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives a file the name that its variant has now.
+    fn take_over(&self, formerly: &Digest, variant: &Digest) -> io::Result<()> {
+        match fs::rename(self.path(formerly), self.path(variant)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
     }
 
     fn path(&self, variant: &Digest) -> PathBuf {
@@ -171,62 +216,132 @@ impl Shelf {
 }
 
 impl Catalog {
-    /// The live layer at `position` as it looks on those below it: its own digest, or that of its variant, which is live then.
+    /// The layers of an image up to the one at `position`, as the image sees them. That one is live then, or its variant is; of those below, the
+    /// ones that are waited for: all if it takes something over from them, else those in whose place a layer is shown (`below`).
     pub(super) async fn on_its_parents(
         self: &Arc<Self>,
         plan: &ImagePlan,
         position: usize,
-        begun: &Begun,
-    ) -> Result<Digest, Refusal> {
-        let Some((planned, below)) = plan.layers.get(..=position).and_then(<[PlannedLayer]>::split_last) else {
+        begun: &[Begun],
+        below: &[bool],
+    ) -> Result<OnEachOther, Refusal> {
+        let Some((own, lower)) = begun.get(..=position).and_then(<[Begun]>::split_last) else {
             return Err(Refusal::unresolved("the image has no such layer", false));
         };
-        let digest = planned.spec.digest;
-        let layer = self.live_layer(&digest).ok_or_else(|| released(&digest))?;
-        if !below.is_empty() && !depends_on_below(layer.index()) {
-            return Ok(digest);
-        }
-        let mut layers = Vec::with_capacity(below.len() + 1);
-        for lower in below {
-            let lower = &lower.spec.digest;
-            if let Some(Ok(load)) = begun.get(lower) {
+        let own = own.wait().await?;
+        let layer = self.live_layer(&own).ok_or_else(|| released(&own))?;
+        let takes_over = depends_on_below(layer.index());
+        let mut bases = Vec::with_capacity(begun.len());
+        for (at, lower) in lower.iter().enumerate() {
+            let id = match takes_over || below.get(at).copied().unwrap_or(false) {
+                true => Some(lower.wait().await),
+                false => lower.outcome(),
+            };
+            let id = id.and_then(Result::ok).filter(|id| self.read_live().contains_key(id));
+            if id.is_none() && takes_over {
                 // Why it is not served is told to whoever asks for it.
-                let _ = load.wait().await;
+                tracing::debug!(layer = %own, at, "is on a layer that Lazuli does not serve, and takes nothing over from it");
             }
-            let lower_layer = self.live_layer(lower);
-            if lower_layer.is_none() {
-                tracing::debug!(layer = %digest, %lower, "is on a layer that Lazuli does not serve, and takes nothing over from it");
-            }
-            layers.push(lower_layer);
+            bases.push(id);
         }
-        layers.push(Some(Arc::clone(&layer)));
-        let record = LayerRecord {
-            digest,
-            variant_of: Some(digest),
-            diff_id: planned.spec.diff_id,
-            media_type: planned.spec.media_type.clone(),
-            size: planned.spec.size,
-            annotations: planned.spec.annotations.clone(),
-            slot: 0,
-            sources: plan.sources.clone(),
-            images: plan.name.iter().cloned().collect(),
-            streamed: None,
-        };
-        let catalog = Arc::clone(self);
-        let publish = move || {
-            let indexes: Vec<_> = layers.iter().map(|layer| layer.as_deref().map(Layer::index)).collect();
-            let changed = stack(&indexes).map_err(|error| Refusal {
-                word: "format",
-                text: error.to_string(),
-                retry_helps: false,
-            })?;
-            match changed.into_iter().next_back().flatten() {
-                Some(index) => catalog.publish_variant(record, layer, index),
-                None => Ok(digest),
+        bases.push(Some(own));
+        self.on_each_other(plan, bases).await
+    }
+
+    /// Live layers of an image, from the lowest up, as they look on each other; their variants are live then.
+    pub(super) async fn on_each_other(
+        self: &Arc<Self>,
+        plan: &ImagePlan,
+        bases: Vec<Option<Digest>>,
+    ) -> Result<OnEachOther, Refusal> {
+        let (catalog, plan) = (Arc::clone(self), plan.clone());
+        let looked = tokio::task::spawn_blocking(move || {
+            let ids = catalog.look(&plan, &bases)?;
+            Ok(OnEachOther { bases, ids })
+        });
+        looked.await.unwrap_or_else(|error| {
+            Err(Refusal {
+                word: "closed",
+                text: format!("putting layers on each other was interrupted: {error}"),
+                retry_helps: true,
+            })
+        })
+    }
+
+    fn look(&self, plan: &ImagePlan, bases: &[Option<Digest>]) -> Result<Vec<Option<Digest>>, Refusal> {
+        let mut layers = Vec::with_capacity(bases.len());
+        for base in bases {
+            layers.push(
+                base.map(|id| self.live_layer(&id).ok_or_else(|| released(&id)))
+                    .transpose()?,
+            );
+        }
+        let mut ids = bases.to_vec();
+        let mut unknown = Vec::new();
+        for (at, stack) in stacks(bases).into_iter().enumerate() {
+            let (Some(layer), Some(id)) = (layers.get(at).and_then(Option::as_ref), ids.get_mut(at)) else {
+                continue;
+            };
+            let seen = self.shelf.seen().get(&stack).copied();
+            match seen.filter(|seen| self.still_wanted(seen)) {
+                Some(seen) => *id = Some(seen),
+                None if at > 0 && !depends_on_below(layer.index()) => {
+                    self.shelf.seen().put(stack, *layer.id());
+                }
+                None => unknown.push((at, stack)),
             }
-        };
-        let published = tokio::task::spawn_blocking(publish).await;
-        published.unwrap_or_else(|_| Err(released(&digest)))
+        }
+        let Some((top, _)) = unknown.last() else { return Ok(ids) };
+        let indexes: Vec<_> = layers
+            .iter()
+            .take(top + 1)
+            .map(|layer| layer.as_deref().map(Layer::index))
+            .collect();
+        let mut changed = stack(&indexes).map_err(|error| Refusal {
+            word: "format",
+            text: error.to_string(),
+            retry_helps: false,
+        })?;
+        for (at, stack) in unknown {
+            let (Some(Some(base)), Some(Some(layer)), Some(planned)) =
+                (bases.get(at), layers.get(at), plan.layers.get(at))
+            else {
+                continue;
+            };
+            let id = match changed.get_mut(at).and_then(Option::take) {
+                None => *base,
+                Some(index) => {
+                    let spec = &planned.spec;
+                    let record = LayerRecord {
+                        digest: *base,
+                        blob: (*base != spec.digest).then_some(spec.digest),
+                        proof: None,
+                        formerly: None,
+                        variant_of: Some(*base),
+                        diff_id: spec.diff_id,
+                        media_type: spec.media_type.clone(),
+                        size: spec.size,
+                        annotations: spec.annotations.clone(),
+                        slot: 0,
+                        sources: plan.sources.clone(),
+                        images: plan.name.iter().cloned().collect(),
+                        streamed: None,
+                    };
+                    self.publish_variant(record, Arc::clone(layer), index)?
+                }
+            };
+            self.shelf.seen().put(stack, id);
+            if let Some(place) = ids.get_mut(at) {
+                *place = Some(id);
+            }
+        }
+        Ok(ids)
+    }
+
+    /// Whether a layer or variant is live; it is wanted from now on.
+    fn still_wanted(&self, id: &Digest) -> bool {
+        let mut live = self.write_live();
+        live.get_mut(id).map(|live| live.wanted = Instant::now()).is_some()
     }
 
     fn live_layer(&self, layer: &Digest) -> Option<Arc<Layer>> {
@@ -254,6 +369,7 @@ impl Catalog {
             ..record
         };
         self.store.put_layer(&record).map_err(|error| of_store(&error))?;
+        self.beliefs.note(&record);
         self.attach_variant(&record, layer, index)?;
         tracing::info!(layer = %base, %variant, "looks different on its parents, and is live as it looks there");
         Ok(variant)
@@ -264,6 +380,8 @@ impl Catalog {
             slot: record.slot,
             format: loader::format_name(&spec_of(record), &index),
             not_lazy: None,
+            of: record.variant_of.unwrap_or(record.digest),
+            diff_ids: Vec::new(),
             is_variant: true,
             _in_use: layer.cached().pin(),
             layer: Arc::clone(&layer),
@@ -275,15 +393,22 @@ impl Catalog {
     }
 
     /// Brings variants back, at once where their layers are live, and otherwise as soon as these are loaded again.
-    pub(super) fn restore_variants(self: &Arc<Self>, records: Vec<LayerRecord>) {
+    /// `begun` has the layers that are loaded again.
+    pub(super) fn restore_variants(self: &Arc<Self>, records: Vec<LayerRecord>, begun: &HashMap<Digest, Begun>) {
+        for record in &records {
+            if let Some(formerly) = &record.formerly
+                && let Err(error) = self.shelf.take_over(formerly, &record.digest)
+            {
+                tracing::error!(%error, variant = %record.digest, "its file cannot be renamed");
+            }
+        }
         let names = records.iter().map(|record| record.digest.hex()).collect();
         if let Err(error) = self.shelf.keep_only(&names) {
             tracing::warn!(%error, "{} cannot be tidied up", self.shelf.dir.display());
         }
         for record in records {
             let Some(base) = record.variant_of else { continue };
-            // In this order: a load that ends leaves the list after its layer is live.
-            let Some(load) = self.loads.find_by(|key| key.layer == base) else {
+            let Some(load) = begun.get(&base).cloned() else {
                 self.restore_variant(&record);
                 continue;
             };
@@ -327,7 +452,7 @@ impl Catalog {
         };
         let gone: Vec<(Digest, Live)> = live.extract_if(goes).collect();
         let stay = live.values().filter(|live| live.is_variant);
-        let bases = stay.map(|live| *live.layer.digest()).collect();
+        let bases = stay.map(|live| live.of).collect();
         (gone, bases)
     }
 
@@ -347,20 +472,12 @@ impl Catalog {
     /// Removes what is stored of a variant. Always `false`: it is not there any more.
     pub(super) fn forget_variant(&self, variant: &Digest) -> bool {
         // The record first: a record without a file would be an error at the next start.
+        self.beliefs.forget_variant(variant);
         let removed = self.store.remove_layer(variant).map_err(io::Error::other);
         if let Err(error) = removed.and_then(|_| self.shelf.remove(variant)) {
             tracing::warn!(%error, %variant, "what is stored of it cannot be removed");
         }
         false
-    }
-}
-
-/// The answer for a layer that was live a moment ago.
-fn released(layer: &Digest) -> Refusal {
-    Refusal {
-        word: "closed",
-        text: format!("{layer} was released while it was asked for"),
-        retry_helps: true,
     }
 }
 

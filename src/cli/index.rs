@@ -218,7 +218,7 @@ impl Tool {
             return Ok(Err("it is small, and fetched at once".to_owned()));
         }
         let blob = subject.source.blob(spec.digest, spec.size);
-        let loaded = match loader.load(spec, blob, &[], None).await {
+        let loaded = match loader.load(spec, blob, &[], None, &loader.alone(spec)).await {
             Ok(loaded) => loaded,
             Err(refusal) if !refusal.retry_helps => return Ok(Err(refusal.text)),
             Err(refusal) => return Err(refusal.into()),

@@ -67,12 +67,14 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
         .is_err()
         .then(|| TocImage::beside(Arc::clone(&source), &reference));
     let toc_images = toc_image.as_slice();
-    let loads = layers.iter().map(|layer| {
+    let judged: Vec<_> = layers.iter().map(|layer| loader.alone(&layer.spec)).collect();
+    let loads = layers.iter().zip(&judged).map(|(layer, judged)| {
         loader.load(
             &layer.spec,
             source.blob(layer.spec.digest, layer.spec.size),
             toc_images,
             None,
+            judged,
         )
     });
     let loaded = try_join_all(loads).await?;

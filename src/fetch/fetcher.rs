@@ -25,8 +25,8 @@ pub struct Fetcher {
     /// Bytes of streams between download and decompression.
     pub(super) memory: Arc<Semaphore>,
     pub(super) memory_size: usize,
-    /// First passes under way.
-    pub(super) streaming: Arc<SingleFlight<Digest, Result<Arc<CachedLayer>, FetchError>>>,
+    /// First passes under way, by blob and by what its tar is promised to be: a false promise fails nobody else's.
+    pub(super) streaming: Arc<SingleFlight<(Digest, Option<Digest>), Result<Arc<CachedLayer>, FetchError>>>,
     progress: Mutex<HashMap<Digest, Arc<Progress>>>,
     /// Limits the requests under way.
     pub(super) gate: Arc<Gate>,

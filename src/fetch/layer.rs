@@ -323,6 +323,10 @@ impl LayerData for Layer {
         name
     }
 
+    fn id(&self) -> &Digest {
+        self.cached.id()
+    }
+
     fn index(&self) -> &LayerIndex {
         self.cached.index()
     }

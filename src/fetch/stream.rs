@@ -42,15 +42,16 @@ pub struct StreamRequest {
 
 impl Fetcher {
     /// Downloads, verifies, indexes and stores a whole layer. If it is in the cache already, that one is returned, though some of its bytes
-    /// may have been evicted. Whoever asks for a layer that is being streamed waits for the same stream, which goes on even if
-    /// nobody waits any more.
+    /// may have been evicted; [`CachedLayer::diff_id`] tells then whether it is known to be the tar that the request promises. Whoever asks for a
+    /// layer that is being streamed waits for the same stream, which goes on even if nobody waits any more.
     ///
     /// # Errors
     /// [`FetchError`]; nothing is left behind then.
     pub async fn stream(self: &Arc<Self>, request: StreamRequest) -> Result<Arc<CachedLayer>, FetchError> {
         let (me, layer) = (Arc::clone(self), request.digest);
+        let key = (layer, request.diff_id);
         let job = async move { me.stream_once(request).await };
-        let result = self.streaming.run(&self.runtime, layer, job).await;
+        let result = self.streaming.run(&self.runtime, key, job).await;
         result.unwrap_or_else(|| {
             Err(FetchError::Disk {
                 layer,
@@ -316,7 +317,10 @@ impl Indexing {
             }
         };
         let index = layout.into_index_with(access, codec, chunks, checkpoints, sums.blob_size)?;
-        Ok(self.staging.commit_with_windows(index, &windows, true)?)
+        let cached = self.staging.commit_with_windows(index, &windows, true)?;
+        // Also of one that another stream has made meanwhile: it is the same blob's.
+        cached.is_tar(actual);
+        Ok(cached)
     }
 }
 

@@ -438,7 +438,7 @@ impl Faces {
         };
         let index = layer.index();
         let device = erofs::Device {
-            tag: *layer.digest(),
+            tag: *layer.id(),
             size: index.data_size(),
         };
         let image = erofs::write(index, &[device], self.addressing)

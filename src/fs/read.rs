@@ -218,7 +218,7 @@ impl Reads {
             }
         };
         if matches!(through, Through::Data)
-            && let Some(errno) = self.shared.failures.find(layer.digest(), &range.bytes())
+            && let Some(errno) = self.shared.failures.find(layer.id(), &range.bytes())
         {
             return answer.error(self.shared.counters.failed(errno));
         }
@@ -281,9 +281,7 @@ impl Shared {
                 let errno = errno::of(&error);
                 let is_first = match through {
                     // What failed at once may be tried at once: the kernel's second try often succeeds.
-                    Through::Data if start.elapsed() >= SLOW => {
-                        self.failures.note(*layer.digest(), range.bytes(), errno)
-                    }
+                    Through::Data if start.elapsed() >= SLOW => self.failures.note(*layer.id(), range.bytes(), errno),
                     Through::File(_) | Through::Data => true,
                 };
                 // The reader first: putting the line together takes longer than the answer.

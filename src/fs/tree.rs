@@ -119,9 +119,9 @@ impl Tree {
         }
     }
 
-    /// Puts a layer into a slot. The same layer (by digest) may be put there again, and replaces its reader.
+    /// Puts a layer into a slot. The same layer (by its id) may be put there again, and replaces its reader.
     pub(super) fn attach(&self, slot: u32, layer: Arc<dyn LayerData>) -> Result<(), FsError> {
-        let digest = *layer.digest();
+        let digest = *layer.id();
         if slot == 0 {
             return Err(FsError::SlotZero { layer: digest });
         }
@@ -130,7 +130,7 @@ impl Tree {
             layer,
             generation: generation(&digest),
         });
-        let holder = |slots: &Slots| Some(*slots.get(&slot)?.layer.as_ref()?.layer.digest());
+        let holder = |slots: &Slots| Some(*slots.get(&slot)?.layer.as_ref()?.layer.id());
         let previous = self.slots.rcu(|slots| {
             let mut slots = Slots::clone(slots);
             if holder(&slots).is_none_or(|there| there == digest) {

@@ -8,15 +8,16 @@ use std::sync::Arc;
 use super::SnapshotsError;
 use super::dirs::{Built, Content, Dirs, Link, RootAttributes, delete};
 use super::filters::Filters;
+use super::handover::Handover;
 use super::info::{Named, info, now};
 use super::mounts::Overlay;
-use super::rules::{self, NewSnapshot, Published, check_key, kept_labels};
+use super::rules::{self, NewSnapshot, Published, REF_LABEL, Wish, check_key, kept_labels};
 use super::usage::usage;
 use crate::catalog::{Layers, Lowers, Needed};
 use crate::layer::Digest;
 use crate::proto::snapshots::v1::Info;
 use crate::proto::types::Mount;
-use crate::store::{Ancestor, Kind, SnapshotRecord, Store, StoreError, Usage};
+use crate::store::{Ancestor, Kind, SnapshotRecord, Store, StoreError, Usage, shown};
 
 /// In the keys of snapshots in which containerd unpacks a layer: `<namespace>/<number>/extract-<time>-<random> <chain id>`.
 const EXTRACTION: &str = "/extract-";
@@ -36,11 +37,11 @@ enum Part<'a> {
     Remote(Vec<(&'a Entry, Digest)>),
 }
 
-/// What a chain is made of, topmost first.
+/// What a chain is made of, topmost first. `shown` are the layers in the places of its snapshots, the lowest first.
 ///
 /// A layer that occurs twice (empty layers often do) is shown once, where it is topmost: all that it has below is hidden by itself, and
 /// overlayfs refuses the same directory twice.
-fn parts(chain: &Chain) -> Vec<Part<'_>> {
+fn parts<'a>(chain: &'a Chain, shown: &[Option<Digest>]) -> Vec<Part<'a>> {
     let base = chain.len()
         - chain
             .iter()
@@ -51,7 +52,11 @@ fn parts(chain: &Chain) -> Vec<Part<'_>> {
     let mut parts = Vec::new();
     let mut lowest = Vec::new();
     for (position, entry) in chain.iter().enumerate() {
-        match entry.1.layer {
+        let layer = entry.1.layer.map(|own| {
+            let said = shown.get(chain.len() - 1 - position).copied().flatten();
+            said.unwrap_or(own)
+        });
+        match layer {
             None => parts.push(Part::Local(entry.1.id)),
             Some(layer) if !seen.insert(layer) => {}
             Some(layer) if position < base => parts.push(Part::Remote(vec![(entry, layer)])),
@@ -62,6 +67,42 @@ fn parts(chain: &Chain) -> Vec<Part<'_>> {
         parts.push(Part::Remote(lowest));
     }
     parts
+}
+
+/// What a snapshot that says `own` is shown of its ancestors: what it says itself, or what they say.
+fn shown_by(own: &[Option<Digest>], chain: &Chain) -> Vec<Option<Digest>> {
+    match own {
+        [] => shown(chain),
+        own => own.to_vec(),
+    }
+}
+
+/// What a layer's image says of it and of those below, the lowest first, as [`Resolution::Live`](crate::catalog::Resolution) has it.
+#[derive(Debug, Clone)]
+pub(super) struct Resolved {
+    pub layer: Digest,
+    pub below: Vec<Option<Digest>>,
+    pub proven: bool,
+}
+
+/// What became of a layer that was resolved.
+pub(super) enum Outcome {
+    /// There is a snapshot with this name.
+    Named(String),
+    /// It was released meanwhile.
+    Gone,
+    /// It cannot be shown on what its image says of a layer below it.
+    Refused(String),
+}
+
+/// What is asked before something is made on a snapshot.
+pub(super) struct Doubt {
+    /// Chain id of the snapshot, or of the nearest below it that has one.
+    pub chain_id: String,
+    /// What is shown up to there.
+    pub shown: Vec<Option<Digest>>,
+    /// What is shown above it, all of which nobody doubts.
+    pub above: Vec<Option<Digest>>,
 }
 
 pub(super) struct Core {
@@ -113,7 +154,8 @@ impl Core {
             // Made right before a power cut, and never written to.
             None if record.kind != Kind::Committed => {
                 let chain = self.parents(record.parent.as_deref().unwrap_or_default())?;
-                let built = self.build(record.kind, &self.lowers(&chain)?)?;
+                let shown = shown_by(&record.chain, &chain);
+                let built = self.build(record.kind, &self.lowers(&chain, &shown)?)?;
                 self.dirs.place(built, record.id)?;
                 tracing::warn!(
                     key,
@@ -126,17 +168,19 @@ impl Core {
         Ok(())
     }
 
-    /// Prepare and View of a local snapshot.
+    /// Prepare and View of a local snapshot, which is shown `instead` of what its ancestors show, if that is given.
     pub fn create(
         &self,
         kind: Kind,
         key: &str,
         parent: &str,
         labels: HashMap<String, String>,
+        instead: Option<Vec<Option<Digest>>>,
     ) -> Result<Vec<Mount>, SnapshotsError> {
         check_key("key", key)?;
         let chain = self.parents(parent)?;
-        let lowers = self.lowers(&chain)?;
+        let own = instead.unwrap_or_default();
+        let lowers = self.lowers(&chain, &shown_by(&own, &chain))?;
         // What takes time is done before the transaction.
         let built = self.build(kind, &lowers)?;
         let record = self.store.write_snapshots(|snapshots| {
@@ -146,6 +190,8 @@ impl Core {
                 parent,
                 labels: kept_labels(labels),
                 layer: None,
+                chain: own,
+                vouched: false,
             };
             let record = rules::create(snapshots, new, now())?;
             self.dirs.place(built, record.id)?;
@@ -166,23 +212,60 @@ impl Core {
         Ok(())
     }
 
-    /// Makes sure that there is a remote snapshot of a layer, and returns its name; `None` if the layer is not live any
-    /// more.
+    /// Of each snapshot in the chain of `parent`, the lowest first: whether a layer is shown in its place.
+    pub fn remote_below(&self, parent: &str) -> Result<Vec<bool>, SnapshotsError> {
+        let chain = self.parents(parent)?;
+        Ok(chain.iter().rev().map(|(_, record)| record.layer.is_some()).collect())
+    }
+
+    /// Makes sure that there is a remote snapshot of a layer.
     pub fn publish(
         &self,
         parent: &str,
         chain_id: &str,
         labels: HashMap<String, String>,
-        layer: Digest,
-    ) -> Result<Option<String>, SnapshotsError> {
-        if !self.layers.is_live(&layer) {
-            return Ok(None);
+        resolved: Resolved,
+    ) -> Result<Outcome, SnapshotsError> {
+        let Resolved { layer, below, proven } = resolved;
+        let is_live = |id: &Digest| self.layers.is_live(id);
+        if !is_live(&layer) || !below.iter().flatten().all(is_live) {
+            return Ok(Outcome::Gone);
         }
+        let chain = self.parents(parent)?;
+        let theirs = shown(&chain);
+        let mut shown = theirs.clone();
+        // Otherwise it is on something else than its image: then it is on that.
+        if below.len() == theirs.len() {
+            for ((place, id), (name, record)) in shown.iter_mut().zip(below).zip(chain.iter().rev()) {
+                match (record.layer, id) {
+                    (None, _) => {}
+                    (Some(_), Some(id)) => *place = Some(id),
+                    // The same for everybody.
+                    (Some(_), None) if !record.vouched => *place = record.layer,
+                    (Some(_), None) => {
+                        let name = super::error::quoted(name);
+                        return Ok(Outcome::Refused(format!(
+                            "its image's own layer in the place of {name:?} cannot be served"
+                        )));
+                    }
+                }
+            }
+        }
+        let is_plain = shown == theirs;
+        shown.push(Some(layer));
         // Asked before the transaction: who answers may use the database too.
-        let present_is_live = self.published(parent, chain_id)?.is_some();
+        let plain = self.store.snapshot(&rules::remote_name(parent, chain_id))?;
+        let present_is_live = plain
+            .and_then(|record| record.layer)
+            .is_some_and(|layer| is_live(&layer));
         let built = self.dirs.build(&Content::Remote)?;
         let (name, record) = self.store.write_snapshots(|snapshots| {
-            let wish = (chain_id, layer);
+            let wish = Wish {
+                chain_id,
+                shown,
+                is_plain,
+                vouched: !proven,
+            };
             let (name, published) =
                 rules::publish(snapshots, parent, kept_labels(labels), wish, present_is_live, now())?;
             let record = match published {
@@ -195,14 +278,42 @@ impl Core {
             Ok::<_, SnapshotsError>((name, record))
         })?;
         self.restore(&name, &record)?;
-        Ok(Some(name))
+        Ok(Outcome::Named(name))
     }
 
-    /// The name of the remote snapshot of `chain_id` on `parent`, if it is there and its layer is live.
+    /// The name of the remote snapshot of `chain_id` on `parent`, if it is there, its layer is live, and it is the same for everybody.
     pub fn published(&self, parent: &str, chain_id: &str) -> Result<Option<String>, SnapshotsError> {
         let name = rules::remote_name(parent, chain_id);
-        let layer = self.store.snapshot(&name)?.and_then(|record| record.layer);
+        let layer = self
+            .store
+            .snapshot(&name)?
+            .filter(|record| !record.vouched)
+            .and_then(|record| record.layer);
         Ok(layer.filter(|layer| self.layers.is_live(layer)).map(|_| name))
+    }
+
+    /// What is to be asked before something is made on `parent`; `None` if all that is shown is the same for everybody, or nobody knows which chain
+    /// it is.
+    pub fn doubt(&self, parent: &str) -> Result<Option<Doubt>, SnapshotsError> {
+        let chain = self.parents(parent)?;
+        if !chain.iter().any(|(_, record)| record.vouched) {
+            return Ok(None);
+        }
+        let mut shown = shown(&chain);
+        for (at, (name, record)) in chain.iter().enumerate() {
+            let chain_id = match record.layer {
+                Some(_) => self
+                    .store
+                    .snapshot(name)?
+                    .and_then(|mut record| record.labels.remove(REF_LABEL)),
+                None => rules::chain_id_of(name),
+            };
+            if let Some(chain_id) = chain_id {
+                let above = shown.split_off(shown.len() - at);
+                return Ok(Some(Doubt { chain_id, shown, above }));
+            }
+        }
+        Ok(None)
     }
 
     /// The mounts of an active snapshot or a view.
@@ -218,7 +329,7 @@ impl Core {
                 super::error::quoted(key)
             )));
         }
-        let lowers = self.lowers(&chain)?;
+        let lowers = self.lowers(&chain, &shown_by(&record.chain, &chain))?;
         Ok(self.show(record.id, record.kind, &lowers))
     }
 
@@ -274,9 +385,13 @@ impl Core {
         Ok(info(key.to_owned(), record))
     }
 
-    /// All snapshots that match, at one moment, ordered by key.
-    pub fn list(&self, filters: &[String]) -> Result<Vec<Info>, SnapshotsError> {
+    /// All snapshots that match, at one moment, ordered by key; of those that a Prepare was about, the one that it was about.
+    pub fn list(&self, filters: &[String], handover: &Handover) -> Result<Vec<Info>, SnapshotsError> {
         let filters = Filters::parse(filters)?;
+        let meant = match filters.equal_exactly(&[&["parent"], &["labels", REF_LABEL]]).as_deref() {
+            Some([parent, chain_id]) => handover.take(parent, chain_id),
+            _ => None,
+        };
         let listed = match filters.equals("parent") {
             Some(parent) => self.store.children(parent)?,
             None => self.store.snapshots()?,
@@ -290,7 +405,12 @@ impl Core {
             }
         });
         let matching = readable.filter(|(key, record)| filters.matches(&Named(key, record)));
-        Ok(matching.map(|(key, record)| info(key, record)).collect())
+        let mut matching: Vec<_> = matching.collect();
+        // If it is gone, another may do.
+        if let Some(meant) = meant.filter(|meant| matching.iter().any(|(key, _)| key == meant)) {
+            matching.retain(|(key, _)| *key == meant);
+        }
+        Ok(matching.into_iter().map(|(key, record)| info(key, record)).collect())
     }
 
     /// What a snapshot takes of the disk without its parents.
@@ -331,14 +451,15 @@ impl Core {
         let (mut layers, mut users) = (BTreeSet::new(), BTreeSet::new());
         for (_, record) in self.store.ancestors()? {
             layers.extend(record.layer);
-            if record.kind != Kind::Committed {
-                users.extend(record.parent);
+            layers.extend(record.chain.iter().flatten());
+            if let (true, Some(parent)) = (record.kind != Kind::Committed, record.parent) {
+                users.insert((parent, record.chain));
             }
         }
         let mut bases = BTreeSet::new();
-        for parent in users {
+        for (parent, own) in users {
             let chain = self.store.chain(&parent)?;
-            let parts = parts(&chain);
+            let parts = parts(&chain, &shown_by(&own, &chain));
             bases.extend(parts.into_iter().filter_map(|part| match part {
                 Part::Local(_) => None,
                 Part::Remote(remote) => Some(remote.iter().map(|(_, layer)| *layer).collect::<Vec<_>>()),
@@ -363,7 +484,7 @@ impl Core {
     /// Tells the layers that containers will be made on the snapshot `name`.
     pub fn expect(&self, name: &str) -> Result<(), SnapshotsError> {
         let chain = self.store.chain(name)?;
-        if let Some(Part::Remote(base)) = parts(&chain).pop() {
+        if let Some(Part::Remote(base)) = parts(&chain, &shown(&chain)).pop() {
             let layers: Vec<_> = base.iter().map(|(_, layer)| *layer).collect();
             self.layers.expect(&layers);
         }
@@ -386,10 +507,10 @@ impl Core {
         Ok(chain)
     }
 
-    /// The directories of a chain, topmost first.
-    fn lowers(&self, chain: &Chain) -> Result<Vec<PathBuf>, SnapshotsError> {
+    /// The directories of a chain that shows these layers, topmost first.
+    fn lowers(&self, chain: &Chain, shown: &[Option<Digest>]) -> Result<Vec<PathBuf>, SnapshotsError> {
         let mut lowers = Vec::with_capacity(chain.len());
-        for part in parts(chain) {
+        for part in parts(chain, shown) {
             match part {
                 Part::Local(id) => lowers.push(self.dirs.own(id)),
                 Part::Remote(remote) => self.remote_lowers(&remote, &mut lowers)?,
@@ -408,15 +529,21 @@ impl Core {
                 .find(|(_, layer)| *layer == missing)
                 .map_or_else(String::new, |((key, _), _)| super::error::quoted(key)),
         })?;
+        let link = |record: &Ancestor, link, is_own: bool, path: &Path| match is_own {
+            true => self.dirs.link(record.id, link, path),
+            // Not the snapshot's own layer, but what the image of those who are made on it believes in its place.
+            false => self.dirs.other_link(record.id, link, path),
+        };
+        let is_own = |((_, record), layer): &(&Entry, Digest)| record.layer == Some(*layer);
         match shown {
             Lowers::Merged(path) => {
                 if let Some(((_, top), _)) = remote.first() {
-                    lowers.push(self.dirs.link(top.id, Link::Chain, &path)?);
+                    lowers.push(link(top, Link::Chain, remote.iter().all(is_own), &path)?);
                 }
             }
             Lowers::Stacked(paths) => {
-                for (((_, record), _), path) in remote.iter().zip(&paths) {
-                    lowers.push(self.dirs.link(record.id, Link::Layer, path)?);
+                for (part, path) in remote.iter().zip(&paths) {
+                    lowers.push(link(&part.0.1, Link::Layer, is_own(part), path)?);
                 }
             }
         }

@@ -7,12 +7,13 @@
 //!     work/                     overlayfs' work directory, of an active snapshot
 //!     fs -> <layer directory>   of a remote snapshot, in place of a directory, once something was made on it
 //!     chain -> <directory>      of a remote snapshot: its layer merged with all below it, once something was made on that
+//!     fs.<n>, chain.<n>         the same for those who are shown another layer, or others below it
 //!   new/<random>/               being made, before its id is known; moved to snapshots/<id> within the transaction
 //!   trash/<id>.<n>/             removed, to be deleted
 //! ```
 //!
 //! Ids, not keys, are names: keys hold slashes and blanks. All lower directories are `snapshots/<id>/fs` or
-//! `snapshots/<id>/chain` (with `/.` behind it if remote), so that containerd, which changes into their common directory when the option string is too
+//! `snapshots/<id>/chain`, or one of those beside them (with `/.` behind it if remote), so that containerd, which changes into their common directory when the option string is too
 //! long for one page, can mount 128 of them.
 //!
 //! The `/.` makes a program that looks at a lower directory without following symlinks, as BuildKit's overlay differ
@@ -39,6 +40,9 @@ const WORK_MODE: u32 = 0o711;
 /// Bits of a mode that belong to its directory, without the file type.
 const MODE_BITS: u32 = 0o7777;
 
+/// Most links of one kind beside the snapshot's own: so many different things can be shown in its place.
+const OTHER_LINKS: usize = 64;
+
 /// Owner and mode that the root of a new snapshot takes over from its parent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct RootAttributes {
@@ -62,6 +66,15 @@ pub(super) enum Link {
     Layer,
     /// A layer and all below it, merged.
     Chain,
+}
+
+impl Link {
+    fn name(self) -> &'static str {
+        match self {
+            Link::Layer => "fs",
+            Link::Chain => "chain",
+        }
+    }
 }
 
 /// A snapshot's directory that has no id yet; deleted unless it is placed.
@@ -210,10 +223,7 @@ impl Dirs {
 
     /// Points a link of a remote snapshot at what shows it, and gives its path. Where the link points there already, nothing is written.
     pub fn link(&self, id: u64, link: Link, target: &Path) -> Result<PathBuf, SnapshotsError> {
-        let path = self.dir(id).join(match link {
-            Link::Layer => "fs",
-            Link::Chain => "chain",
-        });
+        let path = self.dir(id).join(link.name());
         if !fs::read_link(&path).is_ok_and(|now| now == target) {
             self.ensure(id)?;
             let built = self.build(&Content::Remote)?;
@@ -222,6 +232,24 @@ impl Dirs {
             fs::rename(&new, &path).map_err(SnapshotsError::io("replace", &path))?;
         }
         Ok(path.join("."))
+    }
+
+    /// A link beside that one to something else, which never points anywhere else: mounts are made of links after they were given out.
+    pub fn other_link(&self, id: u64, link: Link, target: &Path) -> Result<PathBuf, SnapshotsError> {
+        self.ensure(id)?;
+        let mut path = self.dir(id);
+        for number in 1..=OTHER_LINKS {
+            path = self.dir(id).join(format!("{}.{number}", link.name()));
+            match symlink(target, &path) {
+                Ok(()) => return Ok(path.join(".")),
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(SnapshotsError::io("create", &path)(error)),
+            }
+            if fs::read_link(&path).is_ok_and(|now| now == target) {
+                return Ok(path.join("."));
+            }
+        }
+        Err(SnapshotsError::io("create", &path)(ErrorKind::QuotaExceeded.into()))
     }
 
     /// Makes the directory of a remote snapshot if it is missing.

@@ -73,6 +73,12 @@ pub enum SnapshotsError {
         /// Name of the snapshot.
         key: String,
     },
+    /// Images do not agree on what is to be shown. A later try may succeed.
+    #[error("{problem}")]
+    Disagreement {
+        /// Who says what.
+        problem: String,
+    },
     /// The root directory cannot be used.
     #[error("root directory {path}: {problem}")]
     Root {
@@ -143,7 +149,7 @@ impl SnapshotsError {
                 Code::InvalidArgument
             }
             SnapshotsError::Precondition { .. } => Code::FailedPrecondition,
-            SnapshotsError::NotLive { .. } => Code::Unavailable,
+            SnapshotsError::NotLive { .. } | SnapshotsError::Disagreement { .. } => Code::Unavailable,
             SnapshotsError::Io { source, .. } if is_full(source) => Code::ResourceExhausted,
             SnapshotsError::Store(StoreError::Damaged { .. }) => Code::DataLoss,
             SnapshotsError::Store(StoreError::Exhausted { .. }) => Code::ResourceExhausted,

@@ -91,6 +91,30 @@ impl Filters {
     }
 }
 
+impl Filters {
+    /// The texts that these fields equal, if the filters say so, and nothing else.
+    pub fn equal_exactly<'f>(&'f self, fields: &[&[&str]]) -> Option<Vec<&'f str>> {
+        let [Filter(selectors)] = self.0.as_slice() else {
+            return None;
+        };
+        if selectors.len() != fields.len() {
+            return None;
+        }
+        let value = |field: &&[&str]| {
+            let is_it = |path: &[Vec<u8>]| {
+                path.iter()
+                    .map(Vec::as_slice)
+                    .eq(field.iter().map(|part| part.as_bytes()))
+            };
+            selectors.iter().find_map(|selector| match &selector.test {
+                Test::Equal(value) if is_it(&selector.path) => std::str::from_utf8(value).ok(),
+                _ => None,
+            })
+        };
+        fields.iter().map(value).collect()
+    }
+}
+
 impl Filter {
     fn matches(&self, fields: &impl Fields) -> bool {
         self.0.iter().all(|selector| selector.matches(fields))

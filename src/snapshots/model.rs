@@ -10,9 +10,10 @@ use futures::future::BoxFuture;
 use proptest::prelude::*;
 use tonic::Code;
 
-use super::core::Core;
+use super::core::{Core, Outcome, Resolved};
+use super::handover::Handover;
 use super::rules::{REF_LABEL, remote_name};
-use crate::catalog::{LayerRequest, Layers, Lowers, Needed, Released, Resolution};
+use crate::catalog::{Agreement, LayerRequest, Layers, Lowers, Needed, Question, Released, Resolution};
 use crate::layer::Digest;
 use crate::proto::snapshots::v1::{Info, Kind as ApiKind};
 use crate::store::{Kind, Store};
@@ -25,10 +26,16 @@ impl Layers for OneDirectory {
         async move {
             Resolution::Live {
                 layer: Digest::of(request.chain_id.as_bytes()),
+                below: request.below.iter().map(|_| None).collect(),
+                proven: true,
                 is_top: true,
             }
         }
         .boxed()
+    }
+
+    fn agree(&self, _: Question) -> BoxFuture<'_, Agreement> {
+        async { Agreement::Shown }.boxed()
     }
 
     fn is_live(&self, _: &Digest) -> bool {
@@ -212,11 +219,18 @@ impl Real {
 
     fn apply(&mut self, request: &Request) -> Result<(), Code> {
         let result = match request.clone() {
-            Request::Create(kind, key, parent, labels) => self.core().create(kind, &key, &parent, labels).map(drop),
+            Request::Create(kind, key, parent, labels) => {
+                self.core().create(kind, &key, &parent, labels, None).map(drop)
+            }
             Request::Publish(parent, chain_id) => {
-                let layer = Digest::of(chain_id.as_bytes());
-                let published = self.core().publish(&parent, &chain_id, HashMap::new(), layer);
-                published.map(|name| assert_eq!(name, Some(remote_name(&parent, &chain_id))))
+                let resolved = Resolved {
+                    layer: Digest::of(chain_id.as_bytes()),
+                    below: Vec::new(),
+                    proven: true,
+                };
+                let published = self.core().publish(&parent, &chain_id, HashMap::new(), resolved);
+                let expected = remote_name(&parent, &chain_id);
+                published.map(|outcome| assert!(matches!(outcome, Outcome::Named(name) if name == expected)))
             }
             Request::Commit(name, key, parent, labels) => self.core().commit(&name, &key, &parent, labels),
             Request::Remove(key) => self.core().remove(&key).map(drop),
@@ -231,7 +245,12 @@ impl Real {
     }
 
     fn list(&self) -> BTreeMap<String, Model> {
-        self.core().list(&[]).unwrap().into_iter().map(model_of).collect()
+        self.core()
+            .list(&[], &Handover::default())
+            .unwrap()
+            .into_iter()
+            .map(model_of)
+            .collect()
     }
 
     /// Number of directories of snapshots.

@@ -10,10 +10,11 @@ use prost::Message as _;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status};
 
-use super::core::Core;
+use super::core::{Core, Outcome, Resolved};
 use super::rules::REF_LABEL;
 use super::{Service, SnapshotsError};
-use crate::catalog::{LayerRequest, Resolution};
+use crate::catalog::{Agreement, LayerRequest, Question, Resolution};
+use crate::layer::Digest;
 use crate::proto::snapshots::v1::snapshots_server::Snapshots;
 use crate::proto::snapshots::v1::{
     CleanupRequest, CommitSnapshotRequest, Info, ListSnapshotsRequest, ListSnapshotsResponse, MountsRequest,
@@ -85,16 +86,47 @@ impl Service {
         request: PrepareSnapshotRequest,
     ) -> Result<PrepareSnapshotResponse, SnapshotsError> {
         let chain_id = request.labels.get(REF_LABEL).filter(|chain_id| !chain_id.is_empty());
-        if let Some(chain_id) = chain_id.cloned()
+        let asked_for = chain_id.cloned();
+        if let Some(chain_id) = asked_for.clone()
             && let Some(name) = self.prepare_remote(&metadata, &request, &chain_id).await?
         {
+            self.handover.answer(&request.parent, &chain_id, &name).await;
             return Err(SnapshotsError::TargetExists { chain_id, name });
         }
         let PrepareSnapshotRequest {
             key, parent, labels, ..
         } = request;
-        let mounts = self.create(Kind::Active, key, parent, labels).await?;
+        // What containerd unpacks a layer on is shown to nobody.
+        let instead = match asked_for {
+            Some(_) => None,
+            None => self.agreed(namespace(&key, &metadata), &parent).await?,
+        };
+        let mounts = self.create(Kind::Active, key, parent, labels, instead).await?;
         Ok(PrepareSnapshotResponse { mounts })
+    }
+
+    /// What something that is made on `parent` is shown instead of what the snapshots there show; `None` if it is that.
+    async fn agreed(&self, namespace: String, parent: &str) -> Result<Option<Vec<Option<Digest>>>, SnapshotsError> {
+        if parent.is_empty() {
+            return Ok(None);
+        }
+        let name = parent.to_owned();
+        let Some(doubt) = self.blocking(move |core| core.doubt(&name)).await? else {
+            return Ok(None);
+        };
+        let question = Question {
+            namespace,
+            chain_id: doubt.chain_id,
+            shown: doubt.shown,
+        };
+        match self.layers.agree(question).await {
+            Agreement::Shown => Ok(None),
+            Agreement::Instead(mut shown) => {
+                shown.extend(doubt.above);
+                Ok(Some(shown))
+            }
+            Agreement::Open(problem) => Err(SnapshotsError::Disagreement { problem }),
+        }
     }
 
     /// Makes a local snapshot.
@@ -104,11 +136,12 @@ impl Service {
         key: String,
         parent: String,
         labels: HashMap<String, String>,
+        instead: Option<Vec<Option<Digest>>>,
     ) -> Result<Vec<Mount>, SnapshotsError> {
         // It goes with the work, which goes on if this future is dropped.
         let making = self.making.enter();
         self.blocking(move |core| {
-            let mounts = core.create(kind, &key, &parent, labels);
+            let mounts = core.create(kind, &key, &parent, labels, instead);
             drop(making);
             mounts
         })
@@ -123,18 +156,27 @@ impl Service {
         chain_id: &str,
     ) -> Result<Option<String>, SnapshotsError> {
         let (key, parent) = (request.key.clone(), request.parent.clone());
-        let unpacking = self.blocking(move |core| core.check_new(&key, &parent).map(|()| core.unpacking()));
-        let unpacking = unpacking.await?;
+        let known = self.blocking(move |core| {
+            core.check_new(&key, &parent)?;
+            Ok((core.remote_below(&parent)?, core.unpacking()))
+        });
+        let (below, unpacking) = known.await?;
         let mut refusal = "it was released again and again".to_owned();
         for _ in 0..PUBLISH_ATTEMPTS {
             let wish = LayerRequest {
                 namespace: namespace(&request.key, metadata),
                 chain_id: chain_id.to_owned(),
                 labels: request.labels.clone(),
+                below: below.clone(),
                 unpacking: unpacking.clone(),
             };
-            let (layer, is_top) = match self.layers.resolve(wish).await {
-                Resolution::Live { layer, is_top } => (layer, is_top),
+            let (resolved, is_top) = match self.layers.resolve(wish).await {
+                Resolution::Live {
+                    layer,
+                    below,
+                    proven,
+                    is_top,
+                } => (Resolved { layer, below, proven }, is_top),
                 Resolution::Refused(reason) => {
                     refusal = reason;
                     break;
@@ -144,18 +186,23 @@ impl Service {
             // It goes with the work, which goes on if this future is dropped.
             let making = self.making.enter();
             let published = self.blocking(move |core| {
-                let published = core.publish(&parent, &chain_id, labels, layer);
+                let published = core.publish(&parent, &chain_id, labels, resolved);
                 drop(making);
                 let published = published?;
-                if let Some(name) = published.as_ref().filter(|_| is_top)
+                if let (Outcome::Named(name), true) = (&published, is_top)
                     && let Err(error) = core.expect(name)
                 {
                     tracing::warn!(%error, name, "layers are not merged ahead");
                 }
                 Ok(published)
             });
-            if let Some(name) = published.await? {
-                return Ok(Some(name));
+            match published.await? {
+                Outcome::Named(name) => return Ok(Some(name)),
+                Outcome::Gone => {}
+                Outcome::Refused(reason) => {
+                    refusal = reason;
+                    break;
+                }
             }
         }
         let (parent, wanted) = (request.parent.clone(), chain_id.to_owned());
@@ -273,11 +320,13 @@ impl Snapshots for Service {
     }
 
     async fn view(&self, request: Request<ViewSnapshotRequest>) -> Result<Response<ViewSnapshotResponse>, Status> {
+        let (metadata, _, request) = request.into_parts();
         let ViewSnapshotRequest {
             key, parent, labels, ..
-        } = request.into_inner();
+        } = request;
         let work = async {
-            let mounts = self.create(Kind::View, key, parent, labels).await?;
+            let instead = self.agreed(namespace(&key, &metadata), &parent).await?;
+            let mounts = self.create(Kind::View, key, parent, labels, instead).await?;
             Ok(ViewSnapshotResponse { mounts })
         };
         self.answer("View", work).await
@@ -336,7 +385,8 @@ impl Snapshots for Service {
         let filters = request.into_inner().filters;
         // All matching snapshots of one moment; nothing is locked while the client reads them.
         let work = async {
-            let infos = self.blocking(move |core| core.list(&filters)).await?;
+            let handover = Arc::clone(&self.handover);
+            let infos = self.blocking(move |core| core.list(&filters, &handover)).await?;
             let stream: Self::ListStream = Box::pin(stream::iter(batches(infos).map(Ok)));
             Ok(stream)
         };

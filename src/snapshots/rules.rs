@@ -19,6 +19,12 @@ pub(super) const REF_LABEL: &str = "containerd.io/snapshot.ref";
 /// Prefix of the names of remote snapshots. containerd's own keys have three parts, so that they never look like this.
 const REMOTE_PREFIX: &str = "lazuli/";
 
+/// The chain id of a snapshot that containerd has unpacked: it is a part of the name, after namespace and number.
+pub(super) fn chain_id_of(name: &str) -> Option<String> {
+    let id = name.splitn(3, '/').nth(2)?;
+    id.parse::<Digest>().is_ok().then(|| id.to_owned())
+}
+
 /// Labels as they are kept.
 pub(super) fn kept_labels(labels: HashMap<String, String>) -> BTreeMap<String, String> {
     labels.into_iter().filter(|(_, value)| !value.is_empty()).collect()
@@ -49,6 +55,10 @@ pub(super) struct NewSnapshot<'a> {
     pub parent: &'a str,
     pub labels: BTreeMap<String, String>,
     pub layer: Option<Digest>,
+    /// See [`SnapshotRecord::chain`].
+    pub chain: Vec<Option<Digest>>,
+    /// See [`SnapshotRecord::vouched`].
+    pub vouched: bool,
 }
 
 /// Adds a snapshot.
@@ -71,6 +81,8 @@ pub(super) fn create(
         created: now,
         updated: now,
         layer: new.layer,
+        chain: new.chain,
+        vouched: new.vouched,
         usage: Usage::default(),
     };
     snapshots.put(new.key, &record)?;
@@ -88,6 +100,34 @@ pub(super) fn remote_name(parent: &str, chain_id: &str) -> String {
     format!("{REMOTE_PREFIX}{}", Digest::from_bytes(hash.finalize().into()).hex())
 }
 
+/// Name of the remote snapshot with `chain_id` on `parent` that shows these layers, the lowest first. Only what is proven may share the plain name:
+/// that is the same for everybody.
+fn remote_name_of(parent: &str, chain_id: &str, shown: &[Option<Digest>]) -> String {
+    let mut hash = Sha256::new();
+    hash.update(remote_name(parent, chain_id));
+    for id in shown {
+        hash.update([u8::from(id.is_some())]);
+        hash.update(
+            id.as_ref()
+                .map(Digest::as_bytes)
+                .map(<[u8; Digest::LEN]>::as_slice)
+                .unwrap_or_default(),
+        );
+    }
+    format!("{REMOTE_PREFIX}{}", Digest::from_bytes(hash.finalize().into()).hex())
+}
+
+/// A remote snapshot that is wanted.
+#[derive(Debug, Clone)]
+pub(super) struct Wish<'a> {
+    pub chain_id: &'a str,
+    /// What it and its ancestors are to show, the lowest first; its own layer is the last.
+    pub shown: Vec<Option<Digest>>,
+    /// Whether its ancestors show that by themselves.
+    pub is_plain: bool,
+    pub vouched: bool,
+}
+
 /// What became of a wish for a remote snapshot.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Published {
@@ -97,17 +137,33 @@ pub(super) enum Published {
     Present(SnapshotRecord),
 }
 
-/// Makes sure that there is a remote snapshot of `layer` with `chain_id` on `parent`. If there is one already,
+/// Makes sure that there is a remote snapshot that shows what is wished on `parent`. If there is one under the plain name already,
 /// `present_is_live` tells whether its layer can be shown.
 pub(super) fn publish(
     snapshots: &SnapshotsWrite<'_>,
     parent: &str,
     mut labels: BTreeMap<String, String>,
-    (chain_id, layer): (&str, Digest),
+    wish: Wish<'_>,
     present_is_live: bool,
     now: i64,
 ) -> Result<(String, Published), SnapshotsError> {
-    let name = remote_name(parent, chain_id);
+    let Wish {
+        chain_id,
+        shown,
+        is_plain,
+        vouched,
+    } = wish;
+    let layer = shown.last().copied().flatten();
+    let (plain, own) = (remote_name(parent, chain_id), remote_name_of(parent, chain_id, &shown));
+    let chain = if is_plain { Vec::new() } else { shown };
+    let is_it = |record: &SnapshotRecord| record.layer == layer && record.chain == chain;
+    // What is proven on both sides is the same, though the blobs may be others.
+    let shared = |record: &SnapshotRecord| is_it(record) || (!vouched && !record.vouched);
+    let name = match snapshots.get(&plain)? {
+        Some(present) if shared(&present) => plain,
+        None if !vouched && snapshots.get(&own)?.is_none() => plain,
+        _ => own,
+    };
     labels.insert(REF_LABEL.to_owned(), chain_id.to_owned());
     let Some(mut record) = snapshots.get(&name)? else {
         let new = NewSnapshot {
@@ -115,23 +171,24 @@ pub(super) fn publish(
             key: &name,
             parent,
             labels,
-            layer: Some(layer),
+            layer,
+            chain,
+            vouched,
         };
         let record = create(snapshots, new, now)?;
         return Ok((name, Published::New(record)));
     };
-    let Some(present) = record
-        .layer
-        .filter(|_| record.parent.as_deref().unwrap_or("") == parent)
-    else {
+    if record.layer.is_none() || record.parent.as_deref().unwrap_or("") != parent {
         return Err(SnapshotsError::already_exists(&name));
-    };
-    // The same chain id may come with other blobs of the same content; one that can be shown is as good as another.
-    let replaced = present != layer && !present_is_live;
+    }
+    // One that can be shown is as good as another.
+    let replaced = !is_it(&record) && !present_is_live;
     // Without its label containerd would not find it.
     let labelled = record.labels.get(REF_LABEL).is_some_and(|label| label == chain_id);
     if replaced || !labelled {
-        record.layer = Some(if replaced { layer } else { present });
+        if replaced {
+            (record.layer, record.chain) = (layer, chain);
+        }
         record.labels.insert(REF_LABEL.to_owned(), chain_id.to_owned());
         record.updated = now;
         snapshots.put(&name, &record)?;

@@ -7,7 +7,7 @@ use super::{Store, StoreError, decode, encode};
 use crate::layer::Digest;
 
 const TABLE: &str = "chains";
-const CHAINS: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new(TABLE);
+pub(super) const CHAINS: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new(TABLE);
 
 /// Layers on each other of which one merged image is, or will be, stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

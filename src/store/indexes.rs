@@ -1,15 +1,32 @@
 //! Where the indexes of layers came from: what the cache's own files do not tell.
 
-use redb::{TableDefinition, WriteTransaction};
+use redb::{ReadableTable as _, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
-use super::{Store, StoreError, decode, encode};
+use super::{LayerSource, Store, StoreError, decode, encode};
 use crate::layer::Digest;
 
 const TABLE: &str = "indexes";
-const INDEXES: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new(TABLE);
+pub(super) const INDEXES: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new(TABLE);
 
-/// Where the index of a layer came from.
+/// Who said that an index is a layer's.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Voucher {
+    /// Nobody knows any more: a record of an older version.
+    #[default]
+    Unknown,
+    /// The image's manifest.
+    Manifest,
+    /// The client that pulled the image.
+    Client,
+    /// The configuration, for the image's manifest.
+    Configuration,
+    /// Nobody but the place it was found in.
+    Place,
+}
+
+/// Where the index of a layer came from. The layer's id follows from it; here is what is needed to judge it again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum IndexRecord {
@@ -28,6 +45,12 @@ pub enum IndexRecord {
         digest: Digest,
         /// Whether it was found to describe the whole layer, once that was here; `None`: not looked at yet.
         verified: Option<bool>,
+        /// The repository, again.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        place: Option<LayerSource>,
+        /// Its signature.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        signature: Option<String>,
     },
     /// Made of a zTOC, before the layer was here.
     Soci {
@@ -37,7 +60,44 @@ pub enum IndexRecord {
         trust: String,
         /// Digest of the SOCI index that lists it.
         digest: Digest,
+        /// Whether it was found to describe the whole layer, once that was here; `None`: not looked at yet.
+        #[serde(default)]
+        verified: Option<bool>,
+        /// The repository, again.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        place: Option<LayerSource>,
+        /// Who named it.
+        #[serde(default)]
+        by: Voucher,
     },
+    /// Made of the table of contents that the image's manifest states.
+    Table {
+        /// Digest of all that the manifest states of it.
+        digest: Digest,
+    },
+}
+
+impl IndexRecord {
+    /// Whether it was found not to describe its layer.
+    pub fn is_false(&self) -> bool {
+        matches!(
+            self,
+            IndexRecord::Shared {
+                verified: Some(false),
+                ..
+            } | IndexRecord::Soci {
+                verified: Some(false),
+                ..
+            }
+        )
+    }
+
+    /// Notes what came of a comparison with the layer.
+    pub fn set_verified(&mut self, found: bool) {
+        if let IndexRecord::Shared { verified, .. } | IndexRecord::Soci { verified, .. } = self {
+            *verified = Some(found);
+        }
+    }
 }
 
 pub(super) fn create_tables(transaction: &WriteTransaction) -> Result<(), StoreError> {
@@ -55,6 +115,25 @@ impl Store {
         let table = transaction.open_table(INDEXES)?;
         let bytes = table.get(layer.as_bytes())?;
         bytes.map(|bytes| decode(TABLE, layer, bytes.value())).transpose()
+    }
+
+    /// All index records that can be read, by the ids of their layers. The others are as good as none: what is not known is not believed.
+    ///
+    /// # Errors
+    /// An error of the database.
+    pub fn indexes(&self) -> Result<Vec<(Digest, IndexRecord)>, StoreError> {
+        let transaction = self.read()?;
+        let table = transaction.open_table(INDEXES)?;
+        let mut list = Vec::new();
+        for entry in table.iter()? {
+            let (key, bytes) = entry?;
+            let id = Digest::from_bytes(*key.value());
+            match decode(TABLE, &id, bytes.value()) {
+                Ok(record) => list.push((id, record)),
+                Err(error) => tracing::warn!(%error, "an index is not believed any more"),
+            }
+        }
+        Ok(list)
     }
 
     /// Notes where the index of a layer came from.
@@ -86,6 +165,8 @@ mod tests {
             trust: "trusted repository".to_owned(),
             digest: Digest::of(b"index"),
             verified: Some(true),
+            place: None,
+            signature: Some("text".to_owned()),
         };
         let store = Store::open(&path).unwrap();
         assert_eq!(store.index(&layer).unwrap(), None);
@@ -94,6 +175,8 @@ mod tests {
             .unwrap();
         store.put_index(&layer, &shared).unwrap();
         drop(store);
-        assert_eq!(Store::open(&path).unwrap().index(&layer).unwrap(), Some(shared));
+        let store = Store::open(&path).unwrap();
+        assert_eq!(store.index(&layer).unwrap(), Some(shared.clone()));
+        assert_eq!(store.indexes().unwrap(), [(layer, shared)]);
     }
 }

@@ -10,18 +10,28 @@ use super::{Store, StoreError, decode, encode};
 use crate::layer::Digest;
 
 const TABLE: &str = "layers";
-const LAYERS: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new(TABLE);
-const SLOTS: TableDefinition<&[u8; Digest::LEN], u32> = TableDefinition::new("slots");
-const NEXT_SLOT: &str = "next_slot";
+pub(super) const LAYERS: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new(TABLE);
+pub(super) const SLOTS: TableDefinition<&[u8; Digest::LEN], u32> = TableDefinition::new("slots");
+pub(super) const NEXT_SLOT: &str = "next_slot";
 
 /// A layer that was live once: everything that is needed to bring it back without the network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerRecord {
-    /// Digest of the blob; of a variant, its own.
+    /// Its id: digest of the blob if its index was built from that, of what was believed of it if not; of a variant, its own.
     pub digest: Digest,
-    /// Of a variant, which is a layer as it looks on its parents: digest of the layer's blob. All else is said of that blob.
+    /// Digest of the blob, where the id is another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blob: Option<Digest>,
+    /// Of a variant, which is a layer as it looks on its parents: id of that layer. All else is said of that layer.
     #[serde(default)]
     pub variant_of: Option<Digest>,
+    /// Digest of the uncompressed tar, where it was found out from the bytes that the index gives, and that the index is that tar's. Whoever
+    /// promises this tar is served with the layer, whatever was believed of it before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proof: Option<Digest>,
+    /// What it was known by in schema 1: its files may still have that name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub formerly: Option<Digest>,
     /// Digest of the uncompressed tar, where the image's config names it.
     pub diff_id: Option<Digest>,
     /// Media type of the blob.
@@ -39,6 +49,13 @@ pub struct LayerRecord {
     /// Why it was streamed as a whole, if it was.
     #[serde(default)]
     pub streamed: Option<String>,
+}
+
+impl LayerRecord {
+    /// Digest of the layer's blob.
+    pub fn blob(&self) -> Digest {
+        self.blob.unwrap_or(self.digest)
+    }
 }
 
 /// A repository that has a blob.

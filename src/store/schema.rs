@@ -4,7 +4,7 @@ use std::path::Path;
 
 use redb::{Database, ReadableTable as _, TableDefinition, WriteTransaction};
 
-use super::{StoreError, chains, images, indexes, layers, snapshots};
+use super::{StoreError, chains, ids, images, indexes, layers, snapshots};
 
 /// Version of the tables and records that this program writes.
 pub const SCHEMA: u64 = MIGRATIONS.len() as u64 + FIRST_SCHEMA;
@@ -16,7 +16,7 @@ const FIRST_SCHEMA: u64 = 1;
 type Step = fn(&WriteTransaction) -> Result<(), StoreError>;
 
 /// `MIGRATIONS[i]` turns schema `i + FIRST_SCHEMA` into the next one.
-const MIGRATIONS: &[Step] = &[];
+const MIGRATIONS: &[Step] = &[ids::legacy];
 
 /// Counters and the schema's version.
 pub(super) const META: TableDefinition<&str, u64> = TableDefinition::new("meta");

@@ -15,7 +15,7 @@ use super::{Store, StoreError, decode, encode};
 use crate::layer::Digest;
 
 const TABLE: &str = "snapshots";
-const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new(TABLE);
+pub(super) const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new(TABLE);
 const CHILDREN: MultimapTableDefinition<&str, &str> = MultimapTableDefinition::new("children");
 const NEXT_ID: &str = "next_snapshot_id";
 
@@ -61,6 +61,14 @@ pub struct SnapshotRecord {
     /// The layer that Lazuli shows in its place: only of a committed remote snapshot, which has no bytes of its own.
     #[serde(default)]
     pub layer: Option<Digest>,
+    /// What is shown in the places of its ancestors and, if it is committed, of itself, the lowest first, where that is something else than they
+    /// show for themselves: the image that it was made for believes something else of the layers below. Empty where it is not. Places of
+    /// local snapshots are `None`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub chain: Vec<Option<Digest>>,
+    /// Of a remote snapshot: something that it shows rests on the word of an image or of the configuration.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub vouched: bool,
     /// Size at the time of its commit.
     #[serde(default)]
     pub usage: Usage,
@@ -79,6 +87,12 @@ pub struct Ancestor {
     /// [`SnapshotRecord::layer`].
     #[serde(default)]
     pub layer: Option<Digest>,
+    /// [`SnapshotRecord::chain`].
+    #[serde(default)]
+    pub chain: Vec<Option<Digest>>,
+    /// [`SnapshotRecord::vouched`].
+    #[serde(default)]
+    pub vouched: bool,
 }
 
 impl From<&SnapshotRecord> for Ancestor {
@@ -88,8 +102,26 @@ impl From<&SnapshotRecord> for Ancestor {
             kind: record.kind,
             parent: record.parent.clone(),
             layer: record.layer,
+            chain: record.chain.clone(),
+            vouched: record.vouched,
         }
     }
+}
+
+/// What is shown of a snapshot and its ancestors, which come nearest first: the ids of layers, the lowest first, `None` for local ones.
+/// The nearest snapshot that says what is shown below it is believed; above it each shows its own layer.
+pub fn shown(chain: &[(String, Ancestor)]) -> Vec<Option<Digest>> {
+    let mut ids: Vec<Option<Digest>> = chain.iter().rev().map(|(_, ancestor)| ancestor.layer).collect();
+    let said = chain.iter().find(|(_, ancestor)| !ancestor.chain.is_empty());
+    if let Some((_, ancestor)) = said {
+        for (id, other) in ids.iter_mut().zip(&ancestor.chain) {
+            // What is local stays local.
+            if let (Some(id), Some(other)) = (id, other) {
+                *id = *other;
+            }
+        }
+    }
+    ids
 }
 
 /// Records with their keys; the error of one does not hide the others.

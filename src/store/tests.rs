@@ -22,6 +22,8 @@ fn snapshot(id: u64, parent: Option<&str>) -> SnapshotRecord {
         created: -5,
         updated: i64::MAX,
         layer: Some(Digest::of(b"layer")),
+        chain: vec![None, Some(Digest::of(b"below"))],
+        vouched: true,
         usage: Usage { bytes: 1, inodes: 2 },
     }
 }
@@ -38,6 +40,9 @@ fn layer(store: &Store, bytes: &[u8]) -> LayerRecord {
     let digest = Digest::of(bytes);
     LayerRecord {
         digest,
+        blob: Some(Digest::of(b"blob")),
+        proof: None,
+        formerly: None,
         variant_of: None,
         diff_id: Some(Digest::of(b"tar")),
         media_type: "application/vnd.oci.image.layer.v1.tar+gzip".to_owned(),

@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
-use lazuli::catalog::{LayerRequest, Layers, Lowers, Needed, Released, Resolution};
+use lazuli::catalog::{Agreement, LayerRequest, Layers, Lowers, Needed, Question, Released, Resolution};
 use lazuli::layer::Digest;
 use lazuli::metrics::Metrics;
 use lazuli::proto::snapshots::v1::snapshots_client::SnapshotsClient;
@@ -64,6 +64,10 @@ struct FakeState {
     resolved: Vec<LayerRequest>,
     retained: Vec<Needed>,
     expected: Vec<Vec<Digest>>,
+    /// What images say of chain ids: the layers below, and whether that is proven.
+    said: HashMap<String, (Vec<Option<Digest>>, bool)>,
+    questions: Vec<Question>,
+    agreement: Option<Agreement>,
 }
 
 impl FakeLayers {
@@ -107,6 +111,26 @@ impl FakeLayers {
     pub fn keep(&self, content: &str) {
         let layer = (Digest::of(content.as_bytes()), self.root.path().join(content));
         self.state().known.insert(format!("kept {content}"), layer);
+    }
+
+    /// From now on the image of this chain id says that of the layers below.
+    pub fn say(&self, chain_id: &str, below: &[Option<Digest>], proven: bool) {
+        self.state().said.insert(chain_id.to_owned(), (below.to_vec(), proven));
+    }
+
+    /// No image says anything of this chain id any more.
+    pub fn unsay(&self, chain_id: &str) {
+        self.state().said.remove(chain_id);
+    }
+
+    /// From now on that is what images agree on.
+    pub fn agree_on(&self, agreement: Agreement) {
+        self.state().agreement = Some(agreement);
+    }
+
+    /// What was asked about agreement.
+    pub fn questions(&self) -> Vec<Question> {
+        self.state().questions.clone()
     }
 
     pub fn release(&self, layer: &Digest) {
@@ -172,6 +196,16 @@ impl Layers for FakeLayers {
             let mut held = self.held.subscribe();
             held.wait_for(|held| !held).await.unwrap();
             let mut state = self.state();
+            if let Some((below, proven)) = state.said.get(&request.chain_id).cloned() {
+                let layer = state.known[&request.chain_id].0;
+                state.live.extend(below.iter().flatten().copied().chain([layer]));
+                return Resolution::Live {
+                    layer,
+                    below,
+                    proven,
+                    is_top: request.chain_id.ends_with("top"),
+                };
+            }
             let Some((layer, _)) = state.known.get(&request.chain_id).cloned() else {
                 return Resolution::Refused(format!("{} is not known", request.chain_id));
             };
@@ -183,8 +217,20 @@ impl Layers for FakeLayers {
             }
             Resolution::Live {
                 layer,
+                // It has no opinion on what is below: what is the same for everybody is shown.
+                below: vec![None; request.below.len()],
+                proven: true,
                 is_top: request.chain_id.ends_with("top"),
             }
+        }
+        .boxed()
+    }
+
+    fn agree(&self, question: Question) -> BoxFuture<'_, Agreement> {
+        async move {
+            let mut state = self.state();
+            state.questions.push(question);
+            state.agreement.clone().unwrap_or(Agreement::Shown)
         }
         .boxed()
     }

@@ -6,11 +6,17 @@
 
 use crate::cache::CachedLayer;
 use crate::layer::digest::Hasher;
+use crate::layer::index::{Inode, mode};
 use crate::layer::tar::TarIndexer;
 use crate::layer::{Access, Checkpoint, Codec, Digest, LayerError, LayerIndex, Verify};
 
 /// Bytes looked at at a time.
 const PIECE: usize = 1 << 20;
+/// Unit of a tar, in bytes.
+const BLOCK: usize = 512;
+/// Most zeros after the end of an archive that are tried where an index does not say how many there are, in bytes. GNU tar fills up to a
+/// multiple of its blocking factor, which is 20 blocks, and can be told to use more.
+const PADDING_MAX: usize = 1 << 20;
 
 /// Why an index is not found to describe its layer.
 #[derive(Debug, thiserror::Error)]
@@ -19,10 +25,10 @@ pub enum Mismatch {
     #[error("not all of it can be compared")]
     Absent,
     /// The tar is not the one that the image promises.
-    #[error("the tar that it gives has digest {actual}, and the image says its diff id is {expected}")]
+    #[error("the tar that it gives has digest {actual}, and images say that their diff id is {expected:?}")]
     Tar {
-        /// From the image's configuration.
-        expected: Digest,
+        /// From the images' configurations.
+        expected: Vec<Digest>,
         /// Of what was decoded with the index.
         actual: Digest,
     },
@@ -34,13 +40,15 @@ pub enum Mismatch {
     Tree,
 }
 
-/// Compares a layer that is wholly in the cache with its index.
+/// Compares a layer that is wholly in the cache with its index; the digest of its tar, which is one of those that images promise.
 ///
 /// # Errors
 /// [`Mismatch`]; only [`Mismatch::Absent`] says nothing about the index.
-pub fn describes(cached: &CachedLayer, diff_id: Option<Digest>) -> Result<(), Mismatch> {
+pub fn describes(cached: &CachedLayer, promised: &[Digest]) -> Result<Digest, Mismatch> {
     let index = cached.index();
-    let tar_size = tar_size(index).ok_or(Mismatch::Absent)?;
+    let tar_size = tar_size(index)
+        .filter(|_| !promised.is_empty())
+        .ok_or(Mismatch::Absent)?;
     let (mut hash, mut indexer) = (Hasher::new(), TarIndexer::new());
     let mut buf = vec![0; PIECE];
     let mut offset = 0;
@@ -59,10 +67,17 @@ pub fn describes(cached: &CachedLayer, diff_id: Option<Digest>) -> Result<(), Mi
         }
         offset += count as u64;
     }
-    let actual = hash.finish();
-    if let Some(expected) = diff_id.filter(|expected| *expected != actual) {
-        return Err(Mismatch::Tar { expected, actual });
-    }
+    // A SOCI index ends where the archive does, and the tar goes on with zeros: nobody says how many. (A layer that goes on with anything else, which
+    // no tool writes, cannot be told from one whose index is false.)
+    let padding = match index.verify() {
+        Verify::Span => PADDING_MAX,
+        Verify::Content => 0,
+    };
+    let actual = hash.clone().finish();
+    let proof = promised_digest(hash, promised, padding).ok_or_else(|| Mismatch::Tar {
+        expected: promised.to_vec(),
+        actual,
+    })?;
     let layout = match malformed {
         Some(error) => return Err(Mismatch::Malformed(error)),
         None => indexer.finish().map_err(Mismatch::Malformed)?,
@@ -76,9 +91,21 @@ pub fn describes(cached: &CachedLayer, diff_id: Option<Digest>) -> Result<(), Mi
     // How the bytes come out of the blob is no part of the comparison: that they are right has been seen.
     let own = layout.into_index(Access::Stream, Codec::None, Vec::new(), index.blob_size());
     match own {
-        Ok(own) if same_tree(&own, index) => Ok(()),
+        Ok(own) if same_tree(&own, index) => Ok(proof),
         Ok(_) | Err(_) => Err(Mismatch::Tree),
     }
+}
+
+/// The promised digest that the tar has, perhaps with up to `padding` zeros after it.
+fn promised_digest(mut hash: Hasher, promised: &[Digest], padding: usize) -> Option<Digest> {
+    for _ in 0..=padding / BLOCK {
+        let digest = hash.clone().finish();
+        if promised.contains(&digest) {
+            return Some(digest);
+        }
+        hash.update(&[0; BLOCK]);
+    }
+    None
 }
 
 /// Compares two ranges of the data space.
@@ -103,23 +130,40 @@ fn same_bytes(cached: &CachedLayer, a: u64, b: u64, len: u64) -> Result<(), Mism
 }
 
 /// Whether two indexes show the same names, attributes and places of files. Both were made by the same rules if both are honest, so
-/// that even their numbers are the same.
+/// that even the numbers of inodes are the same; but extended attributes come in any order from SOCI's tool.
 fn same_tree(a: &LayerIndex, b: &LayerIndex) -> bool {
-    a.inodes() == b.inodes()
-        && a.inodes().iter().all(|inode| {
-            let names = |index: &LayerIndex| -> Vec<(Vec<u8>, u32)> {
+    a.inodes().len() == b.inodes().len()
+        && a.inodes().iter().zip(b.inodes()).all(|(one, other)| {
+            fn names<'i>(index: &'i LayerIndex, inode: &Inode) -> Vec<(&'i [u8], u32)> {
                 let entries = index.entries(inode).iter();
-                entries.map(|entry| (index.name(entry).to_vec(), entry.ino)).collect()
-            };
-            a.target(inode) == b.target(inode) && names(a) == names(b) && a.xattrs(inode).eq(b.xattrs(inode))
+                entries.map(|entry| (index.name(entry), entry.ino)).collect()
+            }
+            fn xattrs<'i>(index: &'i LayerIndex, inode: &Inode) -> Vec<(&'i [u8], &'i [u8])> {
+                let mut xattrs: Vec<_> = index.xattrs(inode).collect();
+                xattrs.sort_unstable();
+                xattrs
+            }
+            without_places(one) == without_places(other)
+                && a.target(one) == b.target(other)
+                && names(a, one) == names(b, other)
+                && xattrs(a, one) == xattrs(b, other)
         })
+}
+
+/// An inode without places within its index. The place of a file's content is none of these.
+fn without_places(inode: &Inode) -> Inode {
+    let mut inode = *inode;
+    if inode.file_type() != mode::REG || inode.size == 0 {
+        inode.data = 0;
+    }
+    inode.xattr_first = 0;
+    inode
 }
 
 /// Bytes of the data space that are the tar, if that can be told.
 fn tar_size(index: &LayerIndex) -> Option<u64> {
-    // It ends where the archive does, and a tar usually goes on with zeros: its diff id cannot be computed.
     if index.verify() == Verify::Span {
-        return None;
+        return Some(index.data_size());
     }
     match index.codec() {
         Codec::None => Some(index.blob_size()),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::cache::{Cache, CacheError, CachedLayer};
+use crate::cache::{Cache, CacheError, CachedLayer, Key};
 use crate::layer::portable;
 use crate::layer::{Access, Digest, LayerError, LayerIndex, Verify, Windows};
 
@@ -39,8 +39,8 @@ impl Portable {
     ///
     /// # Errors
     /// [`CacheError`] when the disk fails.
-    pub fn insert(self, cache: &Cache, layer: &Digest) -> Result<Arc<CachedLayer>, CacheError> {
-        cache.insert_with_windows(layer, self.index, &self.windows)
+    pub fn insert(self, cache: &Cache, key: Key) -> Result<Arc<CachedLayer>, CacheError> {
+        cache.insert_with_windows(key, self.index, &self.windows)
     }
 }
 

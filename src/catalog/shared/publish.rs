@@ -164,7 +164,8 @@ impl Publisher {
     /// as long as that may help. `None`: there is nothing to publish, or it could not be.
     pub async fn publish(&self, cached: &Arc<CachedLayer>, origin: &Origin) -> Option<String> {
         let layer = *cached.digest();
-        if cached.index().blob_size() < super::WORTH_FROM {
+        // What others said of a layer is not this node's to pass on.
+        if cached.index().blob_size() < super::WORTH_FROM || cached.id() != cached.digest() {
             return None;
         }
         let mut waits = AGAIN_AFTER.into_iter();

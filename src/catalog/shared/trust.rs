@@ -1,7 +1,7 @@
 //! Whose indexes are believed.
 //!
-//! An index decides what a layer's names are and how its bytes come out of the blob, so that a false one can show false files. It is
-//! believed if the image's manifest names its digest, if a configured key has signed it, or if it lies in a repository that the
+//! An index decides what a layer's names are and how its bytes come out of the blob, so that a false one can show false files. For one image (see
+//! [`super::super::belief`]) it is believed if the image's manifest names its digest, if a configured key has signed it, or if it lies in a repository that the
 //! configuration names. A signature covers a fixed text, the digest of the layer and that of the index ([`statement`]): it cannot be
 //! taken from one layer to another, nor from another purpose to this one.
 
@@ -164,7 +164,17 @@ impl Policy {
         if let Some(key) = signature.and_then(|text| self.signer(layer, index, text)) {
             return Some(Trust::Signed(key));
         }
-        (!self.require_signature && self.names(place)).then_some(Trust::Repository)
+        self.trusts_unsigned(place).then_some(Trust::Repository)
+    }
+
+    /// Whether nothing is believed that is neither signed nor named by the image's own manifest.
+    pub fn requires_signature(&self) -> bool {
+        self.require_signature
+    }
+
+    /// Whether what lies in `place` is believed because it lies there.
+    pub fn trusts_unsigned(&self, place: &LayerSource) -> bool {
+        !self.require_signature && self.names(place)
     }
 
     /// The key that made a signature.

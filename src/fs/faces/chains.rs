@@ -149,7 +149,7 @@ impl Faces {
             .iter()
             .zip(&merged.devices)
             .map(|(device, size)| erofs::Device {
-                tag: *device.layer.digest(),
+                tag: *device.layer.id(),
                 size: *size,
             })
             .collect();

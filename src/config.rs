@@ -153,7 +153,7 @@ pub struct IndexConfig {
     pub trusted_repositories: Vec<String>,
     /// Files with ed25519 public keys (PEM): what one of them has signed is trusted wherever it lies.
     pub public_keys: Vec<PathBuf>,
-    /// Trust nothing unsigned, not even in the repositories named here.
+    /// Believe only what the image's own manifest names and what a key has signed.
     pub require_signature: bool,
     /// File with the ed25519 private key (PEM, PKCS#8) that signs what is published.
     pub signing_key: Option<PathBuf>,

@@ -412,7 +412,7 @@ fn compare(
     // Sparse layers have no index.
     let (index, windows) = index_from_ztoc(ztoc, blob.len() as u64, xattrs).ok()?;
     let id = Digest::of(&[ztoc, blob, &[u8::from(xattrs)]].concat());
-    let cached = cache.insert_with_windows(id, index, &windows).unwrap();
+    let cached = cache.insert_with_windows(&id, index, &windows).unwrap();
     for (at, chunk) in cached.index().chunks().iter().enumerate() {
         let bytes = &tar[chunk.data_offset as usize..chunk.data_end() as usize];
         cached.store(at, bytes).unwrap();
@@ -516,7 +516,7 @@ fn a_false_index_is_called_so() {
     other[1000] ^= 1;
     let (index, windows) = index_from_ztoc(&honest, blob.len() as u64, true).unwrap();
     let cached = cache
-        .insert_with_windows(Digest::of(b"other"), index, &windows)
+        .insert_with_windows(&Digest::of(b"other"), index, &windows)
         .unwrap();
     for (at, chunk) in cached.index().chunks().iter().enumerate() {
         let bytes = &other[chunk.data_offset as usize..chunk.data_end() as usize];

@@ -27,16 +27,10 @@ pub struct Key {
     pub blob: Digest,
 }
 
-impl From<Digest> for Key {
-    /// A layer whose index is built from its blob.
-    fn from(blob: Digest) -> Self {
-        Key { id: blob, blob }
-    }
-}
-
 impl From<&Digest> for Key {
+    /// A layer whose index is built from its blob.
     fn from(blob: &Digest) -> Self {
-        Key::from(*blob)
+        Key { id: *blob, blob: *blob }
     }
 }
 

@@ -150,11 +150,19 @@ impl CachedLayer {
     }
 
     /// Digest of the layer's blob.
+    #[expect(
+        clippy::misnamed_getters,
+        reason = "within the cache a layer is known by its id, to others by its blob"
+    )]
     pub fn digest(&self) -> &Digest {
         &self.blob
     }
 
     /// What the layer's index is known by: see [`Key`].
+    #[expect(
+        clippy::misnamed_getters,
+        reason = "within the cache a layer is known by its id, to others by its blob"
+    )]
     pub fn id(&self) -> &Digest {
         &self.digest
     }

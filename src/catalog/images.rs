@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use lru::LruCache;
 
@@ -26,6 +26,8 @@ const LABEL_IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
 const LABEL_MANIFEST_DIGEST: &str = "containerd.io/snapshot/cri.manifest-digest";
 /// Manifests whose layers are remembered: several hundred bytes per layer each.
 const REMEMBERED: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
+/// Manifests whose chain ids are remembered, of 32 bytes for each layer: as many as one look-up goes through.
+const REMEMBERED_CHAINS: NonZeroUsize = NonZeroUsize::new(READ_AT_MOST).unwrap();
 /// Manifests that one look-up may read from containerd; a node with more images than this is beyond kubelet's own limits.
 const READ_AT_MOST: usize = 4096;
 
@@ -121,6 +123,8 @@ pub struct Images {
     registry: Arc<Registry>,
     /// Layers by manifest digest. Both are immutable, so nothing here is ever stale.
     known: Mutex<LruCache<Digest, Arc<Vec<PlannedLayer>>>>,
+    /// Chain ids by manifest digest, of more manifests: all of a namespace are looked through for one.
+    chains: Mutex<LruCache<Digest, Arc<[Digest]>>>,
 }
 
 impl Images {
@@ -130,6 +134,7 @@ impl Images {
             containerd,
             registry,
             known: Mutex::new(LruCache::new(REMEMBERED)),
+            chains: Mutex::new(LruCache::new(REMEMBERED_CHAINS)),
         }
     }
 
@@ -283,11 +288,16 @@ impl Images {
     fn remember(&self, digest: &Digest, manifest: &Manifest, config: &[u8]) -> Result<Arc<Vec<PlannedLayer>>, Refusal> {
         let config = ImageConfig::parse(config).map_err(|error| Refusal::unresolved(error.to_string(), false))?;
         let layers = Arc::new(plan_layers(manifest, &config)?);
+        self.chains().put(*digest, chain_ids(&config.diff_ids).into());
         self.known
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .put(*digest, Arc::clone(&layers));
         Ok(layers)
+    }
+
+    fn chains(&self) -> MutexGuard<'_, LruCache<Digest, Arc<[Digest]>>> {
+        self.chains.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn known(&self, manifest: &Digest) -> Option<Arc<Vec<PlannedLayer>>> {
@@ -307,10 +317,26 @@ impl Images {
         let manifests = self.containerd.manifests(namespace).await;
         let manifests = manifests.map_err(|error| of_containerd(&error))?;
         let mut found = Vec::new();
+        if manifests.len() > READ_AT_MOST {
+            let (all, most) = (manifests.len(), READ_AT_MOST);
+            tracing::warn!(
+                namespace,
+                all,
+                most,
+                "not all images are looked at for a chain of layers"
+            );
+        }
+        let other = |digest: &Digest| {
+            let chains = self.chains().get(digest).cloned();
+            chains.is_some_and(|chains| !chains.iter().any(|chain| chain.to_string() == chain_id))
+        };
         for info in manifests.iter().take(READ_AT_MOST) {
             let Ok(digest) = info.digest.parse::<Digest>() else {
                 continue;
             };
+            if other(&digest) {
+                continue;
+            }
             match self.layers_of(namespace, &digest, info).await {
                 Ok(layers) if layers.iter().any(|layer| layer.chain_id == chain_id) => {
                     found.push((digest, info, layers))

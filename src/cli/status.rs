@@ -101,14 +101,23 @@ fn table(status: &Status) -> String {
     for image in &status.images {
         let _ = writeln!(out, "\n{} [{}] {}", image.name, image.namespace, short(&image.manifest));
         for layer in &image.layers {
-            let line = match status.layers.iter().find(|live| live.digest == layer.digest) {
-                Some(live) => describe(live),
-                None => match &layer.refused {
-                    Some(reason) => format!("left to containerd: {reason}"),
-                    None => "not in use".to_owned(),
-                },
+            // Other images may believe something else of the same blob.
+            let live: Vec<_> = status
+                .layers
+                .iter()
+                .filter(|live| live.digest == layer.digest)
+                .collect();
+            let line = match (live.as_slice(), &layer.refused) {
+                ([live], _) => describe(live),
+                ([], Some(reason)) => format!("left to containerd: {reason}"),
+                ([], None) => "not in use".to_owned(),
+                (all, _) => format!("known by {} indexes, for different images", all.len()),
             };
             let _ = writeln!(out, "  {}  {line}", short(&layer.digest));
+            for live in live.iter().filter(|_| live.len() > 1) {
+                let trust = live.index.trust.as_deref().unwrap_or("built here");
+                let _ = writeln!(out, "    {}  {trust}: {}", short(&live.id), describe(live));
+            }
         }
     }
     let of_images = |digest: &str| {
@@ -258,6 +267,11 @@ mod tests {
                         live: false,
                         refused: Some("it is encrypted".into()),
                     },
+                    ImageLayerStatus {
+                        digest: digest('e'),
+                        live: true,
+                        refused: None,
+                    },
                 ],
             }],
             layers: vec![
@@ -271,6 +285,24 @@ mod tests {
                     index: IndexStatus {
                         source: "shared".into(),
                         from: Some("r.example/index".into()),
+                        ..Default::default()
+                    },
+                    ..Default::default()
+                },
+                LayerStatus {
+                    digest: digest('e'),
+                    id: digest('e'),
+                    format: "tar".into(),
+                    ..Default::default()
+                },
+                LayerStatus {
+                    digest: digest('e'),
+                    id: digest('9'),
+                    format: "tar".into(),
+                    lazy: true,
+                    index: IndexStatus {
+                        source: "soci".into(),
+                        trust: Some("named by the manifest".into()),
                         ..Default::default()
                     },
                     ..Default::default()
@@ -300,6 +332,9 @@ mod tests {
         r.example/a:1 [default] ffffffffffff
           aaaaaaaaaaaa  lazy estargz: 0 B of 0 B here, 3 requests, 0 B fetched, index from r.example/index; image, mounted
           bbbbbbbbbbbb  left to containerd: it is encrypted
+          eeeeeeeeeeee  known by 2 indexes, for different images
+            eeeeeeeeeeee  built here: streamed tar: 0 B of 0 B here, 0 requests, 0 B fetched
+            999999999999  named by the manifest: lazy tar: 0 B of 0 B here, 0 requests, 0 B fetched
 
         other layers
           cccccccccccc  streamed tar+gzip: 0 B of 0 B here, 0 requests, 0 B fetched; not lazy: its manifest names no table of contents; tree: a name is too long

@@ -15,6 +15,9 @@ use crate::metrics::Metrics;
 use crate::registry::Blob;
 use crate::sync::{Gate, SingleFlight};
 
+/// A blob, and the digest that its tar is promised to have.
+type Promised = (Digest, Option<Digest>);
+
 /// The scheduler. There is one per daemon.
 pub struct Fetcher {
     pub(super) cache: Arc<Cache>,
@@ -26,7 +29,7 @@ pub struct Fetcher {
     pub(super) memory: Arc<Semaphore>,
     pub(super) memory_size: usize,
     /// First passes under way, by blob and by what its tar is promised to be: a false promise fails nobody else's.
-    pub(super) streaming: Arc<SingleFlight<(Digest, Option<Digest>), Result<Arc<CachedLayer>, FetchError>>>,
+    pub(super) streaming: Arc<SingleFlight<Promised, Result<Arc<CachedLayer>, FetchError>>>,
     progress: Mutex<HashMap<Digest, Arc<Progress>>>,
     /// Limits the requests under way.
     pub(super) gate: Arc<Gate>,

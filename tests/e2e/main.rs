@@ -24,5 +24,6 @@ mod restart;
 mod shared;
 mod soci;
 mod stage;
+mod tenants;
 mod trees;
 mod variants;

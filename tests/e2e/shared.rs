@@ -30,15 +30,15 @@ const BALLAST: usize = 24 << 20;
 
 /// The registry that the machines have in common.
 pub struct Ground {
-    sandbox: Sandbox,
-    registry: Registry,
+    pub sandbox: Sandbox,
+    pub registry: Registry,
     pub proxy: Proxy,
 }
 
 /// One machine. Fields are dropped in this order: users before what they use.
 pub struct Machine {
     pub containerd: Containerd,
-    lazuli: Lazuli,
+    pub lazuli: Lazuli,
     _sandbox: Sandbox,
 }
 
@@ -81,12 +81,18 @@ impl Ground {
     }
 
     pub fn machine(&self, name: &str, index: &str) -> Machine {
+        self.machine_with(name, index, &[])
+    }
+
+    /// One that knows other registries as well.
+    pub fn machine_with(&self, name: &str, index: &str, others: &[String]) -> Machine {
         let generation = Generation::two().unwrap_or(Generation::One);
         let sandbox = self.sandbox.machine(name);
         let containerd = Containerd::start(&sandbox, generation, &program::address_in(&sandbox));
         let index = index.replace("REGISTRY", &self.proxy.host());
         let more = format!("[index]\n{index}");
-        let lazuli = Lazuli::start(&sandbox, &containerd.address, &[self.proxy.host()], &more);
+        let hosts = [&[self.proxy.host()], others].concat();
+        let lazuli = Lazuli::start(&sandbox, &containerd.address, &hosts, &more);
         Machine {
             containerd,
             lazuli,
@@ -228,7 +234,7 @@ fn a_second_machine_starts_with_the_index_of_the_first() {
 }
 
 /// A key pair made by openssl.
-fn keys(dir: &Path, name: &str) -> (PathBuf, PathBuf) {
+pub fn keys(dir: &Path, name: &str) -> (PathBuf, PathBuf) {
     let (private, public) = (dir.join(format!("{name}.key")), dir.join(format!("{name}.pub")));
     let mut openssl = std::process::Command::new("openssl");
     run_ok(openssl.args(["genpkey", "-algorithm", "ed25519", "-out"]).arg(&private));
@@ -321,7 +327,7 @@ fn indexes_are_pushed_listed_pulled_and_removed_by_hand() {
 }
 
 /// The index of a plain tar with the names of another one.
-fn false_index(tar: &[u8], names_of: &[u8]) -> Vec<u8> {
+pub fn false_index(tar: &[u8], names_of: &[u8]) -> Vec<u8> {
     let layer = Digest::of(tar);
     let chunks = tar.chunks(1 << 20).enumerate().map(|(n, bytes)| Chunk {
         data_offset: (n << 20) as u64,

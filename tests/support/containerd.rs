@@ -88,6 +88,8 @@ pub struct Containerd {
     /// Which one it is.
     pub generation: Generation,
     sandbox: Sandbox,
+    /// Namespace of its commands.
+    namespace: String,
     process: Option<Process>,
 }
 
@@ -103,10 +105,22 @@ impl Containerd {
             address: dir.join("c.sock"),
             generation,
             sandbox: sandbox.clone(),
+            namespace: NAMESPACE.to_owned(),
             process: None,
         };
         containerd.launch();
         containerd
+    }
+
+    /// The same containerd, with commands in another namespace.
+    pub fn in_namespace(&self, namespace: &str) -> Self {
+        Containerd {
+            address: self.address.clone(),
+            generation: self.generation.clone(),
+            sandbox: self.sandbox.clone(),
+            namespace: namespace.to_owned(),
+            process: None,
+        }
     }
 
     fn launch(&mut self) {
@@ -137,13 +151,13 @@ impl Containerd {
         self.process.as_ref().map(Process::log).unwrap_or_default()
     }
 
-    /// A `ctr` command in [`NAMESPACE`].
+    /// A `ctr` command in its namespace, [`NAMESPACE`] if no other was chosen.
     pub fn ctr(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.generation.program("ctr"));
         command
             .arg("--address")
             .arg(&self.address)
-            .args(["--namespace", NAMESPACE]);
+            .args(["--namespace", &self.namespace]);
         command.args(arguments);
         // A default that the caller's environment might have.
         command

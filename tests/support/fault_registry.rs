@@ -233,6 +233,11 @@ impl FaultRegistry {
         digest
     }
 
+    /// Serves these bytes as the blob with a digest that they do not have.
+    pub fn add_false_blob(&self, digest: Digest, bytes: impl Into<Bytes>) {
+        self.inner().blobs.insert(digest, bytes.into());
+    }
+
     /// Adds a manifest or index, to every repository.
     pub fn add_manifest(&self, media_type: &str, bytes: impl Into<Bytes>) -> Digest {
         let bytes = bytes.into();

@@ -122,7 +122,8 @@ pub fn push(address: SocketAddr, image: &Image, name: &str) {
     });
 }
 
-async fn push_blob(client: &reqwest::Client, address: SocketAddr, repository: &str, blob: &Blob) {
+/// Pushes a blob into a repository of the registry at `address`.
+pub async fn push_blob(client: &reqwest::Client, address: SocketAddr, repository: &str, blob: &Blob) {
     let base = format!("http://{address}/v2/{repository}/blobs/");
     let present = client.head(format!("{base}{}", blob.digest)).send().await;
     if present.is_ok_and(|answer| answer.status().is_success()) {

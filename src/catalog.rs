@@ -48,6 +48,7 @@ mod handle;
 pub mod images;
 mod indexes;
 pub mod loader;
+mod memory;
 mod records;
 mod release;
 pub mod shared;

@@ -13,6 +13,7 @@ use crate::layer::compression::{self, Compression};
 use crate::layer::{Access, Codec, Digest, LayerIndex};
 use crate::registry::{Blob, RegistryError};
 use crate::store::IndexRecord;
+use crate::sync::Budget;
 
 use super::shared::{self, Found, Origin, SharedIndexes};
 use super::soci::{self, SociIndexes};
@@ -161,17 +162,19 @@ pub struct Loader {
     cache: Arc<Cache>,
     fetcher: Arc<Fetcher>,
     formats: FormatsConfig,
+    memory: Arc<Budget>,
     shared: Option<Arc<SharedIndexes>>,
     soci: Option<Arc<SociIndexes>>,
 }
 
 impl Loader {
-    /// A loader that keeps indexes and bytes in `cache`.
-    pub fn new(cache: Arc<Cache>, fetcher: Arc<Fetcher>, formats: FormatsConfig) -> Self {
+    /// A loader that keeps indexes and bytes in `cache`, and reads tables of contents in `memory`.
+    pub fn new(cache: Arc<Cache>, fetcher: Arc<Fetcher>, formats: FormatsConfig, memory: Arc<Budget>) -> Self {
         Loader {
             cache,
             fetcher,
             formats,
+            memory,
             shared: None,
             soci: None,
         }
@@ -323,7 +326,7 @@ impl Loader {
         kind: toc::Kind,
         images: &[TocImage],
     ) -> Result<Result<Loaded, NotLazy>, Refusal> {
-        let read = toc::read(spec, blob, kind, &self.formats, images);
+        let read = toc::read(spec, blob, kind, &self.formats, images, &self.memory);
         let table = match tokio::time::timeout(toc::DEADLINE, read).await {
             Ok(Ok(table)) => table,
             // The registry cannot deliver; streaming would ask the same registry for more.

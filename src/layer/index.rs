@@ -415,6 +415,17 @@ impl LayerIndex {
         first..first + count
     }
 
+    /// Bytes of memory that it takes.
+    pub fn memory(&self) -> u64 {
+        let p = &self.parts;
+        let records = size_of_val(&p.inodes[..])
+            + size_of_val(&p.dirents[..])
+            + size_of_val(&p.xattrs[..])
+            + size_of_val(&p.chunks[..])
+            + size_of_val(&p.checkpoints[..]);
+        (size_of::<Self>() + records + p.strings.len()) as u64
+    }
+
     /// Bytes of the data space that are stored in the blob, i.e. that have to be fetched.
     pub fn stored_size(&self) -> u64 {
         self.parts.chunks.iter().map(|chunk| u64::from(chunk.data_len)).sum()

@@ -418,12 +418,15 @@ impl LayerIndex {
     /// Bytes of memory that it takes.
     pub fn memory(&self) -> u64 {
         let p = &self.parts;
-        let records = size_of_val(&p.inodes[..])
-            + size_of_val(&p.dirents[..])
-            + size_of_val(&p.xattrs[..])
-            + size_of_val(&p.chunks[..])
-            + size_of_val(&p.checkpoints[..]);
-        (size_of::<Self>() + records + p.strings.len()) as u64
+        let places = size_of_val(&p.chunks[..]) + size_of_val(&p.checkpoints[..]);
+        (size_of::<Self>() + places) as u64 + self.names_memory()
+    }
+
+    /// Bytes of memory that its names and attributes take.
+    pub fn names_memory(&self) -> u64 {
+        let p = &self.parts;
+        let records = size_of_val(&p.inodes[..]) + size_of_val(&p.dirents[..]) + size_of_val(&p.xattrs[..]);
+        (records + p.strings.len()) as u64
     }
 
     /// Bytes of the data space that are stored in the blob, i.e. that have to be fetched.

@@ -34,6 +34,7 @@ use std::io::Read;
 
 use super::compression::zstd_frames_within;
 use super::index::{Access, Codec, MAX_CHUNKS, MAX_INODES, codec_byte, codec_of};
+use super::tree::memory_for_blob;
 use super::{Digest, LayerError, LayerIndex, Windows};
 
 const MAGIC: &[u8; 8] = b"LZLSHARE";
@@ -286,6 +287,11 @@ fn index(layer: &Digest, bytes: &[u8], summary: &Summary) -> Result<(LayerIndex,
         ));
     }
     let index = LayerIndex::decode(&raw)?;
+    limit(
+        "memory of names and attributes in bytes",
+        index.names_memory(),
+        memory_for_blob(summary.blob_size),
+    )?;
     let counts = [index.inodes().len(), index.chunks().len(), index.checkpoints().len()];
     let same = (index.access(), index.codec()) == (summary.access, summary.codec)
         && (index.blob_size(), index.data_size()) == (summary.blob_size, summary.data_size)

@@ -29,7 +29,7 @@ use time::format_description::well_known::Rfc3339;
 
 use super::checkpoint::Entry as SpanEntry;
 use super::index::{MAX_CHUNK_LEN, MAX_DATA_SIZE};
-use super::tree::{Entry, EntryKind, TreeBuilder, quoted};
+use super::tree::{Entry, EntryKind, TreeBuilder, memory_for_blob, quoted};
 use super::{Access, Checkpoint, Chunk, Codec, Digest, LayerError, LayerIndex, Verify, Windows};
 use crate::sys::inflate::WINDOW;
 pub use build::{SPAN_SIZE, ZtocBuilder};
@@ -94,7 +94,7 @@ pub fn index_from_ztoc_within(
         });
     }
     let ztoc = Ztoc::parse(bytes)?;
-    let names = names_memory(bytes, ztoc.files.len() as u64);
+    let names = names_memory(bytes, ztoc.files.len() as u64).min(memory_for_blob(blob_size));
     if ztoc.compressed_size != blob_size {
         let what = format!("it is of a blob of {} bytes, not of {blob_size}", ztoc.compressed_size);
         return Err(malformed(0, what));

@@ -9,7 +9,7 @@
 //! to one that is said to hold only zeros.
 //!
 //! Memory: entries are read one by one, and only what the index needs of them stays. A table may take 8 bytes for each of its JSON, and 4 MiB;
-//! a terse one that would take more is refused.
+//! a terse one that would take more is refused. Nor may it take more than [`memory_for_blob`] says.
 //!
 //! What a table cannot tell: names that are not UTF-8 (then it is refused, and the layer has to be read as a tar), and, where the
 //! writer leaves them out, fractions of seconds.
@@ -22,7 +22,7 @@ use std::fmt;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::tree::TreeBuilder;
+use super::tree::{TreeBuilder, memory_for_blob};
 use super::{Access, Codec, Digest, LayerError, LayerIndex};
 use entry::TocEntry;
 use layout::Contents;
@@ -99,6 +99,7 @@ pub(super) fn index(
     blob_size: u64,
     memory: u64,
 ) -> Result<TocIndex, LayerError> {
+    let memory = memory.min(memory_for_blob(blob_size));
     let mut reader = Reader {
         dialect,
         memory,

@@ -38,6 +38,7 @@ use hashbrown::HashTable;
 
 use super::index::{Dirent, Ino, Inode, MAX_INODES, MAX_STRINGS, MAX_TARGET_LEN, ROOT_INO, Xattr, flags, mode};
 use super::{IndexParts, LayerError};
+pub use allowance::memory_for_blob;
 use allowance::{Allowance, INTERNED_COST, NAME_COST, NODE_COST, TEXT_COST, XATTR_COST};
 pub(super) use path::quoted;
 use path::{clean, lexical, split};

@@ -24,6 +24,18 @@ const XATTRS_BASE: u64 = 4096;
 /// And so many for each attribute that an entry gives.
 const XATTRS_PER_GIVEN: u64 = 4;
 
+/// Bytes of memory that the names and attributes of any layer may take, as they are counted here ...
+const MEMORY_BASE: u64 = 2 << 20;
+/// ... and so many more for each byte of its blob. A header that says anything takes 30 bytes of a blob, of which 400 become here; the least that a
+/// compressor makes of one, in a layer of nothing but empty files with numbers as names, is 2.7.
+const MEMORY_PER_BLOB_BYTE: u64 = 192;
+
+/// Bytes of memory that the names and attributes of a layer may take whose blob has so many bytes: what was compressed so well that it would
+/// take more was made for it.
+pub fn memory_for_blob(size: u64) -> u64 {
+    MEMORY_PER_BLOB_BYTE.saturating_mul(size).saturating_add(MEMORY_BASE)
+}
+
 /// Bytes that an inode takes at most at a time: while its list grows, and once more when the tree is finished.
 pub(super) const NODE_COST: u64 = 256;
 /// A name, without its text.

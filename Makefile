@@ -81,11 +81,20 @@ deny:
 
 ## fuzz        every parser with random bytes, FUZZ_SECONDS=60 each (needs a nightly Rust; builds cargo-fuzz)
 FUZZ_SECONDS ?= 60
+# MiB that a target may take in all (the sanitizer takes some hundred), and at once for 64 KiB of input; decoders have windows of 128 MiB.
+FUZZ_RSS := 1024
+FUZZ_MALLOC := 64
+FUZZ_MALLOC_DECODERS := 192
 fuzz:
 	@$(SETUP) build
 	@cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
 	for target in $$(cargo +nightly fuzz list); do \
-	    cargo +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -rss_limit_mb=4096; \
+	    case "$$target" in \
+	        compression_decode | inflate_span) malloc=$(FUZZ_MALLOC_DECODERS) ;; \
+	        *) malloc=$(FUZZ_MALLOC) ;; \
+	    esac; \
+	    cargo +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_SECONDS) -max_len=65536 \
+	        -rss_limit_mb=$(FUZZ_RSS) -malloc_limit_mb=$$malloc || exit; \
 	done
 
 ## advisories  known vulnerabilities of the dependencies (fetches the advisory database)

@@ -53,6 +53,7 @@ pub mod images;
 mod indexes;
 pub mod loader;
 mod loads;
+mod memory;
 mod pace;
 mod question;
 mod records;

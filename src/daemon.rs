@@ -37,6 +37,7 @@ use crate::proto::control::{StatusRequest, StatusResponse};
 use crate::registry::{Registry, RegistryError};
 use crate::snapshots::{Service, SnapshotsError};
 use crate::store::{Store, StoreError};
+use crate::sync::Budget;
 
 /// Longest time that the kernel may take for one mount; more, and something is broken. It takes a millisecond.
 pub const MOUNT_DEADLINE: Duration = Duration::from_secs(10);
@@ -137,8 +138,11 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let _lock = prepare_root(&config.root)?;
     let metrics = Arc::new(Metrics::new());
     let registry = Registry::new(&config.registry, Arc::clone(&metrics))?;
-    let soci = SociIndexes::new(&config.index, Arc::clone(&registry), Arc::clone(&metrics))?;
-    let shared = SharedIndexes::new(&config.index, Arc::clone(&registry), Arc::clone(&metrics))?;
+    let memory = Budget::new(config.memory.budget.0);
+    let (copy, budget, counts) = (Arc::clone(&registry), Arc::clone(&memory), Arc::clone(&metrics));
+    let soci = SociIndexes::new(&config.index, copy, budget, counts)?;
+    let (copy, budget, counts) = (Arc::clone(&registry), Arc::clone(&memory), Arc::clone(&metrics));
+    let shared = SharedIndexes::new(&config.index, copy, budget, counts)?;
     let (copy, finder, counts) = (Arc::clone(&registry), Arc::clone(&shared), Arc::clone(&metrics));
     let publisher = Publisher::new(&config.index, copy, finder, counts)?;
     // The database first: it knows what was believed of the layers of an older cache.
@@ -165,7 +169,7 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let catalog = Catalog::new(Parts {
         containerd: Containerd::new(&config.containerd_address),
         registry,
-        loader: Loader::new(cache, fetcher, config.formats.clone())
+        loader: Loader::new(cache, fetcher, config.formats.clone(), memory)
             .with_shared(shared)
             .with_soci(soci),
         faces,

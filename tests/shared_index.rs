@@ -16,7 +16,7 @@ use lazuli::catalog::loader::{LayerSpec, Loaded, Loader};
 use lazuli::catalog::shared::publish::{Publisher, Target, push};
 use lazuli::catalog::shared::trust::SigningKey;
 use lazuli::catalog::shared::{NAMED_DIGEST, NAMED_SIZE, Origin, SharedIndexes, check, tag_of};
-use lazuli::config::{CacheConfig, FetchConfig, FormatsConfig, IndexConfig, RegistryConfig};
+use lazuli::config::{CacheConfig, FetchConfig, FormatsConfig, IndexConfig, MemoryConfig, RegistryConfig};
 use lazuli::fetch::{Fetcher, LayerData};
 use lazuli::layer::{Access, Chunk, Codec, Digest, LayerIndex, TarIndexer, Windows, portable};
 use lazuli::metrics::Metrics;
@@ -24,6 +24,7 @@ use lazuli::registry::Registry;
 use lazuli::registry::artifact::Artifact;
 use lazuli::registry::image::MANIFEST_TYPE;
 use lazuli::store::{IndexRecord, LayerSource};
+use lazuli::sync::Budget;
 use support::fault_registry::{Fault, FaultRegistry, On};
 use support::tar::{Entry, Tar, noise};
 
@@ -186,10 +187,11 @@ impl Node {
         let cache = Cache::open(root.path(), &cache, metrics.clone()).unwrap();
         let runtime = tokio::runtime::Handle::current();
         let fetcher = Fetcher::new(&FetchConfig::default(), cache.clone(), runtime, metrics.clone());
-        let shared = SharedIndexes::new(index, registry.clone(), metrics.clone()).unwrap();
+        let memory = Budget::new(MemoryConfig::default().budget.0);
+        let shared = SharedIndexes::new(index, registry.clone(), memory.clone(), metrics.clone()).unwrap();
         let publisher = Publisher::new(index, registry.clone(), shared.clone(), metrics.clone()).unwrap();
         Node {
-            loader: Loader::new(cache, fetcher, FormatsConfig::default()).with_shared(shared.clone()),
+            loader: Loader::new(cache, fetcher, FormatsConfig::default(), memory).with_shared(shared.clone()),
             known: Mutex::default(),
             registry,
             shared,

@@ -14,7 +14,7 @@ use lazuli::catalog::loader::{LayerSpec, Loaded, Loader};
 use lazuli::catalog::shared::{Origin, check};
 use lazuli::catalog::soci::manifest::{self, INDEX_DIGEST};
 use lazuli::catalog::soci::{LABEL, SociIndexes};
-use lazuli::config::{ByteSize, CacheConfig, FetchConfig, FormatsConfig, IndexConfig, RegistryConfig};
+use lazuli::config::{ByteSize, CacheConfig, FetchConfig, FormatsConfig, IndexConfig, MemoryConfig, RegistryConfig};
 use lazuli::fetch::{Fetcher, LayerData};
 use lazuli::layer::soci::{ZtocBuilder, index_from_ztoc};
 use lazuli::layer::{Compression, Digest};
@@ -23,6 +23,7 @@ use lazuli::registry::Registry;
 use lazuli::registry::artifact::{Artifact, Descriptor, fallback_tag};
 use lazuli::registry::image::{MANIFEST_TYPE, OCI_INDEX};
 use lazuli::store::{IndexRecord, LayerSource};
+use lazuli::sync::Budget;
 use serde_json::json;
 use support::fault_registry::{Fault, FaultRegistry, On};
 use support::torture;
@@ -130,9 +131,10 @@ impl Node {
         let cache = Cache::open(root.path(), &cache, metrics.clone()).unwrap();
         let runtime = tokio::runtime::Handle::current();
         let fetcher = Fetcher::new(&FetchConfig::default(), cache.clone(), runtime, metrics.clone());
-        let soci = SociIndexes::new(&index, registry.clone(), metrics.clone()).unwrap();
+        let memory = Budget::new(MemoryConfig::default().budget.0);
+        let soci = SociIndexes::new(&index, registry.clone(), memory.clone(), metrics.clone()).unwrap();
         Node {
-            loader: Loader::new(cache, fetcher, FormatsConfig::default()).with_soci(soci),
+            loader: Loader::new(cache, fetcher, FormatsConfig::default(), memory).with_soci(soci),
             registry,
             metrics,
             origin: Origin {
@@ -282,7 +284,7 @@ async fn an_index_that_is_named_needs_no_more_trust() {
         soci_indexes: BTreeMap::from([("latest".to_owned(), index)]),
         ..config
     };
-    assert!(SociIndexes::new(&bad, node.registry.clone(), node.metrics.clone()).is_err());
+    assert!(SociIndexes::new(&bad, node.registry.clone(), Budget::new(0), node.metrics.clone()).is_err());
 }
 
 #[tokio::test]

@@ -5,12 +5,14 @@
 use std::io::Write;
 
 use lazuli::layer::Digest;
-use lazuli::layer::estargz::{Footer, find_toc, index_from_toc};
+use lazuli::layer::estargz::{Footer, find_toc, index_from_toc_within};
 use libfuzzer_sys::fuzz_target;
 
 /// Size of the blob that the table is said to be in, in bytes, and where.
 const BLOB_SIZE: u64 = 1 << 20;
 const TOC_OFFSET: u64 = BLOB_SIZE / 2;
+/// Bytes of memory that reading a table may take, whatever its header says.
+const MEMORY: u64 = 16 << 20;
 
 fn member(json: &[u8]) -> Vec<u8> {
     let mut header = [0; 512];
@@ -32,8 +34,8 @@ fuzz_target!(|input: (u64, &[u8])| {
         assert!(toc.len > 0 && toc.offset + toc.len <= blob_size);
     }
     let digest = Digest::of(bytes);
-    let _ = index_from_toc(bytes, TOC_OFFSET, BLOB_SIZE, &digest);
-    if let Ok(toc) = index_from_toc(&member(bytes), TOC_OFFSET, BLOB_SIZE, &digest) {
+    let _ = index_from_toc_within(bytes, TOC_OFFSET, BLOB_SIZE, &digest, MEMORY);
+    if let Ok(toc) = index_from_toc_within(&member(bytes), TOC_OFFSET, BLOB_SIZE, &digest, MEMORY) {
         let index = toc.index;
         assert!(toc.prefetch <= index.data_size());
         for inode in index.inodes().iter().filter(|inode| inode.is_reg() && inode.size > 0) {

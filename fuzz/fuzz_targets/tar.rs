@@ -7,8 +7,11 @@
 use lazuli::layer::{Access, Codec, LayerError, TarIndexer, TarLayout};
 use libfuzzer_sys::fuzz_target;
 
+/// Bytes of memory that names and attributes may take: far more than 64 KiB of tar make.
+const MEMORY: u64 = 32 << 20;
+
 fn layout(bytes: &[u8], piece: usize) -> Result<TarLayout, LayerError> {
-    let mut indexer = TarIndexer::new();
+    let mut indexer = TarIndexer::with_memory(MEMORY);
     for piece in bytes.chunks(piece) {
         indexer.push(piece)?;
     }

@@ -5,12 +5,14 @@
 use std::collections::BTreeMap;
 
 use lazuli::layer::Digest;
-use lazuli::layer::zchunked::{Promise, TocPlace, find_toc, index_from_toc, promise};
+use lazuli::layer::zchunked::{Promise, TocPlace, find_toc, index_from_toc_within, promise};
 use libfuzzer_sys::fuzz_target;
 
 /// Size of the blob that the table is said to be in, in bytes, and where.
 const BLOB_SIZE: u64 = 1 << 20;
 const TOC_OFFSET: u64 = BLOB_SIZE / 2;
+/// Bytes of memory that reading a table may take.
+const MEMORY: u64 = 16 << 20;
 
 fn index(table: &[u8], raw_len: u64, stargz: Option<Digest>) {
     let place = TocPlace {
@@ -23,7 +25,7 @@ fn index(table: &[u8], raw_len: u64, stargz: Option<Digest>) {
         compressed: Some(Digest::of(table)),
         raw: stargz,
     };
-    let Ok(toc) = index_from_toc(table, &place, BLOB_SIZE, &promise) else {
+    let Ok(toc) = index_from_toc_within(table, &place, BLOB_SIZE, &promise, MEMORY) else {
         return;
     };
     assert!(toc.prefetch <= toc.index.data_size());

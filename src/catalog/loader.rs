@@ -15,6 +15,7 @@ use crate::layer::compression::{self, Compression};
 use crate::layer::{Access, Codec, Digest, LayerIndex};
 use crate::registry::{Blob, RegistryError};
 use crate::store::IndexRecord;
+use crate::sync::Budget;
 
 use super::pace::{self, Hopeless, Hosts};
 use super::question;
@@ -177,18 +178,20 @@ pub struct Loader {
     cache: Arc<Cache>,
     fetcher: Arc<Fetcher>,
     formats: FormatsConfig,
+    memory: Arc<Budget>,
     shared: Option<Arc<SharedIndexes>>,
     soci: Option<Arc<SociIndexes>>,
     hosts: Arc<Hosts>,
 }
 
 impl Loader {
-    /// A loader that keeps indexes and bytes in `cache`.
-    pub fn new(cache: Arc<Cache>, fetcher: Arc<Fetcher>, formats: FormatsConfig) -> Self {
+    /// A loader that keeps indexes and bytes in `cache`, and reads tables of contents in `memory`.
+    pub fn new(cache: Arc<Cache>, fetcher: Arc<Fetcher>, formats: FormatsConfig, memory: Arc<Budget>) -> Self {
         Loader {
             cache,
             fetcher,
             formats,
+            memory,
             shared: None,
             soci: None,
             hosts: Arc::default(),
@@ -470,7 +473,7 @@ impl Loader {
             id: belief::Kind::Table.id(&spec.digest, &stated),
             blob: spec.digest,
         };
-        let read = toc::read(spec, blob, kind, &self.formats, images);
+        let read = toc::read(spec, blob, kind, &self.formats, images, &self.memory);
         let table = match tokio::time::timeout(toc::DEADLINE, read).await {
             Ok(Ok(table)) => table,
             // The registry cannot deliver; streaming would ask the same registry for more.

@@ -22,18 +22,18 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::{BoxFuture, join_all};
-use tokio::sync::Semaphore;
 
 use super::belief;
 use super::loader::LayerSpec;
+use super::memory;
 use crate::config::IndexConfig;
-use crate::layer::Digest;
+use crate::layer::{Digest, LayerError, portable};
 use crate::metrics::Metrics;
 use crate::registry::artifact::Artifact;
 use crate::registry::image::LayerDescriptor;
 use crate::registry::{Referrer, Registry, RegistryError};
 use crate::store::LayerSource;
-use crate::sync::SingleFlight;
+use crate::sync::{Budget, Share, SingleFlight};
 
 pub mod check;
 pub mod form;
@@ -64,8 +64,6 @@ pub const MAX_INDEX: u64 = 128 << 20;
 const MAX_SHARE: u64 = 2;
 /// Longest download of an index that was found in time: it is a hundredth of its layer, which would be streamed otherwise.
 const FETCH_DEADLINE: Duration = Duration::from_secs(60);
-/// Indexes downloaded and checked at once: each is in memory as a whole.
-const FETCHES: usize = 2;
 /// Artifacts of one image that are opened for one layer.
 const MAX_ARTIFACTS: usize = 16;
 /// Indexes of one layer that are tried.
@@ -113,6 +111,8 @@ pub struct Found {
     pub candidate: Candidate,
     /// Why it is believed.
     pub trust: Trust,
+    /// Memory for it until it is in the cache.
+    pub share: Share,
 }
 
 /// Finds shared indexes.
@@ -125,7 +125,8 @@ pub struct SharedIndexes {
     /// Lists of artifacts that are being fetched: the layers of an image are loaded all at once.
     lists: Arc<SingleFlight<(LayerSource, Digest), Listed>>,
     quiet: Mutex<HashMap<LayerSource, Instant>>,
-    fetches: Semaphore,
+    /// What indexes are downloaded to and unpacked in.
+    memory: Arc<Budget>,
 }
 
 type Listed = Result<Arc<Vec<Referrer>>, RegistryError>;
@@ -177,7 +178,12 @@ impl SharedIndexes {
     ///
     /// # Errors
     /// [`IndexError`] names what cannot be used.
-    pub fn new(config: &IndexConfig, registry: Arc<Registry>, metrics: Arc<Metrics>) -> Result<Arc<Self>, IndexError> {
+    pub fn new(
+        config: &IndexConfig,
+        registry: Arc<Registry>,
+        memory: Arc<Budget>,
+        metrics: Arc<Metrics>,
+    ) -> Result<Arc<Self>, IndexError> {
         Ok(Arc::new(SharedIndexes {
             registry,
             policy: Policy::new(config)?,
@@ -186,7 +192,7 @@ impl SharedIndexes {
             metrics,
             lists: SingleFlight::new(),
             quiet: Mutex::default(),
-            fetches: Semaphore::new(FETCHES),
+            memory,
         }))
     }
 
@@ -299,9 +305,10 @@ impl SharedIndexes {
             }
             tries += 1;
             match self.fetch(spec, &candidate).await {
-                Ok(portable) => {
+                Ok((portable, share)) => {
                     return Ok(Found {
                         portable,
+                        share,
                         candidate,
                         trust,
                     });
@@ -319,7 +326,7 @@ impl SharedIndexes {
     }
 
     /// Downloads and checks an index.
-    async fn fetch(&self, spec: &LayerSpec, candidate: &Candidate) -> Result<Portable, (String, Miss)> {
+    async fn fetch(&self, spec: &LayerSpec, candidate: &Candidate) -> Result<(Portable, Share), (String, Miss)> {
         let limit = MAX_INDEX.min(spec.size / MAX_SHARE);
         if candidate.size > limit {
             let problem = format!(
@@ -328,22 +335,31 @@ impl SharedIndexes {
             );
             return Err((problem, Miss::Failed));
         }
-        let _turn = self.fetches.acquire().await;
-        let bytes = tokio::time::timeout(FETCH_DEADLINE, self.read(candidate)).await;
-        let bytes = match bytes {
-            Ok(Ok(bytes)) => bytes,
-            Ok(Err(error)) => return Err((error.to_string(), Miss::Failed)),
-            Err(_) => {
-                let problem = format!("it did not arrive within {} s", FETCH_DEADLINE.as_secs());
-                return Err((problem, Miss::Failed));
+        let fetch = || async {
+            match tokio::time::timeout(FETCH_DEADLINE, self.read(candidate)).await {
+                Ok(bytes) => bytes.map_err(|error| (error.to_string(), Miss::Failed)),
+                Err(_) => {
+                    let problem = format!("it did not arrive within {} s", FETCH_DEADLINE.as_secs());
+                    Err((problem, Miss::Failed))
+                }
             }
         };
+        let need = |bytes: &[u8]| match portable::inspect(bytes) {
+            Ok(summary) => Ok(summary.memory()),
+            Err(error) => Err((error.to_string(), Miss::Damaged)),
+        };
+        let (bytes, share) = memory::download(&self.memory, candidate.size, fetch, need).await?;
         let (layer, size) = (spec.digest, spec.size);
-        let unpacked = tokio::task::spawn_blocking(move || Portable::unpack(&layer, size, &bytes)).await;
-        match unpacked {
-            Ok(Ok(portable)) => Ok(portable),
-            Ok(Err(error)) => Err((error.to_string(), Miss::Damaged)),
-            Err(panic) => Err((panic.to_string(), Miss::Damaged)),
+        let unpacked = memory::read(bytes, share, move |bytes, beside| {
+            let portable = Portable::unpack_within(&layer, size, bytes, beside)?;
+            // As records, and as the bytes that are stored.
+            let memory = 2 * portable.memory();
+            Ok::<_, LayerError>((portable, memory))
+        });
+        match unpacked.await {
+            Some(Ok(unpacked)) => Ok(unpacked),
+            Some(Err(error)) => Err((error.to_string(), Miss::Damaged)),
+            None => Err(("reading it was interrupted".to_owned(), Miss::Damaged)),
         }
     }
 

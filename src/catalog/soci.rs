@@ -19,20 +19,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
-use tokio::sync::Semaphore;
 
 use super::belief;
 use super::loader::LayerSpec;
+use super::memory;
 use super::shared::trust::{IndexError, Policy};
 use super::shared::{Origin, WORTH_FROM, name_of};
 use crate::config::IndexConfig;
-use crate::layer::{Digest, LayerIndex, Windows, soci};
+use crate::layer::{Digest, LayerError, LayerIndex, Windows, soci};
 use crate::metrics::Metrics;
 use crate::registry::artifact::Artifact;
 use crate::registry::image::{LayerDescriptor, Manifest};
 use crate::registry::{Registry, RegistryError, Source};
 use crate::store::{IndexRecord, LayerSource, Voucher};
-use crate::sync::SingleFlight;
+use crate::sync::{Budget, Share, SingleFlight};
 
 pub mod manifest;
 
@@ -50,8 +50,6 @@ const MAX_PREFETCH_RANGES: usize = 4096;
 const PREFETCH_BYTES: u64 = 512 << 20;
 /// Longest download of a zTOC that was found in time.
 const FETCH_DEADLINE: Duration = Duration::from_secs(60);
-/// zTOCs downloaded and read at once: each is in memory as a whole.
-const FETCHES: usize = 2;
 /// Repositories of an image that are looked in.
 const MAX_PLACES: usize = 2;
 /// Artifacts about an image that are opened until one is an index.
@@ -83,6 +81,8 @@ pub struct Found {
     pub record: IndexRecord,
     /// Bytes that were fetched for it.
     pub bytes: u64,
+    /// Memory for it until it is in the cache.
+    pub share: Share,
 }
 
 /// Finds SOCI indexes.
@@ -96,7 +96,8 @@ pub struct SociIndexes {
     metrics: Arc<Metrics>,
     /// Manifests of indexes that are being fetched: the layers of an image are loaded all at once.
     lists: Arc<SingleFlight<(LayerSource, Wanted), Listed>>,
-    fetches: Semaphore,
+    /// What zTOCs are downloaded to and read in.
+    memory: Arc<Budget>,
 }
 
 /// Which index is meant.
@@ -123,7 +124,12 @@ impl SociIndexes {
     ///
     /// # Errors
     /// [`IndexError`] names what cannot be used.
-    pub fn new(config: &IndexConfig, registry: Arc<Registry>, metrics: Arc<Metrics>) -> Result<Arc<Self>, IndexError> {
+    pub fn new(
+        config: &IndexConfig,
+        registry: Arc<Registry>,
+        memory: Arc<Budget>,
+        metrics: Arc<Metrics>,
+    ) -> Result<Arc<Self>, IndexError> {
         if config.require_signature && !config.soci_indexes.is_empty() {
             tracing::warn!(
                 "index.soci_indexes is NOT used: SOCI indexes cannot be signed, and index.require_signature wants signatures"
@@ -137,7 +143,7 @@ impl SociIndexes {
             deadline: config.lookup_deadline,
             metrics,
             lists: SingleFlight::new(),
-            fetches: Semaphore::new(FETCHES),
+            memory,
         }))
     }
 
@@ -236,7 +242,7 @@ impl SociIndexes {
                 return Err(Miss("left-out", None));
             };
             let source = self.registry.repository(&place.host, &place.repository);
-            let (index, windows) = self.fetch(spec, source.as_ref(), ztoc).await?;
+            let ((index, windows), share) = self.fetch(spec, source.as_ref(), ztoc).await?;
             let list = blobs.find(|blob| blob.media_type == PREFETCH_TYPE);
             let prefetch = match list {
                 Some(list) => self.prefetch(&index, source.as_ref(), list).await,
@@ -260,6 +266,7 @@ impl SociIndexes {
                     by,
                 },
                 bytes: ztoc.size,
+                share,
             });
         }
         Err(miss)
@@ -298,27 +305,37 @@ impl SociIndexes {
         spec: &LayerSpec,
         source: &dyn Source,
         ztoc: &LayerDescriptor,
-    ) -> Result<(LayerIndex, Windows), Miss> {
+    ) -> Result<((LayerIndex, Windows), Share), Miss> {
         let limit = MAX_ZTOC.min(spec.size);
         if ztoc.size > limit {
             let problem = format!("it has {} bytes, and more than {limit} are not worth it", ztoc.size);
             return Err(failed("failed", problem));
         }
-        let _turn = self.fetches.acquire().await;
-        let bytes = tokio::time::timeout(FETCH_DEADLINE, source.read_small(ztoc.digest, ztoc.size, limit)).await;
-        let bytes = match bytes {
-            Ok(bytes) => bytes.map_err(|error| failed("failed", error))?,
-            Err(_) => {
-                let problem = format!("it did not arrive within {} s", FETCH_DEADLINE.as_secs());
-                return Err(failed("failed", problem));
+        let fetch = || async {
+            let read = source.read_small(ztoc.digest, ztoc.size, limit);
+            match tokio::time::timeout(FETCH_DEADLINE, read).await {
+                Ok(bytes) => bytes.map_err(|error| failed("failed", error)),
+                Err(_) => {
+                    let problem = format!("it did not arrive within {} s", FETCH_DEADLINE.as_secs());
+                    Err(failed("failed", problem))
+                }
             }
         };
+        let need = |bytes: &[u8]| soci::memory_for(bytes).map_err(|error| failed("damaged", error));
+        let (bytes, share) = memory::download(&self.memory, ztoc.size, fetch, need).await?;
         let (size, xattrs) = (
             spec.size,
             ztoc.annotations.get(DISABLE_XATTRS).is_none_or(|text| text != "true"),
         );
-        let read = tokio::task::spawn_blocking(move || soci::index_from_ztoc(&bytes, size, xattrs)).await;
-        let read = read.map_err(|panic| failed("damaged", panic))?;
+        let read = memory::read(bytes, share, move |bytes, beside| {
+            let (index, windows) = soci::index_from_ztoc_within(bytes, size, xattrs, beside)?;
+            // As records, and as the bytes that are stored.
+            let memory = 2 * (index.memory() + windows.memory());
+            Ok::<_, LayerError>(((index, windows), memory))
+        });
+        let read = read
+            .await
+            .ok_or_else(|| failed("damaged", "reading it was interrupted"))?;
         read.map_err(|error| failed("damaged", error))
     }
 

@@ -10,17 +10,19 @@ mod tests;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures::TryStreamExt;
 
 use super::loader::LayerSpec;
+use super::memory;
 use crate::config::FormatsConfig;
 use crate::layer::estargz::{self, EXTERNAL_TOC_LAYER_ANNOTATION, EXTERNAL_TOC_SUFFIX, Footer, TOC_DIGEST_ANNOTATION};
 use crate::layer::toc::TocLocation;
 use crate::layer::zchunked::{self, Promise, TocPlace};
 use crate::layer::{Digest, LayerError, TocIndex};
-use crate::registry::image::Manifest;
+use crate::registry::image::{LayerDescriptor, Manifest};
 use crate::registry::{Blob, Reference, RegistryError, Source};
+use crate::sync::{Budget, Share};
 
 /// A lazy layer whose blob is smaller than this (bytes) is streamed: one request brings all of it, where its table of contents
 /// alone would take one or two.
@@ -58,8 +60,8 @@ impl TocImage {
         reference.tag.as_deref()
     }
 
-    /// The gzip member with the table of contents of a layer; `None` if there is no such image, or no such table in it.
-    async fn table(&self, layer: &Digest) -> Result<Option<Bytes>, TocError> {
+    /// Where the gzip member with the table of contents of a layer is; `None` if there is no such image, or no such table in it.
+    async fn table(&self, layer: &Digest) -> Result<Option<LayerDescriptor>, TocError> {
         let document = match self.source.manifest(&self.tag).await {
             Err(RegistryError::NotFound { .. }) => return Ok(None),
             document => document?,
@@ -67,11 +69,8 @@ impl TocImage {
         let manifest = Manifest::parse(&document.bytes)?;
         let layer = layer.to_string();
         let is_its = |annotation: Option<&String>| annotation.is_some_and(|text| *text == layer);
-        let mut tables = manifest.layers.iter();
-        match tables.find(|table| is_its(table.annotations.get(EXTERNAL_TOC_LAYER_ANNOTATION))) {
-            Some(table) => Ok(Some(self.source.read_small(table.digest, table.size, TOC_MAX).await?)),
-            None => Ok(None),
-        }
+        let mut tables = manifest.layers.into_iter();
+        Ok(tables.find(|table| is_its(table.annotations.get(EXTERNAL_TOC_LAYER_ANNOTATION))))
     }
 }
 
@@ -80,6 +79,8 @@ pub(super) struct Table {
     pub toc: TocIndex,
     pub requests: u64,
     pub bytes: u64,
+    /// Memory for the index until it is in the cache.
+    _share: Share,
 }
 
 /// Why a table of contents could not be had.
@@ -145,23 +146,26 @@ impl Kind {
     }
 }
 
-/// Reads a layer's table of contents. Its digest has been checked when this returns.
+/// Reads a layer's table of contents. Its digest has been checked when this returns. What is held of it meanwhile comes out of `memory`.
 pub(super) async fn read(
     spec: &LayerSpec,
     blob: &Arc<dyn Blob>,
     kind: Kind,
     formats: &FormatsConfig,
     images: &[TocImage],
+    memory: &Arc<Budget>,
 ) -> Result<Table, TocError> {
     let mut reader = Reader {
         blob,
+        memory,
+        share: None,
         size: spec.size,
         tail: None,
         requests: 0,
         bytes: 0,
     };
     let size = spec.size;
-    let toc = match kind {
+    let (toc, share) = match kind {
         Kind::Chunked(promise) => reader.chunked(promise, promise.place).await?,
         Kind::Digest(digest) => {
             let tail = reader.tail().await?;
@@ -170,9 +174,13 @@ pub(super) async fn read(
                 Some(Footer::Legacy(place)) if formats.allow_legacy_estargz => reader.estargz(place, digest).await?,
                 Some(Footer::Legacy(_)) => return Err(TocError::Legacy),
                 Some(Footer::Elsewhere) => {
-                    let member = reader.elsewhere(&spec.digest, images).await?;
+                    drop(tail);
+                    let (member, share) = reader.elsewhere(&spec.digest, images).await?;
                     let end = size.saturating_sub(estargz::EXTERNAL_FOOTER_LEN as u64);
-                    parse(move || estargz::index_from_toc(&member, end, size, &digest)).await?
+                    parse(member, share, move |member, memory| {
+                        estargz::index_from_toc_within(member, end, size, &digest, memory)
+                    })
+                    .await?
                 }
                 None => {
                     let promise = Promise {
@@ -189,12 +197,16 @@ pub(super) async fn read(
         toc,
         requests: reader.requests,
         bytes: reader.bytes,
+        _share: share,
     })
 }
 
 /// Reads of one blob, and how many they were.
 struct Reader<'a> {
     blob: &'a Arc<dyn Blob>,
+    memory: &'a Arc<Budget>,
+    /// For the tail, and the table.
+    share: Option<Share>,
     size: u64,
     /// The end of the blob, once it was read.
     tail: Option<Bytes>,
@@ -206,13 +218,36 @@ impl Reader<'_> {
     /// The end of the blob, probably with the whole table.
     async fn tail(&mut self) -> Result<Bytes, TocError> {
         let len = (self.size / TAIL_SHARE).clamp(TAIL_MIN, TAIL_MAX).min(self.size);
-        let tail = self.range(self.size - len, self.size).await?;
+        self.share = Some(self.hold(len).await);
+        let mut tail = BytesMut::with_capacity(len as usize);
+        self.range(self.size - len, self.size, &mut tail).await?;
+        let tail = tail.freeze();
         self.tail = Some(tail.clone());
         Ok(tail)
     }
 
-    /// Bytes of the blob, as far as possible out of its tail.
-    async fn part(&mut self, start: u64, len: u64) -> Result<Bytes, TocError> {
+    fn tail_len(&self) -> u64 {
+        self.tail.as_ref().map_or(0, |tail| tail.len() as u64)
+    }
+
+    /// A share of so much memory: at once, or when it is there. Then the tail has gone.
+    async fn hold(&mut self, bytes: u64) -> Share {
+        let mut held = self.share.take();
+        if let Some(share) = held.take_if(|share| share.grow(bytes)) {
+            return share;
+        }
+        self.tail = None;
+        drop(held);
+        self.memory.take(bytes).await
+    }
+
+    /// The table, which is `len` bytes of the blob, and a share of the memory for it and what `need` says that reading it takes besides.
+    async fn table(
+        &mut self,
+        start: u64,
+        len: u64,
+        need: impl Fn(&[u8]) -> Result<u64, LayerError>,
+    ) -> Result<(Bytes, Share), TocError> {
         if len > TOC_MAX {
             let what = "compressed size of the table of contents";
             return Err(LayerError::TooLarge {
@@ -222,6 +257,25 @@ impl Reader<'_> {
             }
             .into());
         }
+        let mut share = self.hold(self.tail_len() + len).await;
+        let mut table = self.part(start, len).await?;
+        let whole = (self.tail_len() + len).saturating_add(need(&table)?);
+        if !share.grow(whole) {
+            // Everything is given up before more is waited for.
+            self.tail = None;
+            drop((share, std::mem::take(&mut table)));
+            share = self.memory.take(whole).await;
+            table = self.part(start, len).await?;
+        }
+        if self.tail_len() > table.len() as u64 {
+            table = Bytes::copy_from_slice(&table);
+        }
+        self.tail = None;
+        Ok((table, share))
+    }
+
+    /// Bytes of the blob, as far as possible out of its tail.
+    async fn part(&mut self, start: u64, len: u64) -> Result<Bytes, TocError> {
         // Whoever found the table has checked that it lies within the blob.
         let end = start.saturating_add(len);
         let tail = self.tail.clone().unwrap_or_default();
@@ -229,38 +283,46 @@ impl Reader<'_> {
         if start >= tail_start {
             return Ok(tail.slice((start - tail_start) as usize..(end - tail_start) as usize));
         }
-        let head = self.range(start, tail_start.min(end)).await?;
-        let rest = &tail[..end.saturating_sub(tail_start) as usize];
-        Ok(match rest.is_empty() {
-            true => head,
-            false => Bytes::from([&head[..], rest].concat()),
-        })
+        let mut part = BytesMut::with_capacity(len as usize);
+        self.range(start, tail_start.min(end), &mut part).await?;
+        part.extend_from_slice(&tail[..end.saturating_sub(tail_start) as usize]);
+        Ok(part.freeze())
     }
 
-    /// Bytes `start..end` of the blob, all of them.
-    async fn range(&mut self, start: u64, end: u64) -> Result<Bytes, RegistryError> {
-        let body = self.blob.read(start..end).await?;
-        let parts: Vec<Bytes> = body.try_collect().await?;
-        let bytes = Bytes::from(parts.concat());
+    /// Adds bytes `start..end` of the blob, all of them.
+    async fn range(&mut self, start: u64, end: u64, to: &mut BytesMut) -> Result<(), RegistryError> {
+        let mut body = self.blob.read(start..end).await?;
+        let mut received = 0;
+        while let Some(part) = body.try_next().await? {
+            received += part.len() as u64;
+            if received > end - start {
+                break;
+            }
+            to.extend_from_slice(&part);
+        }
         self.requests += 1;
-        self.bytes += bytes.len() as u64;
-        if bytes.len() as u64 != end - start {
-            let problem = format!("{} bytes instead of {}", bytes.len(), end - start);
+        self.bytes += received;
+        if received != end - start {
+            let problem = format!("{received} bytes instead of {}", end - start);
             return Err(RegistryError::Protocol {
                 host: self.blob.describe(),
                 what: format!("bytes {start}-{end}"),
                 problem,
             });
         }
-        Ok(bytes)
+        Ok(())
     }
 
-    async fn estargz(&mut self, place: TocLocation, digest: Digest) -> Result<TocIndex, TocError> {
-        let (member, size) = (self.part(place.offset, place.len).await?, self.size);
-        parse(move || estargz::index_from_toc(&member, place.offset, size, &digest)).await
+    async fn estargz(&mut self, place: TocLocation, digest: Digest) -> Result<(TocIndex, Share), TocError> {
+        let (member, share) = self.table(place.offset, place.len, estargz::memory_for).await?;
+        let size = self.size;
+        parse(member, share, move |member, memory| {
+            estargz::index_from_toc_within(member, place.offset, size, &digest, memory)
+        })
+        .await
     }
 
-    async fn chunked(&mut self, promise: Promise, place: Option<TocPlace>) -> Result<TocIndex, TocError> {
+    async fn chunked(&mut self, promise: Promise, place: Option<TocPlace>) -> Result<(TocIndex, Share), TocError> {
         let place = match place {
             Some(place) => place,
             None => {
@@ -272,22 +334,47 @@ impl Reader<'_> {
                     .ok_or_else(|| LayerError::malformed("footer", self.size, "there is none"))?
             }
         };
-        let (table, size) = (self.part(place.offset, place.len).await?, self.size);
-        parse(move || zchunked::index_from_toc(&table, &place, size, &promise)).await
+        let (table, share) = self.table(place.offset, place.len, |_| Ok(place.memory())).await?;
+        let size = self.size;
+        parse(table, share, move |table, memory| {
+            zchunked::index_from_toc_within(table, &place, size, &promise, memory)
+        })
+        .await
     }
 
-    /// The table of contents that is in another image.
-    async fn elsewhere(&mut self, layer: &Digest, images: &[TocImage]) -> Result<Bytes, TocError> {
+    /// The table of contents that is in another image, and a share of the memory for it and for reading it.
+    async fn elsewhere(&mut self, layer: &Digest, images: &[TocImage]) -> Result<(Bytes, Share), TocError> {
+        self.tail = None;
+        self.share = None;
         let mut asked = Vec::new();
         for image in images {
             // The manifest, and the table.
             self.requests += 2;
-            match image.table(layer).await {
-                Ok(Some(member)) => {
-                    self.bytes += member.len() as u64;
-                    return Ok(member);
+            let found = match image.table(layer).await {
+                Ok(Some(table)) if table.size <= TOC_MAX => {
+                    let fetch = || async {
+                        let read = image.source.read_small(table.digest, table.size, TOC_MAX);
+                        Ok(read.await?)
+                    };
+                    let need = |member: &[u8]| Ok(estargz::memory_for(member)?);
+                    memory::download(self.memory, table.size, fetch, need).await
                 }
-                Ok(None) => asked.push(format!("{}:{} does not have it", image.source.describe(), image.tag)),
+                Ok(Some(table)) => Err(TocError::Layer(LayerError::TooLarge {
+                    what: "compressed size of the table of contents",
+                    value: table.size,
+                    limit: TOC_MAX,
+                })),
+                Ok(None) => {
+                    asked.push(format!("{}:{} does not have it", image.source.describe(), image.tag));
+                    continue;
+                }
+                Err(error) => Err(error),
+            };
+            match found {
+                Ok((member, share)) => {
+                    self.bytes += member.len() as u64;
+                    return Ok((member, share));
+                }
                 Err(error) => asked.push(format!("{}:{}: {error}", image.source.describe(), image.tag)),
             }
         }
@@ -298,9 +385,19 @@ impl Reader<'_> {
     }
 }
 
-/// Parses a table on a thread where that may take its time.
-async fn parse(parse: impl FnOnce() -> Result<TocIndex, LayerError> + Send + 'static) -> Result<TocIndex, TocError> {
-    let parsed = tokio::task::spawn_blocking(parse).await;
-    let toc = parsed.unwrap_or_else(|panic| Err(LayerError::malformed("TOC", 0, panic.to_string())))?;
-    Ok(toc)
+/// Parses a table on a thread where that may take its time, within its share of the memory, of which the index's stays.
+async fn parse(
+    table: Bytes,
+    share: Share,
+    parse: impl FnOnce(&[u8], u64) -> Result<TocIndex, LayerError> + Send + 'static,
+) -> Result<(TocIndex, Share), TocError> {
+    let parsed = memory::read(table, share, |table, beside| {
+        let toc = parse(table, beside)?;
+        // As records, and as the bytes that are stored.
+        let memory = 2 * toc.index.memory();
+        Ok((toc, memory))
+    });
+    let parsed = parsed.await;
+    let parsed = parsed.unwrap_or_else(|| Err(LayerError::malformed("TOC", 0, "reading it was interrupted")))?;
+    Ok(parsed)
 }

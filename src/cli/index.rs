@@ -26,6 +26,7 @@ use crate::registry::artifact::Artifact;
 use crate::registry::image::{Image, ImageConfig, Manifest, resolve};
 use crate::registry::{Reference, Registry, Source};
 use crate::store::{IndexRecord, LayerSource};
+use crate::sync::Budget;
 
 use super::soci;
 use super::status::short;
@@ -155,6 +156,7 @@ struct Tool {
     config: Config,
     metrics: Arc<Metrics>,
     registry: Arc<Registry>,
+    memory: Arc<Budget>,
     shared: Arc<SharedIndexes>,
 }
 
@@ -170,11 +172,14 @@ impl Tool {
     fn new(config: Config) -> anyhow::Result<Self> {
         let metrics = Arc::new(Metrics::new());
         let registry = Registry::new(&config.registry, Arc::clone(&metrics))?;
-        let shared = SharedIndexes::new(&config.index, Arc::clone(&registry), Arc::clone(&metrics))?;
+        let memory = Budget::new(config.memory.budget.0);
+        let (copy, budget, counts) = (Arc::clone(&registry), Arc::clone(&memory), Arc::clone(&metrics));
+        let shared = SharedIndexes::new(&config.index, copy, budget, counts)?;
         Ok(Tool {
             config,
             metrics,
             registry,
+            memory,
             shared,
         })
     }
@@ -247,7 +252,8 @@ impl Tool {
             runtime,
             Arc::clone(&self.metrics),
         );
-        Ok((dir, Loader::new(cache, fetcher, self.config.formats.clone())))
+        let memory = Arc::clone(&self.memory);
+        Ok((dir, Loader::new(cache, fetcher, self.config.formats.clone(), memory)))
     }
 
     async fn build(&self, source: &str, output: &Path) -> anyhow::Result<Vec<Row>> {

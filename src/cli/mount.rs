@@ -23,6 +23,7 @@ use crate::metrics::Metrics;
 use crate::registry::image::{ImageConfig, Manifest, resolve};
 use crate::registry::layout::OciLayout;
 use crate::registry::{Reference, Registry, Source};
+use crate::sync::Budget;
 use crate::sys::mount::Unmount;
 
 use super::MountArgs;
@@ -61,7 +62,8 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
     let cache = Cache::open(&root, &config.cache, Arc::clone(&metrics))?;
     let runtime = tokio::runtime::Handle::current();
     let fetcher = Fetcher::new(&config.fetch, Arc::clone(&cache), runtime.clone(), Arc::clone(&metrics));
-    let loader = Loader::new(Arc::clone(&cache), fetcher, config.formats.clone());
+    let memory = Budget::new(config.memory.budget.0);
+    let loader = Loader::new(Arc::clone(&cache), fetcher, config.formats.clone(), memory);
     let toc_image = reference
         .parse::<Digest>()
         .is_err()

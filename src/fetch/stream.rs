@@ -16,6 +16,7 @@ use crate::layer::checkpoint::Scanned;
 use crate::layer::compression::Compression;
 use crate::layer::digest::Hasher;
 use crate::layer::tar::{TarIndexer, TarLayout};
+use crate::layer::tree::memory_for_blob;
 use crate::layer::{Access, Chunk, Digest, LayerError, Windows};
 use crate::registry::Blob;
 use crate::sync::Class;
@@ -127,7 +128,7 @@ impl Fetcher {
         let staging = self.cache.stage(&request.digest).map_err(Fault::from)?;
         let sink = Indexing {
             staging,
-            indexer: TarIndexer::new(),
+            indexer: TarIndexer::with_memory(memory_for_blob(request.blob.size())),
             tar: Hasher::new(),
             cutting: Cutting::new(|check| drop(tokio::task::spawn_blocking(check))),
             offset: 0,

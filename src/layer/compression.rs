@@ -233,8 +233,13 @@ fn take(mut stream: impl Read, skip: u32, len: u32) -> io::Result<Vec<u8>> {
 
 /// The zstd frames in `input`, uncompressed, as one stream.
 pub(super) fn zstd_frames<R: BufRead>(input: R) -> io::Result<zstd::Decoder<'static, R>> {
+    zstd_frames_within(input, ZSTD_WINDOW_LOG_MAX)
+}
+
+/// The same, of frames that ask for a window of no more than two to the power of `window_log` bytes: that much a decoder allocates.
+pub(super) fn zstd_frames_within<R: BufRead>(input: R, window_log: u32) -> io::Result<zstd::Decoder<'static, R>> {
     let mut frames = zstd::Decoder::with_buffer(input)?;
-    frames.window_log_max(ZSTD_WINDOW_LOG_MAX)?;
+    frames.window_log_max(window_log)?;
     Ok(frames)
 }
 

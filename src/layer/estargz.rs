@@ -36,41 +36,74 @@ pub const EXTERNAL_TOC_LAYER_ANNOTATION: &str = "containerd.io/snapshot/stargz/l
 /// [`LayerError::DigestMismatch`] when the table is not the expected one, [`LayerError::Truncated`] when the member ends early;
 /// another [`LayerError`] when the table cannot be used: then the layer can still be read as a tar.
 pub fn index_from_toc(member: &[u8], end: u64, blob_size: u64, expected: &Digest) -> Result<TocIndex, LayerError> {
-    let json = unpack(member)?;
+    index_from_toc_within(member, end, blob_size, expected, u64::MAX)
+}
+
+/// The same, with no more than `memory` bytes besides the member.
+///
+/// # Errors
+/// As [`index_from_toc`], and [`LayerError::TooLarge`] when it takes more.
+pub fn index_from_toc_within(
+    member: &[u8],
+    end: u64,
+    blob_size: u64,
+    expected: &Digest,
+    memory: u64,
+) -> Result<TocIndex, LayerError> {
+    let (mut tar, size) = open(member)?;
+    let memory = toc::memory_beside(size, memory)?;
+    let json = unpack(member, &mut tar, size)?;
     toc::check_digest("the eStargz table of contents", &json, expected)?;
     let dialect = Dialect {
         codec: Codec::Gzip,
         stargz: true,
     };
-    toc::index(&json, &dialect, end, blob_size)
+    toc::index(&json, &dialect, end, blob_size, memory)
 }
 
-/// The JSON in the member. It is not to be trusted yet.
-fn unpack(member: &[u8]) -> Result<Vec<u8>, LayerError> {
-    let failed = |what: &str, error: std::io::Error| match error.kind() {
+/// Bytes of memory that [`index_from_toc`] takes for a member besides the member itself, as the header of its tar says.
+///
+/// # Errors
+/// [`LayerError`] when it does not begin with a table of contents.
+pub fn memory_for(member: &[u8]) -> Result<u64, LayerError> {
+    let (_, size) = open(member)?;
+    Ok(toc::memory_for(size))
+}
+
+fn failed(member: &[u8], what: &str, error: std::io::Error) -> LayerError {
+    match error.kind() {
         std::io::ErrorKind::UnexpectedEof => LayerError::Truncated {
             format: FORMAT,
             length: member.len() as u64,
             what: what.to_owned(),
         },
         _ => LayerError::malformed(FORMAT, 0, format!("{what}: {error}")),
-    };
+    }
+}
+
+/// The tar in the member behind its header, and the length of the JSON that comes next.
+fn open(member: &[u8]) -> Result<(impl Read, u64), LayerError> {
     let mut tar = gzip_members(member);
     let mut header = [0; 512];
     tar.read_exact(&mut header)
-        .map_err(|error| failed("the header of its tar", error))?;
+        .map_err(|error| failed(member, "the header of its tar", error))?;
     let (name, size) = tar::file_header(&header).map_err(|what| LayerError::malformed(FORMAT, 0, what))?;
     if name != TOC_NAME {
         let what = format!("its tar holds {}, not {}", quoted(&name), quoted(TOC_NAME));
         return Err(LayerError::malformed(FORMAT, 0, what));
     }
     toc::check_len("size of the eStargz table of contents", size)?;
-    let mut json = Vec::new();
+    Ok((tar, size))
+}
+
+/// The JSON in the member. It is not to be trusted yet.
+fn unpack(member: &[u8], tar: impl Read, size: u64) -> Result<Vec<u8>, LayerError> {
+    let mut json = Vec::with_capacity(size as usize);
     tar.take(size)
         .read_to_end(&mut json)
-        .map_err(|error| failed("its JSON", error))?;
+        .map_err(|error| failed(member, "its JSON", error))?;
     if (json.len() as u64) < size {
-        return Err(failed("its JSON", std::io::ErrorKind::UnexpectedEof.into()));
+        return Err(failed(member, "its JSON", std::io::ErrorKind::UnexpectedEof.into()));
     }
     Ok(json)
 }

@@ -415,6 +415,20 @@ impl LayerIndex {
         first..first + count
     }
 
+    /// Bytes of memory that it takes.
+    pub fn memory(&self) -> u64 {
+        let p = &self.parts;
+        let places = size_of_val(&p.chunks[..]) + size_of_val(&p.checkpoints[..]);
+        (size_of::<Self>() + places) as u64 + self.names_memory()
+    }
+
+    /// Bytes of memory that its names and attributes take.
+    pub fn names_memory(&self) -> u64 {
+        let p = &self.parts;
+        let records = size_of_val(&p.inodes[..]) + size_of_val(&p.dirents[..]) + size_of_val(&p.xattrs[..]);
+        (records + p.strings.len()) as u64
+    }
+
     /// Bytes of the data space that are stored in the blob, i.e. that have to be fetched.
     pub fn stored_size(&self) -> u64 {
         self.parts.chunks.iter().map(|chunk| u64::from(chunk.data_len)).sum()

@@ -18,7 +18,7 @@
 //!   that name. Here it is not listed.
 //!
 //! Nothing is recursive, and memory is linear: a directory that waits to be merged is remembered with the directories it is made of. What
-//! is hidden is not copied. Layers come as they look on their parents ([`super::variant`]).
+//! is hidden is not copied. What is merged has no more of anything than all layers together, and as much again is needed while it is made. Layers come as they look on their parents ([`super::variant`]).
 
 #[cfg(test)]
 mod model;
@@ -152,7 +152,7 @@ impl<'a> Merger<'a> {
             inodes: Vec::new(),
             dirents: Vec::new(),
             xattrs: Vec::new(),
-            strings: Strings::default(),
+            strings: Strings::new(layers.iter().map(|layer| layer.parts().strings.len()).sum()),
         }
     }
 
@@ -359,21 +359,31 @@ impl<'a> Merger<'a> {
 }
 
 /// The texts of the merged index.
-#[derive(Default)]
 struct Strings {
     bytes: Vec<u8>,
+    /// Most bytes that there may be: no more than what the layers have, of which each text comes from one.
+    limit: usize,
     /// Names and values of extended attributes, of which many are the same: where they are.
     interned: HashTable<(u32, u32)>,
     hasher: RandomState,
 }
 
 impl Strings {
+    fn new(limit: usize) -> Self {
+        Strings {
+            bytes: Vec::new(),
+            limit: limit.min(MAX_STRINGS),
+            interned: HashTable::new(),
+            hasher: RandomState::new(),
+        }
+    }
+
     /// Adds a text; tells where it is.
     fn add(&mut self, text: &[u8]) -> Result<u32, LayerError> {
         limit(
             "length of names and attributes",
             (self.bytes.len() + text.len()) as u64,
-            MAX_STRINGS as u64,
+            self.limit as u64,
         )?;
         let at = self.bytes.len() as u32;
         self.bytes.extend_from_slice(text);

@@ -32,7 +32,9 @@
 
 use std::io::Read;
 
+use super::compression::zstd_frames_within;
 use super::index::{Access, Codec, MAX_CHUNKS, MAX_INODES, codec_byte, codec_of};
+use super::tree::memory_for_blob;
 use super::{Digest, LayerError, LayerIndex, Windows};
 
 const MAGIC: &[u8; 8] = b"LZLSHARE";
@@ -47,6 +49,10 @@ const COVERED: usize = HEADER_LEN - Digest::LEN;
 pub const MAX_INDEX_LEN: u64 = 512 << 20;
 /// Largest file, in bytes: the windows of a layer of 100 GB take a tenth of that.
 pub const MAX_LEN: u64 = 4 << 30;
+/// Largest window of its frame, as a power of two: that of the level, and some more.
+const WINDOW_LOG: u32 = 25;
+/// Bytes of memory that any takes: a decoder.
+const BASE: u64 = 1 << 20;
 /// zstd's level: names and digests gain hardly anything from a higher one.
 const LEVEL: i32 = 9;
 
@@ -88,6 +94,12 @@ impl Summary {
     /// Bytes of the file.
     pub fn len(&self) -> u64 {
         self.index_end() + self.windows_len
+    }
+
+    /// Bytes of memory that [`unpack`] takes besides the file: the index as bytes and as records, which are little larger, and the windows.
+    pub fn memory(&self) -> u64 {
+        let window = (1 << WINDOW_LOG).min(self.raw_len);
+        self.raw_len + self.raw_len * 5 / 4 + window + 2 * self.windows_len + BASE
     }
 
     /// Never.
@@ -217,7 +229,16 @@ pub fn unpack_index(layer: &Digest, bytes: &[u8]) -> Result<LayerIndex, LayerErr
 /// # Errors
 /// As [`unpack_index`], and when windows are damaged or missing, or something follows them.
 pub fn unpack(layer: &Digest, bytes: &[u8]) -> Result<(LayerIndex, Windows), LayerError> {
+    unpack_within(layer, bytes, u64::MAX)
+}
+
+/// The same, with no more than `memory` bytes besides the file.
+///
+/// # Errors
+/// As [`unpack`], and [`LayerError::TooLarge`] when it takes more.
+pub fn unpack_within(layer: &Digest, bytes: &[u8], memory: u64) -> Result<(LayerIndex, Windows), LayerError> {
     let summary = inspect(bytes)?;
+    limit("memory for the portable index in bytes", summary.memory(), memory)?;
     let (index, id) = index(layer, bytes, &summary)?;
     let windows = part(
         bytes,
@@ -251,9 +272,8 @@ fn index(layer: &Digest, bytes: &[u8], summary: &Summary) -> Result<(LayerIndex,
         "its index",
     )?;
     let broken = |error: std::io::Error| LayerError::malformed(FORMAT, HEADER_LEN as u64, error.to_string());
-    // Memory grows with what there really is, up to what the header says, which has a limit.
-    let mut raw = Vec::new();
-    let mut decoder = zstd::Decoder::with_buffer(packed).map_err(broken)?;
+    let mut raw = Vec::with_capacity(summary.raw_len as usize + 1);
+    let mut decoder = zstd_frames_within(packed, WINDOW_LOG).map_err(broken)?;
     decoder
         .by_ref()
         .take(summary.raw_len + 1)
@@ -267,6 +287,11 @@ fn index(layer: &Digest, bytes: &[u8], summary: &Summary) -> Result<(LayerIndex,
         ));
     }
     let index = LayerIndex::decode(&raw)?;
+    limit(
+        "memory of names and attributes in bytes",
+        index.names_memory(),
+        memory_for_blob(summary.blob_size),
+    )?;
     let counts = [index.inodes().len(), index.chunks().len(), index.checkpoints().len()];
     let same = (index.access(), index.codec()) == (summary.access, summary.codec)
         && (index.blob_size(), index.data_size()) == (summary.blob_size, summary.data_size)

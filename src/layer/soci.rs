@@ -8,6 +8,9 @@
 //! A zTOC says whatever its writer wants it to: it describes the layer if it comes from somebody who is trusted. What is checked is
 //! that it can be used at all, and does no harm: bounds, order, alignment, that every byte of a file lies in a span.
 //!
+//! Memory ([`memory_for`]): a file takes at least 64 bytes of a zTOC, and up to 1.3 KiB while it is read; windows take as much as they do in
+//! the zTOC. A part that is referred to twice is charged twice, and what is charged is no more than there is.
+//!
 //! Layers with sparse files are refused: a zTOC has the place of what is stored of such a file, and not the map.
 
 mod build;
@@ -26,7 +29,7 @@ use time::format_description::well_known::Rfc3339;
 
 use super::checkpoint::Entry as SpanEntry;
 use super::index::{MAX_CHUNK_LEN, MAX_DATA_SIZE};
-use super::tree::{Entry, EntryKind, TreeBuilder, quoted};
+use super::tree::{Entry, EntryKind, TreeBuilder, memory_for_blob, quoted};
 use super::{Access, Checkpoint, Chunk, Codec, Digest, LayerError, LayerIndex, Verify, Windows};
 use crate::sys::inflate::WINDOW;
 pub use build::{SPAN_SIZE, ZtocBuilder};
@@ -37,6 +40,11 @@ const FORMAT: &str = "zTOC";
 const XATTR_PREFIX: &[u8] = b"SCHILY.xattr.";
 /// Prefix of the PAX records of sparse files.
 const SPARSE_PREFIX: &[u8] = b"GNU.sparse.";
+/// Bytes of memory that a file of a zTOC takes as it stands, with the reference by which files are sorted.
+const FILE_MEMORY: u64 = size_of::<File<'static>>() as u64 + 8;
+/// Bytes of memory for the names of any zTOC, and for each file besides its texts: two directories that it implies are among it.
+const NAMES_BASE: u64 = 4 << 20;
+const NAME_MEMORY: u64 = 1024;
 /// Unit of a tar, in bytes: contents begin at its multiples.
 const BLOCK: u64 = 512;
 
@@ -50,7 +58,43 @@ fn malformed(at: usize, what: impl Into<String>) -> LayerError {
 /// # Errors
 /// [`LayerError`] when the zTOC is damaged, of another layer or version, or cannot be used: then the layer can still be read as a tar.
 pub fn index_from_ztoc(bytes: &[u8], blob_size: u64, xattrs: bool) -> Result<(LayerIndex, Windows), LayerError> {
+    index_from_ztoc_within(bytes, blob_size, xattrs, u64::MAX)
+}
+
+/// Bytes of memory that [`index_from_ztoc`] takes besides the zTOC: its files as they stand and as they are in the index, and its windows.
+///
+/// # Errors
+/// [`LayerError`] when it is no zTOC, or has more files than it has room for.
+pub fn memory_for(bytes: &[u8]) -> Result<u64, LayerError> {
+    let files = ztoc::files(bytes)? as u64;
+    Ok(files * FILE_MEMORY + names_memory(bytes, files) + bytes.len() as u64)
+}
+
+/// Bytes that names and attributes may take.
+fn names_memory(bytes: &[u8], files: u64) -> u64 {
+    NAMES_BASE + 2 * bytes.len() as u64 + files * NAME_MEMORY
+}
+
+/// The same, with no more than `memory` bytes besides the zTOC.
+///
+/// # Errors
+/// As [`index_from_ztoc`], and [`LayerError::TooLarge`] when it takes more.
+pub fn index_from_ztoc_within(
+    bytes: &[u8],
+    blob_size: u64,
+    xattrs: bool,
+    memory: u64,
+) -> Result<(LayerIndex, Windows), LayerError> {
+    let needed = memory_for(bytes)?;
+    if needed > memory {
+        return Err(LayerError::TooLarge {
+            what: "memory for the zTOC in bytes",
+            value: needed,
+            limit: memory,
+        });
+    }
     let ztoc = Ztoc::parse(bytes)?;
+    let names = names_memory(bytes, ztoc.files.len() as u64).min(memory_for_blob(blob_size));
     if ztoc.compressed_size != blob_size {
         let what = format!("it is of a blob of {} bytes, not of {blob_size}", ztoc.compressed_size);
         return Err(malformed(0, what));
@@ -74,7 +118,7 @@ pub fn index_from_ztoc(bytes: &[u8], blob_size: u64, xattrs: bool) -> Result<(La
         );
         return Err(malformed(0, what));
     }
-    let tree = tree(&ztoc, xattrs)?;
+    let tree = tree(&ztoc, xattrs, names)?;
     let codec = match ztoc.algorithm {
         Algorithm::Gzip => Codec::GzipSpans,
         Algorithm::Uncompressed => Codec::None,
@@ -208,8 +252,8 @@ fn digest_of(at: usize, text: &[u8]) -> Result<Digest, LayerError> {
 }
 
 /// Names and attributes.
-fn tree(ztoc: &Ztoc<'_>, xattrs: bool) -> Result<TreeBuilder, LayerError> {
-    let mut tree = TreeBuilder::new(FORMAT);
+fn tree(ztoc: &Ztoc<'_>, xattrs: bool, memory: u64) -> Result<TreeBuilder, LayerError> {
+    let mut tree = TreeBuilder::with_memory(FORMAT, memory);
     // In the order of the tar, which decides what replaces what.
     let mut files: Vec<&File<'_>> = ztoc.files.iter().collect();
     files.sort_by_key(|file| file.offset);

@@ -15,6 +15,9 @@
 //! Read are v7, ustar, star, PAX and GNU archives: long names and numbers, extended attributes, all four forms of sparse files. What
 //! Go's reader, and so containerd, tolerates is tolerated: no end marker, no padding after the last content, anything after
 //! the end marker, global PAX headers (ignored). Types that containerd does not unpack are refused, except for contiguous files.
+//!
+//! Memory: the tree ([`super::tree`]), 48 bytes for each piece of a sparse file, and, for the member at hand, at most 40 MiB: extended
+//! headers of 1 MiB each, and the map of one sparse file.
 
 pub(super) mod header;
 mod member;
@@ -35,8 +38,12 @@ use sparse::{Segment, TextMap};
 const FORMAT: &str = "tar";
 /// Longest extended header, in bytes, as in Go's reader.
 const MAX_EXTENDED: u64 = 1 << 20;
-/// Most pieces of sparse files that a layer may have.
-const MAX_COPIES: usize = 4 << 20;
+/// Most pieces of sparse files that any layer may have: 1 GiB in single pages.
+const MAX_COPIES: u64 = 256 << 10;
+/// One more for so many bytes of the tar: no file system has smaller holes.
+const BYTES_PER_COPY: u64 = 512;
+/// Bytes that the list of pieces takes for one, while it grows.
+const COPY_COST: u64 = 2 * size_of::<Copy>() as u64;
 /// Alignment, in bytes, of expanded files of at least that size: what a page cache maps.
 const PAGE: u64 = 4096;
 /// A place marked with this bit is relative to the area of expanded files, whose beginning is known at the end.
@@ -150,6 +157,11 @@ impl Default for TarIndexer {
 impl TarIndexer {
     /// At the beginning of a tar.
     pub fn new() -> Self {
+        Self::with_memory(u64::MAX)
+    }
+
+    /// At the beginning of a tar of which the names and attributes may take so many bytes.
+    pub fn with_memory(limit: u64) -> Self {
         TarIndexer {
             offset: 0,
             state: State::Header,
@@ -157,11 +169,16 @@ impl TarIndexer {
             filled: 0,
             body: Vec::new(),
             pending: Pending::default(),
-            tree: TreeBuilder::new(FORMAT),
+            tree: TreeBuilder::with_memory(FORMAT, limit),
             copies: Vec::new(),
             area: 0,
             failed: None,
         }
+    }
+
+    /// Bytes of memory that what was read so far takes, or will take when it is finished: rather too many than too few.
+    pub fn memory(&self) -> u64 {
+        self.tree.memory() + COPY_COST * self.copies.len() as u64
     }
 
     /// Takes in the next bytes.
@@ -404,12 +421,13 @@ impl TarIndexer {
             value: place.saturating_add(file.size),
             limit: MAX_DATA_SIZE,
         })?;
-        let copies = self.copies.len() + file.map.len();
-        if copies > MAX_COPIES {
+        let copies = (self.copies.len() + file.map.len()) as u64;
+        let limit = MAX_COPIES + self.offset / BYTES_PER_COPY;
+        if copies > limit {
             return Err(LayerError::TooLarge {
-                what: "number of pieces of sparse files",
-                value: copies as u64,
-                limit: MAX_COPIES as u64,
+                what: "number of pieces of sparse files, for the bytes so far,",
+                value: copies,
+                limit,
             });
         }
         let mut from = self.offset;

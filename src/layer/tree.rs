@@ -20,8 +20,10 @@
 //!   takes are ignored, as the unpacker ignores them.
 //! - Times before 1970 or after 2262 become the epoch.
 //!
-//! Memory is arenas: about 150 bytes for an entry and its name, and no allocation of its own.
+//! Memory is arenas: about 150 bytes for an entry and its name, and no allocation of its own. What an archive may make of few bytes is
+//! limited in `tree/allowance.rs`.
 
+mod allowance;
 mod finish;
 mod path;
 mod xattrs;
@@ -36,9 +38,11 @@ use hashbrown::HashTable;
 
 use super::index::{Dirent, Ino, Inode, MAX_INODES, MAX_STRINGS, MAX_TARGET_LEN, ROOT_INO, Xattr, flags, mode};
 use super::{IndexParts, LayerError};
+pub use allowance::memory_for_blob;
+use allowance::{Allowance, INTERNED_COST, NAME_COST, NODE_COST, TEXT_COST, XATTR_COST};
 pub(super) use path::quoted;
 use path::{clean, lexical, split};
-pub(super) use xattrs::OPAQUE_XATTR;
+pub(super) use xattrs::{MAX_XATTR_VALUE, MAX_XATTRS, OPAQUE_XATTR};
 
 /// Prefix of a name that deletes the rest of the name from the layers below.
 const WHITEOUT_PREFIX: &[u8] = b".wh.";
@@ -56,8 +60,6 @@ const SETGID: u32 = 0o2000;
 const PERMISSIONS: u32 = 0o7777;
 /// Most symlinks on the way to one name (MAXSYMLINKS of Linux).
 const MAX_LINKS: u32 = 40;
-/// Most bytes of path that may be walked through symlinks in a layer, so that few bytes of archive cannot cost hours.
-const MAX_LINK_WALK: u64 = 1 << 30;
 /// Largest device major and minor numbers of Linux.
 const MAX_MAJOR: u32 = (1 << 12) - 1;
 const MAX_MINOR: u32 = (1 << 20) - 1;
@@ -188,12 +190,17 @@ pub struct TreeBuilder {
     interned: HashTable<(u32, u32)>,
     strings: Vec<u8>,
     hasher: RandomState,
-    link_walk: u64,
+    allowance: Allowance,
 }
 
 impl TreeBuilder {
     /// An empty tree. `format` is the format whose entries will come, for errors.
     pub fn new(format: &'static str) -> Self {
+        Self::with_memory(format, u64::MAX)
+    }
+
+    /// An empty tree that may take so many bytes ([`TreeBuilder::memory`]).
+    pub fn with_memory(format: &'static str, limit: u64) -> Self {
         let root = Inode {
             mode: IMPLIED_DIR_MODE,
             nlink: 2,
@@ -212,7 +219,7 @@ impl TreeBuilder {
             interned: HashTable::new(),
             strings: Vec::new(),
             hasher: RandomState::new(),
-            link_walk: 0,
+            allowance: Allowance::new(limit),
         }
     }
 
@@ -230,6 +237,7 @@ impl TreeBuilder {
     }
 
     fn apply(&mut self, entry: &Entry<'_>) -> Result<(), Fault> {
+        self.allowance.entry();
         let path = clean(entry.path)?;
         let (parents, base) = split(&path);
         if base.is_empty() {
@@ -309,6 +317,7 @@ impl TreeBuilder {
             EntryKind::Hardlink(_) | EntryKind::Nothing => return bad("it has no inode of its own"),
         }
         limit("number of inodes", self.nodes.len() + 1, MAX_INODES)?;
+        self.allowance.take(NODE_COST)?;
         self.nodes.push(Node {
             inode,
             last_name: NO_NAME,
@@ -377,6 +386,7 @@ impl TreeBuilder {
                     if !super::index::valid_name(part) {
                         return bad(format!("no directory can be called {}", quoted(part)));
                     }
+                    self.allowance.imply()?;
                     let made = self.make_node(dir, EntryKind::Dir)?;
                     // As mkdir(2) does it in a directory that hands its group on.
                     let parent = *self.inode(dir);
@@ -399,6 +409,8 @@ impl TreeBuilder {
                 if links > MAX_LINKS {
                     return bad(format!("more than {MAX_LINKS} symlinks are on the way to it"));
                 }
+                let target_len = self.target(ino).len();
+                self.allowance.walk(target_len + path.len() - path.len().min(end))?;
                 let target = self.target(ino);
                 // `dir` has no symlink on its way: what remains of `..` after cleaning goes up to true parents.
                 let mut next = lexical(target, target.first() != Some(&b'/')).0.into_owned();
@@ -407,14 +419,6 @@ impl TreeBuilder {
                 }
                 next.push(b'/');
                 next.extend_from_slice(path.get(end..).unwrap_or_default());
-                self.link_walk += next.len() as u64;
-                if self.link_walk > MAX_LINK_WALK {
-                    return Err(Fault::Limit(LayerError::TooLarge {
-                        what: "length of all paths through symlinks",
-                        value: self.link_walk,
-                        limit: MAX_LINK_WALK,
-                    }));
-                }
                 path = Cow::Owned(next);
                 continue 'path;
             }
@@ -433,6 +437,7 @@ impl TreeBuilder {
             Some(at) => self.names[at as usize].ino = ino,
             None => {
                 limit("number of names", self.names.len() + 1, 2 * MAX_INODES)?;
+                self.allowance.take(NAME_COST)?;
                 let at = self.names.len() as u32;
                 let offset = self.store(text)?;
                 let node = &mut self.nodes[dir as usize - 1];
@@ -509,6 +514,7 @@ impl TreeBuilder {
             self.strings.len() + text.len(),
             MAX_STRINGS,
         )?;
+        self.allowance.take(TEXT_COST * text.len() as u64)?;
         let at = self.strings.len() as u32;
         self.strings.extend_from_slice(text);
         Ok(at)

@@ -13,9 +13,11 @@
 //!   opaque marker leaves alone what the unpacker would remove: the contents of directories without an entry.)
 //!
 //! Whoever stacks layers goes from the lowest up, and gives as layers below what this module made of them.
+//!
+//! Memory: a changed layer is as large as the layer, and for each directory that it takes over, a few attributes more; while it is
+//! made, 1 byte for each inode, 32 for each directory that changes, and 8 for each directory on one path in each layer below that has it.
 
 use std::collections::HashMap;
-use std::rc::Rc;
 
 use super::index::{MAX_STRINGS, Xattr, flags};
 use super::tree::OPAQUE_XATTR;
@@ -26,6 +28,16 @@ const MAX_LINKS: u32 = 40;
 /// Most steps into directories that may be taken for one layer, so that few bytes of symlinks cannot cost hours. An image of a hundred
 /// layers whose last one has a million directories without an entry takes that many.
 const MAX_STEPS: u64 = 100 << 20;
+/// Of those any layer may take so many ...
+const STEPS_BASE: u64 = 100 << 10;
+/// ... and so many more for each directory and each layer below: one that is no symlink takes one or two.
+const STEPS_PER_PLACE: u64 = 4;
+/// Most places in layers below that are in memory, 8 bytes each: those of the deepest path in 500 layers, twice.
+const MAX_PLACES: u64 = 2 << 20;
+/// Most attributes that any layer may take over from those below ...
+const INHERITED_BASE: u64 = 64 << 10;
+/// ... and so many more for each directory that takes some.
+const INHERITED_PER_DIR: u64 = 16;
 /// Attributes with this prefix belong to one layer alone.
 const TRUSTED_PREFIX: &[u8] = b"trusted.";
 /// The bit by which a directory hands its group on to what is made in it.
@@ -47,15 +59,11 @@ pub fn on_top_of(index: &LayerIndex, below: &[Option<&LayerIndex>]) -> Result<Op
     }
     let below: Vec<&LayerIndex> = below.iter().copied().flatten().collect();
     let looks = looks_on(index, &below)?;
-    let differing: Vec<_> = looks
-        .into_iter()
-        .filter(|(ino, look)| !look.is_of(index, *ino))
-        .collect();
-    if differing.is_empty() {
+    if looks.is_empty() {
         return Ok(None);
     }
     let mut patch = Patch::of(index.parts().clone());
-    for (ino, look) in differing {
+    for (ino, look) in looks {
         patch.apply(index, ino, look)?;
     }
     LayerIndex::new(patch.parts).map(Some)
@@ -79,7 +87,7 @@ enum Place {
 #[derive(Clone, Copy)]
 enum Look<'a> {
     /// As this directory of a layer below.
-    Of(&'a LayerIndex, Inode),
+    Of(&'a LayerIndex, Ino),
     /// As by itself, with this group.
     Group(u32),
 }
@@ -88,9 +96,12 @@ impl Look<'_> {
     /// The group that the directory hands on, if it does.
     fn hands_on(&self) -> Option<u32> {
         match self {
-            Look::Of(_, described) if described.mode & SETGID != 0 => Some(described.gid),
+            Look::Of(layer, ino) => {
+                let described = layer.inode(*ino)?;
+                (described.mode & SETGID != 0).then_some(described.gid)
+            }
             // The unpacker sets the permissions of what it makes, and so takes the bit away.
-            _ => None,
+            Look::Group(_) => None,
         }
     }
 
@@ -98,86 +109,183 @@ impl Look<'_> {
     fn is_of(&self, index: &LayerIndex, ino: Ino) -> bool {
         let attributes = |inode: &Inode| (inode.mode, inode.uid, inode.gid, inode.mtime, inode.mtime_nsec);
         index.inode(ino).is_some_and(|inode| match self {
-            Look::Of(below, described) => {
+            Look::Of(below, ino) => below.inode(*ino).is_some_and(|described| {
                 attributes(inode) == attributes(described) && inherited(index, inode).eq(inherited(below, described))
-            }
+            }),
             Look::Group(gid) => inode.gid == *gid,
         })
     }
 }
 
-/// A directory to look into, with its places in the layers below, and the group that it hands on.
-type Pending = (Ino, Rc<[Place]>, Option<u32>);
+/// A directory that is looked into.
+struct Frame {
+    dir: Ino,
+    /// Where it is in the layers below, the topmost first: positions of the layers that have it, and the directories there. Where a layer has
+    /// something else, those below it do not count any more.
+    places: Vec<(u32, Ino)>,
+    /// How many of its entries have not been gone into.
+    left: usize,
+}
 
-/// The looks of all directories without an entry that do not look as by themselves.
+/// An inode is a directory without an entry, or on the way to one.
+const WANTED: u8 = 1;
+/// There are such directories below it.
+const INNER: u8 = 2;
+
+/// Steps into directories of layers below, of which there may be only so many.
+struct Steps {
+    taken: u64,
+    limit: u64,
+}
+
+impl Steps {
+    fn take(&mut self) -> Result<(), LayerError> {
+        self.taken += 1;
+        limit(
+            "number of steps to directories in the layers below",
+            self.taken,
+            self.limit,
+        )
+    }
+}
+
+/// The looks of all directories without an entry that have to look in another way than they do. In depth: only the places of the
+/// directories on the way to the one at hand are in memory.
 fn looks_on<'a>(index: &LayerIndex, below: &[&'a LayerIndex]) -> Result<Vec<(Ino, Look<'a>)>, LayerError> {
-    let on_the_way = ways_to_implied(index);
-    let mut steps = 0;
+    let marks = ways_to_implied(index);
+    let mark = |ino: Ino| marks.get(ino as usize).copied().unwrap_or(0);
+    let wanted = marks.iter().filter(|mark| **mark != 0).count() as u64;
+    let mut steps = Steps {
+        taken: 0,
+        limit: (STEPS_BASE + STEPS_PER_PLACE * wanted * (below.len() as u64 + 1)).min(MAX_STEPS),
+    };
     let mut found = Vec::new();
-    let mut pending: Vec<Pending> = vec![(ROOT_INO, below.iter().map(|_| Place::Dir(ROOT_INO)).collect(), None)];
-    while let Some((ino, places, group)) = pending.pop() {
-        let Some(dir) = index.inode(ino) else { continue };
-        for entry in index.entries(dir) {
-            if !on_the_way.get(entry.ino as usize).is_some_and(|&wanted| wanted) {
-                continue;
-            }
-            let name = index.name(entry);
-            let mut own = Vec::with_capacity(below.len());
-            for (layer, place) in below.iter().zip(places.iter()) {
-                own.push(match *place {
-                    Place::Dir(dir) => step(layer, dir, name, &mut steps)?,
-                    other => other,
-                });
-            }
-            let mut look = None;
-            if index.inode(entry.ino).is_some_and(Inode::is_implied) {
-                let nearest = own.iter().zip(below).find(|(place, _)| **place != Place::Missing);
-                look = match nearest {
-                    Some((Place::Dir(ino), layer)) => layer.inode(*ino).map(|inode| Look::Of(layer, *inode)),
-                    _ => group.map(Look::Group),
+    let root: Vec<(u32, Ino)> = (0..below.len() as u32).map(|layer| (layer, ROOT_INO)).collect();
+    let mut frames: Vec<Frame> = Vec::new();
+    let (mut held, mut next) = (0, Some((ROOT_INO, root, None)));
+    loop {
+        if let Some((ino, places, group)) = next.take() {
+            let Some(dir) = index.inode(ino) else { continue };
+            for entry in index.entries(dir) {
+                let Some(inode) = index.inode(entry.ino).filter(|inode| inode.is_implied()) else {
+                    continue;
                 };
-                found.extend(look.map(|look| (entry.ino, look)));
+                debug_assert!(mark(entry.ino) & WANTED != 0 && inode.is_dir());
+                let nearest = nearest(below, &places, index.name(entry), &mut steps)?;
+                let look = nearest.map(|(layer, ino)| Look::Of(layer, ino));
+                if let Some(look) = look.or(group.map(Look::Group))
+                    && !look.is_of(index, entry.ino)
+                {
+                    found.push((entry.ino, look));
+                }
             }
-            pending.push((entry.ino, own.into(), look.and_then(|look| look.hands_on())));
+            held += places.len();
+            limit("number of places in the layers below", held as u64, MAX_PLACES)?;
+            let left = index.entries(dir).len();
+            frames.push(Frame { dir: ino, places, left });
+        }
+        // The last of them first.
+        let Some(frame) = frames.last_mut() else {
+            return Ok(found);
+        };
+        let entries = index.inode(frame.dir).map_or(&[][..], |dir| index.entries(dir));
+        let Some(at) = entries[..frame.left]
+            .iter()
+            .rposition(|entry| mark(entry.ino) & INNER != 0)
+        else {
+            held -= frame.places.len();
+            frames.pop();
+            continue;
+        };
+        frame.left = at;
+        let child = &entries[at];
+        let places = places_of(below, &frame.places, index.name(child), &mut steps)?;
+        let implied = index.inode(child.ino).is_some_and(Inode::is_implied);
+        let look = places.first().filter(|_| implied).and_then(|&(layer, ino)| {
+            let layer = below.get(layer as usize)?;
+            Some(Look::Of(layer, ino))
+        });
+        next = Some((child.ino, places, look.and_then(|look| look.hands_on())));
+    }
+}
+
+/// The directory `name` in the nearest layer that has it, `places` being those of the directory it is in; `None` if no layer has it, or the
+/// nearest that has such a name has something else there.
+fn nearest<'a>(
+    below: &[&'a LayerIndex],
+    places: &[(u32, Ino)],
+    name: &[u8],
+    steps: &mut Steps,
+) -> Result<Option<(&'a LayerIndex, Ino)>, LayerError> {
+    for &(at, dir) in places {
+        let Some(layer) = below.get(at as usize) else { break };
+        match step(layer, dir, name, steps)? {
+            Place::Missing => {}
+            Place::Dir(ino) => return Ok(Some((layer, ino))),
+            Place::Other => break,
         }
     }
-    Ok(found)
+    Ok(None)
+}
+
+/// Where the directory `name` is, `places` being those of the directory it is in.
+fn places_of(
+    below: &[&LayerIndex],
+    places: &[(u32, Ino)],
+    name: &[u8],
+    steps: &mut Steps,
+) -> Result<Vec<(u32, Ino)>, LayerError> {
+    let mut own = Vec::new();
+    for &(at, dir) in places {
+        let Some(layer) = below.get(at as usize) else { break };
+        match step(layer, dir, name, steps)? {
+            Place::Missing => {}
+            Place::Dir(ino) => own.push((at, ino)),
+            Place::Other => break,
+        }
+    }
+    own.shrink_to_fit();
+    Ok(own)
 }
 
 /// For every inode number: whether it is a directory without an entry, or on the way to one.
-fn ways_to_implied(index: &LayerIndex) -> Vec<bool> {
-    let mut marked = vec![false; index.inodes().len() + 1];
-    for (at, _) in index
-        .inodes()
-        .iter()
-        .enumerate()
-        .filter(|(_, inode)| inode.is_implied())
-    {
-        let mut ino = at + 1;
-        while let Some(mark @ false) = marked.get_mut(ino) {
-            *mark = true;
-            let inode = ino.checked_sub(1).and_then(|at| index.inodes().get(at));
-            ino = inode.map_or(0, |inode| inode.parent as usize);
+fn ways_to_implied(index: &LayerIndex) -> Vec<u8> {
+    let mut marks = vec![0; index.inodes().len() + 1];
+    for (at, inode) in index.inodes().iter().enumerate() {
+        if !inode.is_implied() {
+            continue;
+        }
+        if let Some(mark) = marks.get_mut(at + 1) {
+            *mark |= WANTED;
+        }
+        let mut ino = inode.parent;
+        while let Some(mark) = marks.get_mut(ino as usize).filter(|mark| **mark & INNER == 0) {
+            *mark = WANTED | INNER;
+            ino = index.inode(ino).map_or(0, |inode| inode.parent);
         }
     }
-    marked
+    marks
 }
 
 /// Where `name` in the directory `dir` leads, over symlinks that stay inside the layer.
-fn step(layer: &LayerIndex, dir: Ino, name: &[u8], steps: &mut u64) -> Result<Place, LayerError> {
+fn step(layer: &LayerIndex, dir: Ino, name: &[u8], steps: &mut Steps) -> Result<Place, LayerError> {
+    steps.take()?;
+    let found = layer.inode(dir).and_then(|here| layer.lookup(here, name));
+    let Some((ino, inode)) = found.and_then(|ino| Some((ino, layer.inode(ino)?))) else {
+        return Ok(Place::Missing);
+    };
+    if inode.is_dir() {
+        return Ok(Place::Dir(ino));
+    }
+    if !inode.is_symlink() {
+        return Ok(Place::Other);
+    }
     let mut dir = dir;
     let mut links = 0;
     // Components still to go, the next one last.
     let mut todo = vec![name];
     while let Some(part) = todo.pop() {
-        *steps += 1;
-        if *steps > MAX_STEPS {
-            return Err(LayerError::TooLarge {
-                what: "number of steps to directories in the layers below",
-                value: *steps,
-                limit: MAX_STEPS,
-            });
-        }
+        steps.take()?;
         let Some(here) = layer.inode(dir) else {
             return Ok(Place::Missing);
         };
@@ -221,6 +329,9 @@ struct Patch {
     parts: IndexParts,
     /// Where texts that were added are.
     added: HashMap<Vec<u8>, u32>,
+    /// Directories that were given a look, and the attributes that those took.
+    dirs: u64,
+    attributes: u64,
 }
 
 impl Patch {
@@ -228,6 +339,8 @@ impl Patch {
         Patch {
             parts,
             added: HashMap::new(),
+            dirs: 0,
+            attributes: 0,
         }
     }
 
@@ -236,7 +349,10 @@ impl Patch {
         let first = self.parts.xattrs.len();
         let Some(old) = index.inode(ino) else { return Ok(()) };
         let (below, described) = match look {
-            Look::Of(below, described) => (below, described),
+            Look::Of(below, ino) => match below.inode(ino) {
+                Some(described) => (below, described),
+                None => return Ok(()),
+            },
             Look::Group(gid) => {
                 if let Some(inode) = self.parts.inodes.get_mut(ino as usize - 1) {
                     inode.gid = gid;
@@ -244,9 +360,16 @@ impl Patch {
                 return Ok(());
             }
         };
+        self.dirs += 1;
+        self.attributes += u64::from(old.xattr_count) + u64::from(described.xattr_count);
+        limit(
+            "number of attributes taken over from the layers below",
+            self.attributes,
+            INHERITED_BASE + INHERITED_PER_DIR * self.dirs,
+        )?;
         // A marker may have made it opaque, which is no matter of the layers below.
         let own = index.xattrs(old).filter(|(name, _)| name.starts_with(TRUSTED_PREFIX));
-        for (name, value) in own.chain(inherited(below, &described)) {
+        for (name, value) in own.chain(inherited(below, described)) {
             let xattr = Xattr {
                 name: self.text(name)?,
                 name_len: name.len() as u32,
@@ -282,6 +405,13 @@ impl Patch {
         strings.extend_from_slice(text);
         self.added.insert(text.to_vec(), at);
         Ok(at)
+    }
+}
+
+fn limit(what: &'static str, value: u64, limit: u64) -> Result<(), LayerError> {
+    match value > limit {
+        true => Err(LayerError::TooLarge { what, value, limit }),
+        false => Ok(()),
     }
 }
 

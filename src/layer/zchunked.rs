@@ -21,7 +21,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::io::Read;
 
-use super::compression::zstd_frames;
+use super::compression::{ZSTD_WINDOW_LOG_MAX, zstd_frames_within};
 use super::estargz::TOC_DIGEST_ANNOTATION;
 use super::toc::{self, Dialect, TocIndex};
 use super::{Codec, Digest, LayerError};
@@ -36,6 +36,8 @@ const CHECKSUM: &str = "manifest-checksum";
 const POSITION: &str = "manifest-position";
 /// The kind of table that there is: entries as in stargz.
 const KIND: u64 = 1;
+/// Window that the frame of any table may have, as a power of two: 8 MiB, the largest of an encoder that was not asked for more.
+const WINDOW_LOG: u32 = 23;
 /// Bytes of the header of a skippable frame: magic number and length.
 const FRAME_HEADER_LEN: u64 = 8;
 
@@ -136,6 +138,20 @@ pub fn index_from_toc(
     blob_size: u64,
     promise: &Promise,
 ) -> Result<TocIndex, LayerError> {
+    index_from_toc_within(table, place, blob_size, promise, u64::MAX)
+}
+
+/// The same, with no more than `memory` bytes besides the compressed table.
+///
+/// # Errors
+/// As [`index_from_toc`], and [`LayerError::TooLarge`] when it takes more.
+pub fn index_from_toc_within(
+    table: &[u8],
+    place: &TocPlace,
+    blob_size: u64,
+    promise: &Promise,
+    memory: u64,
+) -> Result<TocIndex, LayerError> {
     if promise.compressed.is_none() && promise.raw.is_none() {
         return Err(LayerError::Unsupported {
             what: "a zstd:chunked table of contents of which the manifest has no digest".to_owned(),
@@ -144,6 +160,8 @@ pub fn index_from_toc(
     if let Some(expected) = &promise.compressed {
         toc::check_digest("the compressed zstd:chunked table of contents", table, expected)?;
     }
+    // The window is no longer than what was written to it.
+    let memory = toc::memory_beside(place.raw_len, memory.saturating_sub(place.raw_len))?;
     let json = unpack(table, place.raw_len)?;
     if let Some(expected) = &promise.raw {
         toc::check_digest("the zstd:chunked table of contents", &json, expected)?;
@@ -157,13 +175,24 @@ pub fn index_from_toc(
         &dialect,
         place.offset - FRAME_HEADER_LEN.min(place.offset),
         blob_size,
+        memory,
     )
+}
+
+impl TocPlace {
+    /// Bytes of memory that [`index_from_toc`] takes besides the compressed table.
+    pub fn memory(&self) -> u64 {
+        toc::memory_for(self.raw_len) + self.raw_len
+    }
 }
 
 /// The JSON, whose length has been checked.
 fn unpack(table: &[u8], raw_len: u64) -> Result<Vec<u8>, LayerError> {
-    let mut json = Vec::new();
-    let read = zstd_frames(table).and_then(|frames| frames.take(raw_len.saturating_add(1)).read_to_end(&mut json));
+    let mut json = Vec::with_capacity(raw_len as usize + 1);
+    // The window is memory, and never larger than what it is for, or than encoders make it that do not know how much will come.
+    let window = raw_len.next_power_of_two().ilog2().max(WINDOW_LOG);
+    let read = zstd_frames_within(table, window.min(ZSTD_WINDOW_LOG_MAX))
+        .and_then(|frames| frames.take(raw_len.saturating_add(1)).read_to_end(&mut json));
     match read {
         Ok(_) if json.len() as u64 == raw_len => Ok(json),
         Ok(_) => {

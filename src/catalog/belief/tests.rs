@@ -16,6 +16,7 @@ use crate::layer::estargz::TOC_DIGEST_ANNOTATION;
 use crate::metrics::Metrics;
 use crate::registry::Registry;
 use crate::store::LayerSource;
+use crate::sync::Budget;
 
 // The first key pair of RFC 8032, section 7.1, in the form that openssl writes.
 const PRIVATE: &str = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIJ1hsZ3v/VpguoRK9JLsLMREScVpezJpGXA7rAMcrn9g\n-----END PRIVATE KEY-----\n";
@@ -55,9 +56,16 @@ fn loader(dir: &Path, require_signature: bool) -> Loader {
         runtime,
         Arc::clone(&metrics),
     );
-    let shared = SharedIndexes::new(&config, Arc::clone(&registry), Arc::clone(&metrics)).unwrap();
-    let soci = SociIndexes::new(&config, registry, metrics).unwrap();
-    Loader::new(cache, fetcher, FormatsConfig::default())
+    let memory = Budget::new(1 << 30);
+    let shared = SharedIndexes::new(
+        &config,
+        Arc::clone(&registry),
+        Arc::clone(&memory),
+        Arc::clone(&metrics),
+    )
+    .unwrap();
+    let soci = SociIndexes::new(&config, registry, Arc::clone(&memory), metrics).unwrap();
+    Loader::new(cache, fetcher, FormatsConfig::default(), memory)
         .with_shared(shared)
         .with_soci(soci)
 }

@@ -18,7 +18,15 @@ impl Portable {
     /// # Errors
     /// [`LayerError`] when it is damaged, of another version, or another layer's.
     pub fn unpack(layer: &Digest, blob_size: u64, bytes: &[u8]) -> Result<Self, LayerError> {
-        let (index, windows) = portable::unpack(layer, bytes)?;
+        Self::unpack_within(layer, blob_size, bytes, u64::MAX)
+    }
+
+    /// The same, with no more than `memory` bytes besides those of the form.
+    ///
+    /// # Errors
+    /// As [`Portable::unpack`], and [`LayerError::TooLarge`] when it takes more.
+    pub fn unpack_within(layer: &Digest, blob_size: u64, bytes: &[u8], memory: u64) -> Result<Self, LayerError> {
+        let (index, windows) = portable::unpack_within(layer, bytes, memory)?;
         let wrong = |what: String| Err(LayerError::malformed("portable index", 0, what));
         if index.blob_size() != blob_size {
             return wrong(format!(
@@ -33,6 +41,11 @@ impl Portable {
             return wrong("it does not verify what is decoded with it".to_owned());
         }
         Ok(Portable { index, windows })
+    }
+
+    /// Bytes of memory.
+    pub fn memory(&self) -> u64 {
+        self.index.memory() + self.windows.memory()
     }
 
     /// Puts the layer into the cache, without any of its bytes.

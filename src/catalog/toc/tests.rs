@@ -175,7 +175,9 @@ async fn read_of(
     let memory = Memory::new(blob.to_vec());
     let source = Arc::clone(&memory) as Arc<dyn Blob>;
     let kind = kind(&spec).unwrap().unwrap();
-    let table = read(&spec, &source, kind, &formats, images).await;
+    let budget = Budget::new(64 << 20);
+    let table = read(&spec, &source, kind, &formats, images, &budget).await;
+    assert!(table.is_ok() || budget.held() == 0);
     let reads = memory.reads.lock().unwrap();
     let reads = reads.iter().map(|range| (range.start, range.end)).collect();
     (table, reads)
@@ -280,6 +282,65 @@ async fn zstd_chunked_with_and_without_its_place() {
     let (table, _) = read_of(&contents(), &annotations[..1], formats(), &[]).await;
     let error = table.map(|_| ()).unwrap_err().to_string();
     assert!(error.contains("there is none"), "{error}");
+}
+
+/// However many tables are read at once, and however much each needs: no more is held than there is, and all come to an end.
+#[tokio::test]
+async fn many_tables_share_the_memory() {
+    let (chunked, annotations) = chunked_blob();
+    let estargz = estargz_blob(&member(&table()), &extra_inside());
+    let formats = FormatsConfig::default();
+    // Each table may take 4 MiB, and a little.
+    let budget = Budget::new(10 << 20);
+    let one = async |blob: &[u8], annotations: &[(&str, String)]| {
+        let spec = spec_of(blob, ZSTD, annotations);
+        let source = Memory::new(blob.to_vec()) as Arc<dyn Blob>;
+        let table = read(&spec, &source, kind(&spec).unwrap().unwrap(), &formats, &[], &budget).await;
+        assert!(budget.held() <= budget.total());
+        let table = table.unwrap();
+        // Of the share there is left what the index is.
+        assert_eq!(
+            table._share.bytes(),
+            (2 * table.toc.index.memory()).next_multiple_of(4096)
+        );
+        // It is being stored.
+        tokio::task::yield_now().await;
+    };
+    let promise = promised();
+    let many = (0..8).map(|i| {
+        one(
+            if i % 2 == 0 { &chunked } else { &estargz },
+            if i % 2 == 0 { &annotations } else { &promise },
+        )
+    });
+    futures::future::join_all(many).await;
+    assert_eq!((budget.held(), budget.waiting()), (0, 0));
+
+    // A table that says it is larger than all the memory is refused before it is unpacked.
+    let spec = spec_of(
+        &chunked,
+        ZSTD,
+        &[
+            annotations[1].clone(),
+            (annotations[2].0, format!("{}:100:{}:1", CONTENTS + 8, 20 << 20)),
+        ],
+    );
+    let source = Memory::new(chunked.clone()) as Arc<dyn Blob>;
+    let promise = kind(&spec).unwrap().unwrap();
+    let Kind::Chunked(promise) = promise else {
+        panic!("it is zstd:chunked")
+    };
+    let promise = Kind::Chunked(Promise {
+        compressed: Some(Digest::of(&chunked[CONTENTS + 8..CONTENTS + 108])),
+        ..promise
+    });
+    let refused = read(&spec, &source, promise, &formats, &[], &budget).await.map(|_| ());
+    let error = refused.unwrap_err().to_string();
+    assert!(
+        error.contains("size of the table of contents, beside what is in memory, is 20971520"),
+        "{error}"
+    );
+    assert_eq!(budget.held(), 0);
 }
 
 #[test]

@@ -107,6 +107,11 @@ impl Windows {
         self.compressed.len() as u64
     }
 
+    /// Bytes of memory.
+    pub fn memory(&self) -> u64 {
+        (size_of_val(&self.records[..]) + self.compressed.len()) as u64
+    }
+
     /// The window of the checkpoint at position `at`.
     ///
     /// # Errors

@@ -13,6 +13,12 @@ use crate::layer::{Dirent, Ino, Inode, LayerError, LayerIndex, ROOT_INO};
 /// index can hold are inodes that share.
 const MAX_REFERENCES: u64 = 2 * MAX_INODES as u64;
 
+/// Bytes of xattrs in the image of any index ...
+const XATTRS_BASE: u64 = 16 << 20;
+/// ... and so many more for each inode, besides the texts that the index holds. An index holds a value once, and the image in each inode that
+/// has it: without a limit a few large values would fill the memory.
+const XATTRS_PER_INODE: u64 = 256;
+
 /// Where an inode is. The default is nowhere.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Place {
@@ -76,6 +82,7 @@ pub(super) fn plan(index: &LayerIndex, addressing: Addressing, used: u64) -> Res
 
     let mut walk = Walk {
         index,
+        xattrs: 0,
         addressing,
         space: Space::new(used),
         plan: Plan {
@@ -104,6 +111,8 @@ pub(super) fn plan(index: &LayerIndex, addressing: Addressing, used: u64) -> Res
 
 struct Walk<'a> {
     index: &'a LayerIndex,
+    /// Bytes of xattrs so far.
+    xattrs: u64,
     addressing: Addressing,
     space: Space,
     plan: Plan,
@@ -121,6 +130,13 @@ impl Walk<'_> {
         }
         let (xattrs, dropped) = xattrs::measure(self.index, inode);
         self.plan.dropped_xattrs += dropped;
+        self.xattrs += xattrs;
+        let parts = self.index.parts();
+        limit(
+            "length of the extended attributes of all inodes",
+            self.xattrs,
+            XATTRS_BASE + XATTRS_PER_INODE * parts.inodes.len() as u64 + parts.strings.len() as u64,
+        )?;
         let tail = data_len(self.index, inode) % BLOCK;
         let chunked = self.addressing.is_chunked(inode);
         let len = if chunked {

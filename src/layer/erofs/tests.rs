@@ -231,8 +231,15 @@ fn shared_parts_cannot_make_it_large() {
     for inode in &mut shared.inodes[1..] {
         inode.xattr_count = 4;
     }
-    // 20 x 240,000 bytes are fine; 8,000 times as many would not be.
+    let error = LayerIndex::new(shared.clone()).unwrap_err().to_string();
+    assert!(error.contains("inodes share extended attributes"), "{error}");
+    // Values may be shared: 20 x 240,000 bytes are fine; 8,000 times as many would not be.
+    shared.xattrs = vec![xattr; 80];
+    for (inode, first) in shared.inodes[1..].iter_mut().zip((0..).step_by(4)) {
+        inode.xattr_first = first;
+    }
     assert!(written(shared.clone(), &[]).is_ok());
+    shared.xattrs = vec![xattr; 32_000];
     let names: Vec<_> = (0..8000u32).map(|at| at.to_string()).collect();
     shared.inodes.truncate(1);
     shared.dirents.clear();
@@ -244,6 +251,7 @@ fn shared_parts_cannot_make_it_large() {
         });
         shared.strings.extend_from_slice(name.as_bytes());
         shared.inodes.push(Inode {
+            xattr_first: 4 * at,
             xattr_count: 4,
             ..file(0, 0)
         });
@@ -254,7 +262,10 @@ fn shared_parts_cannot_make_it_large() {
         .sort_by_key(|entry| strings[entry.name as usize..][..entry.name_len as usize].to_vec());
     shared.inodes[0].count = 8000;
     let error = written(shared, &[]).unwrap_err().to_string();
-    assert!(error.contains("size of the metadata image"), "{error}");
+    assert!(
+        error.contains("length of the extended attributes of all inodes"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -1,10 +1,15 @@
 //! The rules that every index keeps, so that its users need not check anything again.
+//!
+//! Records are not shared: directories have entries of their own, and entries, symlinks and inodes texts and attributes of their own (only
+//! the texts of attributes are there once). What is made of an index, a merged chain or an image, is therefore no larger than it by more
+//! than a factor, and what takes time for each entry ends.
 
 use super::{
     Access, Chunk, Codec, FORMAT, IndexParts, MAX_CHUNK_LEN, MAX_CHUNKS, MAX_DATA_SIZE, MAX_INODES, MAX_NAME_LEN,
     MAX_STRINGS, MAX_TARGET_LEN, ROOT_INO, Verify, mode, valid_name,
 };
 use crate::layer::checkpoint::{Entry, MAX_WINDOW};
+use crate::layer::tree::MAX_XATTR_VALUE;
 use crate::layer::{Checkpoint, Digest, LayerError};
 
 /// Checks the parts of an index: limits, and that every reference points at something.
@@ -42,6 +47,8 @@ pub(super) fn check(p: &IndexParts) -> Result<(), LayerError> {
     };
     let range_ok = |first: u64, count: u64, len: usize| first.checked_add(count).is_some_and(|end| end <= len as u64);
     let mut references = vec![0u32; p.inodes.len()];
+    // What all inodes together refer to.
+    let (mut entries, mut attributes, mut texts) = (0u64, 0u64, 0u64);
     match p.inodes.first() {
         Some(root) if root.is_dir() && root.parent == ROOT_INO => references[0] = 1,
         _ => return bad(0, "the first inode is not a root directory"),
@@ -49,6 +56,10 @@ pub(super) fn check(p: &IndexParts) -> Result<(), LayerError> {
     for (i, inode) in p.inodes.iter().enumerate() {
         if !range_ok(inode.xattr_first.into(), inode.xattr_count.into(), p.xattrs.len()) {
             return bad(i, "an inode's extended attributes lie outside");
+        }
+        attributes += u64::from(inode.xattr_count);
+        if attributes > p.xattrs.len() as u64 {
+            return bad(i, "inodes share extended attributes");
         }
         if inode.mtime_nsec >= 1_000_000_000 {
             return bad(i, "an inode's nanoseconds are a second or more");
@@ -60,6 +71,10 @@ pub(super) fn check(p: &IndexParts) -> Result<(), LayerError> {
             mode::DIR => {
                 if !range_ok(inode.data, inode.count.into(), p.dirents.len()) {
                     return bad(i, "a directory's entries lie outside");
+                }
+                entries += u64::from(inode.count);
+                if entries > p.dirents.len() as u64 {
+                    return bad(i, "directories share entries");
                 }
                 let first = inode.data as usize;
                 let mut previous: &[u8] = b"";
@@ -74,6 +89,7 @@ pub(super) fn check(p: &IndexParts) -> Result<(), LayerError> {
                         return bad(i, "a directory's names are not in order");
                     }
                     previous = name;
+                    texts += u64::from(entry.name_len);
                     let Some(target) = (entry.ino as usize).checked_sub(1).and_then(|at| p.inodes.get(at)) else {
                         return bad(i, "a directory entry names no inode");
                     };
@@ -92,7 +108,9 @@ pub(super) fn check(p: &IndexParts) -> Result<(), LayerError> {
             mode::LNK => {
                 let fits = u32::try_from(inode.data).ok().zip(u32::try_from(inode.size).ok());
                 match fits.and_then(|(offset, len)| string(offset, len)) {
-                    Some(target) if !target.is_empty() && target.len() <= MAX_TARGET_LEN && !target.contains(&0) => {}
+                    Some(target) if !target.is_empty() && target.len() <= MAX_TARGET_LEN && !target.contains(&0) => {
+                        texts += target.len() as u64;
+                    }
                     _ => return bad(i, "a symlink has no valid target"),
                 }
             }
@@ -103,9 +121,16 @@ pub(super) fn check(p: &IndexParts) -> Result<(), LayerError> {
     if references.contains(&0) {
         return bad(0, "an inode has no name");
     }
+    if texts > p.strings.len() as u64 {
+        return bad(0, "names share their texts");
+    }
     for (i, x) in p.xattrs.iter().enumerate() {
         match (string(x.name, x.name_len), string(x.value, x.value_len)) {
-            (Some(name), Some(_)) if !name.is_empty() && name.len() <= MAX_NAME_LEN && !name.contains(&0) => {}
+            (Some(name), Some(value))
+                if !name.is_empty()
+                    && name.len() <= MAX_NAME_LEN
+                    && !name.contains(&0)
+                    && value.len() <= MAX_XATTR_VALUE => {}
             _ => return bad(i, "an extended attribute has no valid name or value"),
         }
     }

@@ -294,9 +294,9 @@ fn marks_that_no_parser_lets_through_are_refused_where_they_count() {
 fn deep_and_wide_trees() {
     // 30,000 directories one in the other, in two layers that differ at the bottom.
     let deep = |file: &[u8]| {
-        let depth = 30_000;
+        let depth = 30_000u32;
         let mut parts = layer(|_| {}).parts().clone();
-        parts.strings = [b"d", file].concat();
+        parts.strings = [&vec![b'd'; depth as usize - 1], file].concat();
         let dir = |parent: u32, at: u64| Inode {
             parent,
             data: at,
@@ -313,12 +313,11 @@ fn deep_and_wide_trees() {
         });
         parts.dirents = (0..depth)
             .map(|i| Dirent {
-                name: 0,
+                name: i,
                 name_len: 1,
                 ino: i + 2,
             })
             .collect();
-        parts.dirents.last_mut().unwrap().name = 1;
         LayerIndex::new(parts).unwrap()
     };
     let index = merge(&[&deep(b"a"), &deep(b"b")]).unwrap().index;

@@ -79,6 +79,8 @@ impl<'a> Flat<'a> {
         let list = i64::try_from(at).ok().and_then(|at| at.checked_sub(back.into()));
         let list = list.and_then(|list| usize::try_from(list).ok()).ok_or_else(outside)?;
         let (list_len, len) = (self.u16(list)?, self.u16(list.saturating_add(2))?);
+        // Lists of fields are shared by tables, but no table is by those that refer to it.
+        self.spend(len.saturating_sub(REFERENCE))?;
         let slots = self.bytes.get(list..).and_then(|rest| rest.get(4..list_len));
         Ok(Table {
             flat: self,

@@ -79,8 +79,25 @@ pub(super) struct File<'a> {
     pub records: Vec<(Text<'a>, Text<'a>)>,
 }
 
+/// Bytes of a zTOC for each file at least. A table without texts has 64, and each has a type and a time.
+const FILE_BYTES: usize = 64;
+/// For each record of a PAX header: a reference, a table of two, and two texts.
+const RECORD_BYTES: usize = 24;
+
+/// How many files a zTOC has.
+pub(super) fn files(bytes: &[u8]) -> Result<usize, LayerError> {
+    let flat = Flat::new(bytes);
+    let files = match flat.root()?.table(4)? {
+        Some(toc) => toc.tables(0)?.len(),
+        None => 0,
+    };
+    bounded("number of files", files, MAX_INODES.min(bytes.len() / FILE_BYTES))?;
+    Ok(files)
+}
+
 impl<'a> Ztoc<'a> {
     pub(super) fn parse(bytes: &'a [u8]) -> Result<Self, LayerError> {
+        files(bytes)?;
         let flat = Flat::new(bytes);
         let root = flat.root()?;
         let version = root.bytes(0)?;
@@ -94,9 +111,11 @@ impl<'a> Ztoc<'a> {
         bounded("number of spans", digests.len(), MAX_CHUNKS)?;
         let files = match root.table(4)? {
             Some(toc) => {
+                let mut records = bytes.len() / RECORD_BYTES;
                 let files = toc.tables(0)?;
-                bounded("number of files", files.len(), MAX_INODES)?;
-                files.map(|file| File::parse(&file?)).collect::<Result<_, _>>()?
+                files
+                    .map(|file| File::parse(&file?, &mut records))
+                    .collect::<Result<_, _>>()?
             }
             None => Vec::new(),
         };
@@ -122,7 +141,11 @@ impl<'a> Ztoc<'a> {
 }
 
 impl<'a> File<'a> {
-    fn parse(table: &Table<'_, 'a>) -> Result<Self, LayerError> {
+    /// Reads a file with no more than so many records, which are counted down.
+    fn parse(table: &Table<'_, 'a>, left: &mut usize) -> Result<Self, LayerError> {
+        let records = table.tables(13)?;
+        let known = left.checked_sub(records.len());
+        *left = known.ok_or_else(|| malformed(0, "it has more records of PAX headers than there is room for"))?;
         let record = |record: Result<Table<'_, 'a>, LayerError>| {
             let record = record?;
             Ok((record.bytes(0)?.into(), record.bytes(1)?.into()))
@@ -141,7 +164,7 @@ impl<'a> File<'a> {
             time: table.bytes(10)?.into(),
             major: table.i64(11)?,
             minor: table.i64(12)?,
-            records: table.tables(13)?.map(record).collect::<Result<_, LayerError>>()?,
+            records: records.map(record).collect::<Result<_, LayerError>>()?,
         })
     }
 }

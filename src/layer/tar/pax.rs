@@ -5,6 +5,8 @@ use crate::layer::tree::quoted;
 
 /// Prefix of the keys that carry extended attributes.
 const XATTR_PREFIX: &[u8] = b"SCHILY.xattr.";
+/// Most records of extended attributes in one header: some come twice, and of an inode there are no more than 1024.
+const MAX_XATTR_RECORDS: usize = 4096;
 
 /// What one extended header says of the entry after it. `None`: it says nothing, the header's own field counts.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -78,6 +80,10 @@ pub(in crate::layer) fn parse(body: &[u8]) -> Result<Pax, (usize, String)> {
             }
             _ => {
                 if let Some(name) = key.strip_prefix(XATTR_PREFIX) {
+                    if pax.xattrs.len() >= MAX_XATTR_RECORDS {
+                        let what = format!("more than {MAX_XATTR_RECORDS} records of extended attributes");
+                        return Err((at, what));
+                    }
                     pax.xattrs.push((name.to_vec(), value.to_vec()));
                 }
             }

@@ -2,19 +2,27 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use crate::layer::tree::{Entry, EntryKind, EntryXattr, quoted};
-use crate::layer::{Digest, LayerError};
+use crate::layer::LayerError;
+use crate::layer::tree::{Entry, EntryKind, EntryXattr, MAX_XATTR_VALUE, MAX_XATTRS, quoted};
 
 /// What Go's JSON encoder writes for bytes that are not UTF-8.
 const REPLACEMENT: char = '\u{fffd}';
 const FORMAT: &str = super::FORMAT;
+/// Most bytes of the names of an entry's extended attributes (XATTR_LIST_MAX of Linux).
+const MAX_XATTR_NAMES: usize = 64 << 10;
+/// Most base64 of one value: of the longest that Linux takes.
+const MAX_XATTR_TEXT: usize = MAX_XATTR_VALUE.div_ceil(3) * 4;
+/// Most base64 of all values of an entry: as much as an extended header of a tar, and so a plain layer, could have.
+const MAX_XATTR_TEXTS: usize = 1 << 20;
 
 /// One entry. Absent numbers are 0 and absent texts empty, as the writer leaves them out.
 #[derive(Debug, Deserialize)]
@@ -51,7 +59,7 @@ pub(super) struct TocEntry<'a> {
     pub dev_minor: i64,
     /// Values are base64; `null` is an empty one.
     #[serde(default)]
-    pub xattrs: Option<BTreeMap<String, Option<String>>>,
+    pub xattrs: Option<Xattrs>,
     /// Of the whole file.
     #[serde(borrow, default)]
     pub digest: Cow<'a, str>,
@@ -65,6 +73,55 @@ pub(super) struct TocEntry<'a> {
     /// Empty, or `zeros`.
     #[serde(borrow, default)]
     pub chunk_type: Cow<'a, str>,
+}
+
+/// Extended attributes: values by names. No more of them are taken in than a file could have.
+#[derive(Debug)]
+pub(super) struct Xattrs(BTreeMap<String, Option<String>>);
+
+impl<'de> Deserialize<'de> for Xattrs {
+    fn deserialize<D: Deserializer<'de>>(xattrs: D) -> Result<Self, D::Error> {
+        struct Bounded;
+
+        impl<'de> Visitor<'de> for Bounded {
+            type Value = Xattrs;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("extended attributes")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Xattrs, A::Error> {
+                let too_many = |what: &str, limit: usize| {
+                    Err(A::Error::custom(format_args!(
+                        "an entry has {what} of extended attributes over the limit of {limit}"
+                    )))
+                };
+                let mut xattrs = BTreeMap::new();
+                let (mut names, mut values) = (0, 0);
+                while let Some((name, value)) = map.next_entry::<String, Option<String>>()? {
+                    let len = value.as_ref().map_or(0, String::len);
+                    names += name.len();
+                    values += len;
+                    if len > MAX_XATTR_TEXT {
+                        return too_many("base64", MAX_XATTR_TEXT);
+                    }
+                    if names > MAX_XATTR_NAMES {
+                        return too_many("bytes of names", MAX_XATTR_NAMES);
+                    }
+                    if values > MAX_XATTR_TEXTS {
+                        return too_many("base64 in all", MAX_XATTR_TEXTS);
+                    }
+                    if xattrs.len() == MAX_XATTRS {
+                        return too_many("a number", MAX_XATTRS);
+                    }
+                    xattrs.insert(name, value);
+                }
+                Ok(Xattrs(xattrs))
+            }
+        }
+
+        xattrs.deserialize_map(Bounded)
+    }
 }
 
 impl TocEntry<'_> {
@@ -132,7 +189,7 @@ impl TocEntry<'_> {
                 )
             })
         };
-        let Some(xattrs) = &self.xattrs else {
+        let Some(Xattrs(xattrs)) = &self.xattrs else {
             return Ok(Vec::new());
         };
         xattrs
@@ -141,23 +198,14 @@ impl TocEntry<'_> {
             .collect()
     }
 
-    /// The digest that vouches for a chunk: its own, or, if the chunk is the `whole` file, the file's.
-    pub(super) fn vouched(&self, at: usize, whole: bool) -> Result<Digest, LayerError> {
-        let text = if self.chunk_digest.is_empty() && whole {
-            &self.digest
-        } else {
-            &self.chunk_digest
-        };
-        if text.is_empty() {
-            return Err(self.wrong(at, "a chunk of it has no digest"));
-        }
-        text.parse()
-            .map_err(|error: crate::layer::digest::InvalidDigest| self.wrong(at, error.to_string()))
-    }
-
     /// An error about this entry.
     pub(super) fn wrong(&self, at: usize, what: impl AsRef<str>) -> LayerError {
-        let what = format!("entry {}: {}", quoted(self.name.as_bytes()), what.as_ref());
-        LayerError::malformed(FORMAT, at as u64, what)
+        wrong(&self.name, at, what)
     }
+}
+
+/// An error about the entry at position `at`.
+pub(super) fn wrong(name: &str, at: usize, what: impl AsRef<str>) -> LayerError {
+    let what = format!("entry {}: {}", quoted(name.as_bytes()), what.as_ref());
+    LayerError::malformed(FORMAT, at as u64, what)
 }

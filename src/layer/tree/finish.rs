@@ -5,7 +5,10 @@ use crate::layer::index::{Dirent, Ino};
 
 impl TreeBuilder {
     /// The finished tree. Inodes are numbered in the order in which the archive first held them.
-    pub fn finish(self) -> Tree {
+    pub fn finish(mut self) -> Tree {
+        // Nobody looks anything up any more, and memory is needed.
+        drop(std::mem::take(&mut self.table));
+        drop(std::mem::take(&mut self.interned));
         let mut numbers = vec![NO_INO; self.nodes.len() + 1];
         let mut inodes = Vec::with_capacity(self.nodes.len());
         let mut xattrs = Vec::with_capacity(self.xattrs.len());
@@ -20,6 +23,7 @@ impl TreeBuilder {
             inodes.push(inode);
             *number = inodes.len() as Ino;
         }
+        drop(std::mem::take(&mut self.nodes));
         for inode in &mut inodes {
             // A parent is never younger than its child, but it may be replaced and come back: the map has all.
             inode.parent = numbers[inode.parent as usize];

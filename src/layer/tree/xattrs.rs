@@ -3,15 +3,15 @@
 use std::hash::BuildHasher;
 
 use super::path::quoted;
-use super::{EntryXattr, Fault, TreeBuilder, bad, limit, text_at};
+use super::{EntryXattr, Fault, INTERNED_COST, TreeBuilder, XATTR_COST, bad, limit, text_at};
 use crate::layer::index::{Ino, MAX_INODES, MAX_NAME_LEN, Xattr, mode};
 
 /// The attribute by which overlayfs knows an opaque directory, and its value.
 pub(in crate::layer) const OPAQUE_XATTR: (&[u8], &[u8]) = (b"trusted.overlay.opaque", b"y");
 /// Most extended attributes of one inode. File systems have room for far fewer.
-const MAX_XATTRS: usize = 1024;
+pub(in crate::layer) const MAX_XATTRS: usize = 1024;
 /// Longest value of an extended attribute, in bytes (XATTR_SIZE_MAX of Linux).
-const MAX_XATTR_VALUE: usize = 65536;
+pub(in crate::layer) const MAX_XATTR_VALUE: usize = 65536;
 
 impl TreeBuilder {
     /// Sets the attributes of an entry, as far as a file takes them.
@@ -40,6 +40,7 @@ impl TreeBuilder {
     }
 
     fn set_xattr(&mut self, ino: Ino, name: &[u8], value: &[u8]) -> Result<(), Fault> {
+        self.allowance.xattr();
         let (name, name_len) = self.intern(name)?;
         let (value, value_len) = self.intern(value)?;
         let xattr = Xattr {
@@ -57,7 +58,16 @@ impl TreeBuilder {
         if own.len() >= MAX_XATTRS {
             return bad(format!("it has more than {MAX_XATTRS} extended attributes"));
         }
-        let first = if own.end == self.xattrs.len() {
+        let moves = own.end != self.xattrs.len();
+        let more = if moves { own.len() + 1 } else { 1 };
+        limit(
+            "number of extended attributes",
+            self.xattrs.len() + more,
+            2 * MAX_INODES,
+        )?;
+        self.allowance.xattrs(self.xattrs.len() + more)?;
+        self.allowance.take(XATTR_COST * more as u64)?;
+        let first = if !moves {
             own.start
         } else {
             // The inode's attributes have to stay side by side: they move to the end.
@@ -66,7 +76,6 @@ impl TreeBuilder {
             first
         };
         self.xattrs.push(xattr);
-        limit("number of extended attributes", self.xattrs.len(), 2 * MAX_INODES)?;
         let inode = self.inode_mut(ino);
         inode.xattr_first = first as u32;
         inode.xattr_count = own.len() as u32 + 1;
@@ -98,6 +107,7 @@ impl TreeBuilder {
         if let Some(known) = known {
             return Ok(known);
         }
+        self.allowance.take(INTERNED_COST)?;
         let place = (self.store(text)?, text.len() as u32);
         let (strings, hasher) = (&self.strings, &self.hasher);
         self.interned

@@ -254,7 +254,7 @@ fn any_layer() -> impl Strategy<Value = LayerIndex> {
                 0 => tar.file(&format!("{parent}.wh.{base}"), b""),
                 1 => tar.file(&format!("{name}/.wh..wh..opq"), b""),
                 2 => tar.symlink(&name, "../a/b"),
-                3 => tar.dir(&name, 0o700 + mode),
+                3 => tar.dir(&name, if mode == 3 { 0o2750 } else { 0o700 + mode }),
                 _ => tar.file(&name, b"content"),
             };
             // What cannot be unpacked is left out.
@@ -286,7 +286,98 @@ fn contents(index: &LayerIndex) -> Vec<(String, u32, u64, u64)> {
     found
 }
 
+/// The layer on others, found out in a simple way: the places of all directories in all layers are in memory.
+fn simply(index: &LayerIndex, below: &[&LayerIndex]) -> Option<LayerIndex> {
+    let mut steps = Steps {
+        taken: 0,
+        limit: u64::MAX,
+    };
+    let mut patch = Patch::of(index.parts().clone());
+    let root: Vec<Place> = below.iter().map(|_| Place::Dir(ROOT_INO)).collect();
+    let mut pending = vec![(ROOT_INO, root, None)];
+    while let Some((dir, places, group)) = pending.pop() {
+        for entry in index.entries(index.inode(dir).unwrap()) {
+            let inode = index.inode(entry.ino).unwrap();
+            if !inode.is_dir() {
+                continue;
+            }
+            let step = |(layer, place): (&&LayerIndex, &Place)| match *place {
+                Place::Dir(dir) => step(layer, dir, index.name(entry), &mut steps).unwrap(),
+                other => other,
+            };
+            let own: Vec<Place> = below.iter().zip(&places).map(step).collect();
+            let mut look = None;
+            if inode.is_implied() {
+                look = match own.iter().position(|place| *place != Place::Missing) {
+                    Some(at) => match own[at] {
+                        Place::Dir(ino) => Some(Look::Of(below[at], ino)),
+                        _ => group.map(Look::Group),
+                    },
+                    None => group.map(Look::Group),
+                };
+                if let Some(look) = look.filter(|look| !look.is_of(index, entry.ino)) {
+                    patch.apply(index, entry.ino, look).unwrap();
+                }
+            }
+            pending.push((entry.ino, own, look.and_then(|look| look.hands_on())));
+        }
+    }
+    let changed = LayerIndex::new(patch.parts).unwrap();
+    (changed != *index).then_some(changed)
+}
+
+/// What the layer takes over is limited for each directory, though few texts are added.
+#[test]
+fn attributes_that_many_directories_take_over_have_a_limit() {
+    let records: Vec<(String, &[u8])> = (0..1000)
+        .map(|i| (format!("SCHILY.xattr.user.{i}"), &b""[..]))
+        .collect();
+    let records: Vec<(&str, &[u8])> = records.iter().map(|(key, value)| (&key[..], *value)).collect();
+    let below = layer(|tar| {
+        tar.pax(&records).dir("d", 0o700).symlink("d/x", ".");
+    });
+    let above = |depth: usize| {
+        layer(|tar| {
+            let path = format!("d/{}file", "x/".repeat(depth));
+            tar.extended(b'L', path.as_bytes()).file("", b"");
+        })
+    };
+    assert!(on_top_of(&above(60), &[Some(&below)]).unwrap().is_some());
+    let error = on_top_of(&above(80), &[Some(&below)]).unwrap_err().to_string();
+    assert!(error.contains("number of attributes taken over"), "{error}");
+}
+
+#[test]
+fn the_way_through_layers_below_has_a_limit() {
+    // Every directory is thousands of steps away, for few bytes.
+    let below = layer(|tar| {
+        tar.extended(b'K', "./".repeat(2000).as_bytes());
+        tar.add(
+            Head {
+                kind: b'2',
+                name: b"x",
+                ..Head::default()
+            },
+            b"",
+        );
+    });
+    let above = layer(|tar| {
+        tar.extended(b'L', format!("{}file", "x/".repeat(1000)).as_bytes())
+            .file("", b"");
+    });
+    let error = on_top_of(&above, &[Some(&below)]).unwrap_err().to_string();
+    assert!(error.contains("number of steps to directories"), "{error}");
+}
+
 proptest! {
+    #[test]
+    fn in_depth_is_as_simply(index in any_layer(), below in prop::collection::vec(any_layer(), 1..5)) {
+        let all: Vec<_> = below.iter().map(Some).collect();
+        let simple = simply(&index, &below.iter().collect::<Vec<_>>());
+        let changed = on_top_of(&index, &all).unwrap();
+        prop_assert_eq!(changed.as_ref().map(LayerIndex::encode), simple.as_ref().map(LayerIndex::encode));
+    }
+
     /// Whatever lies below, the same files stay at the same places, and what comes out is an index that changes no more.
     #[test]
     fn only_looks_change(index in any_layer(), below in prop::collection::vec(any_layer(), 0..4)) {

@@ -241,6 +241,7 @@ fn passes(c: &mut Criterion) {
         let config = CacheConfig {
             max_size: ByteSize(0),
             min_free: ByteSize(0),
+            ..CacheConfig::default()
         };
         let metrics = Arc::new(Metrics::new());
         let cache = Cache::open(dir, &config, Arc::clone(&metrics)).unwrap();

@@ -10,6 +10,7 @@
 //!     <hex digest>/map              which chunks are ready (map.rs)
 //!     <hex digest>/mounted          the boot in which the data was mounted (hold.rs)
 //!     <hex digest>/data.next        a data file that was to take the place of one that was mounted (evict.rs)
+//!     .replaced/<inode>             data that is mounted and has lost its layer (disk.rs)
 //!     <hex digest>/windows          what is needed to decode its spans, if it has any (windows.rs)
 //! ```
 //! A layer appears by the rename of a directory in which everything is already durable, so there are no half-made layers.
@@ -33,21 +34,25 @@
 //! that way either, everything is verified by this very process before (check.rs), and nothing of the file changes after (hold.rs).
 //!
 //! # Budget
-//! `max_size` and `min_free` (budget.rs): room is made by dropping layers that no container uses, least recently used first; then groups
-//! of chunks of layers in use, then, as the last resort, whole streamed layers in use, which have to be streamed again from their
-//! beginning when they are read. Where no room can be made, reads are served past the disk.
+//! Two limits that always hold, `max_size` and `min_free` (budget.rs): room is made by dropping layers that no container uses, least
+//! recently used first, then groups of chunks of layers in use that can be fetched in ranges. Where no room can be made, reads are served
+//! past the disk. And two marks (marks.rs): when the file system is fuller than the high one, layers that no snapshot refers to give way
+//! until it is at the low one. All files count, with the blocks that they take (disk.rs).
 
 mod bitmap;
 mod budget;
 mod check;
 mod dir;
+mod disk;
 pub mod error;
 mod evict;
 mod hold;
 mod hot;
 mod layer;
 mod map;
+mod marks;
 mod offline;
+mod pins;
 mod staging;
 #[cfg(test)]
 mod tests;
@@ -57,6 +62,7 @@ pub use check::Checked;
 pub use dir::Cache;
 pub use error::CacheError;
 pub use hold::{Hold, NotWhole};
-pub use layer::{CachedLayer, InUse, Stored};
+pub use layer::{CachedLayer, Stored};
 pub use offline::portable_of;
+pub use pins::InUse;
 pub use staging::Staging;

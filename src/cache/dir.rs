@@ -2,17 +2,19 @@
 
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Instant, SystemTime};
 
 use lru::LruCache;
 
+use super::disk::{Beside, disk_use, small_files};
 use super::hold::{boot_id, file_size, is_exposed, unmark};
 use super::hot::HotChunks;
-use super::layer::{BLOCK, Files};
+use super::layer::Files;
 use super::map::{self, MapFile};
 use super::staging::{Staging, sync_dir};
 use super::windows::{RecentWindows, WindowFile};
@@ -48,6 +50,13 @@ pub struct Cache {
     /// When it was last told that the budget cannot be met.
     pub(super) told: Mutex<Option<Instant>>,
     pub(super) windows: RecentWindows,
+    /// What counts without being a layer: see disk.rs.
+    pub(super) beside: Beside,
+    /// Wakes the thread that looks at the marks, if there is one: see marks.rs.
+    pub(super) bell: OnceLock<SyncSender<()>>,
+    /// Whether it cannot be told who has a file open, as on a file system without leases.
+    #[cfg(test)]
+    pub(super) blind: std::sync::atomic::AtomicBool,
     me: Weak<Cache>,
 }
 
@@ -111,9 +120,14 @@ impl Cache {
             boot_id: boot_id(),
             told: Mutex::default(),
             windows: RecentWindows::new(),
+            beside: Beside::default(),
+            bell: OnceLock::new(),
+            #[cfg(test)]
+            blind: std::sync::atomic::AtomicBool::new(false),
             me: me.clone(),
         });
         cache.occupy(used);
+        cache.find_replaced();
         Ok(cache)
     }
 
@@ -248,6 +262,10 @@ impl Cache {
         self.layers.join(digest.hex())
     }
 
+    pub(super) fn layers(&self) -> &Path {
+        &self.layers
+    }
+
     pub(super) fn incoming(&self) -> PathBuf {
         self.layers.join(".incoming")
     }
@@ -256,6 +274,7 @@ impl Cache {
     pub(super) fn discard(&self, digest: &Digest) -> Option<PathBuf> {
         let unique = self.clock.fetch_add(1, Ordering::Relaxed);
         let trash = self.incoming().join(format!("{}-old-{unique}", digest.hex()));
+        self.keep_mounted(&self.layer_dir(digest));
         match fs::rename(self.layer_dir(digest), &trash) {
             Ok(()) => Some(trash),
             Err(error) => {
@@ -346,6 +365,9 @@ impl Cache {
             Err(what) => {
                 tracing::warn!(layer = %digest, "the data in the cache is dropped, its map cannot be used: {what}");
                 // Another file, not an empty one: the old one may be mounted.
+                if exposed {
+                    self.keep_if_mounted(&dir, &data);
+                }
                 fs::remove_file(&path).map_err(CacheError::io("delete", &path))?;
                 unmark(&dir).map_err(CacheError::io("delete", &dir))?;
                 data = options.open(&path).map_err(CacheError::io("open", &path))?;
@@ -357,11 +379,10 @@ impl Cache {
                 (false, words)
             }
         };
-        let blocks = data.metadata().map_err(CacheError::io("read", &path))?.blocks();
-        let before = allocated.swap(blocks.saturating_mul(BLOCK), Ordering::Relaxed);
-        self.occupy(blocks.saturating_mul(BLOCK));
-        self.release(before);
+        let now = disk_use(&dir);
+        self.settle(allocated.swap(now, Ordering::Relaxed), now);
         let files = Files {
+            small: small_files(&dir),
             dir,
             data,
             map: MapFile::new(map, chunks.len(), id, sealed),
@@ -415,10 +436,9 @@ fn scan(layers: &Path) -> Result<Vec<(SystemTime, Digest, u64)>, CacheError> {
             fs::remove_dir_all(&path).map_err(CacheError::io("delete", &path))?;
             continue;
         }
-        let blocks = fs::metadata(path.join("data")).map_or(0, |m| m.blocks());
         let used = fs::metadata(path.join("map")).and_then(|m| m.modified());
         let used = used.unwrap_or(SystemTime::UNIX_EPOCH);
-        found.push((used, digest, blocks.saturating_mul(BLOCK)));
+        found.push((used, digest, disk_use(&path)));
     }
     found.sort_unstable();
     Ok(found)

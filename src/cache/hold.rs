@@ -6,7 +6,7 @@
 //!
 //! The promise ends with the last hold, but a mount may not: an overlay keeps the file systems that it was made of, and after a `kill -9`
 //! nobody holds what is still mounted. So a file that was held once is *exposed* until it is replaced: it is never changed in
-//! place (evict.rs). The file `mounted` beside it, which names the boot of the machine, tells the next process so.
+//! place, nor evicted while the kernel still has it open (evict.rs). The file `mounted` beside it, which names the boot of the machine, tells the next process so.
 
 use std::any::Any;
 use std::fmt;
@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use super::CachedLayer;
+use super::disk::small_files;
 use crate::layer::LayerIndex;
 
 /// Unit in which the kernel reads a file: the data file is as long as a whole number of them.
@@ -103,7 +104,10 @@ impl CachedLayer {
         if self.exposed.swap(true, Ordering::SeqCst) {
             return Ok(());
         }
-        fs::write(self.dir.join(MARKER), self.cache.boot_id())
+        fs::write(self.dir.join(MARKER), self.cache.boot_id())?;
+        self.small.store(small_files(&self.dir), Ordering::Relaxed);
+        self.account_growth(0);
+        Ok(())
     }
 
     /// Whether somebody holds the file.
@@ -151,6 +155,8 @@ struct Held(Arc<CachedLayer>);
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.0.holds.fetch_sub(1, Ordering::SeqCst);
+        if self.0.holds.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.0.cache.wake();
+        }
     }
 }

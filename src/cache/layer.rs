@@ -18,6 +18,7 @@ use rustix::io::ReadWriteFlags;
 use super::bitmap::{Bitmap, WORD};
 use super::error::is_full;
 use super::map::MapFile;
+use super::pins::Pins;
 use super::windows::WindowFile;
 use super::{Cache, CacheError};
 use crate::layer::{Chunk, Digest, LayerError, LayerIndex, Verify, Windows, portable};
@@ -71,13 +72,16 @@ pub struct CachedLayer {
     pub(super) mutation: RwLock<()>,
     /// When each group was used last, in ticks of the cache's clock.
     used: Box<[AtomicU64]>,
-    pins: AtomicU32,
+    /// Who uses it; see pins.rs.
+    pub(super) pins: Pins,
     /// Holds on the file; see hold.rs.
     pub(super) holds: AtomicU32,
     /// Whether the file may be mounted somewhere, also after the last hold on it has gone.
     pub(super) exposed: AtomicBool,
     /// Bytes on disk, shared with the cache's list of layers.
     pub(super) allocated: Arc<AtomicU64>,
+    /// How many of them are in files beside the data.
+    pub(super) small: AtomicU64,
     pub(super) cache: Arc<Cache>,
 }
 
@@ -96,6 +100,8 @@ pub(super) struct Files {
     /// Digest of the index file.
     pub id: Digest,
     pub allocated: Arc<AtomicU64>,
+    /// Bytes on disk beside the data.
+    pub small: u64,
 }
 
 impl CachedLayer {
@@ -134,10 +140,11 @@ impl CachedLayer {
             evictions: AtomicU64::new(0),
             mutation: RwLock::new(()),
             used: (0..groups).map(|_| AtomicU64::new(0)).collect(),
-            pins: AtomicU32::new(0),
+            pins: Pins::new(),
             holds: AtomicU32::new(0),
             exposed: AtomicBool::new(files.exposed),
             allocated: files.allocated,
+            small: AtomicU64::new(files.small),
             index,
             cache,
         }
@@ -306,6 +313,7 @@ impl CachedLayer {
                 break;
             }
             match self.write(chunk, record, bytes) {
+                // What it takes of the disk is counted now.
                 Ok(true) => {
                     self.cache.hot().remove(self.digest, chunk);
                     return Ok(Stored::Cached);
@@ -343,19 +351,6 @@ impl CachedLayer {
         self.cache.hot().get(self.digest, chunk)
     }
 
-    /// Marks the layer as used by a container for as long as the guard lives: it is evicted after those that are not.
-    pub fn pin(self: &Arc<Self>) -> InUse {
-        self.pins.fetch_add(1, Ordering::Relaxed);
-        InUse {
-            layer: Arc::clone(self),
-        }
-    }
-
-    /// Whether a container uses the layer.
-    pub fn is_pinned(&self) -> bool {
-        self.pins.load(Ordering::Relaxed) > 0
-    }
-
     /// Checks bytes against the digest of a chunk.
     fn check_bytes(&self, chunk: usize, bytes: &[u8]) -> Result<&Chunk, CacheError> {
         let corrupt = |error| CacheError::Corrupt {
@@ -391,7 +386,7 @@ impl CachedLayer {
         Ok(record)
     }
 
-    /// Writes a chunk, then sets its bit. `false`: another thread was faster.
+    /// Writes a chunk, then sets its bit; the bytes reserved for it are settled. `false`: another thread was faster.
     fn write(&self, chunk: usize, record: &Chunk, bytes: &[u8]) -> io::Result<bool> {
         let _shared = self.mutation.read().unwrap_or_else(PoisonError::into_inner);
         if self.ready.get(chunk) {
@@ -408,7 +403,7 @@ impl CachedLayer {
         if !was_suspect {
             self.present.fetch_add(u64::from(record.data_len), Ordering::Relaxed);
         }
-        self.allocated.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.account_growth(bytes.len() as u64);
         self.cache.tick();
         self.note_use(record.data_offset, record.data_len.into());
         if let Err(error) = self.write_map(chunk..chunk + 1) {
@@ -435,11 +430,6 @@ impl CachedLayer {
     pub(super) fn group_used(&self, group: u64) -> u64 {
         let used = usize::try_from(group).ok().and_then(|group| self.used.get(group));
         used.map_or(0, |time| time.load(Ordering::Relaxed))
-    }
-
-    /// When any of the layer was used last.
-    pub(super) fn last_used(&self) -> u64 {
-        self.used.iter().map(|t| t.load(Ordering::Relaxed)).max().unwrap_or(0)
     }
 
     /// Makes everything durable and believed after the next start.
@@ -532,15 +522,9 @@ impl std::fmt::Debug for CachedLayer {
     }
 }
 
-/// A layer in use: see [`CachedLayer::pin`].
-pub struct InUse {
-    layer: Arc<CachedLayer>,
-}
-
-impl Drop for InUse {
+impl Drop for CachedLayer {
     fn drop(&mut self) {
-        if self.layer.pins.fetch_sub(1, Ordering::Relaxed) == 1 {
-            self.layer.cache.used_now(&self.layer.digest);
-        }
+        // Nobody has it open any more: it may vanish.
+        self.cache.wake();
     }
 }

@@ -148,8 +148,8 @@ struct Live {
     not_lazy: Option<String>,
     /// Whether it is the layer as it looks on certain parents. Such a layer is live by itself as well.
     is_variant: bool,
-    /// Keeps its bytes in the cache as long as there is anything else to remove.
-    _in_use: InUse,
+    /// Keeps its bytes in the cache as long as there is anything else to remove, and snapshots refer to it.
+    in_use: InUse,
     /// When a pull last asked for it.
     wanted: Instant,
 }
@@ -355,6 +355,7 @@ impl Catalog {
             let digest = planned.spec.digest;
             if let Some(live) = self.write_live().get_mut(&digest) {
                 live.wanted = Instant::now();
+                live.in_use.wanted();
                 let (catalog, sources) = (Arc::clone(self), plan.sources.clone());
                 tokio::task::spawn_blocking(move || catalog.learn_sources(&digest, sources));
                 continue;
@@ -542,7 +543,7 @@ impl Catalog {
             layer,
             format: format.clone(),
             is_variant: false,
-            _in_use: in_use,
+            in_use,
             wanted: Instant::now(),
         };
         if self.write_live().insert(spec.digest, live).is_none() {

@@ -643,8 +643,14 @@ mod tests {
                 "[cache]\nhigh_percent = 101",
                 "cache.high_percent: 101 is not between 2 and 100",
             ),
-            ("[cache]\nhigh_percent = 75", "cache.low_percent: 75 is not between 1 and 74"),
-            ("[cache]\nlow_percent = 0", "cache.low_percent: 0 is not between 1 and 79"),
+            (
+                "[cache]\nhigh_percent = 75",
+                "cache.low_percent: 75 is not between 1 and 74",
+            ),
+            (
+                "[cache]\nlow_percent = 0",
+                "cache.low_percent: 0 is not between 1 and 79",
+            ),
             ("[cache]\nlow_percent = \"70%\"", "low_percent"),
             (
                 "[index]\nlookup_deadline = 0",

@@ -216,7 +216,11 @@ impl Metrics {
                 "lazuli_index_mismatches_total",
                 "Layers that are wholly here and whose shared index does not describe them.",
             ),
-            cache_bytes: gauge(&r, "lazuli_cache_bytes", "Bytes that layers take on disk, all files counted."),
+            cache_bytes: gauge(
+                &r,
+                "lazuli_cache_bytes",
+                "Bytes that layers take on disk, all files counted.",
+            ),
             cache_replaced_bytes: gauge(
                 &r,
                 "lazuli_cache_replaced_bytes",

@@ -178,6 +178,7 @@ impl Node {
         let root = tempfile::tempdir().unwrap();
         let cache = CacheConfig {
             min_free: lazuli::config::ByteSize(0),
+            high_percent: 100,
             ..CacheConfig::default()
         };
         let cache = Cache::open(root.path(), &cache, metrics.clone()).unwrap();

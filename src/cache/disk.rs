@@ -99,9 +99,7 @@ impl Cache {
     /// Whether others than this process have the data of a layer open; `None`: it cannot be told.
     pub(super) fn is_in_use(&self, data: &File) -> Option<bool> {
         #[cfg(test)]
-        if self.blind.load(Ordering::Relaxed) {
-            return None;
-        }
+        let data = Some(data).filter(|_| !self.blind.load(Ordering::Relaxed))?;
         is_open_elsewhere(data)
     }
 
@@ -133,7 +131,7 @@ impl Cache {
             let path = parent.join(inode.ino().to_string());
             match fs::hard_link(dir.join(DATA), &path) {
                 // It is the same file: no other has its inode while that one is mounted.
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
                 _ => Ok((path, inode.blocks().saturating_mul(BLOCK))),
             }
         };
@@ -150,7 +148,10 @@ impl Cache {
 
     /// Finds the files of an earlier process that have lost their layer.
     pub(super) fn find_replaced(&self) {
-        let entries = fs::read_dir(self.layers().join(REPLACED)).into_iter().flatten().flatten();
+        let entries = fs::read_dir(self.layers().join(REPLACED))
+            .into_iter()
+            .flatten()
+            .flatten();
         let found: Vec<_> = entries
             .filter_map(|entry| Some((entry.path(), entry.metadata().ok()?.blocks().saturating_mul(BLOCK))))
             .collect();

@@ -103,7 +103,11 @@ impl Cache {
         let Ok(stat) = rustix::fs::fstatvfs(&self.lock) else {
             return 0;
         };
-        let fullness = Fullness::from(&stat);
+        self.give_way(Fullness::from(&stat))
+    }
+
+    /// Drops layers that no snapshot refers to if the disk is that full; the bytes that were given back.
+    pub(super) fn give_way(&self, fullness: Fullness) -> u64 {
         if !self.is_above_mark(fullness) {
             return 0;
         }

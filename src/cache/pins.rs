@@ -84,7 +84,10 @@ pub struct InUse {
 impl InUse {
     /// Tells that nothing refers to the layer from `when` on: unless [`InUse::wanted`] is called, its bytes give way from then on.
     pub fn idle_from(&self, when: Instant) {
-        let before = self.layer.pins.change(|state| state.idle_from.insert(self.id, Some(when)));
+        let before = self
+            .layer
+            .pins
+            .change(|state| state.idle_from.insert(self.id, Some(when)));
         if before == Some(None) {
             self.layer.cache.wake();
         }

@@ -1,11 +1,16 @@
 //! Letting go: of layers that no snapshot refers to, of their chains and images, and of mounts that no container needs.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use super::{Catalog, GRACE, Live, Needed, access_label};
 use crate::fetch::LayerData as _;
 use crate::layer::Digest;
 use crate::store::{ImageLayer, StoreError};
+
+/// How long after it was last asked for a live layer that no snapshot refers to keeps its bytes on a full disk: its pull has not come to
+/// commit it yet. (It stays live for much longer, and its bytes come back if they are needed.)
+const IDLE_AFTER: Duration = Duration::from_secs(30);
 
 impl Catalog {
     /// Lets go of everything that is not needed. Blocks for unmount calls.
@@ -13,6 +18,7 @@ impl Catalog {
     /// # Errors
     /// [`StoreError`] if images cannot be forgotten; everything else is let go then.
     pub(super) fn release(&self, needed: Needed) -> Result<(), StoreError> {
+        self.tell_idle(needed.layers.iter().chain(needed.bases.iter().flatten()));
         let mut keep: HashSet<Digest> = needed.layers.into_iter().collect();
         self.release_layers(&mut keep);
         self.release_chains(&keep);
@@ -21,6 +27,17 @@ impl Catalog {
             faces.retain(&slots);
         }
         self.forget_images(&keep)
+    }
+
+    /// Tells the cache which live layers snapshots refer to. (A layer and its variants have a pin each: any of them keeps the bytes.)
+    fn tell_idle<'a>(&self, needed: impl Iterator<Item = &'a Digest>) {
+        let needed: HashSet<&Digest> = needed.collect();
+        for (digest, live) in self.read_live().iter() {
+            match live.wanted.checked_add(IDLE_AFTER) {
+                Some(from) if !needed.contains(digest) => live.in_use.idle_from(from),
+                _ => live.in_use.wanted(),
+            }
+        }
     }
 
     /// Releases layers that are not to be kept. `keep` gets the layers whose variants are kept.

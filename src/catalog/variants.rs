@@ -235,6 +235,7 @@ impl Catalog {
         let _changing = self.shelf.lock();
         if let Some(live) = self.write_live().get_mut(&variant) {
             live.wanted = Instant::now();
+            live.in_use.wanted();
             return Ok(variant);
         }
         self.shelf.write(&variant, &encoded).map_err(|error| Refusal {
@@ -260,7 +261,7 @@ impl Catalog {
             format: loader::format_name(&spec_of(record), &index),
             not_lazy: None,
             is_variant: true,
-            _in_use: layer.cached().pin(),
+            in_use: layer.cached().pin(),
             layer: Arc::clone(&layer),
             wanted: Instant::now(),
         };

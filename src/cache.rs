@@ -33,6 +33,10 @@
 //! A layer that is complete can be mounted from its file, without the cache in between. So that no unverified byte comes to a reader
 //! that way either, everything is verified by this very process before (check.rs), and nothing of the file changes after (hold.rs).
 //!
+//! # Memory
+//! Of each layer that somebody has open, memory holds where its bytes are; its names and attributes leave it when nobody asks for them
+//! (names.rs).
+//!
 //! # Budget
 //! Two limits that always hold, `max_size` and `min_free` (budget.rs): room is made by dropping layers that no container uses, least
 //! recently used first, then groups of chunks of layers in use that can be fetched in ranges. Where no room can be made, reads are served
@@ -51,6 +55,7 @@ mod hot;
 mod layer;
 mod map;
 mod marks;
+mod names;
 mod offline;
 mod pins;
 mod staging;

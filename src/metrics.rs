@@ -66,6 +66,8 @@ pub struct Metrics {
     pub index_mismatches_total: IntCounter,
     /// Bytes that layers take on disk, with their indexes and everything else that is kept of them.
     pub cache_bytes: IntGauge,
+    /// Bytes of memory that names and attributes of layers take.
+    pub names_memory_bytes: IntGauge,
     /// Bytes of files that have lost their layer and stay on disk until they are unmounted.
     pub cache_replaced_bytes: IntGauge,
     /// Bytes removed from the cache to keep its budget.
@@ -220,6 +222,11 @@ impl Metrics {
                 &r,
                 "lazuli_cache_bytes",
                 "Bytes that layers take on disk, all files counted.",
+            ),
+            names_memory_bytes: gauge(
+                &r,
+                "lazuli_names_memory_bytes",
+                "Bytes of memory that names and attributes of layers take.",
             ),
             cache_replaced_bytes: gauge(
                 &r,

@@ -182,7 +182,7 @@ fn the_kernels_mounts_are_seen_however_they_are_hidden() {
         tag: digest,
         size: cached.index().data_size(),
     };
-    let image = erofs::write(cached.index(), &[device], Addressing::Chunks).unwrap();
+    let image = erofs::write(&cached.names().unwrap(), &[device], Addressing::Chunks).unwrap();
     let [meta, lower, empty, merged] = ["meta", "lower", "empty", "merged"].map(|name| dir.path().join(name));
     fs::write(&meta, image.bytes).unwrap();
     for dir in [&lower, &empty, &merged] {

@@ -277,7 +277,7 @@ async fn an_index_of_the_cluster_is_used() {
     assert_eq!(*from, format!("{}/{CLUSTER}", stage.registry.host()));
     assert_eq!((trust.as_str(), *verified), ("trusted repository", None));
     assert_eq!(stage.asked(before).len(), 2, "{:?}", stage.asked(before));
-    let index = loaded.layer.index();
+    let index = loaded.layer.names().unwrap();
     let ino = index.lookup_path(b"bb").unwrap();
     let inode = *index.inode(ino).unwrap();
     let read = loaded
@@ -452,7 +452,7 @@ async fn what_lies_about_chunks_shows_no_wrong_byte() {
     let node = stage.node(&stage.cluster());
     let loaded = node.load().await;
     assert!(matches!(loaded.index, Some(IndexRecord::Shared { .. })));
-    let index = loaded.layer.index();
+    let index = loaded.layer.names().unwrap();
     let end = index.data_size();
     let read = loaded.layer.read(end - 10_000, 10_000, Duration::from_secs(30)).await;
     assert!(read.is_ok(), "the end is the same in both");
@@ -631,7 +631,7 @@ async fn swapped_names_are_found_out() {
         .await;
     let node = stage.node(&stage.cluster());
     let loaded = node.load().await;
-    assert!(loaded.layer.index().lookup_path(b"ddd").is_some());
+    assert!(loaded.layer.names().unwrap().lookup_path(b"ddd").is_some());
     complete(&loaded).await;
     let found = check::describes(loaded.layer.cached(), Some(stage.layer));
     assert!(matches!(found, Err(check::Mismatch::Tree)), "{found:?}");
@@ -644,5 +644,5 @@ async fn swapped_names_are_found_out() {
     let blob = source.blob(stage.layer, node.spec.size);
     let loaded = node.loader.load(&node.spec, blob, &[], None).await.unwrap();
     assert!(matches!(loaded.index, Some(IndexRecord::Built { .. })));
-    assert!(loaded.layer.index().lookup_path(b"ccc").is_some());
+    assert!(loaded.layer.names().unwrap().lookup_path(b"ccc").is_some());
 }

@@ -213,7 +213,7 @@ async fn an_index_about_the_image_is_used_where_its_repository_is_trusted() {
         0,
         "nothing of the layer itself was fetched"
     );
-    let index = loaded.layer.index();
+    let index = loaded.layer.names().unwrap();
     let hosts = index.inode(index.lookup_path(b"etc/hosts").unwrap()).unwrap();
     let read = loaded
         .layer

@@ -16,6 +16,7 @@ use super::hold::{boot_id, file_size, is_exposed, unmark};
 use super::hot::HotChunks;
 use super::layer::Files;
 use super::map::{self, MapFile};
+use super::names::Residents;
 use super::staging::{Staging, sync_dir};
 use super::windows::{RecentWindows, WindowFile};
 use super::{CacheError, CachedLayer};
@@ -50,6 +51,8 @@ pub struct Cache {
     /// When it was last told that the budget cannot be met.
     pub(super) told: Mutex<Option<Instant>>,
     pub(super) windows: RecentWindows,
+    /// Names of layers in memory: see names.rs.
+    pub(super) residents: Residents,
     /// What counts without being a layer: see disk.rs.
     pub(super) beside: Beside,
     /// Wakes the thread that looks at the marks, if there is one: see marks.rs.
@@ -120,6 +123,7 @@ impl Cache {
             boot_id: boot_id(),
             told: Mutex::default(),
             windows: RecentWindows::new(),
+            residents: Residents::new(),
             beside: Beside::default(),
             bell: OnceLock::new(),
             #[cfg(test)]
@@ -149,6 +153,8 @@ impl Cache {
             layer.touch();
             let layer = Arc::new(layer);
             entry.open = Arc::downgrade(&layer);
+            drop(known);
+            self.bound_names();
             return Ok(Some(layer));
         }
         if let Some(entry) = known.pop(digest) {
@@ -333,7 +339,7 @@ impl Cache {
             }
         };
         let (id, chunks) = (Digest::of(&encoded), index.chunks());
-        let windows = match WindowFile::open(&dir, &index, &id) {
+        let windows = match WindowFile::open(&dir, index.checkpoints(), &id) {
             Ok(windows) => windows,
             Err(error) => {
                 tracing::warn!(layer = %digest, "the layer is removed from the cache, its windows cannot be used: {error}");
@@ -350,15 +356,15 @@ impl Cache {
         let len = data.metadata().map_err(CacheError::io("read", &path))?.len();
         let (sealed, words) = match map::decode(&saved, chunks.len(), &id) {
             // The first versions did not fill the last page.
-            Ok(saved) if len == index.data_size() || len == file_size(&index) => {
-                data.set_len(file_size(&index))
+            Ok(saved) if len == index.data_size() || len == file_size(index.data_size()) => {
+                data.set_len(file_size(index.data_size()))
                     .map_err(CacheError::io("resize", &path))?;
                 (saved.sealed, saved.words)
             }
             Ok(saved) => {
                 tracing::warn!(layer = %digest, len, "the data in the cache has the wrong length, its chunks are verified again");
                 write_map(&map, &map_path, chunks.len(), &id, &saved.words)?;
-                data.set_len(file_size(&index))
+                data.set_len(file_size(index.data_size()))
                     .map_err(CacheError::io("resize", &path))?;
                 (false, saved.words)
             }
@@ -371,7 +377,7 @@ impl Cache {
                 fs::remove_file(&path).map_err(CacheError::io("delete", &path))?;
                 unmark(&dir).map_err(CacheError::io("delete", &dir))?;
                 data = options.open(&path).map_err(CacheError::io("open", &path))?;
-                data.set_len(file_size(&index))
+                data.set_len(file_size(index.data_size()))
                     .map_err(CacheError::io("resize", &path))?;
                 exposed = false;
                 let words = vec![0; chunks.len().div_ceil(64)];

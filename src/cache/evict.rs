@@ -75,7 +75,7 @@ impl CachedLayer {
             if whole {
                 // Also frees what no bit tells of, and works where holes do not.
                 data.set_len(0)?;
-                data.set_len(file_size(&self.index))?;
+                data.set_len(file_size(self.index.data_size()))?;
                 self.clean.store(true, Ordering::SeqCst);
                 return Ok(());
             }
@@ -98,7 +98,7 @@ impl CachedLayer {
             .create(true)
             .truncate(true)
             .open(self.dir.join(NEXT))?;
-        file.set_len(file_size(&self.index))?;
+        file.set_len(file_size(self.index.data_size()))?;
         Ok(file)
     }
 

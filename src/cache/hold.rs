@@ -18,7 +18,6 @@ use std::sync::{Arc, PoisonError};
 
 use super::CachedLayer;
 use super::disk::small_files;
-use crate::layer::LayerIndex;
 
 /// Unit in which the kernel reads a file: the data file is as long as a whole number of them.
 const PAGE: u64 = 4096;
@@ -27,9 +26,8 @@ pub(super) const MARKER: &str = "mounted";
 /// The kernel's name of this boot.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// Length of a layer's data file in bytes: its data space, and zeros up to the end of a page.
-pub(super) fn file_size(index: &LayerIndex) -> u64 {
-    let size = index.data_size();
+/// Length of a layer's data file in bytes: its data space of `size` bytes, and zeros up to the end of a page.
+pub(super) fn file_size(size: u64) -> u64 {
     size.checked_next_multiple_of(PAGE).unwrap_or(size)
 }
 

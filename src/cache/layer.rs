@@ -18,10 +18,11 @@ use rustix::io::ReadWriteFlags;
 use super::bitmap::{Bitmap, WORD};
 use super::error::is_full;
 use super::map::MapFile;
+use super::names::Names;
 use super::pins::Pins;
 use super::windows::WindowFile;
 use super::{Cache, CacheError};
-use crate::layer::{Chunk, Digest, LayerError, LayerIndex, Verify, Windows, portable};
+use crate::layer::{BlobIndex, Chunk, Digest, LayerError, LayerIndex, Verify, Windows, portable};
 
 /// Unit in which the use of a layer is noted and in which parts of it are evicted, in bytes of the data space: large enough that a
 /// hole is worth its system call, small enough that the hot part of a large layer survives.
@@ -44,7 +45,10 @@ pub enum Stored {
 /// A layer in the cache. All offsets are bytes of its data space.
 pub struct CachedLayer {
     pub(super) digest: Digest,
-    pub(super) index: LayerIndex,
+    /// Where its bytes are.
+    pub(super) index: BlobIndex,
+    /// The rest of the index.
+    pub(super) names: Names,
     /// Directory of the layer.
     pub(super) dir: PathBuf,
     /// The data space. Another file takes its place when one that was mounted is evicted.
@@ -55,7 +59,7 @@ pub struct CachedLayer {
     /// `None`: the index has no checkpoints.
     windows: Option<WindowFile>,
     /// Digest of the index on disk.
-    id: Digest,
+    pub(super) id: Digest,
     /// Chunks whose bytes may be on disk, and have to be verified before they are ready.
     pub(super) suspect: Bitmap,
     /// Chunks whose bytes this process has verified: those that may be mounted.
@@ -145,7 +149,8 @@ impl CachedLayer {
             exposed: AtomicBool::new(files.exposed),
             allocated: files.allocated,
             small: AtomicU64::new(files.small),
-            index,
+            index: index.blob(),
+            names: Names::new(&cache.residents, index),
             cache,
         }
     }
@@ -155,8 +160,8 @@ impl CachedLayer {
         &self.digest
     }
 
-    /// Names, attributes and chunks.
-    pub fn index(&self) -> &LayerIndex {
+    /// Where its bytes are. (Names and attributes: [`CachedLayer::names`].)
+    pub fn index(&self) -> &BlobIndex {
         &self.index
     }
 
@@ -181,12 +186,13 @@ impl CachedLayer {
     /// # Errors
     /// [`CacheError::Io`] when the windows cannot be read, or it would be too large.
     pub fn portable(&self) -> Result<Vec<u8>, CacheError> {
+        let names = self.names()?;
         let pack = || {
             let windows = match &self.windows {
-                Some(windows) => windows.all(&self.index, &self.id)?,
+                Some(windows) => windows.all(self.index.checkpoints(), &self.id)?,
                 None => Windows::new(),
             };
-            portable::pack(&self.digest, &self.index, &windows).map_err(io::Error::other)
+            portable::pack(&self.digest, &names, &windows).map_err(io::Error::other)
         };
         pack().map_err(CacheError::io("pack the index in", &self.dir))
     }
@@ -524,6 +530,7 @@ impl std::fmt::Debug for CachedLayer {
 
 impl Drop for CachedLayer {
     fn drop(&mut self) {
+        self.names.close(&self.cache.residents);
         // Nobody has it open any more: it may vanish.
         self.cache.wake();
     }

@@ -95,11 +95,12 @@ impl Cache {
         high < 100 && fullness.over(high) > 0
     }
 
-    /// Counts what is on disk, deletes what nobody has open any more, and lets layers that no snapshot refers to give way if the disk is
+    /// Counts what is on disk, deletes what nobody has open any more, forgets names that nobody asks for, and lets layers that no snapshot refers to give way if the disk is
     /// fuller than the high mark. Blocks for as long as deleting takes. Returns the bytes of layers that were given back.
     pub fn tidy(&self) -> u64 {
         self.sweep();
         self.recount();
+        self.forget_idle_names();
         let Ok(stat) = rustix::fs::fstatvfs(&self.lock) else {
             return 0;
         };

@@ -140,7 +140,7 @@ impl Staging {
         self.data
             .set_len(index.data_size())
             // In two steps, so that nothing that was written behind the end shows up again.
-            .and_then(|()| self.data.set_len(file_size(&index)))
+            .and_then(|()| self.data.set_len(file_size(index.data_size())))
             .and_then(|()| self.data.sync_all())
             .map_err(CacheError::io("write", &data_path))?;
         write_durably(&dir.join("index"), &encoded)?;
@@ -150,7 +150,7 @@ impl Staging {
             Some(windows) => {
                 let file = write_durably(&dir.join(windows::FILE), &windows)?;
                 let path = self.cache.layer_dir(&self.digest).join(windows::FILE);
-                let opened = WindowFile::read(file, path, &index, &id);
+                let opened = WindowFile::read(file, path, index.checkpoints(), &id);
                 Some(opened.map_err(CacheError::io("use the windows in", dir))?)
             }
         };
@@ -176,6 +176,7 @@ impl Staging {
         if Arc::ptr_eq(&layer.allocated, &allocated) {
             self.reserved = 0;
         }
+        self.cache.bound_names();
         Ok(layer)
     }
 

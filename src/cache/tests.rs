@@ -14,6 +14,7 @@ use crate::layer::{Access, Chunk, Codec, Digest, LayerIndex};
 use crate::metrics::Metrics;
 
 mod disk;
+mod names;
 mod whole;
 
 /// Bytes of a test's chunks.

@@ -24,7 +24,7 @@ use super::loader::{self, Refusal};
 use super::{Catalog, Flight, GRACE, Live, of_store, spec_of};
 use crate::fetch::{FetchError, Layer, LayerData, LocalFile};
 use crate::layer::variant::{depends_on_below, on_top_of};
-use crate::layer::{Digest, LayerError, LayerIndex};
+use crate::layer::{BlobIndex, Digest, LayerError, LayerIndex};
 use crate::store::LayerRecord;
 
 /// Where variants are, below the daemon's root directory.
@@ -35,7 +35,18 @@ const DIGEST_DOMAIN: &[u8] = b"lazuli variant\0";
 /// A layer with another index.
 pub struct Variant {
     layer: Arc<Layer>,
-    index: LayerIndex,
+    index: BlobIndex,
+    names: Arc<LayerIndex>,
+}
+
+impl Variant {
+    fn new(layer: Arc<Layer>, names: LayerIndex) -> Self {
+        Variant {
+            index: layer.index().with_names_of(&names),
+            names: Arc::new(names),
+            layer,
+        }
+    }
 }
 
 impl LayerData for Variant {
@@ -43,8 +54,12 @@ impl LayerData for Variant {
         self.layer.digest()
     }
 
-    fn index(&self) -> &LayerIndex {
+    fn index(&self) -> &BlobIndex {
         &self.index
+    }
+
+    fn names(&self) -> Result<Arc<LayerIndex>, FetchError> {
+        Ok(Arc::clone(&self.names))
     }
 
     fn read_ready(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {
@@ -67,14 +82,16 @@ impl LayerData for Variant {
 /// All layers of an image, from the lowest up, each as it looks on those below it.
 ///
 /// # Errors
-/// [`LayerError`] when a limit is exceeded.
-pub fn on_each_other(layers: &[Arc<Layer>]) -> Result<Vec<Arc<dyn LayerData>>, LayerError> {
-    let indexes: Vec<_> = layers.iter().map(|layer| Some(layer.index())).collect();
-    let changed = stack(&indexes)?;
+/// [`Refusal`] when a limit is exceeded, or an index cannot be read.
+pub fn on_each_other(layers: &[Arc<Layer>]) -> Result<Vec<Arc<dyn LayerData>>, Refusal> {
+    let names = layers.iter().map(|layer| names_of(layer).map(Some));
+    let names = names.collect::<Result<Vec<_>, _>>()?;
+    let indexes: Vec<_> = names.iter().map(|names| names.as_deref()).collect();
+    let changed = stack(&indexes).map_err(|error| of_limit(&error))?;
     let layers = layers.iter().map(Arc::clone).zip(changed);
     Ok(layers
         .map(|(layer, changed)| match changed {
-            Some(index) => Arc::new(Variant { layer, index }) as Arc<dyn LayerData>,
+            Some(index) => Arc::new(Variant::new(layer, index)) as Arc<dyn LayerData>,
             None => layer,
         })
         .collect())
@@ -101,9 +118,9 @@ fn digest_of(layer: &Digest, encoded: &[u8]) -> Digest {
 }
 
 /// Whether two indexes are of the same bytes in the same places, so that one may stand for the other.
-fn same_space(a: &LayerIndex, b: &LayerIndex) -> bool {
-    let shape = |index: &LayerIndex| (index.access(), index.codec(), index.data_size(), index.blob_size());
-    shape(a) == shape(b) && a.chunks() == b.chunks()
+fn same_space(a: &LayerIndex, b: &BlobIndex) -> bool {
+    let shape = (a.access(), a.codec(), a.data_size(), a.blob_size());
+    shape == (b.access(), b.codec(), b.data_size(), b.blob_size()) && a.chunks() == b.chunks()
 }
 
 /// The directory of variants.
@@ -178,7 +195,7 @@ impl Catalog {
         };
         let digest = planned.spec.digest;
         let layer = self.live_layer(&digest).ok_or_else(|| released(&digest))?;
-        if !below.is_empty() && !depends_on_below(layer.index()) {
+        if !below.is_empty() && !depends_on_below(&*names_of(&layer)?) {
             return Ok(digest);
         }
         let mut layers = Vec::with_capacity(below.len() + 1);
@@ -209,12 +226,10 @@ impl Catalog {
         };
         let catalog = Arc::clone(self);
         let publish = move || {
-            let indexes: Vec<_> = layers.iter().map(|layer| layer.as_deref().map(Layer::index)).collect();
-            let changed = stack(&indexes).map_err(|error| Refusal {
-                word: "format",
-                text: error.to_string(),
-                retry_helps: false,
-            })?;
+            let names = layers.iter().map(|layer| layer.as_deref().map(names_of).transpose());
+            let names = names.collect::<Result<Vec<_>, _>>()?;
+            let indexes: Vec<_> = names.iter().map(|names| names.as_deref()).collect();
+            let changed = stack(&indexes).map_err(|error| of_limit(&error))?;
             match changed.into_iter().next_back().flatten() {
                 Some(index) => catalog.publish_variant(record, layer, index),
                 None => Ok(digest),
@@ -258,14 +273,14 @@ impl Catalog {
     fn attach_variant(&self, record: &LayerRecord, layer: Arc<Layer>, index: LayerIndex) -> Result<(), Refusal> {
         let live = Live {
             slot: record.slot,
-            format: loader::format_name(&spec_of(record), &index),
+            format: loader::format_name(&spec_of(record), layer.index()),
             not_lazy: None,
             is_variant: true,
             in_use: layer.cached().pin(),
             layer: Arc::clone(&layer),
             wanted: Instant::now(),
         };
-        self.show(record.slot, Arc::new(Variant { layer, index }))?;
+        self.show(record.slot, Arc::new(Variant::new(layer, index)))?;
         self.write_live().insert(record.digest, live);
         Ok(())
     }
@@ -344,6 +359,24 @@ impl Catalog {
             tracing::warn!(%error, %variant, "what is stored of it cannot be removed");
         }
         false
+    }
+}
+
+/// The names of a layer.
+fn names_of(layer: &Layer) -> Result<Arc<LayerIndex>, Refusal> {
+    layer.names().map_err(|error| Refusal {
+        word: "disk",
+        text: error.to_string(),
+        retry_helps: true,
+    })
+}
+
+/// The answer for layers that are too much together.
+fn of_limit(error: &LayerError) -> Refusal {
+    Refusal {
+        word: "format",
+        text: error.to_string(),
+        retry_helps: false,
     }
 }
 

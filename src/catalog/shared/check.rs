@@ -39,8 +39,8 @@ pub enum Mismatch {
 /// # Errors
 /// [`Mismatch`]; only [`Mismatch::Absent`] says nothing about the index.
 pub fn describes(cached: &CachedLayer, diff_id: Option<Digest>) -> Result<(), Mismatch> {
-    let index = cached.index();
-    let tar_size = tar_size(index).ok_or(Mismatch::Absent)?;
+    let index = cached.names().map_err(|_| Mismatch::Absent)?;
+    let tar_size = tar_size(&index).ok_or(Mismatch::Absent)?;
     let (mut hash, mut indexer) = (Hasher::new(), TarIndexer::new());
     let mut buf = vec![0; PIECE];
     let mut offset = 0;
@@ -76,7 +76,7 @@ pub fn describes(cached: &CachedLayer, diff_id: Option<Digest>) -> Result<(), Mi
     // How the bytes come out of the blob is no part of the comparison: that they are right has been seen.
     let own = layout.into_index(Access::Stream, Codec::None, Vec::new(), index.blob_size());
     match own {
-        Ok(own) if same_tree(&own, index) => Ok(()),
+        Ok(own) if same_tree(&own, &index) => Ok(()),
         Ok(_) | Err(_) => Err(Mismatch::Tree),
     }
 }

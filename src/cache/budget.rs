@@ -214,9 +214,12 @@ impl Cache {
 
     /// Logs, not too often, that there is no room because of what is mounted.
     fn tell_held(&self, missing: u64) {
-        let held = self.held_bytes();
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if held > 0 && told.is_none_or(|told| told.elapsed() > TELL_AGAIN) {
+        if told.is_some_and(|told| told.elapsed() <= TELL_AGAIN) {
+            return;
+        }
+        let held = self.held_bytes();
+        if held > 0 {
             *told = Some(Instant::now());
             tracing::warn!(
                 held,

@@ -241,6 +241,7 @@ fn passes(c: &mut Criterion) {
         let config = CacheConfig {
             max_size: ByteSize(0),
             min_free: ByteSize(0),
+            ..CacheConfig::default()
         };
         let metrics = Arc::new(Metrics::new());
         let cache = Cache::open(dir, &config, Arc::clone(&metrics)).unwrap();
@@ -273,7 +274,7 @@ fn passes(c: &mut Criterion) {
         // As after a restart: all that is needed to show the layer is read from the disk, and checked.
         let dir = tempfile::tempdir().unwrap();
         let streamed = runtime.block_on(fetcher(open(dir.path())).stream(request(digest, &blob)));
-        println!("{name}: {} inodes", streamed.unwrap().index().inodes().len());
+        println!("{name}: {} inodes", streamed.unwrap().index().inodes());
         group.bench_function(format!("{name}, loaded from it"), |b| {
             b.iter_batched(
                 || open(dir.path()).0,

@@ -11,6 +11,7 @@
 //!     <hex id>/map                  which chunks are ready (map.rs)
 //!     <hex id>/mounted              the boot in which the data was mounted (hold.rs)
 //!     <hex id>/data.next            a data file that was to take the place of one that was mounted (evict.rs)
+//!     .replaced/<inode>             data that is mounted and has lost its layer (disk.rs)
 //!     <hex id>/windows              what is needed to decode its spans, if it has any (windows.rs)
 //! ```
 //! The id of a layer is the digest of its blob if its index was built from that, and another one for everything that somebody else said of it
@@ -36,23 +37,32 @@
 //! A layer that is complete can be mounted from its file, without the cache in between. So that no unverified byte comes to a reader
 //! that way either, everything is verified by this very process before (check.rs), and nothing of the file changes after (hold.rs).
 //!
+//! # Memory
+//! Of each layer that somebody has open, memory holds where its bytes are; its names and attributes leave it when nobody asks for them
+//! (names.rs).
+//!
 //! # Budget
-//! `max_size` and `min_free` (budget.rs): room is made by dropping layers that no container uses, least recently used first; then groups
-//! of chunks of layers in use, then, as the last resort, whole streamed layers in use, which have to be streamed again from their
-//! beginning when they are read. Where no room can be made, reads are served past the disk.
+//! Two limits that always hold, `max_size` and `min_free` (budget.rs): room is made by dropping layers that no container uses, least
+//! recently used first, then groups of chunks of layers in use that can be fetched in ranges. Where no room can be made, reads are served
+//! past the disk. And two marks (marks.rs): when the file system is fuller than the high one, layers that no snapshot refers to give way
+//! until it is at the low one. All files count, with the blocks that they take (disk.rs).
 
 pub mod adopt;
 mod bitmap;
 mod budget;
 mod check;
 mod dir;
+mod disk;
 pub mod error;
 mod evict;
 mod hold;
 mod hot;
 mod layer;
 mod map;
+mod marks;
+mod names;
 mod offline;
+mod pins;
 mod staging;
 #[cfg(test)]
 mod tests;
@@ -63,6 +73,7 @@ pub use check::Checked;
 pub use dir::Cache;
 pub use error::CacheError;
 pub use hold::{Hold, NotWhole};
-pub use layer::{CachedLayer, InUse, Stored};
+pub use layer::{CachedLayer, Stored};
 pub use offline::portable_of;
+pub use pins::InUse;
 pub use staging::Staging;

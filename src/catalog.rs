@@ -235,8 +235,8 @@ struct Live {
     not_lazy: Option<String>,
     /// Whether it is the layer as it looks on certain parents. Such a layer is live by itself as well.
     is_variant: bool,
-    /// Keeps its bytes in the cache as long as there is anything else to remove.
-    _in_use: InUse,
+    /// Keeps its bytes in the cache as long as there is anything else to remove, and snapshots refer to it.
+    in_use: InUse,
     /// When a pull last asked for it.
     wanted: Instant,
 }
@@ -541,6 +541,7 @@ impl Catalog {
         let id = ids.into_iter().find(|id| lives.contains_key(id))?;
         let live = lives.get_mut(&id)?;
         live.wanted = Instant::now();
+        live.in_use.wanted();
         live.note_diff_id(wanted.spec.diff_id);
         let (catalog, sources) = (Arc::clone(self), wanted.origin.sources.clone());
         tokio::task::spawn_blocking(move || catalog.learn_sources(&id, sources));
@@ -751,7 +752,7 @@ impl Catalog {
             diff_ids: spec.diff_id.into_iter().collect(),
             format: format.clone(),
             is_variant: false,
-            _in_use: in_use,
+            in_use,
             wanted: Instant::now(),
         };
         if self.write_live().insert(id, live).is_none() {

@@ -114,8 +114,12 @@ impl fmt::Debug for Credential {
 pub struct CacheConfig {
     /// Most bytes of layers kept on disk; 0 means no limit but `min_free`.
     pub max_size: ByteSize,
-    /// Bytes of the file system that are left free.
+    /// Bytes of the file system that are left free, whatever it costs.
     pub min_free: ByteSize,
+    /// How full the file system of the root may get, in percent, before layers that no snapshot refers to give way; 100 means never.
+    pub high_percent: u8,
+    /// How full it may still be after they gave way.
+    pub low_percent: u8,
 }
 
 /// Fetching.
@@ -251,7 +255,30 @@ impl Default for CacheConfig {
         CacheConfig {
             max_size: ByteSize(0),
             min_free: ByteSize(1 << 30),
+            // kubelet removes images at 85 and evicts pods when less than 15 percent are free (imageGCHighThresholdPercent, imagefs.available).
+            // It rounds, and looks every few minutes: five points below it, there is time to give way before it looks. Five points more are
+            // freed, so that the disk is below kubelet's own low mark (80) afterwards, and not full again with the next image.
+            high_percent: 80,
+            low_percent: 75,
         }
+    }
+}
+
+impl CacheConfig {
+    fn check(&self) -> Result<(), ConfigError> {
+        let (high, low) = (self.high_percent, self.low_percent);
+        let fail = |key, problem| Err(ConfigError::Value { key, problem });
+        if !(2..=100).contains(&high) {
+            return fail("cache.high_percent", format!("{high} is not between 2 and 100"));
+        }
+        if !(1..high).contains(&low) {
+            let most = high - 1;
+            return fail(
+                "cache.low_percent",
+                format!("{low} is not between 1 and {most}, one less than cache.high_percent"),
+            );
+        }
+        Ok(())
     }
 }
 
@@ -454,6 +481,7 @@ impl Config {
         if self.fuse.threads > 64 {
             return fail("fuse.threads", format!("{} is more than 64", self.fuse.threads));
         }
+        self.cache.check()?;
         self.index.check()
     }
 }
@@ -611,6 +639,19 @@ mod tests {
             ),
             ("[fetch]\nmax_request = \"1GiB\"", "fetch.max_request"),
             ("[fuse]\nthreads = 65", "fuse.threads"),
+            (
+                "[cache]\nhigh_percent = 101",
+                "cache.high_percent: 101 is not between 2 and 100",
+            ),
+            (
+                "[cache]\nhigh_percent = 75",
+                "cache.low_percent: 75 is not between 1 and 74",
+            ),
+            (
+                "[cache]\nlow_percent = 0",
+                "cache.low_percent: 0 is not between 1 and 79",
+            ),
+            ("[cache]\nlow_percent = \"70%\"", "low_percent"),
             (
                 "[index]\nlookup_deadline = 0",
                 "index.lookup_deadline: 0 is not between 1 and 60",

@@ -26,6 +26,7 @@ use crate::catalog::shared::SharedIndexes;
 use crate::catalog::shared::publish::Publisher;
 use crate::catalog::shared::trust::IndexError;
 use crate::catalog::soci::SociIndexes;
+use crate::catalog::variants::DIRECTORY as VARIANTS_DIRECTORY;
 use crate::catalog::{Catalog, Handle, Parts};
 use crate::config::{Config, LogConfig, LogFormat};
 use crate::fetch::Fetcher;
@@ -149,6 +150,9 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let store = Arc::new(Store::open(&config.root.join("metadata.redb"))?);
     cache::adopt::adopt(&config.root, &names_of_layers(&store)?)?;
     let cache = Cache::open(&config.root, &config.cache, Arc::clone(&metrics))?;
+    // Names and attributes of layers that are kept elsewhere are bytes of layers too.
+    cache.also_count([VARIANTS_DIRECTORY, FACES_DIRECTORY].map(|dir| config.root.join(dir)));
+    let tended = Arc::clone(&cache);
     let runtime = tokio::runtime::Handle::current();
     let fetcher = Fetcher::new(&config.fetch, Arc::clone(&cache), runtime.clone(), Arc::clone(&metrics));
     let mountpoint = config.root.join("fuse");
@@ -179,7 +183,8 @@ async fn run(config: Config) -> Result<(), DaemonError> {
         root: config.root.clone(),
         cache_max_bytes: config.cache.max_size.0,
     });
-    let result = serve_catalog(&config, &catalog, store, metrics, mountpoint).await;
+    let result = serve_catalog(&config, &catalog, &tended, store, metrics, mountpoint).await;
+    drop(tended);
     let closing = Arc::clone(&catalog);
     if tokio::time::timeout(DRAIN, tokio::task::spawn_blocking(move || closing.close()))
         .await
@@ -194,11 +199,16 @@ async fn run(config: Config) -> Result<(), DaemonError> {
 async fn serve_catalog(
     config: &Config,
     catalog: &Arc<Catalog>,
+    cache: &Arc<Cache>,
     store: Arc<Store>,
     metrics: Arc<Metrics>,
     mountpoint: PathBuf,
 ) -> Result<(), DaemonError> {
     catalog.restore(&referenced_layers(&store)?)?;
+    // Not before: what snapshots refer to is pinned by now.
+    cache
+        .tend()
+        .map_err(io_error("starting the thread that keeps the cache"))?;
     let layers = Arc::new(Handle(Arc::clone(catalog)));
     let service = Service::new(&config.root, store, layers, Arc::clone(&metrics))?;
     let listener = listen(&config.address).await?;

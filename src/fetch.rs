@@ -20,13 +20,14 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 
 use crate::cache::Hold;
-use crate::layer::{Digest, LayerIndex};
+use crate::layer::{BlobIndex, Digest, LayerIndex};
 
 pub mod error;
 mod fetcher;
@@ -75,8 +76,14 @@ pub trait LayerData: Send + Sync + 'static {
         self.digest()
     }
 
-    /// Names and attributes.
-    fn index(&self) -> &LayerIndex;
+    /// Where its bytes are.
+    fn index(&self) -> &BlobIndex;
+
+    /// The whole index: names and attributes too. They may have to be read from the local disk.
+    ///
+    /// # Errors
+    /// [`FetchError::Disk`].
+    fn names(&self) -> Result<Arc<LayerIndex>, FetchError>;
 
     /// Fills `buf` from offset `offset` if all those bytes are in the cache (holes are zeros), without waiting for anything but the
     /// local disk. `None`: some byte is missing, or must be verified first; ask [`LayerData::read`].
@@ -93,8 +100,7 @@ pub trait LayerData: Send + Sync + 'static {
 
     /// Whether nothing has to be fetched: every chunk is on the local disk, though it may have to be verified yet.
     fn is_local(&self) -> bool {
-        let chunks = self.index().chunks();
-        self.present_bytes() >= chunks.iter().map(|chunk| u64::from(chunk.data_len)).sum()
+        self.present_bytes() >= self.index().stored_size()
     }
 
     /// The whole data space as a local file, if all of it is there and was verified by this process. If it only has to be verified, that

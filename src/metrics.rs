@@ -66,8 +66,12 @@ pub struct Metrics {
     pub index_publications_total: IntCounterVec,
     /// Layers that are wholly here and whose shared index does not describe them.
     pub index_mismatches_total: IntCounter,
-    /// Bytes of layer data on disk.
+    /// Bytes that layers take on disk, with their indexes and everything else that is kept of them.
     pub cache_bytes: IntGauge,
+    /// Bytes of memory that names and attributes of layers take.
+    pub names_memory_bytes: IntGauge,
+    /// Bytes of files that have lost their layer and stay on disk until they are unmounted.
+    pub cache_replaced_bytes: IntGauge,
     /// Bytes removed from the cache to keep its budget.
     pub cache_evicted_bytes_total: IntCounter,
     /// Bytes that could not be cached because the disk was full.
@@ -221,7 +225,21 @@ impl Metrics {
                 "lazuli_index_mismatches_total",
                 "Layers that are wholly here and whose shared index does not describe them.",
             ),
-            cache_bytes: gauge(&r, "lazuli_cache_bytes", "Bytes of layer data on disk."),
+            cache_bytes: gauge(
+                &r,
+                "lazuli_cache_bytes",
+                "Bytes that layers take on disk, all files counted.",
+            ),
+            names_memory_bytes: gauge(
+                &r,
+                "lazuli_names_memory_bytes",
+                "Bytes of memory that names and attributes of layers take.",
+            ),
+            cache_replaced_bytes: gauge(
+                &r,
+                "lazuli_cache_replaced_bytes",
+                "Bytes of files that have lost their layer and stay on disk until they are unmounted.",
+            ),
             cache_evicted_bytes_total: counter(
                 &r,
                 "lazuli_cache_evicted_bytes_total",

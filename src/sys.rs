@@ -7,6 +7,8 @@ pub mod error;
 pub mod fuse;
 #[allow(unsafe_code)]
 pub mod inflate;
+#[allow(unsafe_code)]
+pub mod lease;
 pub mod limits;
 pub mod mount;
 pub mod mountinfo;

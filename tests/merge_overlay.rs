@@ -88,7 +88,7 @@ impl Drop for Disk {
 
 /// Writes a layer as a directory.
 fn write(layer: &FakeLayer, root: &Path) {
-    let index = layer.index();
+    let index = layer.names().unwrap();
     let mut paths: HashMap<Ino, PathBuf> = HashMap::new();
     let mut written = Vec::new();
     let mut pending = vec![(root.to_owned(), ROOT_INO)];
@@ -308,7 +308,8 @@ fn compare(what: &str, layers: &[Arc<FakeLayer>]) -> Option<usize> {
         fs::create_dir(disk.path("empty")).unwrap();
     }
     let root = disk.overlay(&lower);
-    let indexes: Vec<&LayerIndex> = layers.iter().map(|layer| layer.index()).collect();
+    let names: Vec<_> = layers.iter().map(|layer| layer.names().unwrap()).collect();
+    let indexes: Vec<&LayerIndex> = names.iter().map(|names| &**names).collect();
     let whole = merge(&indexes).unwrap();
     let (expected, ghosts) = kernel(&root);
     let mut found = merged(&whole, layers);

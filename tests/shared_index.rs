@@ -182,6 +182,7 @@ impl Node {
         let root = tempfile::tempdir().unwrap();
         let cache = CacheConfig {
             min_free: lazuli::config::ByteSize(0),
+            high_percent: 100,
             ..CacheConfig::default()
         };
         let cache = Cache::open(root.path(), &cache, metrics.clone()).unwrap();
@@ -286,7 +287,7 @@ async fn an_index_of_the_cluster_is_used() {
     assert_eq!(*from, format!("{}/{CLUSTER}", stage.registry.host()));
     assert_eq!((trust.as_str(), *verified), ("trusted repository", None));
     assert_eq!(stage.asked(before).len(), 2, "{:?}", stage.asked(before));
-    let index = loaded.layer.index();
+    let index = loaded.layer.names().unwrap();
     let ino = index.lookup_path(b"bb").unwrap();
     let inode = *index.inode(ino).unwrap();
     let read = loaded
@@ -461,7 +462,7 @@ async fn what_lies_about_chunks_shows_no_wrong_byte() {
     let node = stage.node(&stage.cluster());
     let loaded = node.load().await;
     assert!(matches!(loaded.index, Some(IndexRecord::Shared { .. })));
-    let index = loaded.layer.index();
+    let index = loaded.layer.names().unwrap();
     let end = index.data_size();
     let read = loaded.layer.read(end - 10_000, 10_000, Duration::from_secs(30)).await;
     assert!(read.is_ok(), "the end is the same in both");
@@ -641,7 +642,7 @@ async fn swapped_names_are_found_out() {
         .await;
     let node = stage.node(&stage.cluster());
     let loaded = node.load().await;
-    assert!(loaded.layer.index().lookup_path(b"ddd").is_some());
+    assert!(loaded.layer.names().unwrap().lookup_path(b"ddd").is_some());
     complete(&loaded).await;
     let found = check::describes(loaded.layer.cached(), &[stage.layer]);
     assert!(matches!(found, Err(check::Mismatch::Tree)), "{found:?}");
@@ -660,5 +661,5 @@ async fn swapped_names_are_found_out() {
         .await
         .unwrap();
     assert!(matches!(loaded.index, Some(IndexRecord::Built { .. })));
-    assert!(loaded.layer.index().lookup_path(b"ccc").is_some());
+    assert!(loaded.layer.names().unwrap().lookup_path(b"ccc").is_some());
 }

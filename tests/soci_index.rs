@@ -126,6 +126,7 @@ impl Node {
         let root = tempfile::tempdir().unwrap();
         let cache = CacheConfig {
             min_free: ByteSize(0),
+            high_percent: 100,
             ..CacheConfig::default()
         };
         let cache = Cache::open(root.path(), &cache, metrics.clone()).unwrap();
@@ -220,7 +221,7 @@ async fn an_index_about_the_image_is_used_where_its_repository_is_trusted() {
         0,
         "nothing of the layer itself was fetched"
     );
-    let index = loaded.layer.index();
+    let index = loaded.layer.names().unwrap();
     let hosts = index.inode(index.lookup_path(b"etc/hosts").unwrap()).unwrap();
     let read = loaded
         .layer

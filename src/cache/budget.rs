@@ -4,10 +4,11 @@
 //! are really allocated and is set right by them whenever something is evicted. `min_free` is asked of the file system each time.
 //!
 //! In this order, until there is room: layers that no container uses, least recently used first (those that nobody has open vanish, of
-//! the others the index stays); then the least recently used groups of chunks of layers in use that can be fetched in ranges; then, as
-//! the last resort, streamed layers in use as a whole, but never the one that is being written: a miss in such a layer downloads
-//! all of it again, so it is cheaper to serve others past the disk, and dropping is only for when not even that would go on. Layers whose
-//! files are held (hold.rs) count, but never go.
+//! the others the index stays); then the least recently used groups of chunks of layers in use that can be fetched in ranges. Streamed
+//! layers in use never go: a miss in one downloads all of it again, and needs the disk for that, so two of them that do not fit would take
+//! turns in downloading everything for every read. It is cheaper to serve ranges of others past the disk, and to leave a new layer that
+//! has to be streamed and does not fit to containerd. Layers whose files are held (hold.rs) or still mounted count, but never go: that
+//! would free nothing.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
@@ -66,6 +67,19 @@ impl Cache {
         self.show_use();
     }
 
+    /// Counts `now` bytes in place of `before`.
+    pub(super) fn settle(&self, before: u64, now: u64) {
+        let change = |used: u64| Some(used.saturating_add(now).saturating_sub(before));
+        let _ = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, change);
+        self.show_use();
+    }
+
+    /// Counts bytes that were freed by evictions.
+    pub(super) fn count_evicted(&self, bytes: u64) {
+        self.freed.fetch_add(bytes, Ordering::Relaxed);
+        self.metrics().cache_evicted_bytes_total.inc_by(bytes);
+    }
+
     /// Bytes of the disk that the cache takes, with those that are about to be written.
     pub fn used_bytes(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
@@ -80,6 +94,7 @@ impl Cache {
     fn shortfall(&self, more: u64) -> Option<(u64, String)> {
         let min_free = self.config.min_free;
         let stat = rustix::fs::fstatvfs(&self.lock).ok()?;
+        self.watch(&stat);
         let available = stat.f_bavail.saturating_mul(stat.f_frsize);
         let short = min_free.0.saturating_add(more).saturating_sub(available);
         (short > 0).then(|| {
@@ -106,27 +121,34 @@ impl Cache {
             need = need.saturating_sub(bytes);
             need > 0
         };
-        if self.evict_unused(writer, &mut free) && self.evict_groups(&mut free) {
-            self.evict_streamed(writer, &mut free);
+        if self.evict_unused(writer, |layer| !layer.is_pinned(), &mut free) {
+            self.evict_groups(&mut free);
         }
         if freed < bytes {
             self.tell_held(bytes - freed);
         }
         if freed > 0 {
-            self.freed.fetch_add(freed, Ordering::Relaxed);
-            self.metrics().cache_evicted_bytes_total.inc_by(freed);
+            self.count_evicted(freed);
             tracing::debug!(freed, used = self.used_bytes(), "evicted from the cache");
         }
     }
 
-    /// Layers that no container uses. Whether more has to be freed, as all of these.
-    fn evict_unused(&self, writer: Option<&Digest>, free: &mut impl FnMut(u64) -> bool) -> bool {
+    /// Layers that no container uses; of those that somebody has open, the ones that `may_go`. Whether more has to be freed, as all of these.
+    pub(super) fn evict_unused(
+        &self,
+        writer: Option<&Digest>,
+        may_go: impl Fn(&CachedLayer) -> bool,
+        free: &mut impl FnMut(u64) -> bool,
+    ) -> bool {
         let candidates: Vec<Digest> = self.known().iter().rev().map(|(digest, _)| *digest).collect();
         for digest in candidates.iter().filter(|digest| Some(*digest) != writer) {
             let open = {
+                // Asked before the list is locked.
+                let is_mounted = self.is_mounted(digest);
                 let mut known = self.known();
                 match known.peek(digest).map(|entry| entry.open.upgrade()) {
                     None => continue,
+                    Some(None) if is_mounted => continue,
                     Some(None) => {
                         // Moved away under the lock, so that nobody opens it any more; deleted after.
                         let bytes = known.pop(digest).map_or(0, |e| e.allocated.load(Ordering::Relaxed));
@@ -146,7 +168,7 @@ impl Cache {
                     Some(Some(open)) => open,
                 }
             };
-            if !open.is_pinned() && !open.is_held() && open.present_bytes() > 0 && !free(open.evict_all()) {
+            if may_go(&open) && !open.is_held() && open.present_bytes() > 0 && !free(open.evict_all()) {
                 return false;
             }
         }
@@ -156,7 +178,7 @@ impl Cache {
     /// Groups of chunks of layers in use.
     fn evict_groups(&self, free: &mut impl FnMut(u64) -> bool) -> bool {
         let mut groups: Vec<(bool, u64, usize, u64)> = Vec::new();
-        let layers = self.open_layers(Access::Ranges);
+        let layers = self.open_ranged();
         for (at, layer) in layers.iter().enumerate() {
             // Those that were mounted last: they go as a whole, and while they still are, that frees nothing.
             let exposed = layer.is_exposed();
@@ -169,36 +191,35 @@ impl Cache {
             .all(|(_, _, at, group)| free(layers[*at].evict_group(*group)))
     }
 
-    /// Streamed layers in use.
-    fn evict_streamed(&self, writer: Option<&Digest>, free: &mut impl FnMut(u64) -> bool) -> bool {
-        let mut layers = self.open_layers(Access::Stream);
-        layers.retain(|layer| Some(layer.id()) != writer && layer.present_bytes() > 0);
-        layers.sort_by_cached_key(|layer| (layer.is_exposed(), layer.last_used()));
-        layers.iter().all(|layer| free(layer.evict_all()))
+    /// Layers that somebody has open and that can be fetched in ranges, without those whose files are mounted.
+    fn open_ranged(&self) -> Vec<Arc<CachedLayer>> {
+        let mut open = self.open_layers();
+        open.retain(|layer| layer.index().access() == Access::Ranges && !layer.is_held() && !layer.is_mounted());
+        open
     }
 
-    /// Layers that somebody has open, without those that are held.
-    fn open_layers(&self, access: Access) -> Vec<Arc<CachedLayer>> {
+    /// Layers that somebody has open.
+    pub(super) fn open_layers(&self) -> Vec<Arc<CachedLayer>> {
         let known = self.known();
-        let open = known.iter().filter_map(|(_, entry)| entry.open.upgrade());
-        open.filter(|layer| layer.index().access() == access && !layer.is_held())
-            .collect()
+        known.iter().filter_map(|(_, entry)| entry.open.upgrade()).collect()
     }
 
     /// Bytes on disk that cannot be evicted because their files are mounted.
     pub fn held_bytes(&self) -> u64 {
-        let known = self.known();
-        let open = known.iter().filter_map(|(_, entry)| entry.open.upgrade());
-        open.filter(|layer| layer.is_held())
-            .map(|layer| layer.allocated_bytes())
-            .sum()
+        let mounted = |layer: &Arc<CachedLayer>| layer.is_held() || layer.is_mounted();
+        let layers = self.open_layers();
+        let held: u64 = layers.iter().filter(|l| mounted(l)).map(|l| l.allocated_bytes()).sum();
+        held + self.replaced_bytes()
     }
 
     /// Logs, not too often, that there is no room because of what is mounted.
     fn tell_held(&self, missing: u64) {
-        let held = self.held_bytes();
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        if held > 0 && told.is_none_or(|told| told.elapsed() > TELL_AGAIN) {
+        if told.is_some_and(|told| told.elapsed() <= TELL_AGAIN) {
+            return;
+        }
+        let held = self.held_bytes();
+        if held > 0 {
             *told = Some(Instant::now());
             tracing::warn!(
                 held,

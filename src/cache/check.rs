@@ -154,7 +154,7 @@ impl CachedLayer {
             return Ok(true);
         }
         let ends = self.index.chunks().iter().map(|chunk| chunk.data_offset);
-        let ends = ends.chain([file_size(&self.index)]);
+        let ends = ends.chain([file_size(self.index.data_size())]);
         let mut begin = 0;
         let mut starts = vec![0];
         starts.extend(self.index.chunks().iter().map(Chunk::data_end));

@@ -2,19 +2,22 @@
 
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Instant, SystemTime};
 
 use lru::LruCache;
 
 use super::adopt;
+use super::disk::{Beside, disk_use, small_files};
 use super::hold::{boot_id, file_size, is_exposed, unmark};
 use super::hot::HotChunks;
-use super::layer::{BLOCK, Files};
+use super::layer::Files;
 use super::map::{self, MapFile};
+use super::names::Residents;
 use super::staging::{Staging, sync_dir};
 use super::windows::{RecentWindows, WindowFile};
 use super::{CacheError, CachedLayer, Key};
@@ -49,6 +52,15 @@ pub struct Cache {
     /// When it was last told that the budget cannot be met.
     pub(super) told: Mutex<Option<Instant>>,
     pub(super) windows: RecentWindows,
+    /// Names of layers in memory: see names.rs.
+    pub(super) residents: Residents,
+    /// What counts without being a layer: see disk.rs.
+    pub(super) beside: Beside,
+    /// Wakes the thread that looks at the marks, if there is one: see marks.rs.
+    pub(super) bell: OnceLock<SyncSender<()>>,
+    /// Whether it cannot be told who has a file open, as on a file system without leases.
+    #[cfg(test)]
+    pub(super) blind: std::sync::atomic::AtomicBool,
     me: Weak<Cache>,
 }
 
@@ -113,9 +125,15 @@ impl Cache {
             boot_id: boot_id(),
             told: Mutex::default(),
             windows: RecentWindows::new(),
+            residents: Residents::new(),
+            beside: Beside::default(),
+            bell: OnceLock::new(),
+            #[cfg(test)]
+            blind: std::sync::atomic::AtomicBool::new(false),
             me: me.clone(),
         });
         cache.occupy(used);
+        cache.find_replaced();
         Ok(cache)
     }
 
@@ -139,6 +157,8 @@ impl Cache {
             layer.touch();
             let layer = Arc::new(layer);
             entry.open = Arc::downgrade(&layer);
+            drop(known);
+            self.bound_names();
             return Ok(Some(layer));
         }
         if let Some(entry) = known.pop(digest) {
@@ -253,6 +273,10 @@ impl Cache {
         self.layers.join(digest.hex())
     }
 
+    pub(super) fn layers(&self) -> &Path {
+        &self.layers
+    }
+
     pub(super) fn incoming(&self) -> PathBuf {
         self.layers.join(".incoming")
     }
@@ -261,6 +285,7 @@ impl Cache {
     pub(super) fn discard(&self, digest: &Digest) -> Option<PathBuf> {
         let unique = self.clock.fetch_add(1, Ordering::Relaxed);
         let trash = self.incoming().join(format!("{}-old-{unique}", digest.hex()));
+        self.keep_mounted(&self.layer_dir(digest));
         match fs::rename(self.layer_dir(digest), &trash) {
             Ok(()) => Some(trash),
             Err(error) => {
@@ -320,7 +345,7 @@ impl Cache {
             }
         };
         let (id, chunks) = (Digest::of(&encoded), index.chunks());
-        let windows = match WindowFile::open(&dir, &index, &id) {
+        let windows = match WindowFile::open(&dir, index.checkpoints(), &id) {
             Ok(windows) => windows,
             Err(error) => {
                 tracing::warn!(layer = %digest, "the layer is removed from the cache, its windows cannot be used: {error}");
@@ -337,25 +362,28 @@ impl Cache {
         let len = data.metadata().map_err(CacheError::io("read", &path))?.len();
         let (sealed, words) = match map::decode(&saved, chunks.len(), &id) {
             // The first versions did not fill the last page.
-            Ok(saved) if len == index.data_size() || len == file_size(&index) => {
-                data.set_len(file_size(&index))
+            Ok(saved) if len == index.data_size() || len == file_size(index.data_size()) => {
+                data.set_len(file_size(index.data_size()))
                     .map_err(CacheError::io("resize", &path))?;
                 (saved.sealed, saved.words)
             }
             Ok(saved) => {
                 tracing::warn!(layer = %digest, len, "the data in the cache has the wrong length, its chunks are verified again");
                 write_map(&map, &map_path, chunks.len(), &id, &saved.words)?;
-                data.set_len(file_size(&index))
+                data.set_len(file_size(index.data_size()))
                     .map_err(CacheError::io("resize", &path))?;
                 (false, saved.words)
             }
             Err(what) => {
                 tracing::warn!(layer = %digest, "the data in the cache is dropped, its map cannot be used: {what}");
                 // Another file, not an empty one: the old one may be mounted.
+                if exposed {
+                    self.keep_if_mounted(&dir, &data);
+                }
                 fs::remove_file(&path).map_err(CacheError::io("delete", &path))?;
                 unmark(&dir).map_err(CacheError::io("delete", &dir))?;
                 data = options.open(&path).map_err(CacheError::io("open", &path))?;
-                data.set_len(file_size(&index))
+                data.set_len(file_size(index.data_size()))
                     .map_err(CacheError::io("resize", &path))?;
                 exposed = false;
                 let words = vec![0; chunks.len().div_ceil(64)];
@@ -363,11 +391,10 @@ impl Cache {
                 (false, words)
             }
         };
-        let blocks = data.metadata().map_err(CacheError::io("read", &path))?.blocks();
-        let before = allocated.swap(blocks.saturating_mul(BLOCK), Ordering::Relaxed);
-        self.occupy(blocks.saturating_mul(BLOCK));
-        self.release(before);
+        let now = disk_use(&dir);
+        self.settle(allocated.swap(now, Ordering::Relaxed), now);
         let files = Files {
+            small: small_files(&dir),
             dir,
             data,
             map: MapFile::new(map, chunks.len(), id, sealed),
@@ -421,10 +448,9 @@ fn scan(layers: &Path) -> Result<Vec<(SystemTime, Digest, u64)>, CacheError> {
             fs::remove_dir_all(&path).map_err(CacheError::io("delete", &path))?;
             continue;
         }
-        let blocks = fs::metadata(path.join("data")).map_or(0, |m| m.blocks());
         let used = fs::metadata(path.join("map")).and_then(|m| m.modified());
         let used = used.unwrap_or(SystemTime::UNIX_EPOCH);
-        found.push((used, digest, blocks.saturating_mul(BLOCK)));
+        found.push((used, digest, disk_use(&path)));
     }
     found.sort_unstable();
     Ok(found)

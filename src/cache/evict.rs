@@ -1,13 +1,15 @@
 //! Eviction of a layer's chunks.
 //!
 //! Bytes are taken off the disk by punching a hole, or by emptying the file when all of them go. Neither is done to a file that is
-//! held (hold.rs), which is not evicted at all, nor to one that was mounted once: an overlay may have kept that mount, and would read
-//! zeros. Such a layer gets a new, empty file; the old one lives on without a name for as long as the kernel needs it.
+//! held (hold.rs), nor to one that is still mounted though nobody holds it, as in an overlay that has kept the mount: that one would read
+//! zeros. Such files are not evicted at all, as what the kernel needs stays on the disk, with a name or without.
+//!
+//! A file that was mounted once, and as far as the file system can tell is no more, is not changed in place even so: the layer gets a
+//! new, empty file. Where the file system cannot tell, the old one may live on without a name for as long as the kernel needs it.
 
 use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
@@ -15,7 +17,7 @@ use rustix::fs::FallocateFlags;
 
 use super::CachedLayer;
 use super::hold::{file_size, unmark};
-use super::layer::{BLOCK, GROUP};
+use super::layer::GROUP;
 
 /// Name of a data file before it takes the place of the one that was mounted.
 const NEXT: &str = "data.next";
@@ -26,6 +28,9 @@ impl CachedLayer {
         let records = self.index.chunks();
         let _exclusive = self.mutation.write().unwrap_or_else(PoisonError::into_inner);
         if self.is_held() {
+            return 0;
+        }
+        if self.is_mounted() {
             return 0;
         }
         let exposed = self.exposed.load(Ordering::SeqCst);
@@ -70,7 +75,7 @@ impl CachedLayer {
             if whole {
                 // Also frees what no bit tells of, and works where holes do not.
                 data.set_len(0)?;
-                data.set_len(file_size(&self.index))?;
+                data.set_len(file_size(self.index.data_size()))?;
                 self.clean.store(true, Ordering::SeqCst);
                 return Ok(());
             }
@@ -93,7 +98,7 @@ impl CachedLayer {
             .create(true)
             .truncate(true)
             .open(self.dir.join(NEXT))?;
-        file.set_len(file_size(&self.index))?;
+        file.set_len(file_size(self.index.data_size()))?;
         Ok(file)
     }
 
@@ -104,19 +109,6 @@ impl CachedLayer {
         self.clean.store(true, Ordering::SeqCst);
         self.exposed.store(false, Ordering::SeqCst);
         unmark(&self.dir)
-    }
-
-    /// Brings the count of bytes on disk up to date; the bytes that are less than before. The caller holds `mutation` exclusively.
-    fn account(&self) -> u64 {
-        let Ok(metadata) = self.data.load().metadata() else {
-            return 0;
-        };
-        let now = metadata.blocks() * BLOCK;
-        let before = self.allocated.swap(now, Ordering::Relaxed);
-        let freed = before.saturating_sub(now);
-        self.cache.release(freed);
-        self.cache.occupy(now.saturating_sub(before));
-        freed
     }
 
     /// Removes everything but the index from the disk; the bytes that were freed.

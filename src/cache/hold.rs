@@ -6,7 +6,7 @@
 //!
 //! The promise ends with the last hold, but a mount may not: an overlay keeps the file systems that it was made of, and after a `kill -9`
 //! nobody holds what is still mounted. So a file that was held once is *exposed* until it is replaced: it is never changed in
-//! place (evict.rs). The file `mounted` beside it, which names the boot of the machine, tells the next process so.
+//! place, nor evicted while the kernel still has it open (evict.rs). The file `mounted` beside it, which names the boot of the machine, tells the next process so.
 
 use std::any::Any;
 use std::fmt;
@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 
 use super::CachedLayer;
-use crate::layer::LayerIndex;
+use super::disk::small_files;
 
 /// Unit in which the kernel reads a file: the data file is as long as a whole number of them.
 const PAGE: u64 = 4096;
@@ -26,9 +26,8 @@ pub(super) const MARKER: &str = "mounted";
 /// The kernel's name of this boot.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// Length of a layer's data file in bytes: its data space, and zeros up to the end of a page.
-pub(super) fn file_size(index: &LayerIndex) -> u64 {
-    let size = index.data_size();
+/// Length of a layer's data file in bytes: its data space of `size` bytes, and zeros up to the end of a page.
+pub(super) fn file_size(size: u64) -> u64 {
     size.checked_next_multiple_of(PAGE).unwrap_or(size)
 }
 
@@ -103,7 +102,10 @@ impl CachedLayer {
         if self.exposed.swap(true, Ordering::SeqCst) {
             return Ok(());
         }
-        fs::write(self.dir.join(MARKER), self.cache.boot_id())
+        fs::write(self.dir.join(MARKER), self.cache.boot_id())?;
+        self.small.store(small_files(&self.dir), Ordering::Relaxed);
+        self.account_growth(0);
+        Ok(())
     }
 
     /// Whether somebody holds the file.
@@ -151,6 +153,8 @@ struct Held(Arc<CachedLayer>);
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.0.holds.fetch_sub(1, Ordering::SeqCst);
+        if self.0.holds.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.0.cache.wake();
+        }
     }
 }

@@ -18,9 +18,11 @@ use rustix::io::ReadWriteFlags;
 use super::bitmap::{Bitmap, WORD};
 use super::error::is_full;
 use super::map::MapFile;
+use super::names::Names;
+use super::pins::Pins;
 use super::windows::WindowFile;
 use super::{Cache, CacheError, Key};
-use crate::layer::{Chunk, Digest, LayerError, LayerIndex, Verify, Windows, portable};
+use crate::layer::{BlobIndex, Chunk, Digest, LayerError, LayerIndex, Verify, Windows, portable};
 
 /// Unit in which the use of a layer is noted and in which parts of it are evicted, in bytes of the data space: large enough that a
 /// hole is worth its system call, small enough that the hot part of a large layer survives.
@@ -47,7 +49,10 @@ pub struct CachedLayer {
     blob: Digest,
     /// Digest of its tar, once this process has seen all of it.
     diff_id: OnceLock<Digest>,
-    pub(super) index: LayerIndex,
+    /// Where its bytes are.
+    pub(super) index: BlobIndex,
+    /// The rest of the index.
+    pub(super) names: Names,
     /// Directory of the layer.
     pub(super) dir: PathBuf,
     /// The data space. Another file takes its place when one that was mounted is evicted.
@@ -58,7 +63,7 @@ pub struct CachedLayer {
     /// `None`: the index has no checkpoints.
     windows: Option<WindowFile>,
     /// Digest of the index on disk.
-    id: Digest,
+    pub(super) id: Digest,
     /// Chunks whose bytes may be on disk, and have to be verified before they are ready.
     pub(super) suspect: Bitmap,
     /// Chunks whose bytes this process has verified: those that may be mounted.
@@ -75,13 +80,16 @@ pub struct CachedLayer {
     pub(super) mutation: RwLock<()>,
     /// When each group was used last, in ticks of the cache's clock.
     used: Box<[AtomicU64]>,
-    pins: AtomicU32,
+    /// Who uses it; see pins.rs.
+    pub(super) pins: Pins,
     /// Holds on the file; see hold.rs.
     pub(super) holds: AtomicU32,
     /// Whether the file may be mounted somewhere, also after the last hold on it has gone.
     pub(super) exposed: AtomicBool,
     /// Bytes on disk, shared with the cache's list of layers.
     pub(super) allocated: Arc<AtomicU64>,
+    /// How many of them are in files beside the data.
+    pub(super) small: AtomicU64,
     pub(super) cache: Arc<Cache>,
 }
 
@@ -100,6 +108,8 @@ pub(super) struct Files {
     /// Digest of the index file.
     pub id: Digest,
     pub allocated: Arc<AtomicU64>,
+    /// Bytes on disk beside the data.
+    pub small: u64,
 }
 
 impl CachedLayer {
@@ -140,11 +150,13 @@ impl CachedLayer {
             evictions: AtomicU64::new(0),
             mutation: RwLock::new(()),
             used: (0..groups).map(|_| AtomicU64::new(0)).collect(),
-            pins: AtomicU32::new(0),
+            pins: Pins::new(),
             holds: AtomicU32::new(0),
             exposed: AtomicBool::new(files.exposed),
             allocated: files.allocated,
-            index,
+            small: AtomicU64::new(files.small),
+            index: index.blob(),
+            names: Names::new(&cache.residents, index),
             cache,
         }
     }
@@ -178,8 +190,8 @@ impl CachedLayer {
         let _ = self.diff_id.set(diff_id);
     }
 
-    /// Names, attributes and chunks.
-    pub fn index(&self) -> &LayerIndex {
+    /// Where its bytes are. (Names and attributes: [`CachedLayer::names`].)
+    pub fn index(&self) -> &BlobIndex {
         &self.index
     }
 
@@ -204,12 +216,13 @@ impl CachedLayer {
     /// # Errors
     /// [`CacheError::Io`] when the windows cannot be read, or it would be too large.
     pub fn portable(&self) -> Result<Vec<u8>, CacheError> {
+        let names = self.names()?;
         let pack = || {
             let windows = match &self.windows {
-                Some(windows) => windows.all(&self.index, &self.id)?,
+                Some(windows) => windows.all(self.index.checkpoints(), &self.id)?,
                 None => Windows::new(),
             };
-            portable::pack(&self.blob, &self.index, &windows).map_err(io::Error::other)
+            portable::pack(&self.blob, &names, &windows).map_err(io::Error::other)
         };
         pack().map_err(CacheError::io("pack the index in", &self.dir))
     }
@@ -336,6 +349,7 @@ impl CachedLayer {
                 break;
             }
             match self.write(chunk, record, bytes) {
+                // What it takes of the disk is counted now.
                 Ok(true) => {
                     self.cache.hot().remove(self.digest, chunk);
                     return Ok(Stored::Cached);
@@ -373,19 +387,6 @@ impl CachedLayer {
         self.cache.hot().get(self.digest, chunk)
     }
 
-    /// Marks the layer as used by a container for as long as the guard lives: it is evicted after those that are not.
-    pub fn pin(self: &Arc<Self>) -> InUse {
-        self.pins.fetch_add(1, Ordering::Relaxed);
-        InUse {
-            layer: Arc::clone(self),
-        }
-    }
-
-    /// Whether a container uses the layer.
-    pub fn is_pinned(&self) -> bool {
-        self.pins.load(Ordering::Relaxed) > 0
-    }
-
     /// Checks bytes against the digest of a chunk.
     fn check_bytes(&self, chunk: usize, bytes: &[u8]) -> Result<&Chunk, CacheError> {
         let corrupt = |error| CacheError::Corrupt {
@@ -421,7 +422,7 @@ impl CachedLayer {
         Ok(record)
     }
 
-    /// Writes a chunk, then sets its bit. `false`: another thread was faster.
+    /// Writes a chunk, then sets its bit; the bytes reserved for it are settled. `false`: another thread was faster.
     fn write(&self, chunk: usize, record: &Chunk, bytes: &[u8]) -> io::Result<bool> {
         let _shared = self.mutation.read().unwrap_or_else(PoisonError::into_inner);
         if self.ready.get(chunk) {
@@ -438,7 +439,7 @@ impl CachedLayer {
         if !was_suspect {
             self.present.fetch_add(u64::from(record.data_len), Ordering::Relaxed);
         }
-        self.allocated.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.account_growth(bytes.len() as u64);
         self.cache.tick();
         self.note_use(record.data_offset, record.data_len.into());
         if let Err(error) = self.write_map(chunk..chunk + 1) {
@@ -465,11 +466,6 @@ impl CachedLayer {
     pub(super) fn group_used(&self, group: u64) -> u64 {
         let used = usize::try_from(group).ok().and_then(|group| self.used.get(group));
         used.map_or(0, |time| time.load(Ordering::Relaxed))
-    }
-
-    /// When any of the layer was used last.
-    pub(super) fn last_used(&self) -> u64 {
-        self.used.iter().map(|t| t.load(Ordering::Relaxed)).max().unwrap_or(0)
     }
 
     /// Makes everything durable and believed after the next start.
@@ -562,15 +558,10 @@ impl std::fmt::Debug for CachedLayer {
     }
 }
 
-/// A layer in use: see [`CachedLayer::pin`].
-pub struct InUse {
-    layer: Arc<CachedLayer>,
-}
-
-impl Drop for InUse {
+impl Drop for CachedLayer {
     fn drop(&mut self) {
-        if self.layer.pins.fetch_sub(1, Ordering::Relaxed) == 1 {
-            self.layer.cache.used_now(&self.layer.digest);
-        }
+        self.names.close(&self.cache.residents);
+        // Nobody has it open any more: it may vanish.
+        self.cache.wake();
     }
 }

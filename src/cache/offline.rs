@@ -28,8 +28,8 @@ pub fn portable_of(root: &Path, layer: &Digest) -> Result<Option<Vec<u8>>, Cache
         };
         let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
         let (index, id) = (LayerIndex::decode(&encoded).map_err(invalid)?, Digest::of(&encoded));
-        let windows = match WindowFile::open(&dir, &index, &id)? {
-            Some(windows) => windows.all(&index, &id)?,
+        let windows = match WindowFile::open(&dir, index.checkpoints(), &id)? {
+            Some(windows) => windows.all(index.checkpoints(), &id)?,
             None => Windows::new(),
         };
         portable::pack(layer, &index, &windows).map(Some).map_err(invalid)

@@ -1,23 +1,27 @@
 //! A layer in the making, in a directory of its own: nobody sees it before it is complete and durable.
 
 use std::fs::{File, Permissions};
-use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tempfile::TempDir;
 
 use super::bitmap::Bitmap;
 use super::budget::full;
 use super::dir::DIR_MODE;
+use super::disk::{disk_use, small_files};
 use super::error::is_full;
 use super::hold::file_size;
-use super::layer::{BLOCK, Files};
+use super::layer::Files;
 use super::map::{self, MapFile};
 use super::windows::{self, WindowFile};
 use super::{Cache, CacheError, CachedLayer, Key};
 use crate::layer::{Digest, LayerIndex, Windows};
+
+/// Unit in which file systems give room to files, in bytes; nearly all have this one.
+const FILE_BLOCK: u64 = 4096;
 
 /// A layer in the making. Dropped without [`Staging::commit`], it vanishes.
 pub struct Staging {
@@ -130,31 +134,31 @@ impl Staging {
             ready.set(chunk);
         }
         let words: Vec<u64> = (0..ready.words()).map(|at| ready.word(at)).collect();
+        let map = map::encode(true, chunks, &id, &words);
+        let windows = (!index.checkpoints().is_empty()).then(|| windows.encode(&id));
+        let files = [encoded.len(), map.len(), windows.as_ref().map_or(0, Vec::len)];
+        self.reserve_files(files.map(|len| len as u64));
         let dir = self.dir.path();
         let data_path = dir.join("data");
         self.data
             .set_len(index.data_size())
             // In two steps, so that nothing that was written behind the end shows up again.
-            .and_then(|()| self.data.set_len(file_size(&index)))
+            .and_then(|()| self.data.set_len(file_size(index.data_size())))
             .and_then(|()| self.data.sync_all())
             .map_err(CacheError::io("write", &data_path))?;
         write_durably(&dir.join("index"), &encoded)?;
-        let map = write_durably(&dir.join("map"), &map::encode(true, chunks, &id, &words))?;
-        let windows = if index.checkpoints().is_empty() {
-            None
-        } else {
-            let file = write_durably(&dir.join(windows::FILE), &windows.encode(&id))?;
-            let path = self.cache.layer_dir(&self.digest).join(windows::FILE);
-            let opened = WindowFile::read(file, path, &index, &id);
-            Some(opened.map_err(CacheError::io("use the windows in", dir))?)
+        let map = write_durably(&dir.join("map"), &map)?;
+        let windows = match windows {
+            None => None,
+            Some(windows) => {
+                let file = write_durably(&dir.join(windows::FILE), &windows)?;
+                let path = self.cache.layer_dir(&self.digest).join(windows::FILE);
+                let opened = WindowFile::read(file, path, index.checkpoints(), &id);
+                Some(opened.map_err(CacheError::io("use the windows in", dir))?)
+            }
         };
         sync_dir(dir)?;
-        let blocks = self
-            .data
-            .metadata()
-            .map_err(CacheError::io("read", &data_path))?
-            .blocks();
-        let allocated = Arc::new(AtomicU64::new(blocks.saturating_mul(BLOCK)));
+        let allocated = Arc::new(AtomicU64::new(disk_use(dir)));
         let files = Files {
             dir: self.cache.layer_dir(&self.digest),
             data: self.data.try_clone().map_err(CacheError::io("open", &data_path))?,
@@ -164,18 +168,33 @@ impl Staging {
             exposed: false,
             windows,
             id,
-            allocated,
+            small: small_files(dir),
+            allocated: Arc::clone(&allocated),
         };
         let key = Key {
             id: self.digest,
             blob: self.blob,
         };
         let layer = CachedLayer::new(Arc::clone(&self.cache), key, index, files);
-        let layer = self.cache.publish(layer, dir)?;
-        // From here on the layer's own bytes count.
-        self.cache.occupy(layer.allocated_bytes());
-        self.cache.release(std::mem::take(&mut self.reserved));
+        // From here on the layer's own bytes count, unless it does not become visible.
+        let own = allocated.load(Ordering::Relaxed);
+        self.cache.settle(std::mem::replace(&mut self.reserved, own), own);
+        let layer = self.cache.publish(layer, self.dir.path())?;
+        if Arc::ptr_eq(&layer.allocated, &allocated) {
+            self.reserved = 0;
+        }
+        self.cache.bound_names();
         Ok(layer)
+    }
+
+    /// Counts files of these lengths. Others are evicted for them, but they are written even if that gives no room: without its index, not
+    /// a byte of the layer can be served, not even past the disk.
+    fn reserve_files(&mut self, lens: [u64; 3]) {
+        let bytes = lens.iter().map(|len| len.next_multiple_of(FILE_BLOCK)).sum();
+        if self.cache.reserve(bytes, Some(&self.digest)).is_err() {
+            self.cache.occupy(bytes);
+        }
+        self.reserved += bytes;
     }
 }
 

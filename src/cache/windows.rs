@@ -15,7 +15,7 @@ use bytes::Bytes;
 use lru::LruCache;
 
 use crate::layer::checkpoint::WindowTable;
-use crate::layer::{Checkpoint, Digest, LayerError, LayerIndex, Windows};
+use crate::layer::{Checkpoint, Digest, LayerError, Windows};
 
 /// Name of the file in the layer's directory.
 pub(super) const FILE: &str = "windows";
@@ -50,17 +50,16 @@ pub(super) struct WindowFile {
 
 impl WindowFile {
     /// Opens the file in `dir`, for the index whose digest is `id`. `None`: the index needs none.
-    pub fn open(dir: &Path, index: &LayerIndex, id: &Digest) -> io::Result<Option<Self>> {
-        if index.checkpoints().is_empty() {
+    pub fn open(dir: &Path, checkpoints: &[Checkpoint], id: &Digest) -> io::Result<Option<Self>> {
+        if checkpoints.is_empty() {
             return Ok(None);
         }
         let path = dir.join(FILE);
-        Self::read(File::open(&path)?, path, index, id).map(Some)
+        Self::read(File::open(&path)?, path, checkpoints, id).map(Some)
     }
 
     /// The windows in `file`, which is at `path`, or will be.
-    pub fn read(file: File, path: PathBuf, index: &LayerIndex, id: &Digest) -> io::Result<Self> {
-        let checkpoints = index.checkpoints();
+    pub fn read(file: File, path: PathBuf, checkpoints: &[Checkpoint], id: &Digest) -> io::Result<Self> {
         // The index has limited the number of checkpoints.
         let len = usize::try_from(WindowTable::encoded_len(checkpoints.len())).unwrap_or(usize::MAX);
         let mut head = vec![0; len];
@@ -89,11 +88,11 @@ impl WindowFile {
     }
 
     /// All windows.
-    pub fn all(&self, index: &LayerIndex, id: &Digest) -> io::Result<Windows> {
-        let len = WindowTable::encoded_len(index.checkpoints().len()) + self.table.windows_len();
+    pub fn all(&self, checkpoints: &[Checkpoint], id: &Digest) -> io::Result<Windows> {
+        let len = WindowTable::encoded_len(checkpoints.len()) + self.table.windows_len();
         let mut bytes = vec![0; usize::try_from(len).unwrap_or(usize::MAX)];
         self.file.read_exact_at(&mut bytes, 0)?;
-        Windows::decode(&bytes, id, index.checkpoints()).map_err(invalid)
+        Windows::decode(&bytes, id, checkpoints).map_err(invalid)
     }
 
     /// Has the layer made again when it is opened the next time.

@@ -42,7 +42,7 @@ impl Layers for Handle {
     fn usage(&self, layer: &Digest) -> Option<(u64, u64)> {
         let live = self.0.read_live();
         let layer = &live.get(layer)?.layer;
-        Some((layer.present_bytes(), layer.index().inodes().len() as u64))
+        Some((layer.present_bytes(), layer.index().inodes()))
     }
 
     fn mark(&self) -> u64 {

@@ -12,7 +12,7 @@ use crate::cache::{Cache, CacheError, Key};
 use crate::config::FormatsConfig;
 use crate::fetch::{FetchError, Fetcher, Layer, StreamRequest};
 use crate::layer::compression::{self, Compression};
-use crate::layer::{Access, Codec, Digest, LayerIndex};
+use crate::layer::{Access, BlobIndex, Codec, Digest};
 use crate::registry::{Blob, RegistryError};
 use crate::store::IndexRecord;
 use crate::sync::Budget;
@@ -550,7 +550,7 @@ fn supported(spec: &LayerSpec) -> Result<Compression, Refusal> {
 }
 
 /// The name of a layer's format, as `status` shows it.
-pub fn format_name(spec: &LayerSpec, index: &LayerIndex) -> String {
+pub fn format_name(spec: &LayerSpec, index: &BlobIndex) -> String {
     let plain = match supported(spec) {
         Ok(Compression::None) => "tar",
         Ok(Compression::Zstd) => "tar+zstd",

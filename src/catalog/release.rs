@@ -5,11 +5,16 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::{Catalog, GRACE, Live, Needed, access_label};
 use crate::fetch::LayerData;
 use crate::layer::Digest;
 use crate::store::{ImageLayer, StoreError};
+
+/// How long after it was last asked for a live layer that no snapshot refers to keeps its bytes on a full disk: its pull has not come to
+/// commit it yet. (It stays live for much longer, and its bytes come back if they are needed.)
+const IDLE_AFTER: Duration = Duration::from_secs(30);
 
 /// What has been decided to go.
 pub(super) struct Going {
@@ -22,8 +27,20 @@ pub(super) struct Going {
 }
 
 impl Catalog {
+    /// Tells the cache which live layers snapshots refer to. (A layer and its variants have a pin each: any of them keeps the bytes.)
+    fn tell_idle<'a>(&self, needed: impl Iterator<Item = &'a Digest>) {
+        let needed: HashSet<&Digest> = needed.collect();
+        for (digest, live) in self.read_live().iter() {
+            match live.wanted.checked_add(IDLE_AFTER) {
+                Some(from) if !needed.contains(digest) => live.in_use.idle_from(from),
+                _ => live.in_use.wanted(),
+            }
+        }
+    }
+
     /// Decides what goes: what is not needed, and was not asked for just now.
     pub(super) fn release(&self, needed: Needed) -> Going {
+        self.tell_idle(needed.layers.iter().chain(needed.bases.iter().flatten()));
         let mut keep: HashSet<Digest> = needed.layers.into_iter().collect();
         let (variants, bases_of_variants) = self.release_variants(&keep);
         keep.extend(bases_of_variants);

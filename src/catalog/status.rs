@@ -18,13 +18,16 @@ pub struct Status {
     pub version: String,
     /// Its root directory.
     pub root: String,
-    /// Bytes of layer data on disk.
+    /// Bytes that layers take on disk, all files counted.
     pub cache_bytes: u64,
     /// Most bytes it may keep; 0 means as many as the disk allows.
     pub cache_max_bytes: u64,
     /// How many of them cannot be evicted now, because their files are mounted.
     #[serde(default)]
     pub cache_held_bytes: u64,
+    /// How many of them belong to files that have lost their layer and are still mounted.
+    #[serde(default)]
+    pub cache_replaced_bytes: u64,
     /// By which face layers are shown.
     #[serde(default)]
     pub face: FaceStatus,
@@ -314,6 +317,7 @@ impl Catalog {
             cache_bytes: self.loader.cache().used_bytes(),
             cache_max_bytes: self.cache_max_bytes,
             cache_held_bytes: self.loader.cache().held_bytes(),
+            cache_replaced_bytes: self.loader.cache().replaced_bytes(),
             face: faces.map(|faces| faces.serving().into()).unwrap_or_default(),
             reads: faces
                 .map(|faces| ReadsStatus::new(self.metrics.waiting_reads.get(), faces.session().deadlines()))

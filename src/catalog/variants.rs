@@ -27,7 +27,7 @@ use super::question::Begun;
 use super::{Catalog, GRACE, Live, of_store, released, spec_of};
 use crate::fetch::{FetchError, Layer, LayerData, LocalFile};
 use crate::layer::variant::{depends_on_below, on_top_of};
-use crate::layer::{Digest, LayerError, LayerIndex};
+use crate::layer::{BlobIndex, Digest, LayerError, LayerIndex};
 use crate::store::LayerRecord;
 
 /// Where variants are, below the daemon's root directory.
@@ -49,7 +49,18 @@ const STACK_KEPT: Duration = Duration::from_secs(60);
 /// A layer with another index.
 pub struct Variant {
     layer: Arc<Layer>,
-    index: Arc<LayerIndex>,
+    index: BlobIndex,
+    names: Arc<LayerIndex>,
+}
+
+impl Variant {
+    fn new(layer: Arc<Layer>, names: Arc<LayerIndex>) -> Self {
+        Variant {
+            index: layer.index().with_names_of(&names),
+            names,
+            layer,
+        }
+    }
 }
 
 impl LayerData for Variant {
@@ -65,8 +76,12 @@ impl LayerData for Variant {
         self.layer.id()
     }
 
-    fn index(&self) -> &LayerIndex {
+    fn index(&self) -> &BlobIndex {
         &self.index
+    }
+
+    fn names(&self) -> Result<Arc<LayerIndex>, FetchError> {
+        Ok(Arc::clone(&self.names))
     }
 
     fn read_ready(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {
@@ -89,15 +104,17 @@ impl LayerData for Variant {
 /// All layers of an image, from the lowest up, each as it looks on those below it.
 ///
 /// # Errors
-/// [`LayerError`] when a limit is exceeded.
-pub fn on_each_other(layers: &[Arc<Layer>]) -> Result<Vec<Arc<dyn LayerData>>, LayerError> {
-    let indexes: Vec<_> = layers.iter().map(|layer| Some(layer.index())).collect();
+/// [`Refusal`] when a limit is exceeded, or an index cannot be read.
+pub fn on_each_other(layers: &[Arc<Layer>]) -> Result<Vec<Arc<dyn LayerData>>, Refusal> {
+    let names = layers.iter().map(|layer| names_of(layer).map(Some));
+    let names = names.collect::<Result<Vec<_>, _>>()?;
+    let indexes: Vec<_> = names.iter().map(|names| names.as_deref()).collect();
     let mut changed = Vec::new();
-    stack(&mut changed, &indexes)?;
+    stack(&mut changed, &indexes).map_err(|error| of_limit(&error))?;
     let layers = layers.iter().map(Arc::clone).zip(changed);
     Ok(layers
         .map(|(layer, changed)| match changed {
-            Some(index) => Arc::new(Variant { layer, index }) as Arc<dyn LayerData>,
+            Some(index) => Arc::new(Variant::new(layer, index)) as Arc<dyn LayerData>,
             None => layer,
         })
         .collect())
@@ -155,12 +172,11 @@ impl<T> Stacks<T> {
     fn changed(
         &self,
         layers: &[Option<Arc<T>>],
-        index_of: fn(&T) -> &LayerIndex,
+        indexes: &[Option<&LayerIndex>],
         last: bool,
     ) -> Result<Vec<Option<Arc<LayerIndex>>>, LayerError> {
         let mut changed = self.known(layers);
-        let indexes: Vec<_> = layers.iter().map(|layer| layer.as_deref().map(index_of)).collect();
-        stack(&mut changed, &indexes)?;
+        stack(&mut changed, indexes)?;
         if !last {
             self.keep(Stack {
                 layers: layers.iter().map(|layer| layer.as_ref().map(Arc::downgrade)).collect(),
@@ -219,9 +235,9 @@ fn digest_of(layer: &Digest, encoded: &[u8]) -> Digest {
 }
 
 /// Whether two indexes are of the same bytes in the same places, so that one may stand for the other.
-fn same_space(a: &LayerIndex, b: &LayerIndex) -> bool {
-    let shape = |index: &LayerIndex| (index.access(), index.codec(), index.data_size(), index.blob_size());
-    shape(a) == shape(b) && a.chunks() == b.chunks()
+fn same_space(a: &LayerIndex, b: &BlobIndex) -> bool {
+    let shape = (a.access(), a.codec(), a.data_size(), a.blob_size());
+    shape == (b.access(), b.codec(), b.data_size(), b.blob_size()) && a.chunks() == b.chunks()
 }
 
 /// Layers of an image on each other, the lowest first; `None` for those that are not served.
@@ -323,7 +339,9 @@ impl Catalog {
         };
         let own = own.wait().await?;
         let layer = self.live_layer(&own).ok_or_else(|| released(&own))?;
-        let takes_over = depends_on_below(layer.index());
+        // Its names may have to be read from the disk.
+        let looked = tokio::task::spawn_blocking(move || names_of(&layer).map(|names| depends_on_below(&names)));
+        let takes_over = looked.await.unwrap_or_else(|_| Err(released(&own)))?;
         let mut bases = Vec::with_capacity(begun.len());
         for (at, lower) in lower.iter().enumerate() {
             let id = match takes_over || below.get(at).copied().unwrap_or(false) {
@@ -378,7 +396,7 @@ impl Catalog {
             let seen = self.shelf.seen().get(&stack).copied();
             match seen.filter(|seen| self.still_wanted(seen)) {
                 Some(seen) => *id = Some(seen),
-                None if at > 0 && !depends_on_below(layer.index()) => {
+                None if at > 0 && !depends_on_below(&*names_of(layer)?) => {
                     self.shelf.seen().put(stack, *layer.id());
                 }
                 None => unknown.push((at, stack)),
@@ -387,12 +405,11 @@ impl Catalog {
         let Some((top, _)) = unknown.last() else { return Ok(ids) };
         let last = top + 1 == plan.layers.len();
         let looked_at = layers.get(..=*top).unwrap_or_default();
-        let changed = self.shelf.stacks.changed(looked_at, Layer::index, last);
-        let mut changed = changed.map_err(|error| Refusal {
-            word: "format",
-            text: error.to_string(),
-            retry_helps: false,
-        })?;
+        let names = looked_at.iter().map(|layer| layer.as_deref().map(names_of).transpose());
+        let names = names.collect::<Result<Vec<_>, _>>()?;
+        let indexes: Vec<_> = names.iter().map(|names| names.as_deref()).collect();
+        let changed = self.shelf.stacks.changed(looked_at, &indexes, last);
+        let mut changed = changed.map_err(|error| of_limit(&error))?;
         for (at, stack) in unknown {
             let (Some(Some(base)), Some(Some(layer)), Some(planned)) =
                 (bases.get(at), layers.get(at), plan.layers.get(at))
@@ -432,7 +449,12 @@ impl Catalog {
     /// Whether a layer or variant is live; it is wanted from now on.
     fn still_wanted(&self, id: &Digest) -> bool {
         let mut live = self.write_live();
-        live.get_mut(id).map(|live| live.wanted = Instant::now()).is_some()
+        let live = live.get_mut(id);
+        live.map(|live| {
+            live.wanted = Instant::now();
+            live.in_use.wanted();
+        })
+        .is_some()
     }
 
     fn live_layer(&self, layer: &Digest) -> Option<Arc<Layer>> {
@@ -451,6 +473,7 @@ impl Catalog {
         let _changing = self.shelf.lock();
         if let Some(live) = self.write_live().get_mut(&variant) {
             live.wanted = Instant::now();
+            live.in_use.wanted();
             return Ok(variant);
         }
         self.shelf.write(&variant, &encoded).map_err(|error| Refusal {
@@ -474,16 +497,16 @@ impl Catalog {
     fn attach_variant(&self, record: &LayerRecord, layer: Arc<Layer>, index: Arc<LayerIndex>) -> Result<(), Refusal> {
         let live = Live {
             slot: record.slot,
-            format: loader::format_name(&spec_of(record), &index),
+            format: loader::format_name(&spec_of(record), layer.index()),
             not_lazy: None,
             of: record.variant_of.unwrap_or(record.digest),
             diff_ids: Vec::new(),
             is_variant: true,
-            _in_use: layer.cached().pin(),
+            in_use: layer.cached().pin(),
             layer: Arc::clone(&layer),
             wanted: Instant::now(),
         };
-        self.show(record.slot, Arc::new(Variant { layer, index }))?;
+        self.show(record.slot, Arc::new(Variant::new(layer, index)))?;
         self.write_live().insert(record.digest, live);
         Ok(())
     }
@@ -577,6 +600,24 @@ impl Catalog {
     }
 }
 
+/// The names of a layer.
+fn names_of(layer: &Layer) -> Result<Arc<LayerIndex>, Refusal> {
+    layer.names().map_err(|error| Refusal {
+        word: "disk",
+        text: error.to_string(),
+        retry_helps: true,
+    })
+}
+
+/// The answer for layers that are too much together.
+fn of_limit(error: &LayerError) -> Refusal {
+    Refusal {
+        word: "format",
+        text: error.to_string(),
+        retry_helps: false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -628,7 +669,8 @@ mod tests {
             .map(Some)
             .collect();
         let topmost = |layers: &[Option<Arc<LayerIndex>>], last| {
-            let mut changed = stacks.changed(layers, |index| index, last).unwrap();
+            let indexes: Vec<_> = layers.iter().map(|layer| layer.as_deref()).collect();
+            let mut changed = stacks.changed(layers, &indexes, last).unwrap();
             changed.pop().flatten()
         };
         let mode = |index: &LayerIndex| index.inode(index.lookup_path(b"d").unwrap()).unwrap().mode & 0o777;

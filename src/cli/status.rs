@@ -98,6 +98,13 @@ fn table(status: &Status) -> String {
             "{held} of the cache are mounted as files, and stay while containers use them"
         );
     }
+    if status.cache_replaced_bytes > 0 {
+        let replaced = ByteSize(status.cache_replaced_bytes);
+        let _ = writeln!(
+            out,
+            "{replaced} of them are of layers that are here no more, and go when they are unmounted"
+        );
+    }
     for image in &status.images {
         let _ = writeln!(out, "\n{} [{}] {}", image.name, image.namespace, short(&image.manifest));
         for layer in &image.layers {
@@ -241,6 +248,7 @@ mod tests {
             root: "/r".into(),
             cache_bytes: 3 << 20,
             cache_held_bytes: 1 << 20,
+            cache_replaced_bytes: 1 << 19,
             face: FaceStatus {
                 face: "image".into(),
                 reason: "Linux 6.18 mounts EROFS from files".into(),
@@ -328,6 +336,7 @@ mod tests {
         layers are shown by the image face: Linux 6.18 mounts EROFS from files
         2 reads wait, none longer than 115 s (the kernel gives all images up after 120 s)
         1.0 MiB of the cache are mounted as files, and stay while containers use them
+        512.0 KiB of them are of layers that are here no more, and go when they are unmounted
 
         r.example/a:1 [default] ffffffffffff
           aaaaaaaaaaaa  lazy estargz: 0 B of 0 B here, 3 requests, 0 B fetched, index from r.example/index; image, mounted

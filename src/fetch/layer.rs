@@ -18,7 +18,7 @@ use super::queue::{Answer, Queue, Ranks, View, owners};
 use super::window::Owner;
 use super::{FetchError, Fetcher, LayerData, LocalFile};
 use crate::cache::{CacheError, CachedLayer};
-use crate::layer::{Access, Digest, LayerIndex};
+use crate::layer::{Access, BlobIndex, Digest, LayerIndex};
 use crate::registry::Blob;
 use crate::sync::Class;
 
@@ -64,7 +64,8 @@ impl Layer {
         Arc::new_cyclic(|me| Layer {
             ranks: Ranks::new(cached.index().chunks()),
             owners: match cached.index().access() {
-                Access::Ranges => owners(cached.index()),
+                // Without names, files are only read ahead less well.
+                Access::Ranges => cached.names().map_or_else(|_| Vec::new(), |names| owners(&names)),
                 Access::Stream => Vec::new(),
             },
             fetcher,
@@ -327,8 +328,15 @@ impl LayerData for Layer {
         self.cached.id()
     }
 
-    fn index(&self) -> &LayerIndex {
+    fn index(&self) -> &BlobIndex {
         self.cached.index()
+    }
+
+    fn names(&self) -> Result<Arc<LayerIndex>, FetchError> {
+        self.cached.names().map_err(|error| FetchError::Disk {
+            layer: *self.cached.digest(),
+            source: Arc::new(error.into_io()),
+        })
     }
 
     fn read_ready(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::fetch::FetchError;
 use crate::layer::{Digest, LayerError};
 use crate::sys::SysError;
 
@@ -82,6 +83,14 @@ pub enum FsError {
         slot: u32,
         /// The limit that it exceeds.
         source: LayerError,
+    },
+    /// The names of a layer cannot be read from the disk any more.
+    #[error("the names for slot {slot} cannot be had: {source}")]
+    Names {
+        /// The slot that was to show them.
+        slot: u32,
+        /// The cause.
+        source: FetchError,
     },
     /// What was given as the metadata of an image cannot be shown.
     #[error("cannot show the metadata of slot {slot}: {source}")]

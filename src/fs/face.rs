@@ -166,13 +166,15 @@ impl Filesystem for Face {
             let target = view.place(ino).and_then(|place| match place {
                 Place::Inode(attached, ino) => {
                     let inode = attached.inode(ino)?;
-                    let target = inode.is_symlink().then(|| attached.layer.index().target(inode));
-                    target.ok_or(Errno::EINVAL)
+                    match inode.is_symlink() {
+                        true => Ok(attached.names()?.target(&inode).to_vec()),
+                        false => Err(Errno::EINVAL),
+                    }
                 }
                 _ => Err(Errno::EINVAL),
             });
             match target {
-                Ok(target) => reply.data(target),
+                Ok(target) => reply.data(&target),
                 Err(errno) => reply.error(self.counters.failed(errno)),
             }
         });
@@ -224,7 +226,7 @@ impl Filesystem for Face {
                 Ok(Place::Metadata(slot, metadata)) => self.reads.read_metadata(slot, metadata, offset, size, reply),
                 Ok(Place::Inode(attached, ino)) => match attached.inode(ino) {
                     Ok(inode) if inode.is_reg() => {
-                        self.reads.read_file(&attached.layer, ino, inode, offset, size, reply);
+                        self.reads.read_file(&attached.layer, ino, &inode, offset, size, reply);
                     }
                     Ok(_) => reply.error(self.counters.failed(Errno::EISDIR)),
                     Err(errno) => reply.error(self.counters.failed(errno)),
@@ -260,11 +262,11 @@ impl Filesystem for Face {
             let value = view.place(ino).and_then(|place| match place {
                 Place::Inode(attached, ino) => {
                     let inode = attached.inode(ino)?;
-                    tree::xattr(attached, inode, name.as_bytes()).ok_or(Errno::ENODATA)
+                    tree::xattr(attached, &inode, name.as_bytes())?.ok_or(Errno::ENODATA)
                 }
                 _ => Err(Errno::ENODATA),
             });
-            self.answer_xattr(value, size, reply);
+            self.answer_xattr(value.as_deref().map_err(|errno| *errno), size, reply);
         });
     }
 
@@ -273,7 +275,7 @@ impl Filesystem for Face {
         self.guard("listxattr", || {
             let view = self.tree.view();
             let names = view.place(ino).and_then(|place| match place {
-                Place::Inode(attached, ino) => Ok(tree::xattr_names(attached, attached.inode(ino)?)),
+                Place::Inode(attached, ino) => tree::xattr_names(attached, &attached.inode(ino)?),
                 _ => Ok(Vec::new()),
             });
             self.answer_xattr(names.as_deref().map_err(|errno| *errno), size, reply);

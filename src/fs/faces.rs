@@ -436,12 +436,14 @@ impl Faces {
         let [Device { layer, .. }] = devices else {
             return Err(Trouble::lasting(Cause::Index, "the chain has no image".to_owned()));
         };
-        let index = layer.index();
+        let index = layer
+            .names()
+            .map_err(|error| Trouble::passing(Cause::Disk, error.to_string()))?;
         let device = erofs::Device {
             tag: *layer.id(),
             size: index.data_size(),
         };
-        let image = erofs::write(index, &[device], self.addressing)
+        let image = erofs::write(&index, &[device], self.addressing)
             .map_err(|error| Trouble::lasting(Cause::Index, error.to_string()))?;
         self.count_dropped(slot, image.dropped_xattrs);
         let path = self.mounts.places.metadata(slot);
@@ -449,7 +451,7 @@ impl Faces {
         Ok(Metadata {
             source: self.source(slot, path)?,
             uuid: stored::uuid(&image.bytes),
-            parts: vec![Part::of(index)],
+            parts: vec![Part::of(layer.index())],
         })
     }
 

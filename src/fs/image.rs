@@ -17,7 +17,7 @@ use fuser::{FileAttr, FileType, INodeNo};
 
 use super::attr::{BLOCK, IO_SIZE};
 use crate::layer::index::MAX_INODES;
-use crate::layer::{Ino, LayerIndex, ROOT_INO};
+use crate::layer::{BlobIndex, Ino, ROOT_INO};
 
 /// Number of the data file within its slot.
 pub(super) const DATA_INO: Ino = u32::MAX;
@@ -80,7 +80,7 @@ impl Entry {
 }
 
 /// Size of the data file, in bytes: the data space, and zeros up to the end of a page.
-pub(super) fn data_size(index: &LayerIndex) -> u64 {
+pub(super) fn data_size(index: &BlobIndex) -> u64 {
     // No overflow: a data space is much smaller.
     index.data_size().next_multiple_of(PAGE)
 }

@@ -19,7 +19,7 @@ use super::image::{self, Metadata};
 use super::waiting::{Place, Waiting};
 use super::warn::WarnLimit;
 use crate::fetch::LayerData;
-use crate::layer::{Ino, Inode, LayerIndex, ROOT_INO};
+use crate::layer::{BlobIndex, Ino, Inode, LayerIndex, ROOT_INO};
 
 /// How long a read must have taken to fail for its bytes not to be tried again for a moment.
 const SLOW: Duration = Duration::from_secs(1);
@@ -117,7 +117,7 @@ struct Range {
 
 impl Range {
     /// What `size` bytes at `offset` of the data file are. The data space ends before the file does.
-    fn of_data(index: &LayerIndex, offset: u64, size: u32) -> Range {
+    fn of_data(index: &BlobIndex, offset: u64, size: u32) -> Range {
         let until = |end: u64| end.saturating_sub(offset).min(u64::from(size)) as u32;
         let (len, total) = (until(index.data_size()), until(image::data_size(index)));
         Range {
@@ -311,14 +311,14 @@ impl Shared {
         let Some(suppressed) = self.warnings.admit() else {
             return;
         };
-        let index = layer.index();
-        let (face, path) = match through {
-            Through::File(ino) => ("tree", path(index, ino)),
-            Through::Data => (
-                "image",
-                file_at(index, range).map_or_else(String::new, |ino| path(index, ino)),
-            ),
+        let names = layer.names().ok();
+        let (face, ino) = match through {
+            Through::File(ino) => ("tree", Some(ino)),
+            Through::Data => ("image", names.as_ref().and_then(|names| file_at(names, range))),
         };
+        let path = names
+            .zip(ino)
+            .map_or_else(String::new, |(names, ino)| path(&names, ino));
         tracing::warn!(
             layer = %layer.digest(),
             face,
@@ -409,7 +409,7 @@ mod tests {
                 strings: Vec::new(),
             })
             .expect("the parts are an index");
-            let range = Range::of_data(&index, offset, size);
+            let range = Range::of_data(&index.blob(), offset, size);
             (range.offset, range.len, range.zeros)
         };
         assert_eq!(of(10_000, 0, 4096), (0, 4096, 0));

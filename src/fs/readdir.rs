@@ -41,7 +41,9 @@ pub(super) fn list(
         Place::Root => list_slots(view, cookie, &mut line),
         Place::Data(_) | Place::Metadata(..) => Err(Errno::ENOTDIR),
         Place::Inode(attached, ino) => {
-            let dir = attached.inode(ino)?;
+            let index = attached.names()?;
+            let inode = |ino| index.inode(ino).ok_or(Errno::ESTALE);
+            let dir = inode(ino)?;
             if !dir.is_dir() {
                 return Err(Errno::ENOTDIR);
             }
@@ -50,11 +52,10 @@ pub(super) fn list(
             if dots(view, numbers, attached.generation, cookie, &mut line)? {
                 return Ok(());
             }
-            let index = attached.layer.index();
             let skip = usize::try_from(cookie.saturating_sub(DOTS)).unwrap_or(usize::MAX);
             let entries = index.entries(dir).iter().enumerate().skip(skip);
             for (position, entry) in entries {
-                let child = attached.inode(entry.ino)?;
+                let child = inode(entry.ino)?;
                 let full = line(
                     Line {
                         number: attached.number(entry.ino),

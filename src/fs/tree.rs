@@ -16,7 +16,7 @@ use super::FsError;
 use super::attr::{self, DIR_SIZE, IO_SIZE};
 use super::image::{self, DATA_INO, Entry, METADATA_INO, Metadata};
 use crate::fetch::LayerData;
-use crate::layer::{Digest, Ino, Inode, ROOT_INO};
+use crate::layer::{Digest, Ino, Inode, LayerIndex, ROOT_INO};
 
 /// Inode number of the FUSE root directory.
 pub(super) const FUSE_ROOT: u64 = 1;
@@ -42,12 +42,18 @@ impl Attached {
         number(self.slot, ino)
     }
 
-    pub(super) fn inode(&self, ino: Ino) -> Result<&Inode, Errno> {
-        self.layer.index().inode(ino).ok_or(Errno::ESTALE)
+    /// The layer's names, which may have to be read from the disk.
+    pub(super) fn names(&self) -> Result<Arc<LayerIndex>, Errno> {
+        // The cause is in the log of the cache.
+        self.layer.names().map_err(|_| Errno::EIO)
+    }
+
+    pub(super) fn inode(&self, ino: Ino) -> Result<Inode, Errno> {
+        self.names()?.inode(ino).copied().ok_or(Errno::ESTALE)
     }
 
     pub(super) fn attr(&self, ino: Ino) -> Result<FileAttr, Errno> {
-        Ok(attr::of(self.number(ino), self.inode(ino)?))
+        Ok(attr::of(self.number(ino), &self.inode(ino)?))
     }
 
     /// Inode number in FUSE of the directory that holds the directory `dir`.
@@ -275,7 +281,7 @@ impl View<'_> {
             _ if !inode.is_dir() => return Err(Errno::ENOTDIR),
             b".." if ino == ROOT_INO => return self.lookup_slot(b".").map(Some),
             b".." => Some(inode.parent),
-            name => attached.layer.index().lookup(inode, name),
+            name => attached.names()?.lookup(&inode, name),
         };
         let Some(ino) = found else {
             return Ok(None);
@@ -319,31 +325,31 @@ impl View<'_> {
             let index = attached.layer.index();
             let blocks = index.data_size().div_ceil(IO_SIZE.into());
             totals.blocks = totals.blocks.saturating_add(blocks);
-            totals.inodes = totals.inodes.saturating_add(index.inodes().len() as u64);
+            totals.inodes = totals.inodes.saturating_add(index.inodes());
         }
         totals
     }
 }
 
 /// Value of an extended attribute. An opaque directory is one under both names that overlayfs knows.
-pub(super) fn xattr<'a>(attached: &'a Attached, inode: &'a Inode, name: &[u8]) -> Option<&'a [u8]> {
+pub(super) fn xattr(attached: &Attached, inode: &Inode, name: &[u8]) -> Result<Option<Vec<u8>>, Errno> {
     // Overlayfs asks for several attributes of every directory it meets; nearly none has any.
     if inode.xattr_count == 0 {
-        return None;
+        return Ok(None);
     }
-    let index = attached.layer.index();
+    let index = attached.names()?;
     let alias = || (name == OPAQUE_USER && inode.is_dir()).then(|| index.xattr(inode, OPAQUE_TRUSTED))?;
-    index.xattr(inode, name).or_else(alias)
+    Ok(index.xattr(inode, name).or_else(alias).map(<[u8]>::to_vec))
 }
 
 /// Names of an inode's extended attributes, each with a NUL behind it.
-pub(super) fn xattr_names(attached: &Attached, inode: &Inode) -> Vec<u8> {
+pub(super) fn xattr_names(attached: &Attached, inode: &Inode) -> Result<Vec<u8>, Errno> {
     let mut names = Vec::new();
-    for (name, _) in attached.layer.index().xattrs(inode) {
+    for (name, _) in attached.names()?.xattrs(inode) {
         names.extend_from_slice(name);
         names.push(0);
     }
-    names
+    Ok(names)
 }
 
 /// The kernel keeps 32 bits of a generation.

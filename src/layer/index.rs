@@ -8,6 +8,7 @@
 //!
 //! Its form on disk is in `index/disk.rs`, the rules it keeps in `index/check.rs`.
 
+mod blob;
 mod check;
 mod disk;
 
@@ -17,6 +18,7 @@ mod tests;
 use std::sync::OnceLock;
 
 use super::{Checkpoint, Digest, LayerError};
+pub use blob::BlobIndex;
 pub(super) use disk::{codec_byte, codec_of};
 
 /// Number of an inode within its layer. The root directory is [`ROOT_INO`].
@@ -399,20 +401,12 @@ impl LayerIndex {
 
     /// The checkpoint from which a chunk is decoded, and its position.
     pub fn checkpoint(&self, chunk: &Chunk) -> Option<(usize, &Checkpoint)> {
-        let checkpoints = &self.parts.checkpoints;
-        let at = checkpoints
-            .binary_search_by_key(&chunk.blob_offset, Checkpoint::start)
-            .ok()?;
-        Some((at, &checkpoints[at]))
+        blob::checkpoint(&self.parts.checkpoints, chunk)
     }
 
     /// Positions of the chunks that hold any of the `len` bytes at `offset` of the data space.
     pub fn chunks_at(&self, offset: u64, len: u64) -> std::ops::Range<usize> {
-        let end = offset.saturating_add(len);
-        let chunks = &self.parts.chunks;
-        let first = chunks.partition_point(|chunk| chunk.data_end() <= offset);
-        let count = chunks[first..].partition_point(|chunk| chunk.data_offset < end);
-        first..first + count
+        blob::chunks_at(&self.parts.chunks, offset, len)
     }
 
     /// Bytes of memory that it takes.
@@ -432,6 +426,11 @@ impl LayerIndex {
     /// Bytes of the data space that are stored in the blob, i.e. that have to be fetched.
     pub fn stored_size(&self) -> u64 {
         self.parts.chunks.iter().map(|chunk| u64::from(chunk.data_len)).sum()
+    }
+
+    /// The part of it that says where bytes are.
+    pub fn blob(&self) -> BlobIndex {
+        BlobIndex::of(self)
     }
 
     fn string(&self, offset: u32, len: u32) -> &[u8] {

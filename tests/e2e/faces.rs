@@ -211,7 +211,7 @@ fn a_complete_image_needs_no_daemon() {
 #[test]
 fn what_is_mounted_stays_under_pressure() {
     const LENGTH: usize = 6_000_000;
-    let config = "[cache]\nmax_size = \"10MiB\"\nmin_free = 0\n";
+    let config = "[cache]\nmax_size = \"10MiB\"\nmin_free = 0\nhigh_percent = 100\n";
     let stage = Stage::with("what_is_mounted_stays_under_pressure", Generation::One, config, |_| {});
     if !is_image(&stage) {
         return;

@@ -378,7 +378,7 @@ fn evicted_bytes_of_a_streamed_layer_come_back_in_ranges() {
     const COUNT: u64 = 24;
     /// Files of the image that takes the place of the first.
     const OTHERS: u64 = 36;
-    let config = "[cache]\nmax_size = \"40MiB\"\nmin_free = 0\n";
+    let config = "[cache]\nmax_size = \"40MiB\"\nmin_free = 0\nhigh_percent = 100\n";
     let stage = Stage::with("formats::evicted_bytes", Generation::One, config, |_| {});
     let Some(lazuli) = &stage.lazuli else { return };
     let files = |seed: u64, count: u64| {

@@ -13,6 +13,7 @@
 mod support;
 
 mod commands;
+mod disk;
 mod faces;
 mod faults;
 mod formats;

@@ -136,7 +136,7 @@ fn whole_layers_and_others_go_into_one_mount() {
         [1, 0, 0, 1]
     );
     // The kernel reads that very file.
-    let index = lazuli::fetch::LayerData::index(&*layers[0]);
+    let index = lazuli::fetch::LayerData::names(&*layers[0]).unwrap();
     let large = index.inode(index.lookup_path(b"empty").unwrap()).unwrap();
     assert_eq!(large.size, 0);
     let name = "n".repeat(255);

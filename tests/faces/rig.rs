@@ -15,7 +15,7 @@ use lazuli::cache::Hold;
 use lazuli::config::FaceChoice;
 use lazuli::fetch::{FetchError, LayerData, LocalFile};
 use lazuli::fs::{Face, Faces, FacesOptions, FsError, Session};
-use lazuli::layer::{Digest, LayerIndex};
+use lazuli::layer::{BlobIndex, Digest, LayerIndex};
 use lazuli::metrics::Metrics;
 use lazuli::sys::mount::overlay;
 use lazuli::sys::mountinfo::{Mount, mounts};
@@ -78,8 +78,12 @@ impl LayerData for Whole {
         self.layer.digest()
     }
 
-    fn index(&self) -> &LayerIndex {
+    fn index(&self) -> &BlobIndex {
         self.layer.index()
+    }
+
+    fn names(&self) -> Result<Arc<LayerIndex>, FetchError> {
+        self.layer.names()
     }
 
     fn read_ready(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {

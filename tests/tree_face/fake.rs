@@ -12,7 +12,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use lazuli::fetch::{FetchError, LayerData};
 use lazuli::layer::index::{Dirent, IndexParts, Xattr, mode};
-use lazuli::layer::{Access, Codec, Digest, Ino, Inode, LayerIndex, ROOT_INO};
+use lazuli::layer::{Access, BlobIndex, Codec, Digest, Ino, Inode, LayerIndex, ROOT_INO};
 use lazuli::registry::RegistryError;
 use tokio::sync::Semaphore;
 
@@ -216,7 +216,8 @@ impl Layout {
         .expect("the layout of a test is valid");
         Arc::new(FakeLayer {
             digest: Digest::of(name.as_bytes()),
-            index,
+            bytes_of: index.blob(),
+            index: Arc::new(index),
             data: Bytes::from(self.data),
             cold: Mutex::new(BTreeMap::new()),
         })
@@ -241,7 +242,8 @@ pub enum Cold {
 /// A layer whose bytes are in memory.
 pub struct FakeLayer {
     digest: Digest,
-    index: LayerIndex,
+    index: Arc<LayerIndex>,
+    bytes_of: BlobIndex,
     data: Bytes,
     /// By offset of the file in the data space.
     cold: Mutex<BTreeMap<u64, Cold>>,
@@ -282,8 +284,12 @@ impl LayerData for FakeLayer {
         &self.digest
     }
 
-    fn index(&self) -> &LayerIndex {
-        &self.index
+    fn index(&self) -> &BlobIndex {
+        &self.bytes_of
+    }
+
+    fn names(&self) -> Result<Arc<LayerIndex>, FetchError> {
+        Ok(Arc::clone(&self.index))
     }
 
     fn read_ready(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {

@@ -134,8 +134,8 @@ fn a_cold_data_file_is_fetched_or_fails() {
     let gate = Arc::new(Semaphore::new(0));
     let layer = slow_and_fast(3, &Cold::Gate(Arc::clone(&gate)));
     let start = |name: &str| {
-        let ino = layer.index().lookup_path(name.as_bytes()).unwrap();
-        layer.index().inode(ino).unwrap().data
+        let ino = layer.names().unwrap().lookup_path(name.as_bytes()).unwrap();
+        layer.names().unwrap().inode(ino).unwrap().data
     };
     assert_eq!(start("slow-0"), OFFSET);
     let (second, third) = (start("slow-1"), start("slow-2"));

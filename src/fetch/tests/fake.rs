@@ -235,6 +235,8 @@ impl Bench {
         let cache_config = CacheConfig {
             max_size: ByteSize(max_size),
             min_free: ByteSize(0),
+            high_percent: 100,
+            ..CacheConfig::default()
         };
         let cache = Cache::open(dir.path(), &cache_config, Arc::clone(&metrics)).unwrap();
         let runtime = tokio::runtime::Handle::current();

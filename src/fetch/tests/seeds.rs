@@ -90,7 +90,7 @@ async fn seeds() {
         let (_, cached, _) = streamed(&bench, &bytes, tar).await;
         let packed = cached.portable().unwrap();
         let summary = inspect(&packed).unwrap();
-        let index = body(cached.index());
+        let index = body(&cached.names().unwrap());
         let windows = &packed[summary.index_end() as usize..];
         let table = &windows[WINDOWS_HEAD..][..RECORD * summary.checkpoints as usize];
         let compressed = &windows[WINDOWS_HEAD + table.len() + Digest::LEN..];

@@ -59,8 +59,9 @@ async fn check_ranges(cached: &CachedLayer, layer: &Layer, tar: &[u8], count: us
         assert!(bytes[..] == tar[offset..offset + len], "{len} bytes at {offset}");
     }
     let inode = *layer
-        .index()
-        .inode(layer.index().lookup_path(b"sparse").unwrap())
+        .names()
+        .unwrap()
+        .inode(layer.names().unwrap().lookup_path(b"sparse").unwrap())
         .unwrap();
     cached.evict_all();
     let bytes = layer.read(inode.data, inode.size as u32, LONG).await.unwrap();
@@ -237,8 +238,9 @@ async fn evictions_during_a_second_stream_harm_nobody() {
     let bench = Bench::new();
     let (blob, cached, layer) = streamed(&bench, &bytes, &tar).await;
     let inode = *layer
-        .index()
-        .inode(layer.index().lookup_path(b"sparse").unwrap())
+        .names()
+        .unwrap()
+        .inode(layer.names().unwrap().lookup_path(b"sparse").unwrap())
         .unwrap();
     cached.evict_all();
     let done = Arc::new(AtomicBool::new(false));

@@ -94,8 +94,8 @@ async fn a_layer_is_streamed_whatever_its_compression_is() {
         let mut buf = vec![1; tar.len()];
         cached.read_ready(0, &mut buf).unwrap().unwrap();
         assert!(buf == tar, "the data space begins with the tar");
-        let ino = cached.index().lookup_path(b"sparse").unwrap();
-        let inode = *cached.index().inode(ino).unwrap();
+        let ino = cached.names().unwrap().lookup_path(b"sparse").unwrap();
+        let inode = *cached.names().unwrap().inode(ino).unwrap();
         let mut buf = vec![1; inode.size as usize];
         cached.read_ready(inode.data, &mut buf).unwrap().unwrap();
         assert!(buf == sparse());
@@ -235,8 +235,9 @@ async fn an_evicted_layer_is_streamed_again_for_its_readers() {
     assert!(layer.read_ready(600, &mut buf).is_none());
 
     let inode = *layer
-        .index()
-        .inode(layer.index().lookup_path(b"sparse").unwrap())
+        .names()
+        .unwrap()
+        .inode(layer.names().unwrap().lookup_path(b"sparse").unwrap())
         .unwrap();
     let reads = [(600, 1000), (2 << 20, 4096), (inode.data, inode.size as u32)];
     let answers = reads.map(|(offset, len)| layer.read(offset, len, LONG));

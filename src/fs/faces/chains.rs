@@ -24,7 +24,7 @@ impl Faces {
     /// Takes a second for a few hundred thousand files, and as much memory as the image and the indexes together; one is made at a time.
     ///
     /// # Errors
-    /// [`FsError::NotAttached`], [`FsError::Chain`], [`FsError::Files`]. Nothing is stored then, and the layers have to be stacked.
+    /// [`FsError::NotAttached`], [`FsError::Chain`], [`FsError::Names`], [`FsError::Files`]. Nothing is stored then, and the layers have to be stacked.
     pub fn build_chain(&self, slot: u32, layers: &[u32]) -> Result<(), FsError> {
         if self.serving.face == Face::Tree {
             return Ok(());
@@ -143,7 +143,10 @@ impl Faces {
 
     fn make_chain(&self, slot: u32, devices: &[Device], parts: Vec<Part>) -> Result<Metadata, FsError> {
         let fail = |source| FsError::Chain { slot, source };
-        let indexes: Vec<&LayerIndex> = devices.iter().map(|device| device.layer.index()).collect();
+        let unread = |source| FsError::Names { slot, source };
+        let names = devices.iter().map(|device| device.layer.names().map_err(unread));
+        let names = names.collect::<Result<Vec<_>, _>>()?;
+        let indexes: Vec<&LayerIndex> = names.iter().map(|names| &**names).collect();
         let merged = merge(&indexes).map_err(fail)?;
         let spaces: Vec<erofs::Device> = devices
             .iter()
@@ -154,7 +157,7 @@ impl Faces {
             })
             .collect();
         let image = erofs::write(&merged.index, &spaces, self.addressing).map_err(fail)?;
-        drop(merged);
+        drop((merged, names));
         self.count_dropped(slot, image.dropped_xattrs);
         let path = self.mounts.places.chain(slot);
         let trailer = stored::trailer(&image, self.addressing, &parts);

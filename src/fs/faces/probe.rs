@@ -20,7 +20,7 @@ use crate::fetch::{FetchError, LayerData};
 use crate::fs::{FsError, Session};
 use crate::layer::erofs::{self, Addressing};
 use crate::layer::index::{Dirent, mode};
-use crate::layer::{Access, Codec, Digest, IndexParts, Inode, LayerError, LayerIndex, ROOT_INO};
+use crate::layer::{Access, BlobIndex, Codec, Digest, IndexParts, Inode, LayerError, LayerIndex, ROOT_INO};
 use crate::sys::SysError;
 
 /// Slot of the probe's layer. Slots are given out from 1 upwards.
@@ -165,7 +165,8 @@ fn content() -> Vec<u8> {
 /// A layer of one file, in memory.
 struct Probe {
     digest: Digest,
-    index: LayerIndex,
+    index: Arc<LayerIndex>,
+    bytes_of: BlobIndex,
     data: Bytes,
 }
 
@@ -190,21 +191,23 @@ impl Probe {
             name_len: NAME.len() as u32,
             ino: ROOT_INO + 1,
         };
+        let index = LayerIndex::new(IndexParts {
+            access: Access::Stream,
+            codec: Codec::None,
+            data_size: DATA_SIZE as u64,
+            blob_size: DATA_SIZE as u64,
+            inodes: vec![root, file],
+            dirents: vec![name],
+            xattrs: Vec::new(),
+            chunks: Vec::new(),
+            checkpoints: Vec::new(),
+            verify: crate::layer::Verify::Content,
+            strings: NAME.to_vec(),
+        })?;
         Ok(Probe {
             digest: Digest::of(CONTENT),
-            index: LayerIndex::new(IndexParts {
-                access: Access::Stream,
-                codec: Codec::None,
-                data_size: DATA_SIZE as u64,
-                blob_size: DATA_SIZE as u64,
-                inodes: vec![root, file],
-                dirents: vec![name],
-                xattrs: Vec::new(),
-                chunks: Vec::new(),
-                checkpoints: Vec::new(),
-                verify: crate::layer::Verify::Content,
-                strings: NAME.to_vec(),
-            })?,
+            bytes_of: index.blob(),
+            index: Arc::new(index),
             data: data.into(),
         })
     }
@@ -221,8 +224,12 @@ impl LayerData for Probe {
         &self.digest
     }
 
-    fn index(&self) -> &LayerIndex {
-        &self.index
+    fn index(&self) -> &BlobIndex {
+        &self.bytes_of
+    }
+
+    fn names(&self) -> Result<Arc<LayerIndex>, FetchError> {
+        Ok(Arc::clone(&self.index))
     }
 
     fn read_ready(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {

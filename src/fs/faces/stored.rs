@@ -23,7 +23,7 @@ use crate::fs::FsError;
 use crate::layer::digest::Hasher;
 use crate::layer::erofs::{Addressing, Image};
 use crate::layer::merge::MAX_LAYERS;
-use crate::layer::{Digest, LayerIndex};
+use crate::layer::{BlobIndex, Digest};
 
 const MAGIC: &[u8; 8] = b"LZLCHAIN";
 const PART_LEN: usize = 8 + Digest::LEN;
@@ -45,7 +45,7 @@ pub(super) struct Part {
 }
 
 impl Part {
-    pub(super) fn of(index: &LayerIndex) -> Self {
+    pub(super) fn of(index: &BlobIndex) -> Self {
         Part {
             data_size: index.data_size(),
             fingerprint: index.fingerprint(),

@@ -1,0 +1,50 @@
+//! A full disk: what images that were removed have left behind gives way.
+
+use std::fs;
+
+use crate::stage::{Stage, subject};
+use crate::support::containerd::Generation;
+use crate::support::image::{Compression, Flavour, Image, Layer};
+use crate::support::lazuli;
+use crate::support::sandbox::{PATIENCE, wait_until};
+use crate::support::tar::{Entry, noise};
+
+/// Any disk is fuller than this mark. What a container uses stays; what a removed image had, which is still live since its pull was just
+/// now, gives way, and comes back with another pull.
+#[test]
+fn removed_images_give_way() {
+    const LENGTH: usize = 3_000_000;
+    if subject() != lazuli::SNAPSHOTTER {
+        return;
+    }
+    let config = "[cache]\nmin_free = 0\nhigh_percent = 2\nlow_percent = 1\n";
+    let stage = Stage::with("removed_images_give_way", Generation::One, config, |_| {});
+    let lazuli = stage.lazuli.as_ref().unwrap();
+    let image = |seed: u64| {
+        let files = [Entry::dir("data"), Entry::file("data/file", noise(seed, LENGTH))];
+        let base = Layer::of(Compression::Gzip, [Entry::dir("data")]);
+        Image::new(Flavour::Oci, vec![base, Layer::of(Compression::Gzip, files)])
+    };
+    let [used, removed] = [1, 2].map(|seed| (image(seed), stage.push(&image(seed), &format!("disk/image:{seed}"))));
+    stage.pull(&used.1);
+    stage.pull(&removed.1);
+    let present = |image: &Image| {
+        let status = lazuli.status();
+        let mut layers = status["layers"].as_array().unwrap().iter();
+        let digest = &image.layers[1].blob.digest;
+        layers
+            .find(|live| live["digest"] == **digest)
+            .map_or(0, |live| live["present_bytes"].as_u64().unwrap())
+    };
+    let cached = || lazuli.status()["cache_bytes"].as_u64().unwrap();
+    assert!(present(&used.0) >= LENGTH as u64 && present(&removed.0) >= LENGTH as u64);
+    let before = cached();
+    stage.containerd.remove_image(&removed.1);
+    wait_until(3 * PATIENCE, || (present(&removed.0) == 0).then_some(()))
+        .unwrap_or_else(|| panic!("its bytes are kept: {:#}", lazuli.status()));
+    assert!(present(&used.0) >= LENGTH as u64, "a snapshot refers to it");
+    assert!(cached() <= before - LENGTH as u64 / 2, "{} of {before}", cached());
+    stage.pull(&removed.1);
+    let view = stage.containerd.view(&removed.1, &subject());
+    assert!(fs::read(view.path.join("data/file")).unwrap() == noise(2, LENGTH));
+}

@@ -41,6 +41,7 @@ use crate::layer::{Access, Digest};
 use crate::metrics::Metrics;
 use crate::registry::{Blob, Reference, Registry};
 use crate::store::{LayerRecord, LayerSource, Store, StoreError};
+use crate::sync::blocking;
 
 mod chains;
 pub mod containerd;
@@ -174,8 +175,8 @@ pub struct Catalog {
     /// Where work in the background runs.
     runtime: tokio::runtime::Handle,
     flights: Mutex<HashMap<Digest, Flight>>,
-    /// Held while the record of an image is changed.
-    recording: Mutex<()>,
+    /// Images of which layers were asked for lately, and when that was: their snapshots may be about to come.
+    asked: Mutex<HashMap<Digest, Instant>>,
 }
 
 /// What a [`Catalog`] is made of.
@@ -229,12 +230,12 @@ impl Catalog {
             runtime: tokio::runtime::Handle::current(),
             live: RwLock::default(),
             flights: Mutex::default(),
-            recording: Mutex::default(),
+            asked: Mutex::default(),
         })
     }
 
     /// Brings back the layers that committed snapshots refer to. Those whose index is stored are live when this returns; the
-    /// others are loaded again in the background, for which the network is needed.
+    /// others are loaded again in the background, for which the network is needed. It blocks: call it on a runtime's thread that may.
     ///
     /// # Errors
     /// [`StoreError`] when the database cannot be read.
@@ -321,7 +322,9 @@ impl Catalog {
             ));
         };
         let digest = plan.layers[position].spec.digest;
-        if !self.may_share(&digest) && self.read_live().contains_key(&digest) {
+        let catalog = Arc::clone(&self);
+        let may_share = blocking(move || catalog.may_share(&digest)).await;
+        if !may_share && self.read_live().contains_key(&digest) {
             let text = "its shared index has turned out to be false; it is read anew once no container uses it";
             return Err(Refusal {
                 word: "corrupt",
@@ -329,7 +332,7 @@ impl Catalog {
                 retry_helps: true,
             });
         }
-        if let Err(error) = self.record_plan(&plan) {
+        if let Err(error) = self.record_plan(&plan).await {
             tracing::error!(%error, manifest = %plan.manifest, "the image cannot be recorded");
         }
         let flights = self.begin_image(&plan);
@@ -342,7 +345,7 @@ impl Catalog {
             Ok(()) => self.on_its_parents(&plan, position, &flights).await,
             Err(refusal) => Err(refusal),
         };
-        if let Err(error) = self.record_image(&plan, &digest, result.as_ref().err()) {
+        if let Err(error) = self.record_image(&plan, &digest, result.as_ref().err()).await {
             tracing::error!(%error, manifest = %plan.manifest, "what became of the image cannot be recorded");
         }
         Ok((result?, position + 1 == plan.layers.len()))
@@ -420,7 +423,7 @@ impl Catalog {
             if let Err(refusal) = &result {
                 catalog.count_refusal(refusal);
                 tracing::warn!(layer = %digest, reason = %refusal, "not served by Lazuli");
-                if let Err(error) = catalog.record_refusal(&digest, refusal) {
+                if let Err(error) = catalog.record_refusal(&digest, refusal).await {
                     tracing::error!(%error, layer = %digest, "why it is not served cannot be recorded");
                 }
             }
@@ -455,8 +458,12 @@ impl Catalog {
             sources: sources.clone(),
             manifest,
         };
-        self.forget_if_false(&spec.digest);
-        let may_share = self.may_share(&spec.digest);
+        let (catalog, digest) = (Arc::clone(self), spec.digest);
+        let may_share = blocking(move || {
+            catalog.forget_if_false(&digest);
+            catalog.may_share(&digest)
+        });
+        let may_share = may_share.await;
         let toc_images = self.toc_images(&images);
         let loaded = self
             .loader
@@ -470,14 +477,12 @@ impl Catalog {
             }
             // It was stored already. Whoever streamed it then has noted why, if that record is still there.
             None => {
-                let known = self.store.layer(&spec.digest).map_err(|error| of_store(&error))?;
+                let store = Arc::clone(&self.store);
+                let known = blocking(move || store.layer(&digest)).await;
+                let known = known.map_err(|error| of_store(&error))?;
                 known.and_then(|record| record.streamed)
             }
         };
-        let slot = self
-            .store
-            .allocate_slot(&spec.digest)
-            .map_err(|error| of_store(&error))?;
         let record = LayerRecord {
             digest: spec.digest,
             variant_of: None,
@@ -485,12 +490,16 @@ impl Catalog {
             media_type: spec.media_type.clone(),
             size: spec.size,
             annotations: spec.annotations.clone(),
-            slot,
+            slot: 0,
             sources,
             images,
             streamed: streamed.clone(),
         };
-        self.store.put_layer(&record).map_err(|error| of_store(&error))?;
+        let index = loaded.index.clone();
+        let recorded = self
+            .store
+            .change(move |draft| draft.record_layer(record, index.as_ref()));
+        let slot = recorded.await.map_err(|error: StoreError| of_store(&error))?;
         let format = self.attach(spec, slot, Arc::clone(&layer), streamed)?;
         if let Some(index) = loaded.index {
             self.index_is_known(layer.cached(), index, origin);

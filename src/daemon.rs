@@ -36,6 +36,7 @@ use crate::proto::control::{StatusRequest, StatusResponse};
 use crate::registry::{Registry, RegistryError};
 use crate::snapshots::{Service, SnapshotsError};
 use crate::store::{Store, StoreError};
+use crate::sync::blocking;
 
 /// Longest time that the kernel may take for one mount; more, and something is broken. It takes a millisecond.
 pub const MOUNT_DEADLINE: Duration = Duration::from_secs(10);
@@ -140,8 +141,13 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let shared = SharedIndexes::new(&config.index, Arc::clone(&registry), Arc::clone(&metrics))?;
     let (copy, finder, counts) = (Arc::clone(&registry), Arc::clone(&shared), Arc::clone(&metrics));
     let publisher = Publisher::new(&config.index, copy, finder, counts)?;
-    let cache = Cache::open(&config.root, &config.cache, Arc::clone(&metrics))?;
-    let store = Arc::new(Store::open(&config.root.join("metadata.redb"))?);
+    let (root, limits, counts) = (config.root.clone(), config.cache.clone(), Arc::clone(&metrics));
+    let opened = blocking(move || -> Result<_, DaemonError> {
+        let cache = Cache::open(&root, &limits, Arc::clone(&counts))?;
+        let store = Store::open_counted(&root.join("metadata.redb"), counts)?;
+        Ok((cache, Arc::new(store)))
+    });
+    let (cache, store) = opened.await?;
     let runtime = tokio::runtime::Handle::current();
     let fetcher = Fetcher::new(&config.fetch, Arc::clone(&cache), runtime.clone(), Arc::clone(&metrics));
     let mountpoint = config.root.join("fuse");
@@ -191,9 +197,13 @@ async fn serve_catalog(
     metrics: Arc<Metrics>,
     mountpoint: PathBuf,
 ) -> Result<(), DaemonError> {
-    catalog.restore(&referenced_layers(&store)?)?;
-    let layers = Arc::new(Handle(Arc::clone(catalog)));
-    let service = Service::new(&config.root, store, layers, Arc::clone(&metrics))?;
+    let (root, restored, counts) = (config.root.clone(), Arc::clone(catalog), Arc::clone(&metrics));
+    let service = blocking(move || -> Result<_, DaemonError> {
+        restored.restore(&referenced_layers(&store)?)?;
+        let layers = Arc::new(Handle(restored));
+        Ok(Service::new(&root, store, layers, counts)?)
+    });
+    let service = service.await?;
     let listener = listen(&config.address).await?;
     let admin = Admin::new(metrics, Arc::clone(catalog), mountpoint);
     let stop = stop_signal()?;
@@ -317,9 +327,9 @@ struct ControlService(Arc<Catalog>);
 #[tonic::async_trait]
 impl Control for ControlService {
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        Ok(Response::new(StatusResponse {
-            json: self.0.status_json(),
-        }))
+        let catalog = Arc::clone(&self.0);
+        let json = blocking(move || catalog.status_json()).await;
+        Ok(Response::new(StatusResponse { json }))
     }
 }
 

@@ -78,7 +78,7 @@ pub struct Service {
 
 impl Service {
     /// The service over the directories below `root`. It brings directories and records in step, and lets go of layers
-    /// that no snapshot refers to; `layers` must have brought back its own before. Call it on a tokio runtime.
+    /// that no snapshot refers to; `layers` must have brought back its own before. It blocks: call it on a runtime's thread that may.
     ///
     /// # Errors
     /// [`SnapshotsError`] if `root` cannot be used, or the database cannot be read.
@@ -89,7 +89,7 @@ impl Service {
         metrics: Arc<Metrics>,
     ) -> Result<Self, SnapshotsError> {
         let service = Service {
-            core: Arc::new(Core::open(root, store, Arc::clone(&layers))?),
+            core: Arc::new(Core::open(root, store, Arc::clone(&layers), &metrics)?),
             layers,
             metrics,
             references: Arc::default(),

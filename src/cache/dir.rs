@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError as TryLock, Weak};
 use std::time::{Instant, SystemTime};
 
 use lru::LruCache;
@@ -20,6 +20,7 @@ use super::{CacheError, CachedLayer};
 use crate::config::CacheConfig;
 use crate::layer::{Digest, LayerIndex, Windows};
 use crate::metrics::Metrics;
+use crate::sync::{Trash, may_block};
 
 /// Mode of the cache's directories: for nobody else.
 pub(super) const DIR_MODE: u32 = 0o700;
@@ -48,6 +49,8 @@ pub struct Cache {
     /// When it was last told that the budget cannot be met.
     pub(super) told: Mutex<Option<Instant>>,
     pub(super) windows: RecentWindows,
+    /// What is removed, until it is deleted.
+    pub(super) trash: Arc<Trash>,
     me: Weak<Cache>,
 }
 
@@ -60,7 +63,7 @@ pub(super) struct Entry {
 }
 
 impl Cache {
-    /// Opens the cache under `root`, or makes one there. What an earlier run left unfinished is removed.
+    /// Opens the cache under `root`, or makes one there. What an earlier run left unfinished is deleted in the background.
     ///
     /// # Errors
     /// [`CacheError::InUse`] if another process has it, [`CacheError::Io`] if the directory cannot be used.
@@ -74,16 +77,17 @@ impl Cache {
             .and_then(|()| fs::set_permissions(&layers, fs::Permissions::from_mode(DIR_MODE)))
             .map_err(CacheError::io("create", &layers))?;
         let lock = lock(&layers.join(".lock"))?;
+        let trash = layers.join(".trash");
+        let entries = metrics.trash_entries.with_label_values(&["layers"]);
+        let trash = Trash::open(&trash, entries).map_err(CacheError::io("open", &trash))?;
         let incoming = layers.join(".incoming");
-        match fs::remove_dir_all(&incoming) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(CacheError::io("empty", &incoming)(error));
-            }
-            _ => builder.create(&incoming).map_err(CacheError::io("create", &incoming))?,
-        }
+        trash
+            .discard(&incoming, "incoming", 0)
+            .and_then(|_| builder.create(&incoming))
+            .map_err(CacheError::io("empty", &incoming))?;
         let mut known = LruCache::unbounded();
         let mut used = 0;
-        for (_, digest, bytes) in scan(&layers)? {
+        for (_, digest, bytes) in scan(&layers, &trash)? {
             used += bytes;
             let entry = Entry {
                 allocated: Arc::new(AtomicU64::new(bytes)),
@@ -111,6 +115,7 @@ impl Cache {
             boot_id: boot_id(),
             told: Mutex::default(),
             windows: RecentWindows::new(),
+            trash,
             me: me.clone(),
         });
         cache.occupy(used);
@@ -130,6 +135,8 @@ impl Cache {
         if let Some(layer) = entry.open.upgrade() {
             return Ok(Some(layer));
         }
+        // Its index may take long to decode.
+        may_block();
         let allocated = Arc::clone(&entry.allocated);
         if let Some(layer) = self.load(digest, allocated)? {
             layer.touch();
@@ -137,12 +144,10 @@ impl Cache {
             entry.open = Arc::downgrade(&layer);
             return Ok(Some(layer));
         }
-        if let Some(entry) = known.pop(digest) {
-            self.release(entry.allocated.load(Ordering::Relaxed));
-        }
-        if let Some(trash) = self.discard(digest) {
-            fs::remove_dir_all(&trash).map_err(CacheError::io("delete", &trash))?;
-        }
+        let bytes = known
+            .pop(digest)
+            .map_or(0, |entry| entry.allocated.load(Ordering::Relaxed));
+        self.discard(digest, bytes);
         Ok(None)
     }
 
@@ -170,27 +175,29 @@ impl Cache {
         }
     }
 
-    /// Removes a layer that nobody has open, with all that is kept of it. Whether it is not here any more.
-    ///
-    /// # Errors
-    /// [`CacheError::Io`] if it is out of sight, but cannot be deleted; the next start does that.
-    pub fn forget(&self, digest: &Digest) -> Result<bool, CacheError> {
+    /// Removes a layer that nobody has open, with all that is kept of it, and does not wait until that is deleted. Whether it is not here
+    /// any more.
+    pub fn forget(&self, digest: &Digest) -> bool {
         let mut known = self.known();
         match known.peek(digest) {
-            None => return Ok(true),
-            Some(entry) if entry.open.strong_count() > 0 => return Ok(false),
+            None => return true,
+            Some(entry) if entry.open.strong_count() > 0 => return false,
             Some(_) => {}
         }
-        // Moved away under the lock, so that nobody opens it any more; deleted after.
-        let entry = known.pop(digest);
-        let trash = self.discard(digest);
-        drop(known);
-        self.release(entry.map_or(0, |entry| entry.allocated.load(Ordering::Relaxed)));
-        match trash {
-            Some(trash) => fs::remove_dir_all(&trash)
-                .map(|()| true)
-                .map_err(CacheError::io("delete", &trash)),
-            None => Ok(true),
+        // Moved away under the lock, so that nobody opens it any more.
+        let bytes = known
+            .pop(digest)
+            .map_or(0, |entry| entry.allocated.load(Ordering::Relaxed));
+        self.discard(digest, bytes);
+        true
+    }
+
+    /// Whether a layer is here; `None` if that cannot be told without waiting.
+    pub fn contains_now(&self, digest: &Digest) -> Option<bool> {
+        match self.known.try_lock() {
+            Ok(known) => Some(known.contains(digest)),
+            Err(TryLock::Poisoned(known)) => Some(known.get_ref().contains(digest)),
+            Err(TryLock::WouldBlock) => None,
         }
     }
 
@@ -252,19 +259,12 @@ impl Cache {
         self.layers.join(".incoming")
     }
 
-    /// Moves a layer out of sight; where it is then, to be deleted. The caller holds the list of layers.
-    pub(super) fn discard(&self, digest: &Digest) -> Option<PathBuf> {
-        let unique = self.clock.fetch_add(1, Ordering::Relaxed);
-        let trash = self.incoming().join(format!("{}-old-{unique}", digest.hex()));
-        match fs::rename(self.layer_dir(digest), &trash) {
-            Ok(()) => Some(trash),
-            Err(error) => {
-                if error.kind() != io::ErrorKind::NotFound {
-                    tracing::error!(layer = %digest, "cannot move the layer out of the cache: {error}");
-                }
-                None
-            }
+    /// Moves a layer of so many bytes out of sight, to be deleted; they count as free from now on. The caller holds the list of layers.
+    pub(super) fn discard(&self, digest: &Digest, bytes: u64) {
+        if let Err(error) = self.trash.discard(&self.layer_dir(digest), &digest.hex(), bytes) {
+            tracing::error!(layer = %digest, "cannot move the layer out of the cache: {error}");
         }
+        self.release(bytes);
     }
 
     /// Makes a new layer visible, whose files are in `from`. If the same layer has become visible meanwhile, that one is returned.
@@ -276,23 +276,21 @@ impl Cache {
             if let Some(open) = entry.open.upgrade() {
                 return Ok(open);
             }
-            self.release(entry.allocated.load(Ordering::Relaxed));
         }
         // An old one that nobody has open gives way.
-        if let Some(trash) = self.discard(&digest)
-            && let Err(error) = fs::remove_dir_all(&trash)
-        {
-            tracing::error!("cannot delete {}: {error}", trash.display());
+        if let Some(old) = known.pop(&digest) {
+            self.discard(&digest, old.allocated.load(Ordering::Relaxed));
         }
-        known.pop(&digest);
         fs::rename(from, &target).map_err(CacheError::io("create", &target))?;
-        sync_dir(&self.layers)?;
         let layer = Arc::new(layer);
         let entry = Entry {
             allocated: layer.allocated_handle(),
             open: Arc::downgrade(&layer),
         };
         known.put(digest, entry);
+        // Others need not wait for the disk: what is in the directory is durable already, and its name may be lost until this returns.
+        drop(known);
+        sync_dir(&self.layers)?;
         Ok(layer)
     }
 
@@ -401,7 +399,7 @@ fn lock(path: &Path) -> Result<File, CacheError> {
 }
 
 /// All layers on disk with the time of their last use and their bytes, oldest first. Directories without an index are removed.
-fn scan(layers: &Path) -> Result<Vec<(SystemTime, Digest, u64)>, CacheError> {
+fn scan(layers: &Path, trash: &Arc<Trash>) -> Result<Vec<(SystemTime, Digest, u64)>, CacheError> {
     let mut found = Vec::new();
     for entry in fs::read_dir(layers).map_err(CacheError::io("list", layers))? {
         let entry = entry.map_err(CacheError::io("list", layers))?;
@@ -412,7 +410,9 @@ fn scan(layers: &Path) -> Result<Vec<(SystemTime, Digest, u64)>, CacheError> {
         let path = entry.path();
         if !path.join("index").exists() {
             tracing::warn!("{} has no index and is removed", path.display());
-            fs::remove_dir_all(&path).map_err(CacheError::io("delete", &path))?;
+            trash
+                .discard(&path, &digest.hex(), 0)
+                .map_err(CacheError::io("remove", &path))?;
             continue;
         }
         let blocks = fs::metadata(path.join("data")).map_or(0, |m| m.blocks());

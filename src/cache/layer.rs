@@ -324,7 +324,7 @@ impl CachedLayer {
                         });
                     }
                     if attempt == 0 {
-                        self.cache.make_room(len, Some(&self.digest));
+                        self.cache.make_room_now(len, Some(&self.digest));
                     }
                 }
             }

@@ -64,7 +64,7 @@ impl Staging {
         self.reserved += len;
         let mut written = self.data.write_all_at(bytes, offset);
         if written.as_ref().is_err_and(is_full) {
-            self.cache.make_room(len, Some(&self.digest));
+            self.cache.make_room_now(len, Some(&self.digest));
             written = self.data.write_all_at(bytes, offset);
         }
         written.map_err(|source| {
@@ -174,6 +174,11 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
+        // It may be large, and whoever gives it up may be a task. After a commit there is nothing.
+        let dir = self.dir.path();
+        if let Err(error) = self.cache.trash.discard(dir, &self.digest.hex(), self.reserved) {
+            tracing::warn!(%error, path = %dir.display(), "a layer that was given up cannot be removed");
+        }
         self.cache.release(self.reserved);
     }
 }

@@ -202,7 +202,7 @@ fn after_a_kill_what_was_written_is_verified_before_it_is_used() {
     let metrics = Arc::new(Metrics::new());
     let cache = Cache::open(copy.path(), &CacheConfig::default(), Arc::clone(&metrics)).unwrap();
     let names = fs::read_dir(copy.path().join("layers")).unwrap().count();
-    assert_eq!(names, 3, "the lock, .incoming, and the one whole layer");
+    assert_eq!(names, 4, "the lock, .incoming, .trash, and the one whole layer");
     assert_eq!(fs::read_dir(copy.path().join("layers/.incoming")).unwrap().count(), 0);
     let cached = cache.get(&digest("a")).unwrap().unwrap();
     for (chunk, there) in [true, true, false, true, false].into_iter().enumerate() {

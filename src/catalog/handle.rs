@@ -47,7 +47,7 @@ impl Layers for Handle {
         async move {
             match tokio::task::spawn_blocking(move || catalog.release(needed)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::error!(%error, "images cannot be forgotten"),
+                Ok(Err(error)) => tracing::error!(%error, "records of what is gone cannot be forgotten"),
                 Err(error) => tracing::error!(%error, "releasing layers was interrupted"),
             }
         }

@@ -11,6 +11,7 @@ use crate::cache::CachedLayer;
 use crate::fetch::LayerData as _;
 use crate::layer::Digest;
 use crate::store::{IndexRecord, LayerRecord, StoreError};
+use crate::sync::blocking;
 
 /// How long after the start what an earlier run did not publish is published: first come the pulls that wait.
 const PUBLISH_AFTER: Duration = Duration::from_secs(60);
@@ -18,12 +19,8 @@ const PUBLISH_AFTER: Duration = Duration::from_secs(60);
 const CHECK_EVERY: Duration = Duration::from_secs(30);
 
 impl Catalog {
-    /// Notes where the index of a layer came from, and publishes it if it was built here.
+    /// Publishes the index of a layer if it was built here. (Where it came from is recorded with the layer.)
     pub(super) fn index_is_known(self: &Arc<Self>, cached: &Arc<CachedLayer>, record: IndexRecord, origin: Origin) {
-        let layer = *cached.digest();
-        if let Err(error) = self.store.put_index(&layer, &record) {
-            tracing::error!(%error, %layer, "where its index came from cannot be recorded");
-        }
         if let IndexRecord::Built { published: None } = record {
             self.publish(Arc::clone(cached), origin, Duration::ZERO);
         }
@@ -43,7 +40,8 @@ impl Catalog {
             drop(cached);
             if let (Some(place), Some(catalog)) = (published, catalog.upgrade()) {
                 let record = IndexRecord::Built { published: Some(place) };
-                if let Err(error) = catalog.store.put_index(&layer, &record) {
+                let noted = catalog.store.change(move |draft| draft.put_index(&layer, &record));
+                if let Err::<(), StoreError>(error) = noted.await {
                     tracing::warn!(%error, %layer, "that its index is published cannot be recorded");
                 }
             }
@@ -99,9 +97,8 @@ impl Catalog {
             return;
         }
         match self.loader.cache().forget(layer) {
-            Ok(true) => tracing::warn!(%layer, "its shared index was false; it is streamed"),
-            Ok(false) => tracing::error!(%layer, "its shared index is false, and it is still in use"),
-            Err(error) => tracing::error!(%error, %layer, "its shared index is false"),
+            true => tracing::warn!(%layer, "its shared index was false; it is streamed"),
+            false => tracing::error!(%layer, "its shared index is false, and it is still in use"),
         }
     }
 
@@ -125,21 +122,18 @@ impl Catalog {
         let Some(cached) = cached.filter(|cached| cached.is_complete()) else {
             return;
         };
+        let store = Arc::clone(&self.store);
+        let (index, recorded) = blocking(move || (store.index(&layer), store.layer(&layer))).await;
         let Ok(Some(IndexRecord::Shared {
             from,
             trust,
             digest,
             verified: None,
-        })) = self.store.index(&layer)
+        })) = index
         else {
             return;
         };
-        let diff_id = self
-            .store
-            .layer(&layer)
-            .ok()
-            .flatten()
-            .and_then(|record| record.diff_id);
+        let diff_id = recorded.ok().flatten().and_then(|record| record.diff_id);
         let checked = tokio::task::spawn_blocking(move || check::describes(&cached, diff_id)).await;
         let verified = match checked {
             Ok(Ok(())) => {
@@ -167,7 +161,8 @@ impl Catalog {
             digest,
             verified: Some(verified),
         };
-        if let Err(error) = self.store.put_index(&layer, &record) {
+        let noted = self.store.change(move |draft| draft.put_index(&layer, &record));
+        if let Err::<(), StoreError>(error) = noted.await {
             tracing::error!(%error, %layer, "what its index is worth cannot be recorded");
         }
     }

@@ -13,6 +13,7 @@ use crate::layer::compression::{self, Compression};
 use crate::layer::{Access, Codec, Digest, LayerIndex};
 use crate::registry::{Blob, RegistryError};
 use crate::store::IndexRecord;
+use crate::sync::blocking;
 
 use super::shared::{self, Found, Origin, SharedIndexes};
 use super::soci::{self, SociIndexes};
@@ -203,7 +204,7 @@ impl Loader {
         &self.fetcher
     }
 
-    /// A layer whose index is stored, without asking the network; `None` if it has to be loaded.
+    /// A layer whose index is stored, without asking the network; `None` if it has to be loaded. It blocks, and may decode a large index.
     ///
     /// # Errors
     /// [`Refusal`] when the disk fails.
@@ -228,7 +229,8 @@ impl Loader {
         images: &[TocImage],
         origin: Option<&Origin>,
     ) -> Result<Loaded, Refusal> {
-        if let Some(layer) = self.stored(spec, Arc::clone(&blob))? {
+        let (loader, spec_of_it, blob_of_it) = (self.clone(), spec.clone(), Arc::clone(&blob));
+        if let Some(layer) = blocking(move || loader.stored(&spec_of_it, blob_of_it)).await? {
             return Ok(Loaded::plain(layer));
         }
         let compression = supported(spec)?;

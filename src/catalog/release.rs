@@ -1,18 +1,19 @@
-//! Letting go: of layers that no snapshot refers to, of their chains and images, and of mounts that no container needs.
+//! Letting go: of layers that no snapshot refers to, of their chains, of mounts that no container needs, and of what is recorded of all that.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use super::{Catalog, GRACE, Live, Needed, access_label};
 use crate::fetch::LayerData as _;
 use crate::layer::Digest;
-use crate::store::{ImageLayer, StoreError};
+use crate::store::StoreError;
 
 impl Catalog {
     /// Lets go of everything that is not needed. Blocks for unmount calls.
     ///
     /// # Errors
-    /// [`StoreError`] if images cannot be forgotten; everything else is let go then.
-    pub(super) fn release(&self, needed: Needed) -> Result<(), StoreError> {
+    /// [`StoreError`] if records cannot be forgotten; everything else is let go then.
+    pub(super) fn release(self: &Arc<Self>, needed: Needed) -> Result<(), StoreError> {
         let mut keep: HashSet<Digest> = needed.layers.into_iter().collect();
         self.release_layers(&mut keep);
         self.release_chains(&keep);
@@ -20,7 +21,7 @@ impl Catalog {
         if let Some(faces) = &*self.faces() {
             faces.retain(&slots);
         }
-        self.forget_images(&keep)
+        self.forget_records(keep)
     }
 
     /// Releases layers that are not to be kept. `keep` gets the layers whose variants are kept.
@@ -39,20 +40,5 @@ impl Catalog {
             self.metrics.layers_live.with_label_values(&[access]).dec();
             tracing::info!(layer = %digest, "layer is released; its bytes stay in the cache while there is room");
         }
-    }
-
-    /// Forgets images none of whose layers is referred to any more.
-    fn forget_images(&self, keep: &HashSet<Digest>) -> Result<(), StoreError> {
-        let kept = |layer: &ImageLayer| layer.digest.parse().is_ok_and(|digest| keep.contains(&digest));
-        for image in self.images()? {
-            let young = image
-                .layers
-                .iter()
-                .any(|layer| layer.digest.parse().is_ok_and(|d| self.read_live().contains_key(&d)));
-            if !young && !image.layers.iter().any(kept) {
-                self.store.remove_image(&image.manifest)?;
-            }
-        }
-        Ok(())
     }
 }

@@ -14,6 +14,7 @@ use super::core::Core;
 use super::rules::{REF_LABEL, remote_name};
 use crate::catalog::{LayerRequest, Layers, Lowers, Needed, Resolution};
 use crate::layer::Digest;
+use crate::metrics::Metrics;
 use crate::proto::snapshots::v1::{Info, Kind as ApiKind};
 use crate::store::{Kind, Store};
 
@@ -199,7 +200,7 @@ impl Real {
         std::fs::create_dir_all(&root).unwrap();
         let store = Arc::new(Store::open(&root.join("metadata.redb")).unwrap());
         let layers = Arc::new(OneDirectory(self.dir.path().join("layer")));
-        self.core = Some(Core::open(&root, store, layers).unwrap());
+        self.core = Some(Core::open(&root, store, layers, &Metrics::new()).unwrap());
     }
 
     fn core(&self) -> &Core {

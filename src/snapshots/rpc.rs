@@ -194,14 +194,8 @@ impl Service {
     }
 
     async fn do_remove(&self, key: String) -> Result<(), SnapshotsError> {
-        let removed = self.blocking(move |core| core.remove(&key)).await?;
-        if removed.releases {
+        if self.blocking(move |core| core.remove(&key)).await? {
             self.release_layers(RELEASE_DELAY);
-        }
-        if let Some(trash) = removed.trash {
-            let core = Arc::clone(&self.core);
-            // Large trees take long; containerd waits only for the record.
-            tokio::task::spawn_blocking(move || core.delete(&trash));
         }
         Ok(())
     }

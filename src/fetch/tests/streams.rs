@@ -145,7 +145,9 @@ fn assert_clean(bench: &Bench) {
         .map(|e| e.unwrap().file_name())
         .collect();
     assert!(
-        names.iter().all(|name| name == ".lock" || name == ".incoming"),
+        names
+            .iter()
+            .all(|name| [".lock", ".incoming", ".trash"].iter().any(|known| name == known)),
         "{names:?}"
     );
     assert_eq!(std::fs::read_dir(layers.join(".incoming")).unwrap().count(), 0);

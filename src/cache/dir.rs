@@ -272,10 +272,8 @@ impl Cache {
         let digest = *layer.digest();
         let target = self.layer_dir(&digest);
         let mut known = self.known();
-        if let Some(entry) = known.get(&digest) {
-            if let Some(open) = entry.open.upgrade() {
-                return Ok(open);
-            }
+        if let Some(open) = known.get(&digest).and_then(|entry| entry.open.upgrade()) {
+            return Ok(open);
         }
         // An old one that nobody has open gives way.
         if let Some(old) = known.pop(&digest) {

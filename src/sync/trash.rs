@@ -319,7 +319,7 @@ impl Level {
 
     /// The next name, and whether it is a directory.
     fn next(&mut self) -> io::Result<Option<(std::ffi::CString, bool)>> {
-        while let Some(entry) = self.list.next() {
+        for entry in self.list.by_ref() {
             let entry = entry?;
             let name = entry.file_name();
             if name == c"." || name == c".." {

@@ -21,6 +21,7 @@ mod pull;
 mod refused;
 mod restart;
 mod shared;
+mod slow_disk;
 mod soci;
 mod stage;
 mod trees;

@@ -60,6 +60,10 @@ const MAX_MESSAGE: usize = 16 << 20;
 /// threads.
 const MAX_MEASURED: usize = 4;
 
+/// Threads that wait for commits of snapshots at once. The runtime has 512 threads that may block, and readers of layers need some of them;
+/// more changes than this still share a commit with those that are queued.
+const MAX_WRITERS: usize = 128;
+
 /// The snapshots service.
 #[derive(Clone)]
 pub struct Service {
@@ -72,6 +76,8 @@ pub struct Service {
     making: Arc<tokio::sync::RwLock<()>>,
     /// Whether a release of layers is due; more than one at a time would do the same.
     release_due: Arc<std::sync::atomic::AtomicBool>,
+    /// Permits to wait for a commit.
+    writers: Arc<tokio::sync::Semaphore>,
     /// Permits to measure active snapshots.
     measuring: Arc<tokio::sync::Semaphore>,
 }
@@ -95,6 +101,7 @@ impl Service {
             references: Arc::default(),
             making: Arc::default(),
             release_due: Arc::default(),
+            writers: Arc::new(tokio::sync::Semaphore::new(MAX_WRITERS)),
             measuring: Arc::new(tokio::sync::Semaphore::new(MAX_MEASURED)),
         };
         service.release_layers(Duration::ZERO);

@@ -449,6 +449,10 @@ impl CachedLayer {
         if self.map().is_sealed() || self.suspect.ones().next().is_some() {
             return Ok(());
         }
+        // Without a bit there is nothing to believe.
+        if self.ready.ones().next().is_none() {
+            return Ok(());
+        }
         self.data
             .load()
             .sync_all()

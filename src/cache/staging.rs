@@ -136,7 +136,8 @@ impl Staging {
             .and_then(|()| self.data.sync_all())
             .map_err(CacheError::io("write", &data_path))?;
         write_durably(&dir.join("index"), &encoded)?;
-        let map = write_durably(&dir.join("map"), &map::encode(true, chunks, &id, &words))?;
+        // Where nothing is there yet, a seal would be broken by the first store, and its reader would wait for the disk.
+        let map = write_durably(&dir.join("map"), &map::encode(complete, chunks, &id, &words))?;
         let windows = if index.checkpoints().is_empty() {
             None
         } else {
@@ -155,7 +156,7 @@ impl Staging {
         let files = Files {
             dir: self.cache.layer_dir(&self.digest),
             data: self.data.try_clone().map_err(CacheError::io("open", &data_path))?,
-            map: MapFile::new(map, chunks, id, true),
+            map: MapFile::new(map, chunks, id, complete),
             words,
             fresh: true,
             exposed: false,

@@ -99,9 +99,9 @@ impl Catalog {
     /// and not in the cache: what is in the cache may come back without the network, for which its record is needed.
     pub(super) fn forget_records(self: &Arc<Self>, mut keep: HashSet<Digest>) -> Result<(), StoreError> {
         // The layer of a variant is needed also while neither is live.
-        for (digest, record) in self.store.layers()? {
-            if let (true, Ok(record)) = (keep.contains(&digest), record) {
-                keep.extend(record.variant_of);
+        for (variant, base) in self.store.variants()? {
+            if keep.contains(&variant) {
+                keep.insert(base);
             }
         }
         self.lock_asked().retain(|_, asked| asked.elapsed() <= GRACE);

@@ -245,18 +245,23 @@ impl Core {
         })
     }
 
-    /// Removes a snapshot; its directory is deleted in the background. Whether something may be needed no more by that: a layer, or a mount
-    /// of it.
-    pub fn remove(&self, key: &str) -> Result<bool, SnapshotsError> {
+    /// Removes the record of a snapshot. No thread waits for the disk meanwhile, however many are removed at once.
+    pub async fn remove_record(&self, key: &str) -> Result<SnapshotRecord, SnapshotsError> {
         let name = key.to_owned();
-        let record = self
+        let removed = self
             .store
-            .write_snapshots(move |snapshots| rules::remove(snapshots, &name))?;
+            .change_snapshots(move |snapshots| rules::remove(snapshots, &name));
+        removed.await
+    }
+
+    /// Takes away what is left of a snapshot without a record; its directory is deleted in the background. Whether something may be needed no
+    /// more now: a layer, or a mount of it.
+    pub fn discard(&self, key: &str, record: &SnapshotRecord) -> bool {
         // It is removed, whatever becomes of its directory: without a record, the next Cleanup finds it.
         if let Err(error) = self.dirs.discard(record.id) {
             tracing::warn!(key, %error, "a removed snapshot stays where it is until the next cleanup");
         }
-        Ok(record.layer.is_some() || (record.kind != Kind::Committed && record.parent.is_some()))
+        record.layer.is_some() || (record.kind != Kind::Committed && record.parent.is_some())
     }
 
     pub fn stat(&self, key: &str) -> Result<Info, SnapshotsError> {

@@ -216,7 +216,12 @@ impl Real {
                 published.map(|name| assert_eq!(name, Some(remote_name(&parent, &chain_id))))
             }
             Request::Commit(name, key, parent, labels) => self.core().commit(&name, &key, &parent, labels),
-            Request::Remove(key) => self.core().remove(&key).map(drop),
+            Request::Remove(key) => {
+                let removed = crate::sync::wait(self.core().remove_record(&key));
+                removed.map(|record| {
+                    self.core().discard(&key, &record);
+                })
+            }
             Request::Update(key, labels, paths) => self.core().update(&key, labels, &paths).map(drop),
             Request::Mounts(key) => self.core().mounts(&key).map(drop),
             Request::Restart => {

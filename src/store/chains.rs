@@ -1,5 +1,7 @@
 //! Chain records: layers that are shown merged.
 
+use std::collections::HashSet;
+
 use redb::{ReadableTable as _, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +47,13 @@ impl Store {
             list.push((digest, decode(TABLE, &digest, bytes.value())));
         }
         Ok(list)
+    }
+
+    /// Digests of all chains.
+    pub(super) fn chained(&self) -> Result<HashSet<Digest>, StoreError> {
+        let table = self.read()?.open_table(CHAINS)?;
+        let keys = table.iter()?.map(|entry| Ok(Digest::from_bytes(*entry?.0.value())));
+        keys.collect()
     }
 
     /// Writes a chain's record, in the place of the one it had.

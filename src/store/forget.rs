@@ -17,10 +17,9 @@ impl Store {
     /// # Errors
     /// An error of the database; nothing is forgotten then.
     pub fn forget_layers(&self, needed: impl Fn(&Digest) -> bool + Send + 'static) -> Result<usize, StoreError> {
-        let recorded: HashSet<Digest> = self.layers()?.into_iter().map(|(digest, _)| digest).collect();
-        let chains: HashSet<Digest> = self.chains()?.into_iter().map(|(digest, _)| digest).collect();
+        let chains = self.chained()?;
+        let mut unneeded: HashSet<Digest> = self.recorded()?.into_iter().collect();
         // Without a record of their own there may be leftovers of earlier versions.
-        let mut unneeded = recorded.clone();
         unneeded.extend(self.indexed()?);
         unneeded.extend(self.slotted()?.into_iter().filter(|digest| !chains.contains(digest)));
         unneeded.retain(|digest| !needed(digest));

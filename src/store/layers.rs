@@ -160,6 +160,35 @@ impl Store {
         Ok(table.get(digest.as_bytes())?.map(|slot| slot.value()))
     }
 
+    /// Digests of all recorded layers.
+    pub(super) fn recorded(&self) -> Result<Vec<Digest>, StoreError> {
+        let table = self.read()?.open_table(LAYERS)?;
+        let keys = table.iter()?.map(|entry| Ok(Digest::from_bytes(*entry?.0.value())));
+        keys.collect()
+    }
+
+    /// All variants, each with the layer that it is a variant of. Records that cannot be decoded are passed over.
+    ///
+    /// # Errors
+    /// An error of the database.
+    pub fn variants(&self) -> Result<Vec<(Digest, Digest)>, StoreError> {
+        /// The part of a record that is looked at: the annotations are most of it.
+        #[derive(Deserialize)]
+        struct OfVariant {
+            #[serde(default)]
+            variant_of: Option<Digest>,
+        }
+        let table = self.read()?.open_table(LAYERS)?;
+        let mut variants = Vec::new();
+        for entry in table.iter()? {
+            let (key, bytes) = entry?;
+            let digest = Digest::from_bytes(*key.value());
+            let base = decode::<OfVariant>(TABLE, &digest, bytes.value()).ok();
+            variants.extend(base.and_then(|of| of.variant_of).map(|base| (digest, base)));
+        }
+        Ok(variants)
+    }
+
     /// Digests of everything that has a slot.
     pub(super) fn slotted(&self) -> Result<Vec<Digest>, StoreError> {
         let table = self.read()?.open_table(SLOTS)?;

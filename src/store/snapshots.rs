@@ -262,6 +262,21 @@ impl Store {
         self.write(move |draft| change(&SnapshotsWrite { draft }))
     }
 
+    /// [`Store::write_snapshots`] for tasks: no thread waits.
+    ///
+    /// # Errors
+    /// As [`Store::write_snapshots`].
+    pub async fn change_snapshots<T, E>(
+        &self,
+        change: impl FnOnce(&SnapshotsWrite<'_>) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<StoreError> + Send + 'static,
+    {
+        self.change(move |draft| change(&SnapshotsWrite { draft })).await
+    }
+
     /// Chain ids of all committed snapshots: of remote ones, and of those that containerd unpacked.
     pub fn chain_ids(&self) -> HashSet<String> {
         self.inner.lineage.chain_ids()

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use redb::{MultimapTableHandle as _, ReadableDatabase as _, ReadableTableMetadata as _, TableHandle as _};
 
-use super::super::{IndexRecord, Store, StoreError};
+use super::super::{IndexRecord, LayerRecord, Store, StoreError};
 use super::{image, layer, open, snapshot};
 use crate::layer::Digest;
 
@@ -169,6 +169,21 @@ fn what_has_come_to_be_needed_meanwhile_stays() {
         (store.layer(&first).unwrap(), store.slot(&first).unwrap()),
         (None, None)
     );
+}
+
+#[test]
+fn variants_tell_their_layers() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = open(&dir);
+    let [base, variant] = [b"base".as_slice(), b"variant"].map(layer);
+    let variant = LayerRecord {
+        variant_of: Some(base.digest),
+        ..variant
+    };
+    let expected = vec![(variant.digest, base.digest)];
+    store.record_layer(base, None).unwrap();
+    store.record_layer(variant, None).unwrap();
+    assert_eq!(store.variants().unwrap(), expected);
 }
 
 #[test]

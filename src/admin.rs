@@ -16,6 +16,7 @@ use tokio::net::TcpListener;
 
 use crate::catalog::Catalog;
 use crate::metrics::Metrics;
+use crate::sync::blocking;
 
 /// Longest wait for an answer of our own FUSE mount.
 const PROBE_DEADLINE: Duration = Duration::from_secs(2);
@@ -110,6 +111,6 @@ async fn readyz(State(admin): State<Arc<Admin>>) -> impl IntoResponse {
 async fn status(State(admin): State<Arc<Admin>>) -> impl IntoResponse {
     (
         [(header::CONTENT_TYPE, "application/json")],
-        admin.catalog.status_json(),
+        blocking(move || admin.catalog.status_json()).await,
     )
 }

@@ -4,7 +4,8 @@
 //! ```text
 //! <root>/layers/                    mode 0700: layer data is on no path that another user can reach
 //!     .lock                         locked by the one process that uses the cache
-//!     .incoming/<hex>-<random>/     layers in the making, and layers being deleted; emptied at start
+//!     .incoming/<hex>-<random>/     layers in the making; moved to the trash at start
+//!     .trash/<hex>.<n>+<bytes>/     layers that were removed, until they are deleted (sync/trash.rs)
 //!     .ids                          says that directories are named for ids (adopt.rs)
 //!     <hex id>/index                the layer's index (crate::layer::index)
 //!     <hex id>/data                 its data space as a sparse file, and zeros up to the end of a page of 4096 bytes

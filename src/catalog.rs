@@ -42,6 +42,7 @@ use crate::layer::{Access, Digest};
 use crate::metrics::Metrics;
 use crate::registry::{Blob, Reference, Registry};
 use crate::store::{LayerRecord, LayerSource, Store, StoreError};
+use crate::sync::blocking;
 
 mod agree;
 pub mod belief;
@@ -268,8 +269,10 @@ pub struct Catalog {
     hosts: Arc<Hosts>,
     /// Who was asked for layers that are being loaded, and whether he answers.
     contacts: Contacts,
-    /// Held while the record of an image is changed.
-    recording: Mutex<()>,
+    /// Ids of layers from before their record is written until they are live.
+    settling: Mutex<HashSet<Digest>>,
+    /// Images of which layers were asked for lately, and when that was: their snapshots may be about to come.
+    asked: Mutex<HashMap<Digest, Instant>>,
 }
 
 /// What a [`Catalog`] is made of.
@@ -327,12 +330,13 @@ impl Catalog {
             loads: Loads::new(tokio::runtime::Handle::current()),
             contacts: Contacts::default(),
             hosts,
-            recording: Mutex::default(),
+            settling: Mutex::default(),
+            asked: Mutex::default(),
         })
     }
 
     /// Brings back the layers that committed snapshots refer to. Those whose index is stored are live when this returns; the
-    /// others are loaded again in the background, for which the network is needed.
+    /// others are loaded again in the background, for which the network is needed. It blocks: call it on a runtime's thread that may.
     ///
     /// # Errors
     /// [`StoreError`] when the database cannot be read.
@@ -438,7 +442,7 @@ impl Catalog {
             ));
         };
         let digest = plan.layers[position].spec.digest;
-        if let Err(error) = self.record_plan(&plan) {
+        if let Err(error) = self.record_plan(&plan).await {
             tracing::error!(%error, manifest = %plan.manifest, "the image cannot be recorded");
         }
         let asking = self.loads.ask((plan.namespace.clone(), plan.manifest), position);
@@ -451,7 +455,7 @@ impl Catalog {
             }
             Err(refusal) => Err(refusal),
         };
-        if let Err(error) = self.record_image(&plan, &digest, result.as_ref().err()) {
+        if let Err(error) = self.record_image(&plan, &digest, result.as_ref().err()).await {
             tracing::error!(%error, manifest = %plan.manifest, "what became of the image cannot be recorded");
         }
         let mut shown = result?;
@@ -611,7 +615,7 @@ impl Catalog {
         if let Err(refusal) = &result {
             self.count_refusal(refusal);
             tracing::warn!(layer = %digest, reason = %refusal, "not served by Lazuli");
-            if let Err(error) = self.record_refusal(&digest, refusal) {
+            if let Err(error) = self.record_refusal(&digest, refusal).await {
                 tracing::error!(%error, layer = %digest, "why it is not served cannot be recorded");
             }
         }
@@ -632,9 +636,15 @@ impl Catalog {
             .blob(spec, &sources)
             .ok_or_else(|| Refusal::unresolved("no source is known", false))?;
         let judged = self.judge(spec, &origin);
-        judged.refused.iter().for_each(|id| {
-            self.forget_if_false(id);
-        });
+        if !judged.refused.is_empty() {
+            let (catalog, refused) = (Arc::clone(self), judged.refused.clone());
+            blocking(move || {
+                refused.iter().for_each(|id| {
+                    catalog.forget_if_false(id);
+                });
+            })
+            .await;
+        }
         let host = sources.first().map(|source| source.host.clone()).unwrap_or_default();
         let contact = Contact::new(Arc::clone(&blob), host, Arc::clone(&self.hosts));
         let _noted = self.contacts.note(spec.digest, &contact);
@@ -657,11 +667,12 @@ impl Catalog {
             }
             // It was stored already. Whoever streamed it then has noted why, if that record is still there.
             None => {
-                let known = self.store.layer(&id).map_err(|error| of_store(&error))?;
+                let store = Arc::clone(&self.store);
+                let known = blocking(move || store.layer(&id)).await;
+                let known = known.map_err(|error| of_store(&error))?;
                 known.and_then(|record| record.streamed)
             }
         };
-        let slot = self.store.allocate_slot(&id).map_err(|error| of_store(&error))?;
         let proof = match id == spec.digest {
             true => layer.cached().diff_id(),
             false => None,
@@ -676,14 +687,20 @@ impl Catalog {
             media_type: spec.media_type.clone(),
             size: spec.size,
             annotations: spec.annotations.clone(),
-            slot,
+            slot: 0,
             sources,
             images,
             streamed: streamed.clone(),
         };
-        self.store.put_layer(&record).map_err(|error| of_store(&error))?;
-        self.beliefs.note(&record);
+        let settling = Settling::new(self, id);
+        let (index, recorded) = (loaded.index.clone(), record.clone());
+        let written = self
+            .store
+            .change(move |draft| draft.record_layer(recorded, index.as_ref()));
+        let slot = written.await.map_err(|error: StoreError| of_store(&error))?;
+        self.beliefs.note(&LayerRecord { slot, ..record });
         let format = self.attach(spec, id, slot, Arc::clone(&layer), streamed)?;
+        drop(settling);
         if let Some(index) = loaded.index {
             self.index_is_known(layer.cached(), index, origin);
         }
@@ -793,6 +810,30 @@ impl Catalog {
 
     fn write_live(&self) -> RwLockWriteGuard<'_, HashMap<Digest, Live>> {
         self.live.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A layer whose record is being written: it is not forgotten before it is live.
+struct Settling<'a> {
+    catalog: &'a Catalog,
+    id: Digest,
+}
+
+impl<'a> Settling<'a> {
+    fn new(catalog: &'a Catalog, id: Digest) -> Self {
+        catalog
+            .settling
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(id);
+        Settling { catalog, id }
+    }
+}
+
+impl Drop for Settling<'_> {
+    fn drop(&mut self) {
+        let mut settling = self.catalog.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        settling.remove(&self.id);
     }
 }
 

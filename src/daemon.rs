@@ -38,7 +38,7 @@ use crate::proto::control::{StatusRequest, StatusResponse};
 use crate::registry::{Registry, RegistryError};
 use crate::snapshots::{Service, SnapshotsError};
 use crate::store::{Store, StoreError};
-use crate::sync::Budget;
+use crate::sync::{Budget, blocking};
 
 /// Longest time that the kernel may take for one mount; more, and something is broken. It takes a millisecond.
 pub const MOUNT_DEADLINE: Duration = Duration::from_secs(10);
@@ -146,12 +146,17 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let shared = SharedIndexes::new(&config.index, copy, budget, counts)?;
     let (copy, finder, counts) = (Arc::clone(&registry), Arc::clone(&shared), Arc::clone(&metrics));
     let publisher = Publisher::new(&config.index, copy, finder, counts)?;
-    // The database first: it knows what was believed of the layers of an older cache.
-    let store = Arc::new(Store::open(&config.root.join("metadata.redb"))?);
-    cache::adopt::adopt(&config.root, &names_of_layers(&store)?)?;
-    let cache = Cache::open(&config.root, &config.cache, Arc::clone(&metrics))?;
-    // Names and attributes of layers that are kept elsewhere are bytes of layers too.
-    cache.also_count([VARIANTS_DIRECTORY, FACES_DIRECTORY].map(|dir| config.root.join(dir)));
+    let (root, limits, counts) = (config.root.clone(), config.cache.clone(), Arc::clone(&metrics));
+    let opened = blocking(move || -> Result<_, DaemonError> {
+        // The database first: it knows what was believed of the layers of an older cache.
+        let store = Store::open_counted(&root.join("metadata.redb"), Arc::clone(&counts))?;
+        cache::adopt::adopt(&root, &names_of_layers(&store)?)?;
+        let cache = Cache::open(&root, &limits, counts)?;
+        // Names and attributes of layers that are kept elsewhere are bytes of layers too.
+        cache.also_count([VARIANTS_DIRECTORY, FACES_DIRECTORY].map(|dir| root.join(dir)));
+        Ok((cache, Arc::new(store)))
+    });
+    let (cache, store) = opened.await?;
     let tended = Arc::clone(&cache);
     let runtime = tokio::runtime::Handle::current();
     let fetcher = Fetcher::new(&config.fetch, Arc::clone(&cache), runtime.clone(), Arc::clone(&metrics));
@@ -204,13 +209,18 @@ async fn serve_catalog(
     metrics: Arc<Metrics>,
     mountpoint: PathBuf,
 ) -> Result<(), DaemonError> {
-    catalog.restore(&referenced_layers(&store)?)?;
-    // Not before: what snapshots refer to is pinned by now.
-    cache
-        .tend()
-        .map_err(io_error("starting the thread that keeps the cache"))?;
-    let layers = Arc::new(Handle(Arc::clone(catalog)));
-    let service = Service::new(&config.root, store, layers, Arc::clone(&metrics))?;
+    let (root, restored, counts) = (config.root.clone(), Arc::clone(catalog), Arc::clone(&metrics));
+    let cache = Arc::clone(cache);
+    let service = blocking(move || -> Result<_, DaemonError> {
+        restored.restore(&referenced_layers(&store)?)?;
+        // Not before: what snapshots refer to is pinned by now.
+        cache
+            .tend()
+            .map_err(io_error("starting the thread that keeps the cache"))?;
+        let layers = Arc::new(Handle(restored));
+        Ok(Service::new(&root, store, layers, counts)?)
+    });
+    let service = service.await?;
     let listener = listen(&config.address).await?;
     let admin = Admin::new(metrics, Arc::clone(catalog), mountpoint);
     let stop = stop_signal()?;
@@ -348,9 +358,9 @@ struct ControlService(Arc<Catalog>);
 #[tonic::async_trait]
 impl Control for ControlService {
     async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        Ok(Response::new(StatusResponse {
-            json: self.0.status_json(),
-        }))
+        let catalog = Arc::clone(&self.0);
+        let json = blocking(move || catalog.status_json()).await;
+        Ok(Response::new(StatusResponse { json }))
     }
 }
 

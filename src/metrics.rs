@@ -76,6 +76,12 @@ pub struct Metrics {
     pub cache_evicted_bytes_total: IntCounter,
     /// Bytes that could not be cached because the disk was full.
     pub cache_bypassed_bytes_total: IntCounter,
+    /// Duration of commits of the metadata database in seconds, each of all changes that were queued.
+    pub database_commit_seconds: Histogram,
+    /// Changes of the metadata database that were answered, written or not.
+    pub database_changes_total: IntCounter,
+    /// Removed directories and files that wait to be deleted, by `kind` (`snapshots`, `layers`).
+    pub trash_entries: IntGaugeVec,
 }
 
 impl Default for Metrics {
@@ -249,6 +255,22 @@ impl Metrics {
                 &r,
                 "lazuli_cache_bypassed_bytes_total",
                 "Bytes that could not be cached because the disk was full.",
+            ),
+            database_commit_seconds: histogram(
+                &r,
+                "lazuli_database_commit_seconds",
+                "Duration of commits of the metadata database in seconds.",
+            ),
+            database_changes_total: counter(
+                &r,
+                "lazuli_database_changes_total",
+                "Changes of the metadata database that were answered, written or not.",
+            ),
+            trash_entries: gauge_vec(
+                &r,
+                "lazuli_trash_entries",
+                "Removed directories and files that wait to be deleted.",
+                &["kind"],
             ),
             registry: r,
         }

@@ -69,6 +69,10 @@ const MAX_MESSAGE: usize = 16 << 20;
 /// threads.
 const MAX_MEASURED: usize = 4;
 
+/// Threads that wait for commits of snapshots at once. The runtime has 512 threads that may block, and readers of layers need some of them;
+/// more changes than this still share a commit with those that are queued.
+const MAX_WRITERS: usize = 128;
+
 /// The snapshots service.
 #[derive(Clone)]
 pub struct Service {
@@ -84,13 +88,15 @@ pub struct Service {
     release_due: Arc<std::sync::atomic::AtomicBool>,
     /// What Prepares have answered, for the lists that follow.
     handover: Arc<Handover>,
+    /// Permits to wait for a commit.
+    writers: Arc<tokio::sync::Semaphore>,
     /// Permits to measure active snapshots.
     measuring: Arc<tokio::sync::Semaphore>,
 }
 
 impl Service {
     /// The service over the directories below `root`. It brings directories and records in step, and lets go of layers
-    /// that no snapshot refers to; `layers` must have brought back its own before. Call it on a tokio runtime.
+    /// that no snapshot refers to; `layers` must have brought back its own before. It blocks: call it on a runtime's thread that may.
     ///
     /// # Errors
     /// [`SnapshotsError`] if `root` cannot be used, or the database cannot be read.
@@ -101,13 +107,14 @@ impl Service {
         metrics: Arc<Metrics>,
     ) -> Result<Self, SnapshotsError> {
         let service = Service {
-            core: Arc::new(Core::open(root, store, Arc::clone(&layers))?),
+            core: Arc::new(Core::open(root, store, Arc::clone(&layers), &metrics)?),
             layers,
             metrics,
             making: Epochs::new(),
             letting_go: Arc::default(),
             release_due: Arc::default(),
             handover: Arc::default(),
+            writers: Arc::new(tokio::sync::Semaphore::new(MAX_WRITERS)),
             measuring: Arc::new(tokio::sync::Semaphore::new(MAX_MEASURED)),
         };
         service.release_layers(Duration::ZERO);

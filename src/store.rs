@@ -7,7 +7,7 @@
 //! | `snapshots` | key or name of the snapshot | [`SnapshotRecord`] as JSON |
 //! | `children` (multimap) | name of the parent, empty for none | keys of the snapshots on it |
 //! | `layers` | id of the layer or digest of the variant, 32 bytes | [`LayerRecord`] as JSON |
-//! | `slots` | id of the layer, digest of the variant or of the chain, 32 bytes | `u32`, given once and never taken back |
+//! | `slots` | id of the layer, digest of the variant or of the chain, 32 bytes | `u32`; goes with the record, and is never given again |
 //! | `images` | SHA-256 of the manifest, 32 bytes | [`ImageRecord`] as JSON |
 //! | `chains` | digest of the chain, 32 bytes | [`ChainRecord`] as JSON |
 //! | `indexes` | id of the layer, 32 bytes | [`IndexRecord`] as JSON |
@@ -20,9 +20,15 @@
 //! table: a version that does not know it leaves records behind, which the next one that does removes.)
 //!
 //! # Rules
-//! Every change is one transaction, on disk (fsync) before the call returns. Readers see the last committed state and
-//! never wait for a writer (MVCC); writers queue. Each call is short, but may wait for the disk: call it where blocking
-//! is allowed. Chains of snapshots are walked in memory (lineage.rs).
+//! Every change is on disk (fsync) before the call returns, as a whole or not at all. One thread writes (writer.rs): what is
+//! queued while it waits for the disk is committed together. Readers see the last committed state and never wait for the writer
+//! (MVCC). Each call may wait for the disk: call it where blocking is allowed, which a debug build checks; tasks use
+//! [`Store::change`]. Chains of snapshots are walked in memory (lineage.rs).
+//!
+//! The writer's thread waits for nobody: a change must not take a lock under which somebody waits for the store.
+//!
+//! Nothing only grows: [`Store::forget_layers`] and [`Store::forget_images`] take away what nothing refers to (forget.rs), and a
+//! file that is mostly free pages is made smaller when it is opened.
 //!
 //! A record that cannot be decoded is an error that names it; all others stay readable. redb itself checks its pages'
 //! checksums and repairs an unclean stop when the file is opened.
@@ -30,13 +36,16 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use redb::{Builder, Database, DatabaseError, ReadTransaction, ReadableDatabase as _, WriteTransaction};
+use redb::{Builder, Database, DatabaseError, ReadTransaction, ReadableDatabase as _};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 mod chains;
+mod draft;
 mod error;
+mod forget;
 mod ids;
 mod images;
 mod indexes;
@@ -44,10 +53,15 @@ mod layers;
 mod lineage;
 mod schema;
 mod snapshots;
+mod writer;
 
 use self::lineage::Lineage;
+use self::writer::Writer;
+use crate::metrics::Metrics;
+use crate::sync::{may_block, wait};
 
 pub use chains::ChainRecord;
+pub use draft::Draft;
 pub use error::StoreError;
 pub use images::{ImageLayer, ImageRecord};
 pub use indexes::{IndexRecord, Voucher};
@@ -59,19 +73,40 @@ pub use snapshots::{Ancestor, Kind, SnapshotRecord, SnapshotsWrite, Usage, shown
 /// 1 GiB.
 const PAGE_CACHE: usize = 16 << 20;
 
-/// The open database. The file is locked: only one process can have it open.
+/// A file of at least this size, in bytes, is looked at when it is opened: whether most of it is free.
+const COMPACT_FROM: u64 = 4 << 20;
+/// It is compacted if less than one in so many bytes of it is in use: that takes as long as writing what is in use, and several commits.
+const COMPACT_PART: u64 = 4;
+
+/// The open database. The file is locked: only one process can have it open. Dropped, it first writes what is queued.
 pub struct Store {
-    db: Database,
+    inner: Arc<Inner>,
+    writer: Writer,
     path: PathBuf,
+}
+
+/// What readers and the writer share.
+struct Inner {
+    db: Database,
     lineage: Lineage,
+    metrics: Arc<Metrics>,
 }
 
 impl Store {
-    /// Opens the database at `path`, creating or migrating it as needed.
+    /// Opens the database at `path`, creating or migrating it as needed; nobody sees its metrics.
     ///
     /// # Errors
     /// [`StoreError`] if another process has it open, a newer Lazuli wrote it, or it cannot be read.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
+        Self::open_counted(path, Arc::new(Metrics::new()))
+    }
+
+    /// Opens the database at `path`, creating, migrating or compacting it as needed.
+    ///
+    /// # Errors
+    /// [`StoreError`] if another process has it open, a newer Lazuli wrote it, or it cannot be read.
+    pub fn open_counted(path: &Path, metrics: Arc<Metrics>) -> Result<Self, StoreError> {
+        may_block();
         let io = |source| StoreError::Io {
             path: path.to_owned(),
             source,
@@ -84,28 +119,40 @@ impl Store {
             .mode(0o600)
             .open(path)
             .map_err(io)?;
+        let failed = |source| match source {
+            DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
+            source => StoreError::Open {
+                path: path.to_owned(),
+                source: Box::new(source),
+            },
+        };
         let db = Builder::new()
             .set_cache_size(PAGE_CACHE)
             .create_file(file)
-            .map_err(|source| match source {
-                DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
-                source => StoreError::Open {
-                    path: path.to_owned(),
-                    source: Box::new(source),
-                },
-            })?;
+            .map_err(failed)?;
         // The name of a new file is not durable until its directory is.
         if let Some(directory) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             File::open(directory)
                 .and_then(|directory| directory.sync_all())
                 .map_err(io)?;
         }
+        Self::over(db, path, metrics)
+    }
+
+    /// Prepares an open database, and begins to write.
+    fn over(mut db: Database, path: &Path, metrics: Arc<Metrics>) -> Result<Self, StoreError> {
         schema::prepare(&db, path)?;
+        compact(&mut db, path);
         let lineage = snapshots::lineage(&db)?;
-        Ok(Store {
-            db,
+        let inner = Arc::new(Inner { db, lineage, metrics });
+        let writer = Writer::start(Arc::clone(&inner)).map_err(|source| StoreError::Io {
             path: path.to_owned(),
-            lineage,
+            source,
+        })?;
+        Ok(Store {
+            inner,
+            writer,
+            path: path.to_owned(),
         })
     }
 
@@ -115,23 +162,55 @@ impl Store {
     }
 
     fn read(&self) -> Result<ReadTransaction, StoreError> {
-        Ok(self.db.begin_read()?)
+        may_block();
+        Ok(self.inner.db.begin_read()?)
     }
 
-    /// Runs `change` in a transaction of its own; an error of it, or of the commit, leaves the database as it was.
-    fn write<T, E: From<StoreError>>(&self, change: impl FnOnce(&WriteTransaction) -> Result<T, E>) -> Result<T, E> {
-        let transaction = self.db.begin_write().map_err(StoreError::from)?;
-        match change(&transaction) {
-            Ok(value) => {
-                transaction.commit().map_err(StoreError::from)?;
-                Ok(value)
-            }
-            Err(error) => {
-                // The change's own error says more than one of the abort, after which redb refuses to go on anyway.
-                let _ = transaction.abort();
-                Err(error)
-            }
-        }
+    /// Makes `work` happen in one transaction, or not at all, and waits until it is on disk. It runs on the writer's thread, so that it must be
+    /// short and take no lock under which somebody waits for the store. What it finds unchanged is not written. Once it is queued it
+    /// is run, also if this future is dropped.
+    ///
+    /// # Errors
+    /// What `work` answers, or an error of the database.
+    pub async fn change<T, E, W>(&self, work: W) -> Result<T, E>
+    where
+        W: FnOnce(&Draft<'_>) -> Result<T, E> + Send + 'static,
+        T: Send + 'static,
+        E: From<StoreError> + Send + 'static,
+    {
+        self.writer.change(work).await
+    }
+
+    /// [`Store::change`] on a thread that may block.
+    fn write<T, E, W>(&self, work: W) -> Result<T, E>
+    where
+        W: FnOnce(&Draft<'_>) -> Result<T, E> + Send + 'static,
+        T: Send + 'static,
+        E: From<StoreError> + Send + 'static,
+    {
+        wait(self.change(work))
+    }
+}
+
+/// Makes a file smaller that is mostly free pages. That it cannot be done is no reason not to use it.
+fn compact(db: &mut Database, path: &Path) {
+    let size = || path.metadata().map_or(0, |metadata| metadata.len());
+    let before = size();
+    if before < COMPACT_FROM {
+        return;
+    }
+    let used = || {
+        let transaction = db.begin_write().ok()?;
+        let stats = transaction.stats().ok()?;
+        let bytes = stats.stored_bytes().saturating_add(stats.metadata_bytes());
+        transaction.abort().ok().map(|()| bytes)
+    };
+    if used().is_none_or(|used| used.saturating_mul(COMPACT_PART) > before) {
+        return;
+    }
+    match db.compact() {
+        Ok(_) => tracing::info!(path = %path.display(), before, now = size(), "the metadata database is compacted"),
+        Err(error) => tracing::warn!(%error, path = %path.display(), "the metadata database cannot be compacted"),
     }
 }
 

@@ -21,6 +21,8 @@ use crate::layer::{Access, Digest};
 const SLACK_PART: u64 = 32;
 /// How long it is not told again that the budget cannot be met: it comes up with every chunk.
 const TELL_AGAIN: Duration = Duration::from_secs(60);
+/// Longest wait for evicted files to be deleted when the disk is full.
+const FULL_PATIENCE: Duration = Duration::from_secs(5);
 /// Most that is freed beyond what is needed, in bytes.
 const MAX_SLACK: u64 = 256 << 20;
 
@@ -95,13 +97,27 @@ impl Cache {
         let min_free = self.config.min_free;
         let stat = rustix::fs::fstatvfs(&self.lock).ok()?;
         self.watch(&stat);
-        let available = stat.f_bavail.saturating_mul(stat.f_frsize);
+        // What is being deleted is as good as free: who needs the room does not wait for it, unless the disk is full.
+        let available = stat
+            .f_bavail
+            .saturating_mul(stat.f_frsize)
+            .saturating_add(self.trash.bytes());
         let short = min_free.0.saturating_add(more).saturating_sub(available);
         (short > 0).then(|| {
             let reason =
                 format!("only {available} bytes are free on the disk, and {min_free} shall stay free (cache.min_free)");
             (short, reason)
         })
+    }
+
+    /// Makes room on a disk that is full: evicts until about `bytes` are freed, and waits until they are.
+    pub(super) fn make_room_now(&self, bytes: u64, writer: Option<&Digest>) {
+        if self.trash.bytes() < bytes {
+            self.make_room(bytes, writer);
+        }
+        if self.trash.bytes() > 0 {
+            self.trash.empty(FULL_PATIENCE);
+        }
     }
 
     /// Evicts until about `bytes` are freed.
@@ -150,16 +166,10 @@ impl Cache {
                     None => continue,
                     Some(None) if is_mounted => continue,
                     Some(None) => {
-                        // Moved away under the lock, so that nobody opens it any more; deleted after.
+                        // Moved away under the lock, so that nobody opens it any more.
                         let bytes = known.pop(digest).map_or(0, |e| e.allocated.load(Ordering::Relaxed));
-                        let trash = self.discard(digest);
+                        self.discard(digest, bytes);
                         drop(known);
-                        if let Some(trash) = trash
-                            && let Err(error) = std::fs::remove_dir_all(&trash)
-                        {
-                            tracing::error!("cannot delete {}: {error}", trash.display());
-                        }
-                        self.release(bytes);
                         if !free(bytes) {
                             return false;
                         }

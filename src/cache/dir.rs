@@ -6,7 +6,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError as TryLock, Weak};
 use std::time::{Instant, SystemTime};
 
 use lru::LruCache;
@@ -24,6 +24,7 @@ use super::{CacheError, CachedLayer, Key};
 use crate::config::CacheConfig;
 use crate::layer::{Digest, LayerIndex, Windows};
 use crate::metrics::Metrics;
+use crate::sync::{Trash, may_block};
 
 /// Mode of the cache's directories: for nobody else.
 pub(super) const DIR_MODE: u32 = 0o700;
@@ -61,6 +62,8 @@ pub struct Cache {
     /// Whether it cannot be told who has a file open, as on a file system without leases.
     #[cfg(test)]
     pub(super) blind: std::sync::atomic::AtomicBool,
+    /// What is removed, until it is deleted.
+    pub(super) trash: Arc<Trash>,
     me: Weak<Cache>,
 }
 
@@ -73,7 +76,7 @@ pub(super) struct Entry {
 }
 
 impl Cache {
-    /// Opens the cache under `root`, or makes one there. What an earlier run left unfinished is removed.
+    /// Opens the cache under `root`, or makes one there. What an earlier run left unfinished is deleted in the background.
     ///
     /// # Errors
     /// [`CacheError::InUse`] if another process has it, [`CacheError::Io`] if the directory cannot be used.
@@ -87,17 +90,18 @@ impl Cache {
             .and_then(|()| fs::set_permissions(&layers, fs::Permissions::from_mode(DIR_MODE)))
             .map_err(CacheError::io("create", &layers))?;
         let lock = lock(&layers.join(".lock"))?;
+        let trash = layers.join(".trash");
+        let entries = metrics.trash_entries.with_label_values(&["layers"]);
+        let trash = Trash::open(&trash, entries).map_err(CacheError::io("open", &trash))?;
         let incoming = layers.join(".incoming");
-        match fs::remove_dir_all(&incoming) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(CacheError::io("empty", &incoming)(error));
-            }
-            _ => builder.create(&incoming).map_err(CacheError::io("create", &incoming))?,
-        }
+        trash
+            .discard(&incoming, "incoming", 0)
+            .and_then(|_| builder.create(&incoming))
+            .map_err(CacheError::io("empty", &incoming))?;
         let mut known = LruCache::unbounded();
         let mut used = 0;
         adopt::keyed(&layers)?;
-        for (_, digest, bytes) in scan(&layers)? {
+        for (_, digest, bytes) in scan(&layers, &trash)? {
             used += bytes;
             let entry = Entry {
                 allocated: Arc::new(AtomicU64::new(bytes)),
@@ -130,6 +134,7 @@ impl Cache {
             bell: OnceLock::new(),
             #[cfg(test)]
             blind: std::sync::atomic::AtomicBool::new(false),
+            trash,
             me: me.clone(),
         });
         cache.occupy(used);
@@ -152,6 +157,8 @@ impl Cache {
         if let Some(layer) = entry.open.upgrade() {
             return Ok(Some(layer));
         }
+        // Its index may take long to decode.
+        may_block();
         let allocated = Arc::clone(&entry.allocated);
         if let Some(layer) = self.load(&key, allocated)? {
             layer.touch();
@@ -161,12 +168,10 @@ impl Cache {
             self.bound_names();
             return Ok(Some(layer));
         }
-        if let Some(entry) = known.pop(digest) {
-            self.release(entry.allocated.load(Ordering::Relaxed));
-        }
-        if let Some(trash) = self.discard(digest) {
-            fs::remove_dir_all(&trash).map_err(CacheError::io("delete", &trash))?;
-        }
+        let bytes = known
+            .pop(digest)
+            .map_or(0, |entry| entry.allocated.load(Ordering::Relaxed));
+        self.discard(digest, bytes);
         Ok(None)
     }
 
@@ -195,27 +200,29 @@ impl Cache {
         }
     }
 
-    /// Removes the layer with this id that nobody has open, with all that is kept of it. Whether it is not here any more.
-    ///
-    /// # Errors
-    /// [`CacheError::Io`] if it is out of sight, but cannot be deleted; the next start does that.
-    pub fn forget(&self, digest: &Digest) -> Result<bool, CacheError> {
+    /// Removes the layer with this id that nobody has open, with all that is kept of it, and does not wait until that is deleted. Whether it
+    /// is not here any more.
+    pub fn forget(&self, digest: &Digest) -> bool {
         let mut known = self.known();
         match known.peek(digest) {
-            None => return Ok(true),
-            Some(entry) if entry.open.strong_count() > 0 => return Ok(false),
+            None => return true,
+            Some(entry) if entry.open.strong_count() > 0 => return false,
             Some(_) => {}
         }
-        // Moved away under the lock, so that nobody opens it any more; deleted after.
-        let entry = known.pop(digest);
-        let trash = self.discard(digest);
-        drop(known);
-        self.release(entry.map_or(0, |entry| entry.allocated.load(Ordering::Relaxed)));
-        match trash {
-            Some(trash) => fs::remove_dir_all(&trash)
-                .map(|()| true)
-                .map_err(CacheError::io("delete", &trash)),
-            None => Ok(true),
+        // Moved away under the lock, so that nobody opens it any more.
+        let bytes = known
+            .pop(digest)
+            .map_or(0, |entry| entry.allocated.load(Ordering::Relaxed));
+        self.discard(digest, bytes);
+        true
+    }
+
+    /// Whether a layer is here; `None` if that cannot be told without waiting.
+    pub fn contains_now(&self, digest: &Digest) -> Option<bool> {
+        match self.known.try_lock() {
+            Ok(known) => Some(known.contains(digest)),
+            Err(TryLock::Poisoned(known)) => Some(known.get_ref().contains(digest)),
+            Err(TryLock::WouldBlock) => None,
         }
     }
 
@@ -281,20 +288,14 @@ impl Cache {
         self.layers.join(".incoming")
     }
 
-    /// Moves a layer out of sight; where it is then, to be deleted. The caller holds the list of layers.
-    pub(super) fn discard(&self, digest: &Digest) -> Option<PathBuf> {
-        let unique = self.clock.fetch_add(1, Ordering::Relaxed);
-        let trash = self.incoming().join(format!("{}-old-{unique}", digest.hex()));
-        self.keep_mounted(&self.layer_dir(digest));
-        match fs::rename(self.layer_dir(digest), &trash) {
-            Ok(()) => Some(trash),
-            Err(error) => {
-                if error.kind() != io::ErrorKind::NotFound {
-                    tracing::error!(layer = %digest, "cannot move the layer out of the cache: {error}");
-                }
-                None
-            }
+    /// Moves a layer of so many bytes out of sight, to be deleted; they count as free from now on. The caller holds the list of layers.
+    pub(super) fn discard(&self, digest: &Digest, bytes: u64) {
+        let dir = self.layer_dir(digest);
+        let kept = self.keep_mounted(&dir);
+        if let Err(error) = self.trash.discard(&dir, &digest.hex(), bytes.saturating_sub(kept)) {
+            tracing::error!(layer = %digest, "cannot move the layer out of the cache: {error}");
         }
+        self.release(bytes);
     }
 
     /// Makes a new layer visible, whose files are in `from`. If the same layer has become visible meanwhile, that one is returned.
@@ -302,27 +303,23 @@ impl Cache {
         let digest = *layer.id();
         let target = self.layer_dir(&digest);
         let mut known = self.known();
-        if let Some(entry) = known.get(&digest) {
-            if let Some(open) = entry.open.upgrade() {
-                return Ok(open);
-            }
-            self.release(entry.allocated.load(Ordering::Relaxed));
+        if let Some(open) = known.get(&digest).and_then(|entry| entry.open.upgrade()) {
+            return Ok(open);
         }
         // An old one that nobody has open gives way.
-        if let Some(trash) = self.discard(&digest)
-            && let Err(error) = fs::remove_dir_all(&trash)
-        {
-            tracing::error!("cannot delete {}: {error}", trash.display());
+        if let Some(old) = known.pop(&digest) {
+            self.discard(&digest, old.allocated.load(Ordering::Relaxed));
         }
-        known.pop(&digest);
         fs::rename(from, &target).map_err(CacheError::io("create", &target))?;
-        sync_dir(&self.layers)?;
         let layer = Arc::new(layer);
         let entry = Entry {
             allocated: layer.allocated_handle(),
             open: Arc::downgrade(&layer),
         };
         known.put(digest, entry);
+        // Others need not wait for the disk: what is in the directory is durable already, and its name may be lost until this returns.
+        drop(known);
+        sync_dir(&self.layers)?;
         Ok(layer)
     }
 
@@ -434,7 +431,7 @@ fn lock(path: &Path) -> Result<File, CacheError> {
 }
 
 /// All layers on disk with the time of their last use and their bytes, oldest first. Directories without an index are removed.
-fn scan(layers: &Path) -> Result<Vec<(SystemTime, Digest, u64)>, CacheError> {
+fn scan(layers: &Path, trash: &Arc<Trash>) -> Result<Vec<(SystemTime, Digest, u64)>, CacheError> {
     let mut found = Vec::new();
     for entry in fs::read_dir(layers).map_err(CacheError::io("list", layers))? {
         let entry = entry.map_err(CacheError::io("list", layers))?;
@@ -445,7 +442,9 @@ fn scan(layers: &Path) -> Result<Vec<(SystemTime, Digest, u64)>, CacheError> {
         let path = entry.path();
         if !path.join("index").exists() {
             tracing::warn!("{} has no index and is removed", path.display());
-            fs::remove_dir_all(&path).map_err(CacheError::io("delete", &path))?;
+            trash
+                .discard(&path, &digest.hex(), 0)
+                .map_err(CacheError::io("remove", &path))?;
             continue;
         }
         let used = fs::metadata(path.join("map")).and_then(|m| m.modified());

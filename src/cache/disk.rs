@@ -110,19 +110,26 @@ impl Cache {
             && File::open(dir.join(DATA)).is_ok_and(|data| self.is_in_use(&data) == Some(true))
     }
 
-    /// Keeps the data of a layer that is about to be deleted from `dir` in sight, if it is mounted.
-    pub(super) fn keep_mounted(&self, dir: &Path) {
-        if is_exposed(dir, self.boot_id())
-            && let Ok(data) = File::open(dir.join(DATA))
-        {
-            self.keep_if_mounted(dir, &data);
+    /// Takes the data of a layer that is about to be deleted out of `dir` and keeps it in sight, if it is mounted; its bytes.
+    pub(super) fn keep_mounted(&self, dir: &Path) -> u64 {
+        if !is_exposed(dir, self.boot_id()) {
+            return 0;
         }
+        let name = dir.join(DATA);
+        let Some(bytes) = File::open(&name).ok().and_then(|data| self.keep_if_mounted(dir, &data)) else {
+            return 0;
+        };
+        // The rest is deleted later. As long as the data had its name there, it would pass for a layer's.
+        if let Err(error) = fs::remove_file(&name) {
+            tracing::warn!("a mounted file keeps its name {}: {error}", name.display());
+        }
+        bytes
     }
 
-    /// As [`Cache::keep_mounted`], for who has opened the data already.
-    pub(super) fn keep_if_mounted(&self, dir: &Path, data: &File) {
+    /// Gives the data in `dir` a second name, under which it stays in sight, if it is mounted; its bytes then.
+    pub(super) fn keep_if_mounted(&self, dir: &Path, data: &File) -> Option<u64> {
         if self.is_in_use(data) != Some(true) {
-            return;
+            return None;
         }
         let parent = self.layers().join(REPLACED);
         let keep = || -> io::Result<(PathBuf, u64)> {
@@ -140,9 +147,13 @@ impl Cache {
                 self.occupy(bytes);
                 self.beside.replaced().push((path, bytes));
                 self.show_replaced();
+                Some(bytes)
             }
             // It is deleted then as if it were not mounted, which harms nobody.
-            Err(error) => tracing::warn!("a mounted file loses its name in {}: {error}", parent.display()),
+            Err(error) => {
+                tracing::warn!("a mounted file loses its name in {}: {error}", parent.display());
+                None
+            }
         }
     }
 

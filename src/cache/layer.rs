@@ -368,7 +368,7 @@ impl CachedLayer {
                         });
                     }
                     if attempt == 0 {
-                        self.cache.make_room(len, Some(&self.digest));
+                        self.cache.make_room_now(len, Some(&self.digest));
                     }
                 }
             }
@@ -473,6 +473,10 @@ impl CachedLayer {
         let _exclusive = self.mutation.write().unwrap_or_else(PoisonError::into_inner);
         // Chunks that nobody asked for since a crash are still suspect, and under a seal they would not be.
         if self.map().is_sealed() || self.suspect.ones().next().is_some() {
+            return Ok(());
+        }
+        // Without a bit there is nothing to believe.
+        if self.ready.ones().next().is_none() {
             return Ok(());
         }
         self.data

@@ -95,8 +95,8 @@ impl Cache {
         high < 100 && fullness.over(high) > 0
     }
 
-    /// Counts what is on disk, deletes what nobody has open any more, forgets names that nobody asks for, and lets layers that no snapshot refers to give way if the disk is
-    /// fuller than the high mark. Blocks for as long as deleting takes. Returns the bytes of layers that were given back.
+    /// Counts what is on disk, deletes what nobody has open any more, forgets names that nobody asks for, and lets layers that no snapshot
+    /// refers to give way if the disk is fuller than the high mark. Returns the bytes of layers that were given back.
     pub fn tidy(&self) -> u64 {
         self.sweep();
         self.recount();
@@ -104,7 +104,10 @@ impl Cache {
         let Ok(stat) = rustix::fs::fstatvfs(&self.lock) else {
             return 0;
         };
-        self.give_way(Fullness::from(&stat))
+        let mut fullness = Fullness::from(&stat);
+        // What is being deleted is as good as free: otherwise everything would have to go before the first of it is.
+        fullness.available = fullness.available.saturating_add(self.trash.bytes());
+        self.give_way(fullness)
     }
 
     /// Drops layers that no snapshot refers to if the disk is that full; the bytes that were given back.

@@ -71,7 +71,7 @@ impl Staging {
         self.reserved += len;
         let mut written = self.data.write_all_at(bytes, offset);
         if written.as_ref().is_err_and(is_full) {
-            self.cache.make_room(len, Some(&self.digest));
+            self.cache.make_room_now(len, Some(&self.digest));
             written = self.data.write_all_at(bytes, offset);
         }
         written.map_err(|source| {
@@ -134,7 +134,7 @@ impl Staging {
             ready.set(chunk);
         }
         let words: Vec<u64> = (0..ready.words()).map(|at| ready.word(at)).collect();
-        let map = map::encode(true, chunks, &id, &words);
+        let map = map::encode(complete, chunks, &id, &words);
         let windows = (!index.checkpoints().is_empty()).then(|| windows.encode(&id));
         let files = [encoded.len(), map.len(), windows.as_ref().map_or(0, Vec::len)];
         self.reserve_files(files.map(|len| len as u64));
@@ -147,6 +147,7 @@ impl Staging {
             .and_then(|()| self.data.sync_all())
             .map_err(CacheError::io("write", &data_path))?;
         write_durably(&dir.join("index"), &encoded)?;
+        // Where nothing is there yet, a seal would be broken by the first store, and its reader would wait for the disk.
         let map = write_durably(&dir.join("map"), &map)?;
         let windows = match windows {
             None => None,
@@ -162,7 +163,7 @@ impl Staging {
         let files = Files {
             dir: self.cache.layer_dir(&self.digest),
             data: self.data.try_clone().map_err(CacheError::io("open", &data_path))?,
-            map: MapFile::new(map, chunks, id, true),
+            map: MapFile::new(map, chunks, id, complete),
             words,
             fresh: true,
             exposed: false,
@@ -200,6 +201,11 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
+        // It may be large, and whoever gives it up may be a task. After a commit there is nothing.
+        let dir = self.dir.path();
+        if let Err(error) = self.cache.trash.discard(dir, &self.digest.hex(), self.reserved) {
+            tracing::warn!(%error, path = %dir.display(), "a layer that was given up cannot be removed");
+        }
         self.cache.release(self.reserved);
     }
 }

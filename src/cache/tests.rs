@@ -180,6 +180,40 @@ fn an_orderly_end_saves_the_verification() {
     assert!(holds(&cached, "a", 1) && !holds(&cached, "a", 0));
 }
 
+/// A seal is broken by the first store, which waits for the disk: a reader of a layer that is new has none to wait for.
+#[test]
+fn a_new_layer_has_no_seal_to_break() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(dir.path(), 0);
+    let cached = insert(&cache, "a", 2);
+    let map = dir.path().join("layers").join(digest("a").hex()).join("map");
+    let sealed = || fs::read(&map).unwrap()[12];
+    assert_eq!(sealed(), 0);
+    cache.close();
+    assert_eq!(sealed(), 0, "there is nothing to believe");
+    fill(&cached, "a");
+    cache.close();
+    assert_eq!(sealed(), 1);
+}
+
+/// Who removes a layer does not wait until it is deleted, and its bytes count as free.
+#[test]
+fn a_removed_layer_is_out_of_sight_at_once_and_deleted_by_a_thread() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(dir.path(), 0);
+    fill(&insert(&cache, "a", 8), "a");
+    assert!(cache.used_bytes() > 0);
+    let layer = dir.path().join("layers").join(digest("a").hex());
+    assert!(layer.exists() && cache.forget(&digest("a")));
+    assert!(!layer.exists());
+    assert_eq!((cache.used_bytes(), cache.contains_now(&digest("a"))), (0, Some(false)));
+    assert!(cache.trash.empty(std::time::Duration::from_secs(60)));
+    assert_eq!(cache.trash.bytes(), 0);
+    assert_eq!(fs::read_dir(dir.path().join("layers/.trash")).unwrap().count(), 0);
+    // It can come again.
+    assert!(!insert(&cache, "a", 8).is_complete());
+}
+
 /// Copies the layers as they are at this moment: what a kill leaves.
 fn kill(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
@@ -213,7 +247,7 @@ fn after_a_kill_what_was_written_is_verified_before_it_is_used() {
     let metrics = Arc::new(Metrics::new());
     let cache = Cache::open(copy.path(), &CacheConfig::default(), Arc::clone(&metrics)).unwrap();
     let names = fs::read_dir(copy.path().join("layers")).unwrap().count();
-    assert_eq!(names, 4, "the lock, .ids, .incoming, and the one whole layer");
+    assert_eq!(names, 5, "the lock, .ids, .incoming, .trash, and the one whole layer");
     assert_eq!(fs::read_dir(copy.path().join("layers/.incoming")).unwrap().count(), 0);
     let cached = cache.get(&digest("a")).unwrap().unwrap();
     for (chunk, there) in [true, true, false, true, false].into_iter().enumerate() {

@@ -209,6 +209,28 @@ impl Beliefs {
         }
     }
 
+    /// Forgets a layer, whose record is gone.
+    pub fn forget(&self, id: &Digest) {
+        let mut state = self.write();
+        state.variants.remove(id);
+        let Some(belief) = state.by_id.remove(id) else {
+            return;
+        };
+        if let Some(ids) = state.by_blob.get_mut(&belief.blob) {
+            ids.retain(|other| other != id);
+            if ids.is_empty() {
+                state.by_blob.remove(&belief.blob);
+            }
+        }
+    }
+
+    /// All that was found to be false.
+    pub fn false_ids(&self) -> Vec<Digest> {
+        let state = self.read();
+        let all = state.by_id.values().filter(|belief| belief.is_false());
+        all.map(|belief| belief.id).collect()
+    }
+
     /// Forgets a variant.
     pub fn forget_variant(&self, variant: &Digest) {
         self.write().variants.remove(variant);

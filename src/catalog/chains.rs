@@ -18,7 +18,7 @@ use super::Catalog;
 use super::status::ChainStatus;
 use crate::fs::{Face, Faces};
 use crate::layer::Digest;
-use crate::store::{ChainRecord, StoreError};
+use crate::store::StoreError;
 
 /// Tells the digest of a chain from digests of other things.
 const DIGEST_DOMAIN: &[u8] = b"lazuli chain\0";
@@ -221,13 +221,8 @@ impl Catalog {
         let slots = self
             .slots(layers)
             .map_err(|layer| format!("layer {layer} was released"))?;
-        let slot = self.store.allocate_slot(&digest).map_err(|error| error.to_string())?;
-        let record = ChainRecord {
-            digest,
-            slot,
-            layers: layers.to_vec(),
-        };
-        self.store.put_chain(&record).map_err(|error| error.to_string())?;
+        let recorded = self.store.record_chain(digest, layers.to_vec());
+        let slot = recorded.map_err(|error| error.to_string())?;
         match &*self.faces() {
             Some(faces) => faces.build_chain(slot, &slots).map_err(|error| error.to_string())?,
             None => return Err("the daemon ends".to_owned()),
@@ -250,8 +245,7 @@ impl Catalog {
                 Ok(record) => self.remove_chain(&digest, Some(record.slot)),
                 Err(error) => {
                     tracing::warn!(%error, "a chain is made again when it is needed");
-                    // Slots are for ever.
-                    self.remove_chain(&digest, self.store.allocate_slot(&digest).ok());
+                    self.remove_chain(&digest, self.store.slot(&digest).ok().flatten());
                 }
             }
         }
@@ -279,7 +273,7 @@ impl Catalog {
     fn forget_chain(&self, digest: &Digest) {
         self.chains.lock().remove(digest);
         // A failed one may have a slot and a record as well.
-        self.remove_chain(digest, self.store.allocate_slot(digest).ok());
+        self.remove_chain(digest, self.store.slot(digest).ok().flatten());
     }
 
     /// Removes what is stored of a chain: the image first, because without a record nobody would look for it.

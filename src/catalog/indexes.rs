@@ -17,13 +17,9 @@ const PUBLISH_AFTER: Duration = Duration::from_secs(60);
 const CHECK_EVERY: Duration = Duration::from_secs(30);
 
 impl Catalog {
-    /// Notes where the index of a layer came from, and publishes it if it was built here.
+    /// Publishes the index of a layer if it was built here. (Where it came from is recorded with the layer.)
     pub(super) fn index_is_known(self: &Arc<Self>, cached: &Arc<CachedLayer>, record: IndexRecord, origin: Origin) {
-        let (id, layer) = (*cached.id(), cached.digest());
-        if let Err(error) = self.store.put_index(&id, &record) {
-            tracing::error!(%error, %layer, "where its index came from cannot be recorded");
-        }
-        self.beliefs.note_index(&id, record.clone());
+        self.beliefs.note_index(cached.id(), record.clone());
         if let IndexRecord::Built { published: None } = record {
             self.publish(Arc::clone(cached), origin, Duration::ZERO);
         }
@@ -44,7 +40,9 @@ impl Catalog {
             drop(cached);
             if let (Some(place), Some(catalog)) = (published, catalog.upgrade()) {
                 let record = IndexRecord::Built { published: Some(place) };
-                if let Err(error) = catalog.store.put_index(&layer, &record) {
+                let published = record.clone();
+                let noted = catalog.store.change(move |draft| draft.put_index(&layer, &published));
+                if let Err::<(), StoreError>(error) = noted.await {
                     tracing::warn!(%error, %layer, "that its index is published cannot be recorded");
                 }
                 catalog.beliefs.note_index(&layer, record);
@@ -91,9 +89,8 @@ impl Catalog {
             return false;
         }
         match self.loader.cache().forget(id) {
-            Ok(true) => tracing::warn!(%id, "its index was false, and is gone"),
-            Ok(false) => tracing::error!(%id, "its index is false, and it is still in use"),
-            Err(error) => tracing::error!(%error, %id, "its index is false"),
+            true => tracing::warn!(%id, "its index was false, and is gone"),
+            false => tracing::error!(%id, "its index is false, and it is still in use"),
         }
         true
     }
@@ -165,7 +162,7 @@ impl Catalog {
             }
         };
         index.set_verified(proof.is_some());
-        if let Err(error) = self.note_check(&id, index, proof) {
+        if let Err(error) = self.note_check(&id, index, proof).await {
             tracing::error!(%error, %layer, "what its index is worth cannot be recorded");
         }
     }
@@ -177,12 +174,22 @@ impl Catalog {
         Some((Arc::clone(live.layer.cached()), live.diff_ids.clone()))
     }
 
-    fn note_check(&self, id: &Digest, index: IndexRecord, proof: Option<Digest>) -> Result<(), StoreError> {
-        self.store.put_index(id, &index)?;
-        self.beliefs.note_index(id, index);
-        if let (Some(proof), Some(mut record)) = (proof, self.store.layer(id)?) {
+    /// Notes what came of a comparison: in one transaction, so that no proof is left without what it proves.
+    async fn note_check(&self, id: &Digest, index: IndexRecord, proof: Option<Digest>) -> Result<(), StoreError> {
+        let (of, noted) = (*id, index.clone());
+        let change = self.store.change(move |draft| {
+            draft.put_index(&of, &noted)?;
+            let (Some(proof), Some(mut record)) = (proof, draft.layer(&of)?) else {
+                return Ok(None);
+            };
             record.proof = Some(proof);
-            self.store.put_layer(&record)?;
+            draft.put_layer(&record)?;
+            Ok(Some(record))
+        });
+        let record: Result<_, StoreError> = change.await;
+        // What was found is so, whether or not it could be written.
+        self.beliefs.note_index(id, index);
+        if let Some(record) = record? {
             self.beliefs.note(&record);
         }
         Ok(())

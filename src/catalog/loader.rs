@@ -15,7 +15,7 @@ use crate::layer::compression::{self, Compression};
 use crate::layer::{Access, BlobIndex, Codec, Digest};
 use crate::registry::{Blob, RegistryError};
 use crate::store::IndexRecord;
-use crate::sync::Budget;
+use crate::sync::{Budget, blocking};
 
 use super::pace::{self, Hopeless, Hosts};
 use super::question;
@@ -229,7 +229,8 @@ impl Loader {
         &self.fetcher
     }
 
-    /// The layer with this id whose index is stored, without asking the network; `None` if it has to be loaded.
+    /// The layer with this id whose index is stored, without asking the network; `None` if it has to be loaded. It blocks, and may decode a
+    /// large index.
     ///
     /// # Errors
     /// [`Refusal`] when the disk fails.
@@ -311,14 +312,17 @@ impl Loader {
         if let Some(proof) = judged.proof {
             keeps_its_promise(spec, proof)?;
         }
-        for (_, id) in &judged.usable {
-            let key = Key {
-                id: *id,
-                blob: spec.digest,
+        let (loader, usable, blob_of_it, digest) =
+            (self.clone(), judged.usable.clone(), Arc::clone(&blob), spec.digest);
+        let stored = blocking(move || {
+            let stored = |(_, id): (Ground, Digest)| {
+                let key = Key { id, blob: digest };
+                loader.stored(key, Arc::clone(&blob_of_it)).transpose()
             };
-            if let Some(layer) = self.stored(key, Arc::clone(&blob))? {
-                return Ok(Loaded::plain(layer));
-            }
+            usable.into_iter().find_map(stored).transpose()
+        });
+        if let Some(layer) = stored.await? {
+            return Ok(Loaded::plain(layer));
         }
         supported(spec)?;
         let host = origin.and_then(|origin| origin.sources.first());

@@ -1,4 +1,4 @@
-//! Letting go: of layers that no snapshot refers to, of their chains and images, and of mounts that no container needs.
+//! Letting go: of layers that no snapshot refers to, of their chains, of mounts that no container needs, and of what is recorded of all that.
 //!
 //! In two steps. What goes is decided at once, while nobody may come to refer to it: it is no longer live then. Unmounting, closing and
 //! forgetting come after, while pulls and containers go on; a layer that comes back meanwhile is left alone.
@@ -10,7 +10,6 @@ use std::time::Duration;
 use super::{Catalog, GRACE, Live, Needed, access_label};
 use crate::fetch::LayerData;
 use crate::layer::Digest;
-use crate::store::{ImageLayer, StoreError};
 
 /// How long after it was last asked for a live layer that no snapshot refers to keeps its bytes on a full disk: its pull has not come to
 /// commit it yet. (It stays live for much longer, and its bytes come back if they are needed.)
@@ -57,7 +56,7 @@ impl Catalog {
     }
 
     /// Lets go of it. What was given out after `mark` is not unmounted. Blocks for unmount calls and the database.
-    pub(super) fn let_go(&self, going: Going, mark: u64) {
+    pub(super) fn let_go(self: &Arc<Self>, going: Going, mark: u64) {
         for (variant, live) in going.variants {
             self.let_variant_go(&variant, live);
         }
@@ -68,8 +67,8 @@ impl Catalog {
         if let Some(faces) = &*self.faces() {
             faces.retain(&going.bases, mark);
         }
-        if let Err(error) = self.forget_images(&going.keep) {
-            tracing::error!(%error, "images cannot be forgotten");
+        if let Err(error) = self.forget_records(going.keep) {
+            tracing::error!(%error, "records of what is gone cannot be forgotten");
         }
     }
 
@@ -83,20 +82,5 @@ impl Catalog {
             faces.detach_layer(live.slot, &layer);
         }
         tracing::info!(layer = %digest, "layer is released; its bytes stay in the cache while there is room");
-    }
-
-    /// Forgets images none of whose layers is referred to any more.
-    fn forget_images(&self, keep: &HashSet<Digest>) -> Result<(), StoreError> {
-        // Images know layers by their blobs.
-        let blob = |id: &Digest| self.beliefs.get(id).map_or(*id, |belief| belief.blob);
-        let mut blobs: HashSet<Digest> = keep.iter().map(|id| blob(&self.beliefs.layer_of(id))).collect();
-        blobs.extend(self.read_live().values().map(|live| *live.layer.digest()));
-        let kept = |layer: &ImageLayer| layer.digest.parse().is_ok_and(|digest| blobs.contains(&digest));
-        for image in self.images()? {
-            if !image.layers.iter().any(kept) {
-                self.store.remove_image(&image.manifest)?;
-            }
-        }
-        Ok(())
     }
 }

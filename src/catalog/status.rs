@@ -287,13 +287,13 @@ impl ReadsStatus {
 }
 
 impl Catalog {
-    /// The status document as JSON.
+    /// The status document as JSON. It blocks: the database is read.
     pub fn status_json(&self) -> String {
         // Serialising plain structs with text keys cannot fail.
         serde_json::to_string_pretty(&self.status()).unwrap_or_default()
     }
 
-    /// The status document.
+    /// The status document. It blocks: the database is read.
     pub fn status(&self) -> Status {
         let faces = self.faces();
         let faces = faces.as_ref();

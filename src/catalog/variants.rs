@@ -481,13 +481,13 @@ impl Catalog {
             text: format!("{}: {error}", self.shelf.path(&variant).display()),
             retry_helps: true,
         })?;
-        let slot = self.store.allocate_slot(&variant).map_err(|error| of_store(&error))?;
         let record = LayerRecord {
             digest: variant,
-            slot,
             ..record
         };
-        self.store.put_layer(&record).map_err(|error| of_store(&error))?;
+        let recorded = self.store.record_layer(record.clone(), None);
+        let slot = recorded.map_err(|error| of_store(&error))?;
+        let record = LayerRecord { slot, ..record };
         self.beliefs.note(&record);
         self.attach_variant(&record, layer, index)?;
         tracing::info!(layer = %base, %variant, "looks different on its parents, and is live as it looks there");

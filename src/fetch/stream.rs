@@ -19,7 +19,7 @@ use crate::layer::tar::{TarIndexer, TarLayout};
 use crate::layer::tree::memory_for_blob;
 use crate::layer::{Access, Chunk, Digest, LayerError, Windows};
 use crate::registry::Blob;
-use crate::sync::Class;
+use crate::sync::{Class, blocking};
 
 /// Times that a whole blob is downloaded when it arrives damaged.
 pub(super) const PASSES: u32 = 2;
@@ -125,7 +125,8 @@ impl Fetcher {
         progress: &Arc<Progress>,
     ) -> Result<Arc<CachedLayer>, Fault> {
         progress.done.store(0, Ordering::Relaxed);
-        let staging = self.cache.stage(&request.digest).map_err(Fault::from)?;
+        let (cache, digest) = (Arc::clone(&self.cache), request.digest);
+        let staging = blocking(move || cache.stage(&digest)).await.map_err(Fault::from)?;
         let sink = Indexing {
             staging,
             indexer: TarIndexer::with_memory(memory_for_blob(request.blob.size())),

@@ -4,9 +4,10 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::SnapshotsError;
-use super::dirs::{Built, Content, Dirs, Link, RootAttributes, delete};
+use super::dirs::{Built, Content, Dirs, Link, RootAttributes};
 use super::filters::Filters;
 use super::handover::Handover;
 use super::info::{Named, info, now};
@@ -15,6 +16,7 @@ use super::rules::{self, NewSnapshot, Published, REF_LABEL, Wish, check_key, kep
 use super::usage::usage;
 use crate::catalog::{Layers, Lowers, Needed};
 use crate::layer::Digest;
+use crate::metrics::Metrics;
 use crate::proto::snapshots::v1::Info;
 use crate::proto::types::Mount;
 use crate::store::{Ancestor, Kind, SnapshotRecord, Store, StoreError, Usage, shown};
@@ -104,32 +106,32 @@ pub(super) struct Doubt {
     /// What is shown above it, all of which nobody doubts.
     pub above: Vec<Option<Digest>>,
 }
+/// Longest time that a cleanup waits for removed directories to be deleted. containerd calls it after each collection of garbage, so that the
+/// space is free when `ctr images rm --sync` comes back; a mass removal on a slow disk may take longer, and goes on by itself.
+const CLEANUP_PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) struct Core {
-    dirs: Dirs,
+    dirs: Arc<Dirs>,
     store: Arc<Store>,
     layers: Arc<dyn Layers>,
     overlay: Overlay,
 }
 
-/// A removed snapshot: what is left to do.
-pub(super) struct Removed {
-    /// Where its directory is now.
-    pub trash: Option<PathBuf>,
-    /// Whether something may be needed no more: a layer, or a mount of it.
-    pub releases: bool,
-}
-
 impl Core {
     /// Opens the directories below `root`, and brings them in step with the records.
-    pub fn open(root: &Path, store: Arc<Store>, layers: Arc<dyn Layers>) -> Result<Self, SnapshotsError> {
+    pub fn open(
+        root: &Path,
+        store: Arc<Store>,
+        layers: Arc<dyn Layers>,
+        metrics: &Metrics,
+    ) -> Result<Self, SnapshotsError> {
         let core = Core {
-            dirs: Dirs::open(root)?,
+            dirs: Arc::new(Dirs::open(root, metrics)?),
             store,
             layers,
             overlay: Overlay::detect(),
         };
-        core.cleanup()?;
+        core.sweep()?;
         for (key, record) in core.store.snapshots()? {
             match record {
                 Ok(record) => core.restore(&key, &record).unwrap_or_else(|error| {
@@ -183,18 +185,19 @@ impl Core {
         let lowers = self.lowers(&chain, &shown_by(&own, &chain))?;
         // What takes time is done before the transaction.
         let built = self.build(kind, &lowers)?;
-        let record = self.store.write_snapshots(|snapshots| {
+        let (dirs, key, parent) = (Arc::clone(&self.dirs), key.to_owned(), parent.to_owned());
+        let record = self.store.write_snapshots(move |snapshots| {
             let new = NewSnapshot {
                 kind,
-                key,
-                parent,
+                key: &key,
+                parent: &parent,
                 labels: kept_labels(labels),
                 layer: None,
                 chain: own,
                 vouched: false,
             };
             let record = rules::create(snapshots, new, now())?;
-            self.dirs.place(built, record.id)?;
+            dirs.place(built, record.id)?;
             Ok::<_, SnapshotsError>(record)
         })?;
         Ok(self.show(record.id, record.kind, &lowers))
@@ -259,18 +262,19 @@ impl Core {
             .and_then(|record| record.layer)
             .is_some_and(|layer| is_live(&layer));
         let built = self.dirs.build(&Content::Remote)?;
-        let (name, record) = self.store.write_snapshots(|snapshots| {
+        let (dirs, parent, chain_id) = (Arc::clone(&self.dirs), parent.to_owned(), chain_id.to_owned());
+        let (name, record) = self.store.write_snapshots(move |snapshots| {
             let wish = Wish {
-                chain_id,
+                chain_id: &chain_id,
                 shown,
                 is_plain,
                 vouched: !proven,
             };
             let (name, published) =
-                rules::publish(snapshots, parent, kept_labels(labels), wish, present_is_live, now())?;
+                rules::publish(snapshots, &parent, kept_labels(labels), wish, present_is_live, now())?;
             let record = match published {
                 Published::New(record) => {
-                    self.dirs.place(built, record.id)?;
+                    dirs.place(built, record.id)?;
                     record
                 }
                 Published::Present(record) => record,
@@ -348,27 +352,29 @@ impl Core {
         // Outside of the transaction, because it may take a while.
         let usage = usage(&self.dirs.own(id))?;
         self.dirs.sync()?;
-        self.store.write_snapshots(|snapshots| {
-            rules::commit(snapshots, (name, key, parent), kept_labels(labels), usage, now())
+        let [name, key, parent] = [name, key, parent].map(str::to_owned);
+        self.store.write_snapshots(move |snapshots| {
+            rules::commit(snapshots, (&name, &key, &parent), kept_labels(labels), usage, now())
         })
     }
 
-    pub fn remove(&self, key: &str) -> Result<Removed, SnapshotsError> {
-        let record = self.store.write_snapshots(|snapshots| rules::remove(snapshots, key))?;
+    /// Removes the record of a snapshot. No thread waits for the disk meanwhile, however many are removed at once.
+    pub async fn remove_record(&self, key: &str) -> Result<SnapshotRecord, SnapshotsError> {
+        let name = key.to_owned();
+        let removed = self
+            .store
+            .change_snapshots(move |snapshots| rules::remove(snapshots, &name));
+        removed.await
+    }
+
+    /// Takes away what is left of a snapshot without a record; its directory is deleted in the background. Whether something may be needed no
+    /// more now: a layer, or a mount of it.
+    pub fn discard(&self, key: &str, record: &SnapshotRecord) -> bool {
         // It is removed, whatever becomes of its directory: without a record, the next Cleanup finds it.
-        let trash = self.dirs.discard(record.id).unwrap_or_else(|error| {
+        if let Err(error) = self.dirs.discard(record.id) {
             tracing::warn!(key, %error, "a removed snapshot stays where it is until the next cleanup");
-            None
-        });
-        Ok(Removed {
-            trash,
-            releases: record.layer.is_some() || (record.kind != Kind::Committed && record.parent.is_some()),
-        })
-    }
-
-    /// Deletes what [`Core::remove`] left.
-    pub fn delete(&self, trash: &Path) {
-        delete(trash);
+        }
+        record.layer.is_some() || (record.kind != Kind::Committed && record.parent.is_some())
     }
 
     pub fn stat(&self, key: &str) -> Result<Info, SnapshotsError> {
@@ -379,9 +385,10 @@ impl Core {
     }
 
     pub fn update(&self, key: &str, labels: HashMap<String, String>, paths: &[String]) -> Result<Info, SnapshotsError> {
+        let (name, paths) = (key.to_owned(), paths.to_vec());
         let record = self
             .store
-            .write_snapshots(|snapshots| rules::update(snapshots, key, labels, paths, now()))?;
+            .write_snapshots(move |snapshots| rules::update(snapshots, &name, labels, &paths, now()))?;
         Ok(info(key.to_owned(), record))
     }
 
@@ -429,12 +436,22 @@ impl Core {
         }
     }
 
-    /// Deletes everything that belongs to no snapshot.
+    /// Deletes everything that belongs to no snapshot, and waits for that, but not for ever.
     pub fn cleanup(&self) -> Result<(), SnapshotsError> {
+        self.sweep()?;
+        if !self.dirs.empty_trash(CLEANUP_PATIENCE) {
+            tracing::info!("removed snapshots are still being deleted; the cleanup does not wait any longer");
+        }
+        Ok(())
+    }
+
+    /// Moves everything that belongs to no snapshot to the trash.
+    fn sweep(&self) -> Result<(), SnapshotsError> {
         // Within a transaction no snapshot can come or go.
-        let swept = self.store.write_snapshots(|snapshots| {
+        let dirs = Arc::clone(&self.dirs);
+        let swept = self.store.write_snapshots(move |snapshots| {
             let ids = snapshots.ids()?;
-            self.dirs.discard_all_but(&ids)
+            dirs.discard_all_but(&ids)
         });
         match swept {
             // Better to keep too much than to delete a snapshot whose record someone may still repair.
@@ -443,7 +460,7 @@ impl Core {
             }
             swept => swept?,
         }
-        self.dirs.empty_trash()
+        Ok(())
     }
 
     /// What snapshots need of layers.

@@ -9,7 +9,7 @@
 //!     chain -> <directory>      of a remote snapshot: its layer merged with all below it, once something was made on that
 //!     fs.<n>, chain.<n>         the same for those who are shown another layer, or others below it
 //!   new/<random>/               being made, before its id is known; moved to snapshots/<id> within the transaction
-//!   trash/<id>.<n>/             removed, to be deleted
+//!   trash/<id>.<n>+0/           removed; deleted in the background (sync/trash.rs)
 //! ```
 //!
 //! Ids, not keys, are names: keys hold slashes and blanks. All lower directories are `snapshots/<id>/fs` or
@@ -24,12 +24,15 @@ use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _, lchown, symlink};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
 
 use tempfile::TempDir;
 
 use super::SnapshotsError;
+use crate::metrics::Metrics;
 use crate::store::Kind;
+use crate::sync::Trash;
 
 /// Mode of everything that holds snapshots: other users of the host have no business with images.
 const PRIVATE: u32 = 0o700;
@@ -81,18 +84,15 @@ impl Link {
 pub(super) struct Built(TempDir);
 
 /// The directories below one root.
-#[derive(Debug)]
 pub(super) struct Dirs {
     snapshots: PathBuf,
     new: PathBuf,
-    trash: PathBuf,
-    /// Tells the entries of the trash apart that come from one id.
-    trashed: AtomicU64,
+    trash: Arc<Trash>,
 }
 
 impl Dirs {
-    /// Makes the directories, and deletes what an earlier process left unfinished.
-    pub fn open(root: &Path) -> Result<Self, SnapshotsError> {
+    /// Makes the directories; what an earlier process left unfinished is deleted in the background.
+    pub fn open(root: &Path, metrics: &Metrics) -> Result<Self, SnapshotsError> {
         // They go into mount options, which are text with these separators.
         if root.to_str().is_none_or(|text| text.contains([',', ':', '\\', '"'])) || !root.is_absolute() {
             return Err(SnapshotsError::Root {
@@ -102,13 +102,8 @@ impl Dirs {
                     .to_owned(),
             });
         }
-        let dirs = Dirs {
-            snapshots: root.join("snapshots"),
-            new: root.join("new"),
-            trash: root.join("trash"),
-            trashed: AtomicU64::new(0),
-        };
-        for path in [root, &dirs.snapshots, &dirs.new, &dirs.trash] {
+        let [snapshots, new, trash] = ["snapshots", "new", "trash"].map(|name| root.join(name));
+        for path in [root, &snapshots, &new, &trash] {
             fs::DirBuilder::new()
                 .recursive(true)
                 .mode(PRIVATE)
@@ -116,8 +111,11 @@ impl Dirs {
                 .map_err(SnapshotsError::io("create", path))?;
             set_mode(path, PRIVATE)?;
         }
+        let entries = metrics.trash_entries.with_label_values(&["snapshots"]);
+        let trash = Trash::open(&trash, entries).map_err(SnapshotsError::io("open", &trash))?;
+        let dirs = Dirs { snapshots, new, trash };
         for name in names(&dirs.new)? {
-            delete(&dirs.new.join(name));
+            dirs.throw_away(&dirs.new.join(name), "new")?;
         }
         dirs.check_file_types()?;
         Ok(dirs)
@@ -185,20 +183,14 @@ impl Dirs {
             .map_err(SnapshotsError::io("sync", &self.snapshots))
     }
 
-    /// Moves a snapshot's directory to the trash, and returns where it is now; `None` if there is no such directory.
-    pub fn discard(&self, id: u64) -> Result<Option<PathBuf>, SnapshotsError> {
-        let path = self.dir(id);
-        loop {
-            let number = self.trashed.fetch_add(1, Ordering::Relaxed);
-            let trash = self.trash.join(format!("{id}.{number}"));
-            match fs::rename(&path, &trash) {
-                Ok(()) => return Ok(Some(trash)),
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-                // From an earlier process, which counted from 0 too.
-                Err(error) if matches!(error.kind(), ErrorKind::DirectoryNotEmpty | ErrorKind::AlreadyExists) => {}
-                Err(error) => return Err(SnapshotsError::io("move to the trash", &path)(error)),
-            }
-        }
+    /// Moves a snapshot's directory, if there is one, to the trash.
+    pub fn discard(&self, id: u64) -> Result<(), SnapshotsError> {
+        self.throw_away(&self.dir(id), &id.to_string())
+    }
+
+    fn throw_away(&self, path: &Path, name: &str) -> Result<(), SnapshotsError> {
+        let moved = self.trash.discard(path, name, 0).map(drop);
+        moved.map_err(SnapshotsError::io("move to the trash", path))
     }
 
     /// Moves directories without a snapshot to the trash. Call it while no snapshot can be made or removed.
@@ -213,12 +205,9 @@ impl Dirs {
         Ok(())
     }
 
-    /// Deletes everything in the trash.
-    pub fn empty_trash(&self) -> Result<(), SnapshotsError> {
-        for name in names(&self.trash)? {
-            delete(&self.trash.join(name));
-        }
-        Ok(())
+    /// Waits until what is in the trash now is deleted, or cannot be, or the time is over; whether it is.
+    pub fn empty_trash(&self, patience: Duration) -> bool {
+        self.trash.empty(patience)
     }
 
     /// Points a link of a remote snapshot at what shows it, and gives its path. Where the link points there already, nothing is written.
@@ -284,16 +273,6 @@ impl RootAttributes {
             gid: metadata.gid(),
             mode: metadata.mode() & MODE_BITS,
         })
-    }
-}
-
-/// Deletes a tree that nothing refers to any more. What cannot be deleted stays for the next Cleanup.
-pub(super) fn delete(path: &Path) {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            tracing::warn!(path = %path.display(), %error, "cannot delete a removed snapshot; it is tried again later");
-        }
-        _ => {}
     }
 }
 

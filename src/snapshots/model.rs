@@ -15,6 +15,7 @@ use super::handover::Handover;
 use super::rules::{REF_LABEL, remote_name};
 use crate::catalog::{Agreement, LayerRequest, Layers, Lowers, Needed, Question, Released, Resolution};
 use crate::layer::Digest;
+use crate::metrics::Metrics;
 use crate::proto::snapshots::v1::{Info, Kind as ApiKind};
 use crate::store::{Kind, Store};
 
@@ -210,7 +211,7 @@ impl Real {
         std::fs::create_dir_all(&root).unwrap();
         let store = Arc::new(Store::open(&root.join("metadata.redb")).unwrap());
         let layers = Arc::new(OneDirectory(self.dir.path().join("layer")));
-        self.core = Some(Core::open(&root, store, layers).unwrap());
+        self.core = Some(Core::open(&root, store, layers, &Metrics::new()).unwrap());
     }
 
     fn core(&self) -> &Core {
@@ -233,7 +234,12 @@ impl Real {
                 published.map(|outcome| assert!(matches!(outcome, Outcome::Named(name) if name == expected)))
             }
             Request::Commit(name, key, parent, labels) => self.core().commit(&name, &key, &parent, labels),
-            Request::Remove(key) => self.core().remove(&key).map(drop),
+            Request::Remove(key) => {
+                let removed = crate::sync::wait(self.core().remove_record(&key));
+                removed.map(|record| {
+                    self.core().discard(&key, &record);
+                })
+            }
             Request::Update(key, labels, paths) => self.core().update(&key, labels, &paths).map(drop),
             Request::Mounts(key) => self.core().mounts(&key).map(drop),
             Request::Restart => {

@@ -56,6 +56,21 @@ impl Service {
         tokio::task::spawn_blocking(move || work(&core)).await?
     }
 
+    /// The same for what may wait for a commit: on a slow disk it leaves threads for reads, of snapshots and of layers.
+    async fn writing<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Core) -> Result<T, SnapshotsError> + Send + 'static,
+    ) -> Result<T, SnapshotsError> {
+        // The semaphore is never closed. The permit goes with the work.
+        let permit = Arc::clone(&self.writers).acquire_owned().await.ok();
+        self.blocking(move |core| {
+            let result = work(core);
+            drop(permit);
+            result
+        })
+        .await
+    }
+
     /// Counts and times an RPC, and turns its error into a status.
     async fn answer<T>(
         &self,
@@ -140,7 +155,7 @@ impl Service {
     ) -> Result<Vec<Mount>, SnapshotsError> {
         // It goes with the work, which goes on if this future is dropped.
         let making = self.making.enter();
-        self.blocking(move |core| {
+        self.writing(move |core| {
             let mounts = core.create(kind, &key, &parent, labels, instead);
             drop(making);
             mounts
@@ -185,7 +200,7 @@ impl Service {
             let (parent, chain_id, labels) = (request.parent.clone(), chain_id.to_owned(), request.labels.clone());
             // It goes with the work, which goes on if this future is dropped.
             let making = self.making.enter();
-            let published = self.blocking(move |core| {
+            let published = self.writing(move |core| {
                 let published = core.publish(&parent, &chain_id, labels, resolved);
                 drop(making);
                 let published = published?;
@@ -249,14 +264,14 @@ impl Service {
     }
 
     async fn do_remove(&self, key: String) -> Result<(), SnapshotsError> {
-        let removed = self.blocking(move |core| core.remove(&key)).await?;
-        if removed.releases {
+        // It is finished even if the client goes away: its directory would stay.
+        let service = self.clone();
+        let removing = tokio::spawn(async move {
+            let record = service.core.remove_record(&key).await?;
+            service.writing(move |core| Ok(core.discard(&key, &record))).await
+        });
+        if removing.await?? {
             self.release_layers(RELEASE_DELAY);
-        }
-        if let Some(trash) = removed.trash {
-            let core = Arc::clone(&self.core);
-            // Large trees take long; containerd waits only for the record.
-            tokio::task::spawn_blocking(move || core.delete(&trash));
         }
         Ok(())
     }
@@ -349,7 +364,7 @@ impl Snapshots for Service {
 
     async fn commit(&self, request: Request<CommitSnapshotRequest>) -> Result<Response<()>, Status> {
         let request = request.into_inner();
-        let work = self.blocking(move |core| core.commit(&request.name, &request.key, &request.parent, request.labels));
+        let work = self.writing(move |core| core.commit(&request.name, &request.key, &request.parent, request.labels));
         self.answer("Commit", work).await
     }
 
@@ -374,7 +389,7 @@ impl Snapshots for Service {
         // Of the info only name and labels mean anything: containerd leaves junk in the other fields.
         let info = info.unwrap_or_default();
         let paths = update_mask.unwrap_or_default().paths;
-        let work = self.blocking(move |core| {
+        let work = self.writing(move |core| {
             let info = core.update(&info.name, info.labels, &paths)?;
             Ok(UpdateSnapshotResponse { info: Some(info) })
         });

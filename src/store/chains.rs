@@ -1,13 +1,19 @@
 //! Chain records: layers that are shown merged.
 
+use std::collections::HashSet;
+
 use redb::{ReadableTable as _, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
+use super::draft::{Draft, table};
+use super::layers::digest_key;
 use super::{Store, StoreError, decode, encode};
 use crate::layer::Digest;
 
 const TABLE: &str = "chains";
 pub(super) const CHAINS: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new(TABLE);
+
+table!(Chains, CHAINS, digest_key, Some, <[u8]>::to_vec);
 
 /// Layers on each other of which one merged image is, or will be, stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,28 +49,54 @@ impl Store {
         Ok(list)
     }
 
+    /// Digests of all chains.
+    pub(super) fn chained(&self) -> Result<HashSet<Digest>, StoreError> {
+        let table = self.read()?.open_table(CHAINS)?;
+        let keys = table.iter()?.map(|entry| Ok(Digest::from_bytes(*entry?.0.value())));
+        keys.collect()
+    }
+
     /// Writes a chain's record, in the place of the one it had.
     ///
     /// # Errors
     /// An error of the database.
     pub fn put_chain(&self, record: &ChainRecord) -> Result<(), StoreError> {
-        let bytes = encode(TABLE, &record.digest, record)?;
-        self.write(|transaction| {
-            let mut table = transaction.open_table(CHAINS)?;
-            table.insert(record.digest.as_bytes(), bytes.as_slice())?;
-            Ok(())
+        let record = record.clone();
+        self.write(move |draft| draft.put_chain(&record))
+    }
+
+    /// Writes the record of the chain of `layers`, the lowest first, and gives its slot.
+    ///
+    /// # Errors
+    /// As [`Store::allocate_slot`].
+    pub fn record_chain(&self, digest: Digest, layers: Vec<Digest>) -> Result<u32, StoreError> {
+        self.write(move |draft| {
+            let slot = draft.slot(&digest)?;
+            draft.put_chain(&ChainRecord { digest, slot, layers })?;
+            Ok(slot)
         })
     }
 
-    /// Takes a chain's record away (its slot stays its own). Whether there was one, readable or not.
+    /// Takes a chain's record away, and its slot, which is never given again. Whether there was one, readable or not.
     ///
     /// # Errors
     /// An error of the database.
     pub fn remove_chain(&self, digest: &Digest) -> Result<bool, StoreError> {
-        self.write(|transaction| {
-            let mut table = transaction.open_table(CHAINS)?;
-            let removed = table.remove(digest.as_bytes())?.is_some();
-            Ok(removed)
+        let digest = *digest;
+        self.write(move |draft| {
+            draft.remove_slot(&digest)?;
+            draft.write::<Chains>(digest.as_bytes(), None)
         })
+    }
+}
+
+impl Draft<'_> {
+    fn put_chain(&self, record: &ChainRecord) -> Result<(), StoreError> {
+        let bytes = encode(TABLE, &record.digest, record)?;
+        self.write::<Chains>(record.digest.as_bytes(), Some(bytes)).map(drop)
+    }
+
+    pub(super) fn has_chain(&self, digest: &Digest) -> Result<bool, StoreError> {
+        Ok(self.read::<Chains>(digest.as_bytes())?.is_some())
     }
 }

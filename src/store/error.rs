@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// Longest part of a key that an error repeats, in characters.
 const QUOTED_LEN: usize = 200;
@@ -74,6 +75,15 @@ pub enum StoreError {
         /// What there is no more of.
         what: &'static str,
     },
+    /// The transaction failed of which the change was a part: nothing of it is there.
+    #[error("nothing was changed: {0}")]
+    GivenUp(Arc<StoreError>),
+    /// The change panicked; nothing of it is there.
+    #[error("metadata database: a change was abandoned, because it panicked")]
+    Panicked,
+    /// The database is being closed.
+    #[error("metadata database: it is being closed")]
+    Closed,
     /// redb failed; after an I/O error it refuses everything until the file is opened again.
     #[error("metadata database: {0}")]
     Database(Box<redb::Error>),

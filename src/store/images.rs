@@ -3,11 +3,15 @@
 use redb::{ReadableTable as _, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
+use super::draft::{Draft, table};
+use super::layers::digest_key;
 use super::{Store, StoreError, decode, encode};
 use crate::layer::Digest;
 
 const TABLE: &str = "images";
 const IMAGES: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new(TABLE);
+
+table!(Images, IMAGES, digest_key, Some, <[u8]>::to_vec);
 
 /// An image (one platform's manifest) of which Lazuli was asked for layers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,12 +87,8 @@ impl Store {
     /// # Errors
     /// An error of the database.
     pub fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
-        let bytes = encode(TABLE, &record.manifest, record)?;
-        self.write(|transaction| {
-            let mut table = transaction.open_table(IMAGES)?;
-            table.insert(record.manifest.as_bytes(), bytes.as_slice())?;
-            Ok(())
-        })
+        let record = record.clone();
+        self.write(move |draft| draft.put_image(&record))
     }
 
     /// Takes an image's record away. Whether there was one, readable or not.
@@ -96,10 +96,35 @@ impl Store {
     /// # Errors
     /// An error of the database.
     pub fn remove_image(&self, manifest: &Digest) -> Result<bool, StoreError> {
-        self.write(|transaction| {
-            let mut table = transaction.open_table(IMAGES)?;
-            let removed = table.remove(manifest.as_bytes())?.is_some();
-            Ok(removed)
-        })
+        let manifest = *manifest;
+        self.write(move |draft| draft.remove_image(&manifest))
+    }
+}
+
+impl Draft<'_> {
+    /// As [`Store::image`].
+    ///
+    /// # Errors
+    /// As [`Store::image`].
+    pub fn image(&self, manifest: &Digest) -> Result<Option<ImageRecord>, StoreError> {
+        let bytes = self.read::<Images>(manifest.as_bytes())?;
+        bytes.map(|bytes| decode(TABLE, manifest, &bytes)).transpose()
+    }
+
+    /// As [`Store::put_image`].
+    ///
+    /// # Errors
+    /// An error of the database.
+    pub fn put_image(&self, record: &ImageRecord) -> Result<(), StoreError> {
+        let bytes = encode(TABLE, &record.manifest, record)?;
+        self.write::<Images>(record.manifest.as_bytes(), Some(bytes)).map(drop)
+    }
+
+    /// As [`Store::remove_image`].
+    ///
+    /// # Errors
+    /// An error of the database.
+    pub fn remove_image(&self, manifest: &Digest) -> Result<bool, StoreError> {
+        self.write::<Images>(manifest.as_bytes(), None)
     }
 }

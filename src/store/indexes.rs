@@ -3,11 +3,15 @@
 use redb::{ReadableTable as _, TableDefinition, WriteTransaction};
 use serde::{Deserialize, Serialize};
 
+use super::draft::{Draft, table};
+use super::layers::digest_key;
 use super::{LayerSource, Store, StoreError, decode, encode};
 use crate::layer::Digest;
 
 const TABLE: &str = "indexes";
 pub(super) const INDEXES: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new(TABLE);
+
+table!(Indexes, INDEXES, digest_key, Some, <[u8]>::to_vec);
 
 /// Who said that an index is a layer's.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -141,13 +145,31 @@ impl Store {
     /// # Errors
     /// An error of the database.
     pub fn put_index(&self, layer: &Digest, record: &IndexRecord) -> Result<(), StoreError> {
+        let (layer, record) = (*layer, record.clone());
+        self.write(move |draft| draft.put_index(&layer, &record))
+    }
+
+    /// Layers of which it is recorded.
+    pub(super) fn indexed(&self) -> Result<Vec<Digest>, StoreError> {
+        let table = self.read()?.open_table(INDEXES)?;
+        let keys = table.iter()?.map(|entry| Ok(Digest::from_bytes(*entry?.0.value())));
+        keys.collect()
+    }
+}
+
+impl Draft<'_> {
+    /// As [`Store::put_index`].
+    ///
+    /// # Errors
+    /// An error of the database.
+    pub fn put_index(&self, layer: &Digest, record: &IndexRecord) -> Result<(), StoreError> {
         let bytes = encode(TABLE, layer, record)?;
-        self.write(|transaction| {
-            transaction
-                .open_table(INDEXES)?
-                .insert(layer.as_bytes(), bytes.as_slice())?;
-            Ok(())
-        })
+        self.write::<Indexes>(layer.as_bytes(), Some(bytes)).map(drop)
+    }
+
+    /// Takes away what is known of the index of a layer.
+    pub(super) fn remove_index(&self, layer: &Digest) -> Result<(), StoreError> {
+        self.write::<Indexes>(layer.as_bytes(), None).map(drop)
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use redb::{Database, ReadableTable as _, TableDefinition, WriteTransaction};
 
+use super::draft::{Draft, table};
 use super::{StoreError, chains, ids, images, indexes, layers, snapshots};
 
 /// Version of the tables and records that this program writes.
@@ -18,8 +19,9 @@ type Step = fn(&WriteTransaction) -> Result<(), StoreError>;
 /// `MIGRATIONS[i]` turns schema `i + FIRST_SCHEMA` into the next one.
 const MIGRATIONS: &[Step] = &[ids::legacy];
 
+const TABLE: &str = "meta";
 /// Counters and the schema's version.
-pub(super) const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
+const META: TableDefinition<&str, u64> = TableDefinition::new(TABLE);
 
 /// Key of the version in [`META`].
 const SCHEMA_KEY: &str = "schema";
@@ -65,12 +67,24 @@ fn migrate(db: &Database, path: &Path, steps: &[Step]) -> Result<(), StoreError>
     Ok(())
 }
 
+table!(Counters, META, counter_key, counter_of, |value: u64| value
+    .to_le_bytes()
+    .to_vec());
+
+fn counter_key(key: &[u8]) -> Option<&str> {
+    std::str::from_utf8(key).ok()
+}
+
+fn counter_of(bytes: &[u8]) -> Option<u64> {
+    bytes.try_into().ok().map(u64::from_le_bytes)
+}
+
 /// Takes the next number of the counter `key`; the first one is 1.
-pub(super) fn next_number(transaction: &WriteTransaction, key: &str, what: &'static str) -> Result<u64, StoreError> {
-    let mut meta = transaction.open_table(META)?;
-    let last = meta.get(key)?.map_or(0, |value| value.value());
+pub(super) fn next_number(draft: &Draft<'_>, key: &str, what: &'static str) -> Result<u64, StoreError> {
+    let last = draft.read::<Counters>(key.as_bytes())?;
+    let last = last.and_then(|bytes| counter_of(&bytes)).unwrap_or(0);
     let next = last.checked_add(1).ok_or(StoreError::Exhausted { what })?;
-    meta.insert(key, next)?;
+    draft.write::<Counters>(key.as_bytes(), Some(next.to_le_bytes().to_vec()))?;
     Ok(next)
 }
 

@@ -1,23 +1,30 @@
 //! Snapshot records, and the index of children.
 
-use std::cell::RefCell;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use redb::{
-    Database, MultimapTableDefinition, ReadableDatabase as _, ReadableMultimapTable as _, ReadableTable as _,
-    TableDefinition, WriteTransaction,
+    Database, MultimapTableDefinition, ReadableDatabase as _, ReadableTable as _, TableDefinition, WriteTransaction,
 };
 use serde::{Deserialize, Serialize};
 
-use super::lineage::{Change, Lineage};
+use super::draft::{Draft, table};
+use super::lineage::Lineage;
 use super::schema::next_number;
 use super::{Store, StoreError, decode, encode};
 use crate::layer::Digest;
 
 const TABLE: &str = "snapshots";
 pub(super) const SNAPSHOTS: TableDefinition<&str, &[u8]> = TableDefinition::new(TABLE);
-const CHILDREN: MultimapTableDefinition<&str, &str> = MultimapTableDefinition::new("children");
+pub(super) const CHILDREN: MultimapTableDefinition<&str, &str> = MultimapTableDefinition::new("children");
 const NEXT_ID: &str = "next_snapshot_id";
+/// Label of the chain id that a remote snapshot holds.
+const REF_LABEL: &str = "containerd.io/snapshot.ref";
+
+table!(Snapshots, SNAPSHOTS, snapshot_key, Some, <[u8]>::to_vec);
+
+fn snapshot_key(key: &[u8]) -> Option<&str> {
+    std::str::from_utf8(key).ok()
+}
 
 /// Longest chain of parents that is followed. overlayfs takes 500 layers; more than this is a circle.
 const MAX_CHAIN: usize = 10_000;
@@ -124,6 +131,40 @@ pub fn shown(chain: &[(String, Ancestor)]) -> Vec<Option<Digest>> {
     ids
 }
 
+/// What is kept in memory of a snapshot.
+#[derive(Debug, Clone, Deserialize)]
+pub(super) struct Known {
+    #[serde(flatten)]
+    pub ancestor: Ancestor,
+    /// The chain id in its labels.
+    #[serde(default, rename = "labels", deserialize_with = "chain_id_of")]
+    labelled: Option<Box<str>>,
+}
+
+impl Known {
+    /// The chain id of a committed snapshot: remote ones have it in a label, and containerd names its own `namespace/number/chain id`.
+    pub fn chain_id<'k>(&'k self, key: &'k str) -> Option<&'k str> {
+        if self.ancestor.kind != Kind::Committed {
+            return None;
+        }
+        self.labelled.as_deref().or_else(|| key.splitn(3, '/').nth(2))
+    }
+}
+
+impl From<&SnapshotRecord> for Known {
+    fn from(record: &SnapshotRecord) -> Self {
+        Known {
+            ancestor: record.into(),
+            labelled: record.labels.get(REF_LABEL).map(|label| label.as_str().into()),
+        }
+    }
+}
+
+fn chain_id_of<'de, D: serde::Deserializer<'de>>(labels: D) -> Result<Option<Box<str>>, D::Error> {
+    let mut labels: BTreeMap<String, String> = Deserialize::deserialize(labels)?;
+    Ok(labels.remove(REF_LABEL).map(String::into_boxed_str))
+}
+
 /// Records with their keys; the error of one does not hide the others.
 pub(super) type Listed = Vec<(String, Result<SnapshotRecord, StoreError>)>;
 
@@ -139,8 +180,8 @@ pub(super) fn lineage(db: &Database) -> Result<Lineage, StoreError> {
     let mut known = HashMap::new();
     for entry in table.iter()? {
         let (key, bytes) = entry?;
-        if let Ok(ancestor) = decode(TABLE, &key.value(), bytes.value()) {
-            known.insert(key.value().to_owned(), ancestor);
+        if let Ok(snapshot) = decode(TABLE, &key.value(), bytes.value()) {
+            known.insert(key.value().to_owned(), snapshot);
         }
     }
     Ok(Lineage::new(known))
@@ -214,11 +255,11 @@ impl Store {
     /// # Errors
     /// [`StoreError::Damaged`] if a record cannot be decoded or an ancestor is missing, or an error of the database.
     pub fn chain(&self, key: &str) -> Result<Vec<(String, Ancestor)>, StoreError> {
-        let known = self.lineage.read();
+        let known = self.inner.lineage.read();
         let mut chain: Vec<(String, Ancestor)> = Vec::new();
         let mut next = Some(key.to_owned());
         while let Some(key) = next {
-            let Some(ancestor) = known.get(&key) else {
+            let Some(Known { ancestor, .. }) = known.get(&key) else {
                 // It may be there, and damaged. Nobody waits meanwhile.
                 drop(known);
                 self.snapshot(&key)?;
@@ -238,38 +279,52 @@ impl Store {
 
     /// Keys of the snapshots that are such, in no order.
     pub fn keys(&self, is_such: impl Fn(&Ancestor) -> bool) -> Vec<String> {
-        let known = self.lineage.read();
-        let such = known.iter().filter(|(_, ancestor)| is_such(ancestor));
+        let known = self.inner.lineage.read();
+        let such = known.iter().filter(|(_, known)| is_such(&known.ancestor));
         such.map(|(key, _)| key.clone()).collect()
     }
 
     /// Runs `change` on the snapshots in one transaction. An error of `change`, or of the commit, changes nothing.
-    /// Other writers wait meanwhile, so `change` must be short.
+    /// All other writers wait meanwhile, so `change` must be short, and its effects outside of the database must be such that they
+    /// can be left behind when the commit fails.
     ///
     /// # Errors
     /// What `change` answers, or an error of the database.
-    pub fn write_snapshots<T, E: From<StoreError>>(
+    pub fn write_snapshots<T, E>(
         &self,
-        change: impl FnOnce(&SnapshotsWrite<'_>) -> Result<T, E>,
-    ) -> Result<T, E> {
-        let turn = self.lineage.turn();
-        let (value, changes) = self.write(|transaction| {
-            let snapshots = SnapshotsWrite {
-                transaction,
-                changes: RefCell::default(),
-            };
-            let value = change(&snapshots)?;
-            Ok::<_, E>((value, snapshots.changes.into_inner()))
-        })?;
-        self.lineage.apply(turn, changes);
-        Ok(value)
+        change: impl FnOnce(&SnapshotsWrite<'_>) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<StoreError> + Send + 'static,
+    {
+        self.write(move |draft| change(&SnapshotsWrite { draft }))
+    }
+
+    /// [`Store::write_snapshots`] for tasks: no thread waits.
+    ///
+    /// # Errors
+    /// As [`Store::write_snapshots`].
+    pub async fn change_snapshots<T, E>(
+        &self,
+        change: impl FnOnce(&SnapshotsWrite<'_>) -> Result<T, E> + Send + 'static,
+    ) -> Result<T, E>
+    where
+        T: Send + 'static,
+        E: From<StoreError> + Send + 'static,
+    {
+        self.change(move |draft| change(&SnapshotsWrite { draft })).await
+    }
+
+    /// Chain ids of all committed snapshots: of remote ones, and of those that containerd unpacked.
+    pub fn chain_ids(&self) -> HashSet<String> {
+        self.inner.lineage.chain_ids()
     }
 }
 
 /// The snapshots within a write transaction.
-pub struct SnapshotsWrite<'t> {
-    transaction: &'t WriteTransaction,
-    changes: RefCell<Vec<Change>>,
+pub struct SnapshotsWrite<'d> {
+    draft: &'d Draft<'d>,
 }
 
 impl SnapshotsWrite<'_> {
@@ -278,25 +333,32 @@ impl SnapshotsWrite<'_> {
     /// # Errors
     /// As [`Store::snapshot`].
     pub fn get(&self, key: &str) -> Result<Option<SnapshotRecord>, StoreError> {
-        let table = self.transaction.open_table(SNAPSHOTS)?;
-        let bytes = table.get(key)?;
-        bytes.map(|bytes| decode(TABLE, &key, bytes.value())).transpose()
+        let bytes = self.draft.read::<Snapshots>(key.as_bytes())?;
+        bytes.map(|bytes| decode(TABLE, &key, &bytes)).transpose()
     }
 
     /// Writes a record, in the place of the one that has the key.
     ///
     /// # Errors
-    /// [`StoreError`]; the transaction has to be given up then.
+    /// [`StoreError`]; the record that it has is damaged, or the database fails.
     pub fn put(&self, key: &str, record: &SnapshotRecord) -> Result<(), StoreError> {
         let before = self.get(key)?;
-        let mut children = self.transaction.open_multimap_table(CHILDREN)?;
-        if let Some(before) = before {
-            children.remove(before.parent.as_deref().unwrap_or(""), key)?;
+        if before.as_ref() == Some(record) {
+            return Ok(());
         }
-        children.insert(record.parent.as_deref().unwrap_or(""), key)?;
+        let parent = record.parent.as_deref().unwrap_or("");
+        match before {
+            Some(before) if before.parent.as_deref().unwrap_or("") == parent => {}
+            before => {
+                if let Some(before) = before {
+                    self.draft.set_child(before.parent.as_deref().unwrap_or(""), key, false);
+                }
+                self.draft.set_child(parent, key, true);
+            }
+        }
         let bytes = encode(TABLE, &key, record)?;
-        self.transaction.open_table(SNAPSHOTS)?.insert(key, bytes.as_slice())?;
-        self.changes.borrow_mut().push((key.to_owned(), Some(record.into())));
+        self.draft.write::<Snapshots>(key.as_bytes(), Some(bytes))?;
+        self.draft.tell((key.to_owned(), Some(record.into())));
         Ok(())
     }
 
@@ -306,10 +368,9 @@ impl SnapshotsWrite<'_> {
     /// As [`Store::snapshot`]; a damaged record stays.
     pub fn remove(&self, key: &str) -> Result<Option<SnapshotRecord>, StoreError> {
         let Some(record) = self.get(key)? else { return Ok(None) };
-        let mut children = self.transaction.open_multimap_table(CHILDREN)?;
-        children.remove(record.parent.as_deref().unwrap_or(""), key)?;
-        self.transaction.open_table(SNAPSHOTS)?.remove(key)?;
-        self.changes.borrow_mut().push((key.to_owned(), None));
+        self.draft.set_child(record.parent.as_deref().unwrap_or(""), key, false);
+        self.draft.write::<Snapshots>(key.as_bytes(), None)?;
+        self.draft.tell((key.to_owned(), None));
         Ok(Some(record))
     }
 
@@ -318,20 +379,30 @@ impl SnapshotsWrite<'_> {
     /// # Errors
     /// An error of the database.
     pub fn has_children(&self, name: &str) -> Result<bool, StoreError> {
-        let children = self.transaction.open_multimap_table(CHILDREN)?;
-        Ok(children.get(name)?.next().transpose()?.is_some())
+        self.draft.has_children(name)
     }
 
     /// Ids of all snapshots.
     ///
     /// # Errors
     /// [`StoreError::Damaged`] if any record cannot be decoded: the set would be incomplete.
-    pub fn ids(&self) -> Result<std::collections::HashSet<u64>, StoreError> {
-        let table = self.transaction.open_table(SNAPSHOTS)?;
-        let mut ids = std::collections::HashSet::new();
+    pub fn ids(&self) -> Result<HashSet<u64>, StoreError> {
+        let mut drafted: HashMap<_, _> = self.draft.drafted::<Snapshots>().into_iter().collect();
+        let table = self.draft.transaction.open_table(SNAPSHOTS)?;
+        let mut ids = HashSet::new();
+        let id = |key: &str, bytes: &[u8]| decode::<Ancestor>(TABLE, &key, bytes).map(|ancestor| ancestor.id);
         for entry in table.iter()? {
             let (key, bytes) = entry?;
-            ids.insert(decode::<SnapshotRecord>(TABLE, &key.value(), bytes.value())?.id);
+            match drafted.remove(key.value().as_bytes()) {
+                Some(None) => {}
+                Some(Some(bytes)) => drop(ids.insert(id(key.value(), &bytes)?)),
+                None => drop(ids.insert(id(key.value(), bytes.value())?)),
+            }
+        }
+        for (key, bytes) in drafted {
+            if let Some(bytes) = bytes {
+                ids.insert(id(&String::from_utf8_lossy(&key), &bytes)?);
+            }
         }
         Ok(ids)
     }
@@ -341,6 +412,6 @@ impl SnapshotsWrite<'_> {
     /// # Errors
     /// An error of the database.
     pub fn allocate_id(&self) -> Result<u64, StoreError> {
-        next_number(self.transaction, NEXT_ID, "snapshot id")
+        next_number(self.draft, NEXT_ID, "snapshot id")
     }
 }

@@ -9,6 +9,9 @@ use redb::TableDefinition;
 use super::*;
 use crate::layer::Digest;
 
+mod growth;
+mod writer;
+
 fn open(dir: &tempfile::TempDir) -> Store {
     Store::open(&dir.path().join("metadata.redb")).unwrap()
 }
@@ -29,17 +32,20 @@ fn snapshot(id: u64, parent: Option<&str>) -> SnapshotRecord {
 }
 
 fn put(store: &Store, key: &str, record: &SnapshotRecord) {
-    store.write_snapshots(|snapshots| snapshots.put(key, record)).unwrap();
+    let (key, record) = (key.to_owned(), record.clone());
+    store
+        .write_snapshots(move |snapshots| snapshots.put(&key, &record))
+        .unwrap();
 }
 
 fn keys<E>(listed: Vec<(String, Result<SnapshotRecord, E>)>) -> Vec<String> {
     listed.into_iter().map(|(key, _)| key).collect()
 }
 
-fn layer(store: &Store, bytes: &[u8]) -> LayerRecord {
-    let digest = Digest::of(bytes);
+/// The record of a layer, without a slot.
+fn layer(bytes: &[u8]) -> LayerRecord {
     LayerRecord {
-        digest,
+        digest: Digest::of(bytes),
         blob: Some(Digest::of(b"blob")),
         proof: None,
         formerly: None,
@@ -48,7 +54,7 @@ fn layer(store: &Store, bytes: &[u8]) -> LayerRecord {
         media_type: "application/vnd.oci.image.layer.v1.tar+gzip".to_owned(),
         size: 7,
         annotations: BTreeMap::from([("a".to_owned(), "b".to_owned())]),
-        slot: store.allocate_slot(&digest).unwrap(),
+        slot: 0,
         sources: vec![LayerSource {
             host: "registry.example:5000".to_owned(),
             repository: "demo/app".to_owned(),
@@ -58,15 +64,43 @@ fn layer(store: &Store, bytes: &[u8]) -> LayerRecord {
     }
 }
 
+/// The record of a layer that has a slot.
+fn with_slot(store: &Store, bytes: &[u8]) -> LayerRecord {
+    let record = layer(bytes);
+    let slot = store.allocate_slot(&record.digest).unwrap();
+    LayerRecord { slot, ..record }
+}
+
+/// An image of these layers, with chain ids `chain <name> <number>`.
+fn image(name: &str, layers: &[&[u8]]) -> ImageRecord {
+    let layers = layers.iter().enumerate().map(|(at, bytes)| ImageLayer {
+        digest: Digest::of(bytes).to_string(),
+        size: 9,
+        media_type: "x".to_owned(),
+        diff_id: "sha256:d".to_owned(),
+        chain_id: format!("chain {name} {at}"),
+        refused: None,
+    });
+    ImageRecord {
+        manifest: Digest::of(name.as_bytes()),
+        namespace: "k8s.io".to_owned(),
+        names: vec![format!("registry.example/{name}:1")],
+        host: "registry.example".to_owned(),
+        repository: name.to_owned(),
+        layers: layers.collect(),
+    }
+}
+
 /// Writes bytes that are no record, as a fault of the disk or of a program would.
 fn damage<'k, K: redb::Key + 'static>(store: &Store, table: &str, key: K::SelfType<'k>) {
     let definition: TableDefinition<K, &[u8]> = TableDefinition::new(table);
-    store
-        .write(|transaction| {
-            transaction.open_table(definition)?.insert(key, b"{".as_slice())?;
-            Ok::<_, StoreError>(())
-        })
+    let transaction = store.inner.db.begin_write().unwrap();
+    transaction
+        .open_table(definition)
+        .unwrap()
+        .insert(key, b"{".as_slice())
         .unwrap();
+    transaction.commit().unwrap();
 }
 
 #[test]
@@ -88,7 +122,7 @@ fn everything_is_there_after_a_restart() {
         }],
     };
     let store = open(&dir);
-    let layer = layer(&store, b"blob");
+    let layer = with_slot(&store, b"blob");
     put(&store, "default/1/a b/c", &snapshot(1, None));
     store.put_layer(&layer).unwrap();
     store.put_image(&image).unwrap();
@@ -238,17 +272,28 @@ fn ids_are_never_used_again() {
 }
 
 #[test]
-fn a_layer_keeps_its_slot_for_ever() {
+fn a_layer_keeps_its_slot_while_it_is_recorded_and_nobody_else_gets_it() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir);
-    let (a, b) = (layer(&store, b"a"), layer(&store, b"b"));
+    let (a, b) = (with_slot(&store, b"a"), with_slot(&store, b"b"));
     assert_eq!((a.slot, b.slot), (1, 2));
     store.put_layer(&a).unwrap();
-    store.remove_layer(&a.digest).unwrap();
     drop(store);
     let store = open(&dir);
     assert_eq!(store.allocate_slot(&a.digest).unwrap(), 1);
-    assert_eq!(store.allocate_slot(&Digest::of(b"c")).unwrap(), 3);
+    assert_eq!(
+        store.record_layer(LayerRecord { slot: 9, ..a.clone() }, None).unwrap(),
+        1
+    );
+    store.remove_layer(&b.digest).unwrap();
+    assert_eq!(store.slot(&b.digest).unwrap(), None);
+    drop(store);
+    let store = open(&dir);
+    assert_eq!(
+        store.allocate_slot(&b.digest).unwrap(),
+        3,
+        "its number is not given again"
+    );
 
     let stolen = LayerRecord { slot: 2, ..a };
     let error = store.put_layer(&stolen).unwrap_err();
@@ -294,7 +339,7 @@ fn slots_are_different_for_concurrent_callers() {
 fn a_damaged_record_is_an_error_of_its_own() {
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir);
-    let (bad, good) = (layer(&store, b"bad"), layer(&store, b"good"));
+    let (bad, good) = (with_slot(&store, b"bad"), with_slot(&store, b"good"));
     store.put_layer(&bad).unwrap();
     store.put_layer(&good).unwrap();
     damage::<&[u8; Digest::LEN]>(&store, "layers", bad.digest.as_bytes());
@@ -352,13 +397,14 @@ fn what_is_no_database_is_refused_and_left_alone() {
 #[test]
 fn readers_see_the_last_commit_and_do_not_wait_for_writers() {
     let dir = tempfile::tempdir().unwrap();
-    let store = open(&dir);
+    let store = std::sync::Arc::new(open(&dir));
     put(&store, "a", &snapshot(1, None));
+    let reader = std::sync::Arc::clone(&store);
     store
-        .write_snapshots(|snapshots| {
+        .write_snapshots(move |snapshots| {
             snapshots.remove("a")?;
-            // On this very thread: a reader that waited for the writer would never come back.
-            assert!(store.snapshot("a")?.is_some());
+            // On the writer's very thread: a reader that waited for it would never come back.
+            assert!(reader.snapshot("a")?.is_some());
             Ok::<_, StoreError>(())
         })
         .unwrap();
@@ -392,14 +438,11 @@ fn a_database_from_before_there_were_chains_gets_them() {
     const CHAINS: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefinition::new("chains");
     let dir = tempfile::tempdir().unwrap();
     let store = open(&dir);
-    let layer = layer(&store, b"blob");
+    let layer = with_slot(&store, b"blob");
     store.put_layer(&layer).unwrap();
-    store
-        .write(|transaction| {
-            assert!(transaction.delete_table(CHAINS)?);
-            Ok::<_, StoreError>(())
-        })
-        .unwrap();
+    let transaction = store.inner.db.begin_write().unwrap();
+    assert!(transaction.delete_table(CHAINS).unwrap());
+    transaction.commit().unwrap();
     drop(store);
     let store = open(&dir);
     assert!(store.chains().unwrap().is_empty());

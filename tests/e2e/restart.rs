@@ -2,8 +2,11 @@
 
 use crate::stage::{Stage, subject};
 use crate::support::containerd::Generation;
-use crate::support::image::{Compression, Flavour, ordinary};
+use ::lazuli::store::Store;
+
+use crate::support::image::{Compression, Flavour, Image, Layer, ordinary};
 use crate::support::lazuli;
+use crate::support::tar::Entry;
 
 const READ_ALL: &str = "find /app /bin -type f -exec sha256sum {} + | sort; find / -xdev | sort | sha256sum";
 
@@ -91,4 +94,54 @@ fn killed_in_the_middle_of_a_pull() {
         sums.starts_with("28de41db3d3faa1f05c6c7d2dbdd7e33337037e4f38ceaa9c775bbd630fce013"),
         "{sums}"
     );
+}
+
+/// Two images over one base; one is removed. After the next start nothing is recorded of it but what its bytes in the cache need, and nothing at
+/// all when these are gone.
+#[test]
+fn what_was_removed_is_forgotten() {
+    if subject() != lazuli::SNAPSHOTTER {
+        return;
+    }
+    let mut stage = Stage::new("what_was_removed_is_forgotten", Generation::One);
+    let base = ordinary(Flavour::Oci, Compression::Gzip).layers;
+    let images = ["stays", "goes"].map(|name| {
+        let own = Layer::of(Compression::Gzip, [Entry::file(name, name)]);
+        Image::new(Flavour::Oci, base.iter().cloned().chain([own]).collect())
+    });
+    let gone = images[1].layers.last().unwrap().blob.digest.clone();
+    let [stays, goes] = ["stays", "goes"].map(|name| format!("demo/{name}:1"));
+    let references = [stage.push(&images[0], &stays), stage.push(&images[1], &goes)];
+    for reference in &references {
+        stage.pull(reference);
+    }
+    stage.containerd.remove_image(&references[1]);
+    let records = |stage: &mut Stage| {
+        assert!(stage.lazuli().stop());
+        let store = Store::open(&stage.lazuli().root().join("metadata.redb")).unwrap();
+        let layers = store
+            .layers()
+            .unwrap()
+            .into_iter()
+            .map(|(digest, _)| digest.to_string());
+        (store.images().unwrap().len(), layers.collect::<Vec<_>>())
+    };
+    // By the release at the start, which is not over when the daemon listens.
+    let forgotten = |stage: &mut Stage, images: usize, layers: usize| {
+        (0..20).any(|round| {
+            stage.lazuli().restart();
+            std::thread::sleep(std::time::Duration::from_millis(100 * round));
+            let records = records(stage);
+            (records.0, records.1.len()) == (images, layers)
+        })
+    };
+    let before = records(&mut stage);
+    assert!(before.0 == 2 && before.1.contains(&gone), "{before:?}");
+    assert!(forgotten(&mut stage, 1, before.1.len()));
+    let hex = gone.trim_start_matches("sha256:");
+    std::fs::remove_dir_all(stage.lazuli().root().join("layers").join(hex)).unwrap();
+    assert!(forgotten(&mut stage, 1, before.1.len() - 1));
+    assert!(!records(&mut stage).1.contains(&gone));
+    stage.restart_daemon();
+    assert_eq!(stage.sh(&references[0], "cat stays"), "stays");
 }

@@ -21,6 +21,7 @@ use lazuli::proto::snapshots::v1::{
 use lazuli::proto::types::Mount;
 use lazuli::snapshots::Service;
 use lazuli::store::Store;
+use lazuli::sync::blocking;
 use redb::TableDefinition;
 use rustix::mount::{MountFlags, UnmountFlags};
 use tokio::net::{UnixListener, UnixStream};
@@ -291,10 +292,14 @@ impl Daemon {
     async fn start_in(dir: tempfile::TempDir, layers: Arc<FakeLayers>, releases: bool) -> Self {
         let root = dir.path().join("root");
         std::fs::create_dir_all(&root).unwrap();
-        let store = Arc::new(Store::open(&root.join("metadata.redb")).unwrap());
         let metrics = Arc::new(Metrics::new());
         let before = layers.state().retained.len();
-        let service = Service::new(&root, store, Arc::clone(&layers) as _, Arc::clone(&metrics)).unwrap();
+        let (of_root, fake, counts) = (root.clone(), Arc::clone(&layers), Arc::clone(&metrics));
+        let service = blocking(move || {
+            let store = Arc::new(Store::open(&of_root.join("metadata.redb")).unwrap());
+            Service::new(&of_root, store, fake, counts).unwrap()
+        });
+        let service = service.await;
         if releases {
             // It is part of the start; later it would only make some layers be resolved twice.
             eventually("layers are released at start", || {
@@ -361,7 +366,10 @@ impl Daemon {
         std::fs::remove_file(dir.path().join("socket")).unwrap();
         // Work in the background may hold the database a little longer.
         let database = dir.path().join("root/metadata.redb");
-        eventually("the database is closed", || Store::open(&database).is_ok()).await;
+        eventually("the database is closed", || {
+            std::thread::scope(|scope| scope.spawn(|| Store::open(&database).is_ok()).join().unwrap())
+        })
+        .await;
         (dir, layers)
     }
 

@@ -1,5 +1,6 @@
 //! The program under test: its daemon with a configuration of its own, and its commands.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -31,6 +32,7 @@ pub fn face_config() -> String {
 pub struct Lazuli {
     sandbox: Sandbox,
     process: Option<Process>,
+    env: Vec<(String, OsString)>,
 }
 
 impl Lazuli {
@@ -40,6 +42,7 @@ impl Lazuli {
         let mut lazuli = Lazuli {
             sandbox: sandbox.clone(),
             process: None,
+            env: Vec::new(),
         };
         let text = format!(
             "root = {root:?}\naddress = {address:?}\ncontainerd_address = {containerd:?}\nadmin_address = \"\"\n\
@@ -71,11 +74,17 @@ impl Lazuli {
         self.sandbox.path("lazuli")
     }
 
+    /// Sets a variable of the daemon's environment from its next start on.
+    pub fn set_env(&mut self, name: &str, value: impl Into<OsString>) {
+        self.env.push((name.to_owned(), value.into()));
+    }
+
     /// Starts the daemon again with the same configuration, and waits until it listens.
     pub fn restart(&mut self) {
         self.process = None;
         let mut command = Command::new(program());
         command.arg("serve").arg("--config").arg(self.config());
+        command.envs(self.env.iter().map(|(name, value)| (name, value)));
         let mut process = self.sandbox.spawn("lazuli", &mut command);
         let address = address_in(&self.sandbox);
         process.wait_ready("its socket", PATIENCE, |_| listens_unix(&address));

@@ -399,7 +399,8 @@ async fn a_complete_layer_is_a_file_once_it_is_verified() {
     }
     let damaged = std::fs::File::options().write(true).open(&path).unwrap();
     damaged.write_all_at(b"damage", 10_000).unwrap();
-    let cached = bench.cache.get(&digest).unwrap().unwrap();
+    let cached = tokio::task::block_in_place(|| bench.cache.get(&digest));
+    let cached = cached.unwrap().unwrap();
     let layer = bench.fetcher.open(cached, blob.clone());
     let requests = blob.requests();
     let whole = async {

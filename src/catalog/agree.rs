@@ -4,7 +4,7 @@
 //! believe something else of them than the image that was pulled first, which may be a hostile copy. So when a container is made, all images of its
 //! namespace that have its chain of layers are looked at: what all of them vouch for is shown to it; where they do not agree, nothing but what was
 //! found to be the tar that their chain id promises. If there is no such thing yet, the layer is built from its blob, and the container has to
-//! wait.
+//! wait. So it is with what an older version has left: nobody vouches for that any more, and the layer is loaded as its images say.
 //!
 //! Nothing is asked of containerd if everything that would be shown is proven: its chain id follows from the proofs.
 
@@ -146,7 +146,8 @@ impl Catalog {
         }
     }
 
-    /// A live layer that every image accepts at a position: one that is there, or one built from a blob that one of them has there.
+    /// A live layer that every image accepts at a position: one that is there, one that all of them vouch for, or one built from a blob that one of them
+    /// has there.
     async fn undisputed(self: &Arc<Self>, plans: &[ImagePlan], at: usize) -> Result<Digest, Refusal> {
         let accepted = |id: &Digest| plans.iter().all(|plan| self.accepts(plan, at, id));
         let layers = || plans.iter().filter_map(|plan| Some((plan, plan.layers.get(at)?)));
@@ -159,13 +160,23 @@ impl Catalog {
                 return Ok(belief.id);
             }
         }
+        // What was shown may come from an image that is gone, or from an older version: those that are there may well agree.
+        let vouched = |plan: &ImagePlan, spec| self.loader.vouched(spec, &plan.origin());
+        let first = layers().next().into_iter().filter(|(plan, layer)| {
+            let of_first = vouched(plan, &layer.spec);
+            let others = layers().map(|(plan, layer)| vouched(plan, &layer.spec));
+            plans.len() == 1 || others.into_iter().all(|ids| of_first.iter().any(|id| ids.contains(id)))
+        });
+        let tries = first
+            .map(|of| (of, How::AsImageSays))
+            .chain(layers().map(|of| (of, How::Built)));
         let mut failed = Refusal::unresolved("no image has it", false);
-        for (plan, layer) in layers() {
+        for ((plan, layer), how) in tries {
             let flight = self.begin(Wanted {
                 spec: layer.spec.clone(),
                 origin: plan.origin(),
-                names: Vec::new(),
-                how: How::Built,
+                names: plan.name.iter().cloned().collect(),
+                how,
             });
             match flight.await {
                 Ok(id) if accepted(&id) => return Ok(id),

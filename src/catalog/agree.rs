@@ -48,10 +48,13 @@ impl Catalog {
             return Agreement::Shown;
         }
         let mut plans = Vec::new();
+        let deadline = Instant::now() + ASK_DEADLINE;
         // First without their sources, which seldom matter, and cost another question.
         for sources in [false, true] {
-            plans = match self.ask(&namespace, &chain_id, shown.len(), sources).await {
+            plans = match self.ask(&namespace, &chain_id, shown.len(), sources, deadline).await {
                 Ok(plans) => plans,
+                // By then it is known that they do not agree.
+                Err(problem) if sources => return Agreement::Open(problem),
                 Err(problem) => {
                     tracing::warn!(
                         namespace,
@@ -77,8 +80,15 @@ impl Catalog {
     }
 
     /// The images that have the chain, of `len` layers.
-    async fn ask(&self, namespace: &str, chain_id: &str, len: usize, sources: bool) -> Result<Vec<ImagePlan>, String> {
-        let asked = tokio::time::timeout(ASK_DEADLINE, self.images.with_chain(namespace, chain_id, sources)).await;
+    async fn ask(
+        &self,
+        namespace: &str,
+        chain_id: &str,
+        len: usize,
+        sources: bool,
+        deadline: Instant,
+    ) -> Result<Vec<ImagePlan>, String> {
+        let asked = tokio::time::timeout_at(deadline, self.images.with_chain(namespace, chain_id, sources)).await;
         let late = |_| format!("containerd did not answer within {} s", ASK_DEADLINE.as_secs());
         let mut plans = asked.map_err(late)?.map_err(|refusal| refusal.text)?;
         plans.retain(|plan| plan.position(chain_id).is_some_and(|position| position + 1 == len));

@@ -209,6 +209,18 @@ impl Beliefs {
         }
     }
 
+    /// Forgets a layer, whose record is gone.
+    pub fn forget(&self, id: &Digest) {
+        let mut state = self.write();
+        let Some(belief) = state.by_id.remove(id) else { return };
+        if let Some(ids) = state.by_blob.get_mut(&belief.blob) {
+            ids.retain(|other| other != id);
+            if ids.is_empty() {
+                state.by_blob.remove(&belief.blob);
+            }
+        }
+    }
+
     /// Forgets a variant.
     pub fn forget_variant(&self, variant: &Digest) {
         self.write().variants.remove(variant);

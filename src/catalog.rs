@@ -5,7 +5,12 @@
 //! containerd asks for layers one after the other, lowest first. The first question makes the whole image known ([`images`]), and
 //! all its layers are loaded at once, side by side ([`loader`]): one task per layer, which every later question for that layer
 //! joins, and which ends when nobody wants it any more ([`loads`]). A question waits for its layer for a few seconds ([`pace`]); what
-//! cannot be had by then is left to containerd ([`question`]). A layer that is loaded gets a *slot*, its directory in the FUSE tree, for ever the same number for the same digest.
+//! cannot be had by then is left to containerd ([`question`]). A layer that is loaded gets a *slot*, its directory in the FUSE tree, for
+//! ever the same number for the same id.
+//!
+//! Layers are known by what is believed of them ([`belief`]): an image is served with what it vouches for, the configuration vouches for, or is
+//! proven, and never with what only another image vouches for. Tasks are told apart in the same way. What several images with the same layers
+//! do not agree on is settled when a container is made ([`agree`]).
 //!
 //! A layer may look different on its parents than by itself ([`crate::layer::variant`]): then it is a *variant* of the layer that is
 //! live for the snapshot ([`variants`]), with a digest and a slot of its own. Snapshots know it by that digest as they know layers.

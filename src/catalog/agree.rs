@@ -4,7 +4,7 @@
 //! believe something else of them than the image that was pulled first, which may be a hostile copy. So when a container is made, all images of its
 //! namespace that have its chain of layers are looked at: what all of them vouch for is shown to it; where they do not agree, nothing but what was
 //! found to be the tar that their chain id promises. If there is no such thing yet, the layer is built from its blob, and the container has to
-//! wait.
+//! wait. So it is with what an older version has left: nobody vouches for that any more, and the layer is loaded as its images say.
 //!
 //! Nothing is asked of containerd if everything that would be shown is proven: its chain id follows from the proofs.
 
@@ -48,10 +48,13 @@ impl Catalog {
             return Agreement::Shown;
         }
         let mut plans = Vec::new();
+        let deadline = Instant::now() + ASK_DEADLINE;
         // First without their sources, which seldom matter, and cost another question.
         for sources in [false, true] {
-            plans = match self.ask(&namespace, &chain_id, shown.len(), sources).await {
+            plans = match self.ask(&namespace, &chain_id, shown.len(), sources, deadline).await {
                 Ok(plans) => plans,
+                // By then it is known that they do not agree.
+                Err(problem) if sources => return Agreement::Open(problem),
                 Err(problem) => {
                     tracing::warn!(
                         namespace,
@@ -77,8 +80,15 @@ impl Catalog {
     }
 
     /// The images that have the chain, of `len` layers.
-    async fn ask(&self, namespace: &str, chain_id: &str, len: usize, sources: bool) -> Result<Vec<ImagePlan>, String> {
-        let asked = tokio::time::timeout(ASK_DEADLINE, self.images.with_chain(namespace, chain_id, sources)).await;
+    async fn ask(
+        &self,
+        namespace: &str,
+        chain_id: &str,
+        len: usize,
+        sources: bool,
+        deadline: Instant,
+    ) -> Result<Vec<ImagePlan>, String> {
+        let asked = tokio::time::timeout_at(deadline, self.images.with_chain(namespace, chain_id, sources)).await;
         let late = |_| format!("containerd did not answer within {} s", ASK_DEADLINE.as_secs());
         let mut plans = asked.map_err(late)?.map_err(|refusal| refusal.text)?;
         plans.retain(|plan| plan.position(chain_id).is_some_and(|position| position + 1 == len));
@@ -146,7 +156,8 @@ impl Catalog {
         }
     }
 
-    /// A live layer that every image accepts at a position: one that is there, or one built from a blob that one of them has there.
+    /// A live layer that every image accepts at a position: one that is there, one that all of them vouch for, or one built from a blob that one of them
+    /// has there.
     async fn undisputed(self: &Arc<Self>, plans: &[ImagePlan], at: usize) -> Result<Digest, Refusal> {
         let accepted = |id: &Digest| plans.iter().all(|plan| self.accepts(plan, at, id));
         let layers = || plans.iter().filter_map(|plan| Some((plan, plan.layers.get(at)?)));
@@ -159,13 +170,23 @@ impl Catalog {
                 return Ok(belief.id);
             }
         }
+        // What was shown may come from an image that is gone, or from an older version: those that are there may well agree.
+        let vouched = |plan: &ImagePlan, spec| self.loader.vouched(spec, &plan.origin());
+        let first = layers().next().into_iter().filter(|(plan, layer)| {
+            let of_first = vouched(plan, &layer.spec);
+            let others = layers().map(|(plan, layer)| vouched(plan, &layer.spec));
+            plans.len() == 1 || others.into_iter().all(|ids| of_first.iter().any(|id| ids.contains(id)))
+        });
+        let tries = first
+            .map(|of| (of, How::AsImageSays))
+            .chain(layers().map(|of| (of, How::Built)));
         let mut failed = Refusal::unresolved("no image has it", false);
-        for (plan, layer) in layers() {
+        for ((plan, layer), how) in tries {
             let load = self.begin(Wanted {
                 spec: layer.spec.clone(),
                 origin: plan.origin(),
-                names: Vec::new(),
-                how: How::Built,
+                names: plan.name.iter().cloned().collect(),
+                how,
             });
             match load.wait().await {
                 Ok(id) if accepted(&id) => return Ok(id),

@@ -329,3 +329,62 @@ fn ids_tell_kinds_layers_and_indexes_apart() {
     let distinct: std::collections::HashSet<_> = ids.iter().collect();
     assert_eq!(distinct.len(), ids.len());
 }
+
+#[test]
+fn beliefs_come_and_go() {
+    let beliefs = Beliefs::default();
+    let record = |id: Digest, proof: Option<Digest>| LayerRecord {
+        digest: id,
+        blob: (id != digest("blob")).then(|| digest("blob")),
+        variant_of: None,
+        proof,
+        formerly: None,
+        diff_id: None,
+        media_type: String::new(),
+        size: 1,
+        annotations: BTreeMap::new(),
+        slot: 1,
+        sources: Vec::new(),
+        images: Vec::new(),
+        streamed: None,
+    };
+    let (blob, other) = (digest("blob"), digest("other"));
+    beliefs.note(&record(blob, None));
+    beliefs.note(&record(other, None));
+    beliefs.note_index(&other, IndexRecord::Table { digest: digest("x") });
+    beliefs.note_index(&digest("unknown"), IndexRecord::Table { digest: digest("x") });
+    // A proof stays, whoever loads the layer next.
+    beliefs.note(&record(other, Some(digest("tar"))));
+    beliefs.note(&record(other, None));
+    let variant = LayerRecord {
+        variant_of: Some(other),
+        ..record(digest("variant"), None)
+    };
+    beliefs.note(&variant);
+    assert_eq!(
+        (beliefs.layer_of(&variant.digest), beliefs.layer_of(&blob)),
+        (other, blob)
+    );
+    let ids = |beliefs: &Beliefs| {
+        beliefs
+            .of_blob(&blob)
+            .into_iter()
+            .map(|belief| belief.id)
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(ids(&beliefs), [blob, other]);
+    let known = beliefs.get(&other).unwrap();
+    assert_eq!(
+        (known.blob, known.proof, known.index.is_some()),
+        (blob, Some(digest("tar")), true)
+    );
+    beliefs.forget(&blob);
+    beliefs.forget_variant(&variant.digest);
+    assert_eq!(
+        (ids(&beliefs), beliefs.layer_of(&variant.digest)),
+        (vec![other], variant.digest)
+    );
+    beliefs.forget(&other);
+    beliefs.forget(&other);
+    assert!(ids(&beliefs).is_empty() && beliefs.get(&other).is_none());
+}

@@ -36,6 +36,7 @@ use crate::proto::control::{StatusRequest, StatusResponse};
 use crate::registry::{Registry, RegistryError};
 use crate::snapshots::{Service, SnapshotsError};
 use crate::store::{Store, StoreError};
+use crate::sync::Budget;
 
 /// Longest time that the kernel may take for one mount; more, and something is broken. It takes a millisecond.
 pub const MOUNT_DEADLINE: Duration = Duration::from_secs(10);
@@ -143,7 +144,14 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let cache = Cache::open(&config.root, &config.cache, Arc::clone(&metrics))?;
     let store = Arc::new(Store::open(&config.root.join("metadata.redb"))?);
     let runtime = tokio::runtime::Handle::current();
-    let fetcher = Fetcher::new(&config.fetch, Arc::clone(&cache), runtime.clone(), Arc::clone(&metrics));
+    let memory = Budget::new(config.memory.budget.0);
+    let fetcher = Fetcher::new(
+        &config.fetch,
+        memory,
+        Arc::clone(&cache),
+        runtime.clone(),
+        Arc::clone(&metrics),
+    );
     let mountpoint = config.root.join("fuse");
     let options = SessionOptions {
         threads: config.fuse.threads,

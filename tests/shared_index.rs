@@ -23,6 +23,7 @@ use lazuli::registry::Registry;
 use lazuli::registry::artifact::Artifact;
 use lazuli::registry::image::MANIFEST_TYPE;
 use lazuli::store::{IndexRecord, LayerSource};
+use lazuli::sync::Budget;
 use support::fault_registry::{Fault, FaultRegistry, On};
 use support::tar::{Entry, Tar, noise};
 
@@ -182,7 +183,13 @@ impl Node {
         };
         let cache = Cache::open(root.path(), &cache, metrics.clone()).unwrap();
         let runtime = tokio::runtime::Handle::current();
-        let fetcher = Fetcher::new(&FetchConfig::default(), cache.clone(), runtime, metrics.clone());
+        let fetcher = Fetcher::new(
+            &FetchConfig::default(),
+            Budget::new(512 << 20),
+            cache.clone(),
+            runtime,
+            metrics.clone(),
+        );
         let shared = SharedIndexes::new(index, registry.clone(), metrics.clone()).unwrap();
         let publisher = Publisher::new(index, registry.clone(), shared.clone(), metrics.clone()).unwrap();
         Node {

@@ -22,6 +22,7 @@ use lazuli::registry::Registry;
 use lazuli::registry::artifact::{Artifact, Descriptor, fallback_tag};
 use lazuli::registry::image::{MANIFEST_TYPE, OCI_INDEX};
 use lazuli::store::{IndexRecord, LayerSource};
+use lazuli::sync::Budget;
 use serde_json::json;
 use support::fault_registry::{Fault, FaultRegistry, On};
 
@@ -127,7 +128,13 @@ impl Node {
         };
         let cache = Cache::open(root.path(), &cache, metrics.clone()).unwrap();
         let runtime = tokio::runtime::Handle::current();
-        let fetcher = Fetcher::new(&FetchConfig::default(), cache.clone(), runtime, metrics.clone());
+        let fetcher = Fetcher::new(
+            &FetchConfig::default(),
+            Budget::new(512 << 20),
+            cache.clone(),
+            runtime,
+            metrics.clone(),
+        );
         let soci = SociIndexes::new(&index, registry.clone(), metrics.clone()).unwrap();
         Node {
             loader: Loader::new(cache, fetcher, FormatsConfig::default()).with_soci(soci),

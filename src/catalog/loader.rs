@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::toc::{self, TocError, TocImage};
 use crate::cache::{Cache, CacheError};
 use crate::config::FormatsConfig;
+use crate::fetch::schedule::Class;
 use crate::fetch::{FetchError, Fetcher, Layer, StreamRequest};
 use crate::layer::compression::{self, Compression};
 use crate::layer::{Access, Codec, Digest, LayerIndex};
@@ -323,7 +324,8 @@ impl Loader {
         kind: toc::Kind,
         images: &[TocImage],
     ) -> Result<Result<Loaded, NotLazy>, Refusal> {
-        let read = toc::read(spec, blob, kind, &self.formats, images);
+        let scheduled = self.fetcher.scheduled(Arc::clone(blob), Class::Demand);
+        let read = toc::read(spec, &scheduled, kind, &self.formats, images);
         let table = match tokio::time::timeout(toc::DEADLINE, read).await {
             Ok(Ok(table)) => table,
             // The registry cannot deliver; streaming would ask the same registry for more.

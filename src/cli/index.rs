@@ -26,6 +26,7 @@ use crate::registry::artifact::Artifact;
 use crate::registry::image::{Image, ImageConfig, Manifest, resolve};
 use crate::registry::{Reference, Registry, Source};
 use crate::store::{IndexRecord, LayerSource};
+use crate::sync::Budget;
 
 use super::soci;
 use super::status::short;
@@ -243,6 +244,7 @@ impl Tool {
         let runtime = tokio::runtime::Handle::current();
         let fetcher = Fetcher::new(
             &self.config.fetch,
+            Budget::new(self.config.memory.budget.0),
             Arc::clone(&cache),
             runtime,
             Arc::clone(&self.metrics),

@@ -7,10 +7,13 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use tokio::sync::watch;
+
 use super::pieces::{chunk, digest, is_zero, late_pieces, span};
-use super::pipeline::{self, Fault, Progress, Resources, Sink, Sums};
-use super::spans::{Cut, Cutting, Ranges};
-use super::{FetchError, Fetcher};
+use super::pipeline::{self, Fault, Resources, Sink, Sums};
+use super::schedule::Class;
+use super::spans::{Cut, Cutting, Ranges, STREAM};
+use super::{FetchError, Fetcher, Progress};
 use crate::cache::{CacheError, CachedLayer, Staging};
 use crate::layer::checkpoint::Scanned;
 use crate::layer::compression::Compression;
@@ -18,7 +21,6 @@ use crate::layer::digest::Hasher;
 use crate::layer::tar::{TarIndexer, TarLayout};
 use crate::layer::{Access, Chunk, Digest, LayerError, Windows};
 use crate::registry::Blob;
-use crate::sync::Class;
 
 /// Times that a whole blob is downloaded when it arrives damaged.
 pub(super) const PASSES: u32 = 2;
@@ -41,49 +43,21 @@ pub struct StreamRequest {
 }
 
 impl Fetcher {
-    /// Downloads, verifies, indexes and stores a whole layer. If it is in the cache already, that one is returned, though some of its bytes
-    /// may have been evicted. Whoever asks for a layer that is being streamed waits for the same stream, which goes on even if
-    /// nobody waits any more.
-    ///
-    /// # Errors
-    /// [`FetchError`]; nothing is left behind then.
-    pub async fn stream(self: &Arc<Self>, request: StreamRequest) -> Result<Arc<CachedLayer>, FetchError> {
-        let (me, layer) = (Arc::clone(self), request.digest);
-        let job = async move { me.stream_once(request).await };
-        let result = self.streaming.run(&self.runtime, layer, job).await;
-        result.unwrap_or_else(|| {
-            Err(FetchError::Disk {
-                layer,
-                source: Arc::new(io::Error::other("the stream ended early")),
-            })
-        })
-    }
-
-    /// How far the stream of a layer is, if it is being streamed.
-    pub fn progress(&self, layer: &Digest) -> Option<Arc<Progress>> {
-        self.progresses().get(layer).cloned()
-    }
-
-    /// The streams under way: layer, bytes of the blob that have arrived, and bytes of the blob.
-    pub fn streams_under_way(&self) -> Vec<(Digest, u64, u64)> {
-        let progresses = self.progresses();
-        progresses
-            .iter()
-            .map(|(layer, progress)| (*layer, progress.done(), progress.total()))
-            .collect()
-    }
-
-    async fn stream_once(self: &Arc<Self>, request: StreamRequest) -> Result<Arc<CachedLayer>, FetchError> {
+    /// The layer, from the cache or by a stream of its own.
+    pub(super) async fn stream_once(
+        self: &Arc<Self>,
+        request: StreamRequest,
+        progress: &Arc<Progress>,
+    ) -> Result<Arc<CachedLayer>, FetchError> {
         let (layer, from) = (request.digest, request.blob.describe());
         if let Some(cached) = self.cached(layer).await? {
             return Ok(cached);
         }
-        let shown = Shown::new(self, layer, request.blob.size());
-        let _pass = self.streams.enter(Class::Background).await;
+        let _place = self.enter_stream(request.blob.origin(), Class::Prefetch).await;
         let begin = std::time::Instant::now();
         let mut pass = 1;
         loop {
-            match self.pass(&request, &shown.progress).await {
+            match self.pass(&request, progress).await {
                 Ok(cached) => {
                     tracing::info!(
                         layer = %layer,
@@ -123,18 +97,20 @@ impl Fetcher {
         progress: &Arc<Progress>,
     ) -> Result<Arc<CachedLayer>, Fault> {
         progress.done.store(0, Ordering::Relaxed);
+        let share = self.memory().take(STREAM).await;
         let staging = self.cache.stage(&request.digest).map_err(Fault::from)?;
         let sink = Indexing {
             staging,
             indexer: TarIndexer::new(),
             tar: Hasher::new(),
-            cutting: Cutting::new(|check| drop(tokio::task::spawn_blocking(check))),
+            cutting: Cutting::new(|check| drop(tokio::task::spawn_blocking(check)), share),
             offset: 0,
         };
         let shown = Arc::clone(progress);
-        let resources = self.resources(move |bytes| {
+        let arrived = move |bytes| {
             shown.done.fetch_add(bytes, Ordering::Relaxed);
-        });
+        };
+        let resources = self.resources(progress.switch(), arrived);
         let (sink, sums) = pipeline::run(&*request.blob, request.digest, sink, resources).await?;
         if sums.compression != request.compression {
             tracing::debug!(layer = %request.digest, "is {:?}, though its type says {:?}", sums.compression, request.compression);
@@ -146,14 +122,18 @@ impl Fetcher {
             .unwrap_or_else(|error| Err(Fault::Disk(io::Error::other(error))))
     }
 
-    /// What a stream may use; `arrived` is told of bytes.
-    pub(super) fn resources(&self, arrived: impl Fn(u64) + Send + Sync + 'static) -> Resources {
+    /// What a stream may use; `paused` makes it wait, `arrived` is told of bytes.
+    pub(super) fn resources(
+        &self,
+        paused: watch::Receiver<bool>,
+        arrived: impl Fn(u64) + Send + Sync + 'static,
+    ) -> Resources {
         self.metrics.fetches_total.with_label_values(&["stream"]).inc();
         let fetched = self.metrics.fetched_bytes_total.with_label_values(&["stream"]);
         Resources {
-            memory: Arc::clone(&self.memory),
-            memory_size: self.memory_size,
+            memory: Arc::clone(&self.pieces),
             patience: self.patience,
+            paused,
             progress: Box::new(move |bytes| {
                 fetched.inc_by(bytes);
                 arrived(bytes);
@@ -205,32 +185,6 @@ impl From<CacheError> for Fault {
 impl From<LayerError> for Fault {
     fn from(error: LayerError) -> Fault {
         Fault::Layer(error)
-    }
-}
-
-/// The entry of a stream in the list of those under way.
-struct Shown {
-    fetcher: Arc<Fetcher>,
-    layer: Digest,
-    progress: Arc<Progress>,
-}
-
-impl Shown {
-    fn new(fetcher: &Arc<Fetcher>, layer: Digest, total: u64) -> Self {
-        let progress = Arc::new(Progress::default());
-        progress.total.store(total, Ordering::Relaxed);
-        fetcher.progresses().insert(layer, Arc::clone(&progress));
-        Shown {
-            fetcher: Arc::clone(fetcher),
-            layer,
-            progress,
-        }
-    }
-}
-
-impl Drop for Shown {
-    fn drop(&mut self) {
-        self.fetcher.progresses().remove(&self.layer);
     }
 }
 

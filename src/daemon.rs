@@ -139,13 +139,6 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let _lock = prepare_root(&config.root)?;
     let metrics = Arc::new(Metrics::new());
     let registry = Registry::new(&config.registry, Arc::clone(&metrics))?;
-    let memory = Budget::new(config.memory.budget.0);
-    let (copy, budget, counts) = (Arc::clone(&registry), Arc::clone(&memory), Arc::clone(&metrics));
-    let soci = SociIndexes::new(&config.index, copy, budget, counts)?;
-    let (copy, budget, counts) = (Arc::clone(&registry), Arc::clone(&memory), Arc::clone(&metrics));
-    let shared = SharedIndexes::new(&config.index, copy, budget, counts)?;
-    let (copy, finder, counts) = (Arc::clone(&registry), Arc::clone(&shared), Arc::clone(&metrics));
-    let publisher = Publisher::new(&config.index, copy, finder, counts)?;
     let (root, limits, counts) = (config.root.clone(), config.cache.clone(), Arc::clone(&metrics));
     let opened = blocking(move || -> Result<_, DaemonError> {
         // The database first: it knows what was believed of the layers of an older cache.
@@ -159,7 +152,27 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let (cache, store) = opened.await?;
     let tended = Arc::clone(&cache);
     let runtime = tokio::runtime::Handle::current();
-    let fetcher = Fetcher::new(&config.fetch, Arc::clone(&cache), runtime.clone(), Arc::clone(&metrics));
+    let fetcher = Fetcher::new(
+        &config.fetch,
+        Budget::new(config.memory.budget.0),
+        Arc::clone(&cache),
+        runtime.clone(),
+        Arc::clone(&metrics),
+    );
+    let (copy, budget, counts) = (
+        Arc::clone(&registry),
+        Arc::clone(fetcher.memory()),
+        Arc::clone(&metrics),
+    );
+    let soci = SociIndexes::new(&config.index, copy, budget, counts)?;
+    let (copy, budget, counts) = (
+        Arc::clone(&registry),
+        Arc::clone(fetcher.memory()),
+        Arc::clone(&metrics),
+    );
+    let shared = SharedIndexes::new(&config.index, copy, budget, counts)?;
+    let (copy, finder, counts) = (Arc::clone(&registry), Arc::clone(&shared), Arc::clone(&metrics));
+    let publisher = Publisher::new(&config.index, copy, finder, counts)?;
     let mountpoint = config.root.join("fuse");
     let options = SessionOptions {
         threads: config.fuse.threads,
@@ -178,7 +191,7 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let catalog = Catalog::new(Parts {
         containerd: Containerd::new(&config.containerd_address),
         registry,
-        loader: Loader::new(cache, fetcher, config.formats.clone(), memory)
+        loader: Loader::new(cache, fetcher, config.formats.clone())
             .with_shared(shared)
             .with_soci(soci),
         faces,

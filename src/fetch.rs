@@ -1,16 +1,16 @@
 //! The scheduler between readers and registries: one fetch per chunk however many wait for it.
 //!
 //! A [`LayerData`] is a live layer: its index and its bytes. Ready bytes are read on the caller's thread; missing ones are fetched
-//! (coalesced into requests of about a megabyte, on-demand before background), verified by `cache`, and then all waiters are
+//! (coalesced into requests of about a megabyte, the most urgent first, fair between hosts and images), verified by `cache`, and then all waiters are
 //! answered. No waiter is ever lost: every read ends by its deadline, with bytes or with an error.
 //!
 //! # How a read that misses travels
-//! [`Layer::read`] puts the missing chunks into the layer's queue (queue.rs) and waits for their bytes. A *dispatcher* waits at the gate
-//! that limits requests over all layers, and plans a request only when it is let in (window.rs): what was asked for meanwhile goes
-//! into the same request. The request (request.rs) hands members of the body to a blocking thread as they are complete, which decodes,
+//! [`Layer::read`] (read.rs) puts the missing chunks into the layer's queue (queue.rs) and waits for their bytes. A *dispatcher* asks the
+//! scheduler ([`schedule`]) for a place at the host, and plans a request only when it has one (window.rs): what was asked for meanwhile goes
+//! into the same request, and what may be read next as well, unless others wait for places. The request (request.rs) hands members of the body to a blocking thread as they are complete, which decodes,
 //! verifies and stores their chunks and answers who waits for each, while the body still arrives.
 //!
-//! Streams (stream.rs, pipeline.rs) are for layers that have no index: one pass over the whole blob makes index and data. It also finds
+//! Streams (flights.rs, stream.rs, pipeline.rs) are for layers that have no index: one pass over the whole blob makes index and data. It also finds
 //! the places where decoding can begin (spans.rs), so that evicted bytes come back in ranges. Where there are none (a single zstd
 //! frame), the first read that misses an evicted byte streams the layer again (refill.rs), chunk by chunk against its index.
 //!
@@ -31,12 +31,15 @@ use crate::layer::{BlobIndex, Digest, LayerIndex};
 
 pub mod error;
 mod fetcher;
+mod flights;
 mod layer;
 mod pieces;
 mod pipeline;
 mod queue;
+mod read;
 mod refill;
 mod request;
+pub mod schedule;
 mod spans;
 mod stream;
 #[cfg(test)]
@@ -46,8 +49,8 @@ pub mod window;
 
 pub use error::FetchError;
 pub use fetcher::Fetcher;
+pub use flights::{Hurried, Paused, Progress, STALL};
 pub use layer::{Layer, LayerStats};
-pub use pipeline::{Hurried, Paused, Progress};
 pub use stream::StreamRequest;
 
 /// A layer's data space as a file.

@@ -48,7 +48,7 @@ pub struct Metrics {
     pub read_bytes_total: IntCounter,
     /// Reads that had to wait for a fetch: their duration in seconds.
     pub cold_read_seconds: Histogram,
-    /// Ranged requests and streams begun, by `kind` (`demand`, `background`, `stream`).
+    /// Ranged requests and streams begun, by `kind` (`demand`, `prefetch`, `readahead`, `background`, `stream`).
     pub fetches_total: IntCounterVec,
     /// Bytes fetched from sources, by `kind`.
     pub fetched_bytes_total: IntCounterVec,

@@ -68,6 +68,28 @@ pub trait Blob: Send + Sync {
 
     /// What was read last did not have its digest: ask another host next, if there is one.
     fn distrust(&self) {}
+
+    /// Whose places it takes when it is read.
+    fn origin(&self) -> Origin;
+}
+
+/// Where a blob comes from, as far as sharing a source with others is concerned: a host that may be slow, and a repository on it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Origin {
+    /// The registry, as a reference names it.
+    pub host: Arc<str>,
+    /// The repository there.
+    pub repository: Arc<str>,
+}
+
+impl Origin {
+    /// An origin by its names.
+    pub fn new(host: &str, repository: &str) -> Self {
+        Origin {
+            host: host.into(),
+            repository: repository.into(),
+        }
+    }
 }
 
 /// One repository: manifests and blobs by name and digest.

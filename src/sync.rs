@@ -4,12 +4,10 @@ mod blocking;
 mod budget;
 mod epochs;
 mod flight;
-mod gate;
 mod trash;
 
 pub use blocking::{blocking, may_block, wait};
 pub use budget::{Budget, Share};
 pub use epochs::{Epochs, Passage};
 pub use flight::SingleFlight;
-pub use gate::{Class, Gate, Pass};
 pub use trash::Trash;

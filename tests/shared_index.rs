@@ -187,12 +187,17 @@ impl Node {
         };
         let cache = Cache::open(root.path(), &cache, metrics.clone()).unwrap();
         let runtime = tokio::runtime::Handle::current();
-        let fetcher = Fetcher::new(&FetchConfig::default(), cache.clone(), runtime, metrics.clone());
-        let memory = Budget::new(MemoryConfig::default().budget.0);
-        let shared = SharedIndexes::new(index, registry.clone(), memory.clone(), metrics.clone()).unwrap();
+        let fetcher = Fetcher::new(
+            &FetchConfig::default(),
+            Budget::new(MemoryConfig::default().budget.0),
+            cache.clone(),
+            runtime,
+            metrics.clone(),
+        );
+        let shared = SharedIndexes::new(index, registry.clone(), fetcher.memory().clone(), metrics.clone()).unwrap();
         let publisher = Publisher::new(index, registry.clone(), shared.clone(), metrics.clone()).unwrap();
         Node {
-            loader: Loader::new(cache, fetcher, FormatsConfig::default(), memory).with_shared(shared.clone()),
+            loader: Loader::new(cache, fetcher, FormatsConfig::default()).with_shared(shared.clone()),
             known: Mutex::default(),
             registry,
             shared,

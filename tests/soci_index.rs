@@ -131,11 +131,16 @@ impl Node {
         };
         let cache = Cache::open(root.path(), &cache, metrics.clone()).unwrap();
         let runtime = tokio::runtime::Handle::current();
-        let fetcher = Fetcher::new(&FetchConfig::default(), cache.clone(), runtime, metrics.clone());
-        let memory = Budget::new(MemoryConfig::default().budget.0);
-        let soci = SociIndexes::new(&index, registry.clone(), memory.clone(), metrics.clone()).unwrap();
+        let fetcher = Fetcher::new(
+            &FetchConfig::default(),
+            Budget::new(MemoryConfig::default().budget.0),
+            cache.clone(),
+            runtime,
+            metrics.clone(),
+        );
+        let soci = SociIndexes::new(&index, registry.clone(), fetcher.memory().clone(), metrics.clone()).unwrap();
         Node {
-            loader: Loader::new(cache, fetcher, FormatsConfig::default(), memory).with_soci(soci),
+            loader: Loader::new(cache, fetcher, FormatsConfig::default()).with_soci(soci),
             registry,
             metrics,
             origin: Origin {

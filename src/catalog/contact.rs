@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 
 use super::pace::Hosts;
 use crate::layer::Digest;
-use crate::registry::{Blob, Body, RegistryError};
+use crate::registry::{Blob, Body, Origin, RegistryError};
 
 /// What a load has heard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,6 +133,10 @@ impl Blob for Contact {
     fn describe(&self) -> String {
         self.blob.describe()
     }
+
+    fn origin(&self) -> Origin {
+        self.blob.origin()
+    }
 }
 
 #[cfg(test)]
@@ -149,6 +153,10 @@ mod tests {
         fn size(&self) -> u64 {
             1
         }
+        fn origin(&self) -> Origin {
+            Origin::default()
+        }
+
         fn describe(&self) -> String {
             String::new()
         }

@@ -10,12 +10,13 @@ use super::belief::{self, Belief, Ground};
 use super::toc::{self, TocError, TocImage};
 use crate::cache::{Cache, CacheError, Key};
 use crate::config::FormatsConfig;
+use crate::fetch::schedule::Class;
 use crate::fetch::{FetchError, Fetcher, Layer, StreamRequest};
 use crate::layer::compression::{self, Compression};
 use crate::layer::{Access, BlobIndex, Codec, Digest};
 use crate::registry::{Blob, RegistryError};
 use crate::store::IndexRecord;
-use crate::sync::{Budget, blocking};
+use crate::sync::blocking;
 
 use super::pace::{self, Hopeless, Hosts};
 use super::question;
@@ -178,20 +179,18 @@ pub struct Loader {
     cache: Arc<Cache>,
     fetcher: Arc<Fetcher>,
     formats: FormatsConfig,
-    memory: Arc<Budget>,
     shared: Option<Arc<SharedIndexes>>,
     soci: Option<Arc<SociIndexes>>,
     hosts: Arc<Hosts>,
 }
 
 impl Loader {
-    /// A loader that keeps indexes and bytes in `cache`, and reads tables of contents in `memory`.
-    pub fn new(cache: Arc<Cache>, fetcher: Arc<Fetcher>, formats: FormatsConfig, memory: Arc<Budget>) -> Self {
+    /// A loader that keeps indexes and bytes in `cache`, and takes what it needs besides out of the memory of `fetcher`.
+    pub fn new(cache: Arc<Cache>, fetcher: Arc<Fetcher>, formats: FormatsConfig) -> Self {
         Loader {
             cache,
             fetcher,
             formats,
-            memory,
             shared: None,
             soci: None,
             hosts: Arc::default(),
@@ -477,7 +476,8 @@ impl Loader {
             id: belief::Kind::Table.id(&spec.digest, &stated),
             blob: spec.digest,
         };
-        let read = toc::read(spec, blob, kind, &self.formats, images, &self.memory);
+        let scheduled = self.fetcher.scheduled(Arc::clone(blob), Class::Demand);
+        let read = toc::read(spec, &scheduled, kind, &self.formats, images, self.fetcher.memory());
         let table = match tokio::time::timeout(toc::DEADLINE, read).await {
             Ok(Ok(table)) => table,
             // The registry cannot deliver; streaming would ask the same registry for more.

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
-use crate::registry::{Blob, Body, RegistryError};
+use crate::registry::{Blob, Body, Origin, RegistryError};
 
 /// The same blob at several sources.
 pub struct Failover {
@@ -76,6 +76,12 @@ impl Blob for Failover {
         let at = self.preferred.load(Ordering::Relaxed);
         self.blobs.get(at).map(|blob| blob.describe()).unwrap_or_default()
     }
+
+    /// That of the source which is asked first.
+    fn origin(&self) -> Origin {
+        let at = self.preferred.load(Ordering::Relaxed);
+        self.blobs.get(at).map(|blob| blob.origin()).unwrap_or_default()
+    }
 }
 
 /// Of two failures, the one to report: a host that answered says more than one that could not be reached.
@@ -108,6 +114,9 @@ mod tests {
         fn describe(&self) -> String {
             format!("fixed {}", self.0.is_ok())
         }
+        fn origin(&self) -> Origin {
+            Origin::new("host", &self.describe())
+        }
     }
 
     fn unreachable_host() -> Arc<dyn Blob> {
@@ -131,6 +140,7 @@ mod tests {
             let parts: Vec<Bytes> = blob.read(1..3).await.unwrap().try_collect().await.unwrap();
             assert_eq!(parts.concat(), b"bc");
             assert_eq!(blob.describe(), "fixed true");
+            assert_eq!(blob.origin(), Origin::new("host", "fixed true"));
         }
     }
 

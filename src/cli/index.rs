@@ -156,7 +156,6 @@ struct Tool {
     config: Config,
     metrics: Arc<Metrics>,
     registry: Arc<Registry>,
-    memory: Arc<Budget>,
     shared: Arc<SharedIndexes>,
 }
 
@@ -173,13 +172,12 @@ impl Tool {
         let metrics = Arc::new(Metrics::new());
         let registry = Registry::new(&config.registry, Arc::clone(&metrics))?;
         let memory = Budget::new(config.memory.budget.0);
-        let (copy, budget, counts) = (Arc::clone(&registry), Arc::clone(&memory), Arc::clone(&metrics));
-        let shared = SharedIndexes::new(&config.index, copy, budget, counts)?;
+        let (copy, counts) = (Arc::clone(&registry), Arc::clone(&metrics));
+        let shared = SharedIndexes::new(&config.index, copy, memory, counts)?;
         Ok(Tool {
             config,
             metrics,
             registry,
-            memory,
             shared,
         })
     }
@@ -248,12 +246,12 @@ impl Tool {
         let runtime = tokio::runtime::Handle::current();
         let fetcher = Fetcher::new(
             &self.config.fetch,
+            Budget::new(self.config.memory.budget.0),
             Arc::clone(&cache),
             runtime,
             Arc::clone(&self.metrics),
         );
-        let memory = Arc::clone(&self.memory);
-        Ok((dir, Loader::new(cache, fetcher, self.config.formats.clone(), memory)))
+        Ok((dir, Loader::new(cache, fetcher, self.config.formats.clone())))
     }
 
     async fn build(&self, source: &str, output: &Path) -> anyhow::Result<Vec<Row>> {

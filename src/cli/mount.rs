@@ -61,9 +61,15 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
     std::fs::create_dir_all(&root).with_context(|| format!("cache directory {}", root.display()))?;
     let cache = Cache::open(&root, &config.cache, Arc::clone(&metrics))?;
     let runtime = tokio::runtime::Handle::current();
-    let fetcher = Fetcher::new(&config.fetch, Arc::clone(&cache), runtime.clone(), Arc::clone(&metrics));
     let memory = Budget::new(config.memory.budget.0);
-    let loader = Loader::new(Arc::clone(&cache), fetcher, config.formats.clone(), memory);
+    let fetcher = Fetcher::new(
+        &config.fetch,
+        memory,
+        Arc::clone(&cache),
+        runtime.clone(),
+        Arc::clone(&metrics),
+    );
+    let loader = Loader::new(Arc::clone(&cache), fetcher, config.formats.clone());
     let toc_image = reference
         .parse::<Digest>()
         .is_err()

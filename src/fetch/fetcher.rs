@@ -1,62 +1,91 @@
-//! What all layers share: the gate, the limits, and the streams under way.
+//! What all layers share: the scheduler, the memory, and the streams under way.
+//!
+//! # Memory
+//! The one budget (`memory.budget`) is divided, so that nobody who needs memory stands behind somebody who waits for something else:
+//! - half of it is for ranged requests. A wish says how much it takes, and is not granted before there is room ([`super::schedule::policy`]);
+//! - `fetch.stream_memory`, at most a quarter, is for bytes of streams between download and decompression;
+//! - the rest ([`Fetcher::memory`]) is for what is read as a whole and parsed, and for what streams need besides: some
+//!   for each, taken before it begins, and more only if there is some at once (spans.rs).
+//!
+//! Nobody waits for a share while holding another one of the same part.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
+use futures::StreamExt;
+use futures::future::BoxFuture;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
-use super::{FetchError, Layer, Progress};
+use super::Layer;
+use super::flights::Streams;
+use super::schedule::{Class, Kind, Limits, Place, Scheduler, Turns, Wish};
 use crate::cache::{Cache, CachedLayer};
 use crate::config::FetchConfig;
-use crate::layer::Digest;
 use crate::metrics::Metrics;
-use crate::registry::Blob;
-use crate::sync::{Gate, SingleFlight};
+use crate::registry::{Blob, Body, Origin, RegistryError};
+use crate::sync::Budget;
 
-/// A blob, and the digest that its tar is promised to have.
-type Promised = (Digest, Option<Digest>);
+/// Part of the memory for ranged requests: one in so many.
+const REQUESTS_PART: u64 = 2;
+/// Most of the memory for bytes of streams that are downloaded and not yet decompressed: one in so many.
+const PIECES_PART: u64 = 4;
+/// Chunks decoded at once for each processor: they also write to the disk, and wait for it.
+const DECODES_PER_PROCESSOR: usize = 4;
 
-/// The scheduler. There is one per daemon.
+/// The scheduler of everything that is fetched, and what it is fetched with. There is one per daemon.
 pub struct Fetcher {
     pub(super) cache: Arc<Cache>,
     pub(super) runtime: Handle,
     pub(super) metrics: Arc<Metrics>,
-    /// Limits the streams under way: those that readers wait for before those of pulls.
-    pub(super) streams: Arc<Gate>,
+    pub(super) scheduler: Arc<Scheduler>,
+    /// Limits what is decoded at once.
+    pub(super) decodes: Arc<Turns>,
+    /// Memory of ranged requests.
+    pub(super) requests: Arc<Budget>,
     /// Bytes of streams between download and decompression.
-    pub(super) memory: Arc<Semaphore>,
-    pub(super) memory_size: usize,
-    /// First passes under way, by blob and by what its tar is promised to be: a false promise fails nobody else's.
-    pub(super) streaming: Arc<SingleFlight<Promised, Result<Arc<CachedLayer>, FetchError>>>,
-    progress: Mutex<HashMap<Digest, Arc<Progress>>>,
-    /// Limits the requests under way.
-    pub(super) gate: Arc<Gate>,
+    pub(super) pieces: Arc<Budget>,
+    /// Memory for everything else.
+    memory: Arc<Budget>,
+    /// First passes under way.
+    pub(super) streams: Streams,
     /// Lets one layer be verified at a time.
     pub(super) verifications: Arc<Semaphore>,
     /// Largest ranged request, in bytes.
     pub(super) max_request: u64,
-    /// Longest time without any progress before a request is given up: it must not keep its place at the gate for ever.
+    /// Longest time without any progress before a request is given up: it must not keep its place for ever.
     pub(super) patience: Duration,
 }
 
 impl Fetcher {
-    /// A scheduler whose work is done on `runtime`.
-    pub fn new(config: &FetchConfig, cache: Arc<Cache>, runtime: Handle, metrics: Arc<Metrics>) -> Arc<Fetcher> {
-        let memory = usize::try_from(config.stream_memory.0).unwrap_or(usize::MAX);
-        // Permits are taken as u32.
-        let memory = memory.clamp(1, Semaphore::MAX_PERMITS.min(u32::MAX as usize));
+    /// A fetcher whose work is done on `runtime`, and which takes its parts out of `memory`.
+    pub fn new(
+        config: &FetchConfig,
+        memory: Arc<Budget>,
+        cache: Arc<Cache>,
+        runtime: Handle,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Fetcher> {
+        let total = memory.total();
+        let requests = memory.split_off(total / REQUESTS_PART);
+        let pieces = memory.split_off(config.stream_memory.0.min(total / PIECES_PART));
+        let limits = Limits {
+            requests: config.max_concurrent_requests,
+            streams: config.max_concurrent_streams,
+            memory: requests.total(),
+        };
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Arc::new(Fetcher {
-            streams: Gate::new(config.max_concurrent_streams),
-            memory: Arc::new(Semaphore::new(memory)),
-            memory_size: memory,
-            streaming: SingleFlight::new(),
-            progress: Mutex::default(),
+            scheduler: Scheduler::new(limits),
+            decodes: Turns::new(processors * DECODES_PER_PROCESSOR),
+            requests,
+            pieces,
+            memory,
+            streams: Streams::default(),
             cache,
             runtime,
             metrics,
-            gate: Gate::new(config.max_concurrent_requests),
             verifications: Arc::new(Semaphore::new(1)),
             max_request: config.max_request.0,
             patience: config.read_deadline,
@@ -68,7 +97,83 @@ impl Fetcher {
         Layer::new(Arc::clone(self), layer, blob)
     }
 
-    pub(super) fn progresses(&self) -> MutexGuard<'_, HashMap<Digest, Arc<Progress>>> {
-        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Memory for what is read as a whole and parsed. Who takes a share of it must hold none.
+    pub fn memory(&self) -> &Arc<Budget> {
+        &self.memory
+    }
+
+    /// What decides who may ask sources for something.
+    pub fn scheduler(&self) -> &Arc<Scheduler> {
+        &self.scheduler
+    }
+
+    /// The same blob, each read of which waits for a place first and keeps it to the end of the body: for tables of contents and
+    /// other documents that are no content of layers.
+    pub fn scheduled(&self, blob: Arc<dyn Blob>, class: Class) -> Arc<dyn Blob> {
+        Arc::new(Scheduled {
+            blob,
+            class,
+            scheduler: Arc::clone(&self.scheduler),
+            patience: self.patience,
+        })
+    }
+
+    /// Waits for a place for a stream.
+    pub(super) async fn enter_stream(&self, owner: Origin, class: Class) -> Place {
+        let deadline = self.scheduler.deadline(self.patience);
+        let wish = Wish {
+            owner,
+            class,
+            kind: Kind::Stream,
+            bytes: 0,
+            deadline,
+        };
+        self.scheduler.enter(wish).await
+    }
+}
+
+/// A blob that is read when the scheduler lets it.
+struct Scheduled {
+    blob: Arc<dyn Blob>,
+    class: Class,
+    scheduler: Arc<Scheduler>,
+    patience: Duration,
+}
+
+impl Blob for Scheduled {
+    fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        Box::pin(async move {
+            let wish = Wish {
+                owner: self.blob.origin(),
+                class: self.class,
+                kind: Kind::Table,
+                // Whoever asks for a document accounts for it: it outlives the request.
+                bytes: 0,
+                deadline: self.scheduler.deadline(self.patience),
+            };
+            let place = self.scheduler.enter(wish).await;
+            let body = self.blob.read(range).await?;
+            Ok(body
+                .inspect(move |_| {
+                    let _held = &place;
+                })
+                .boxed())
+        })
+    }
+
+    fn size(&self) -> u64 {
+        self.blob.size()
+    }
+
+    fn describe(&self) -> String {
+        self.blob.describe()
+    }
+
+    fn distrust(&self) {
+        self.blob.distrust();
+    }
+
+    fn origin(&self) -> Origin {
+        self.blob.origin()
     }
 }

@@ -1,6 +1,5 @@
-//! A live layer: reads of it, and the ends of their waiting.
+//! A live layer: what is asked for, and the dispatchers that make requests of it.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -10,17 +9,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::queue::{Answer, Queue, Ranks, View, owners};
+use super::queue::{Answer, Next, Queue, Ranks, Terms, View, owners};
+use super::schedule::{Class, Kind, Wish};
 use super::window::Owner;
 use super::{FetchError, Fetcher, LayerData, LocalFile};
 use crate::cache::{CacheError, CachedLayer};
 use crate::layer::{Access, BlobIndex, Digest, LayerIndex};
 use crate::registry::Blob;
-use crate::sync::Class;
 
 /// Times that a damaged chunk is fetched before its readers get an error: damage on the way is rare, and damage at the source stays.
 pub(super) const DAMAGE_LIMIT: u32 = 3;
@@ -122,12 +120,18 @@ impl Layer {
         };
         self.closing.cancel();
         for waiter in waiters {
-            let _ = waiter.send(Err(self.closed()));
+            waiter.send(&Err(self.closed()));
         }
     }
 
     /// Has the chunks of `len` bytes at `offset` fetched after everything that someone waits for. Nobody is told of errors.
     pub fn prefetch(&self, offset: u64, len: u64) {
+        self.ask(offset, len, Class::Prefetch);
+    }
+
+    /// Has the chunks of `len` bytes at `offset` fetched when it is the turn of their class. What is asked for already, or under way, moves to
+    /// this class if it is the more urgent one. Nobody is told of errors.
+    pub fn ask(&self, offset: u64, len: u64, class: Class) {
         if self.is_streamed() {
             return;
         }
@@ -138,10 +142,10 @@ impl Layer {
                 .missing(offset, len)
                 .filter(|&chunk| !self.cached.is_suspect(chunk))
             {
-                queue.want(chunk, self.ranks.rank(chunk), Class::Background, None);
+                queue.want(chunk, self.ranks.rank(chunk), class, None);
             }
         }
-        self.dispatch(Class::Background);
+        self.dispatch(class);
     }
 
     /// Whether missing bytes are had by streaming all of the layer again.
@@ -171,21 +175,45 @@ impl Layer {
         }
     }
 
-    /// Starts a dispatcher if one is needed: it waits at the gate, makes one request, and hands over to the next.
+    /// Starts a dispatcher if one is needed: it waits for a place, makes one request, and hands over to the next.
     pub(super) fn dispatch(&self, class: Class) {
-        if !self.queue().needs_dispatcher(class) {
+        let max_request = self.fetcher.max_request;
+        let Some(mut memory) = self.queue().needs_dispatcher(class, &self.ranks, self, max_request) else {
             return;
-        }
+        };
         let Some(me) = self.me.upgrade() else { return };
         self.fetcher.runtime.spawn(async move {
-            let pass = tokio::select! {
-                pass = me.fetcher.gate.enter(class) => pass,
-                () = me.closing.cancelled() => return,
-            };
-            let job = me.queue().next(class, &me.ranks, &*me, me.fetcher.max_request);
-            me.dispatch(class);
-            if let Some(job) = job {
-                me.request(job, class, pass).await;
+            loop {
+                let wish = Wish {
+                    owner: me.blob().origin(),
+                    class,
+                    kind: Kind::Request,
+                    bytes: memory,
+                    deadline: me.fetcher.scheduler.deadline(me.fetcher.patience),
+                };
+                let place = tokio::select! {
+                    place = me.fetcher.scheduler.enter(wish) => place,
+                    () = me.closing.cancelled() => return,
+                };
+                let terms = Terms {
+                    class,
+                    place: &place.remote(),
+                    memory,
+                    contended: place.contended(),
+                    max_request,
+                };
+                let next = me.queue().next(&me.ranks, &*me, &terms);
+                match next {
+                    Next::Nothing => return,
+                    // The next chunk is another one meanwhile, and larger.
+                    Next::More(more) => memory = more,
+                    Next::Request(job) => {
+                        place.shrink(job.memory);
+                        me.dispatch(class);
+                        me.dispatch(Class::ReadAhead);
+                        return me.request(job, class, place).await;
+                    }
+                }
             }
         });
     }
@@ -220,73 +248,7 @@ impl Layer {
     pub(super) fn answer(&self, chunk: usize, answer: Answer) {
         let waiters = self.queue().take(chunk, self.ranks.rank(chunk));
         for waiter in waiters {
-            let _ = waiter.send(answer.clone());
-        }
-    }
-
-    /// Asks for chunks; where to wait for each. A chunk that has become ready meanwhile is left out.
-    fn want(self: &Arc<Self>, chunks: &[usize]) -> Result<Vec<(usize, oneshot::Receiver<Answer>)>, FetchError> {
-        let streamed = self.is_streamed();
-        let mut waits = Vec::with_capacity(chunks.len());
-        {
-            let mut queue = self.queue();
-            if queue.closed {
-                return Err(self.closed());
-            }
-            for &chunk in chunks {
-                // Under the lock: a chunk leaves the queue after it is ready (or hot).
-                if self.cached.is_chunk_ready(chunk) {
-                    continue;
-                }
-                let (waiter, wait) = oneshot::channel();
-                waits.push((chunk, wait));
-                if let Some(bytes) = self.cached.hot(chunk) {
-                    let _ = waiter.send(Ok(bytes));
-                } else if streamed {
-                    queue.want_streamed(chunk, waiter);
-                } else {
-                    queue.want(chunk, self.ranks.rank(chunk), Class::Demand, Some(waiter));
-                }
-            }
-        }
-        if streamed {
-            self.refill();
-        } else {
-            self.dispatch(Class::Demand);
-        }
-        Ok(waits)
-    }
-
-    /// The bytes, without a deadline.
-    async fn fill(self: Arc<Self>, offset: u64, len: u32) -> Result<Bytes, FetchError> {
-        // Bytes of chunks that were waited for. They are kept until the end: an eviction in the meantime costs nothing, and every turn
-        // of the loop adds some, so that it ends.
-        let mut arrived: BTreeMap<usize, Bytes> = BTreeMap::new();
-        let mut missing: Vec<usize> = self
-            .cached
-            .missing(offset, len.into())
-            .filter(|&chunk| !self.cached.is_suspect(chunk))
-            .collect();
-        loop {
-            if !missing.is_empty() {
-                for (chunk, wait) in self.want(&missing)? {
-                    let bytes = wait.await.unwrap_or_else(|_| Err(self.closed()))?;
-                    arrived.insert(chunk, bytes);
-                }
-            }
-            let me = Arc::clone(&self);
-            let assemble = move || {
-                let mut buf = vec![0; len as usize];
-                let missing = me.cached.read_present(offset, &mut buf, &arrived);
-                (buf, missing, arrived)
-            };
-            let (buf, still, back) = tokio::task::spawn_blocking(assemble)
-                .await
-                .map_err(|error| self.disk(io::Error::other(error)))?;
-            if still.is_empty() {
-                return Ok(buf.into());
-            }
-            (missing, arrived) = (still, back);
+            waiter.send(&answer);
         }
     }
 }
@@ -308,6 +270,11 @@ impl View for Layer {
     fn is_ready(&self, chunk: usize) -> bool {
         // What only has to be verified is not fetched ahead either.
         self.cached.is_chunk_ready(chunk) || self.cached.is_suspect(chunk)
+    }
+
+    fn decoded(&self, chunk: usize) -> u64 {
+        let record = self.cached.index().chunks().get(chunk);
+        record.map_or(0, |record| record.data_len.into())
     }
 }
 

@@ -4,28 +4,33 @@
 //! download (task) -> hash the blob, decompress (thread) -> what the sink does with the tar (thread)
 //! ```
 //!
-//! The first arrow carries what the registry sends, and is bounded by `fetch.stream_memory` over all streams; the second carries
-//! [`DEPTH`] buffers of [`BUFFER`] bytes per stream. The blob is hashed to its very end, also what follows the compressed data.
+//! The first arrow carries what the registry sends, and is bounded by `fetch.stream_memory` over all streams, of which one stream never has
+//! more than a part: its decompression may be slow on purpose. The second carries [`DEPTH`] buffers of [`BUFFER`] bytes per stream. The blob is hashed to its very end, also what follows the compressed data.
 //! Bytes that do not decode, or make no tar, are read to their end all the same: if the blob has another digest than it should, it was
 //! damaged on its way and may be good the next time; otherwise the layer itself is malformed.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc as threads};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use futures::StreamExt;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
+use super::flights::Wishes;
 use crate::layer::checkpoint::{Scanned, Scanner};
 use crate::layer::compression::{Compression, MAGIC_LEN, decoder};
 use crate::layer::digest::Hasher;
 use crate::layer::{Digest, LayerError};
-use crate::registry::{Blob, RegistryError};
+use crate::registry::{Blob, Body, RegistryError};
+use crate::sync::{Budget, Share};
 
+/// Of the memory between download and decompression, one stream has at most this part, but never less than [`PART_MIN`] bytes.
+const STREAM_PART: u64 = 8;
+const PART_MIN: u64 = 64 << 10;
 /// Uncompressed bytes handed on at a time: enough that the threads rarely wait for each other.
 const BUFFER: usize = 256 << 10;
 /// Buffers between decompression and sink.
@@ -112,21 +117,19 @@ pub(super) enum Fault {
 /// What a stream uses of the fetcher.
 pub(super) struct Resources {
     /// Bytes that may be between download and decompression, over all streams.
-    pub memory: Arc<Semaphore>,
-    /// How many those are.
-    pub memory_size: usize,
+    pub memory: Arc<Budget>,
     /// Longest silence of the source.
     pub patience: Duration,
+    /// While it pauses, nothing more is taken from the source, which may be silent then.
+    pub wishes: watch::Receiver<Wishes>,
     /// Counts the bytes of the blob that arrive.
     pub progress: Box<dyn Fn(u64) + Send + Sync>,
-    /// What may have the download pause.
-    pub stream: Option<Arc<Progress>>,
 }
 
 /// A piece of the download, with the memory it takes.
 struct Piece {
     bytes: Bytes,
-    _memory: OwnedSemaphorePermit,
+    _memory: [Share; 2],
 }
 
 /// Runs a whole blob through the stages, and verifies its digest; the sink comes back with what it made of it.
@@ -165,28 +168,44 @@ async fn fetch(blob: &dyn Blob, pieces: mpsc::Sender<Piece>, resources: &Resourc
     let silence = |_| Fault::Silence(resources.patience);
     let body = timeout(resources.patience, blob.read(0..blob.size()));
     let mut body = body.await.map_err(silence)?.map_err(Fault::Source)?;
-    loop {
-        if let Some(stream) = &resources.stream {
-            stream.go_on().await;
-        }
-        let Some(piece) = timeout(resources.patience, body.next()).await.map_err(silence)? else {
-            return Ok(());
-        };
+    let mut wishes = resources.wishes.clone();
+    let part = Budget::new((resources.memory.total() / STREAM_PART).max(PART_MIN));
+    let most = usize::try_from(part.total().min(resources.memory.total())).unwrap_or(usize::MAX);
+    while let Some(piece) = next(&mut body, &mut wishes, resources.patience).await? {
         let mut bytes = piece.map_err(Fault::Source)?;
         (resources.progress)(bytes.len() as u64);
         while !bytes.is_empty() {
             // More at once than the limit could never be let in.
-            let part = bytes.split_to(bytes.len().min(resources.memory_size));
-            let permits = u32::try_from(part.len()).unwrap_or(u32::MAX);
-            let memory = Arc::clone(&resources.memory).acquire_many_owned(permits);
-            let memory = memory.await.map_err(|_| Fault::Closed)?;
-            let piece = Piece {
-                bytes: part,
-                _memory: memory,
-            };
+            let bytes = bytes.split_to(bytes.len().min(most));
+            // The part is this stream's alone, and comes back as its decompression goes on: nobody else waits for it.
+            let own = part.take(bytes.len() as u64).await;
+            let memory = [own, resources.memory.take(bytes.len() as u64).await];
+            let piece = Piece { bytes, _memory: memory };
             if pieces.send(piece).await.is_err() {
                 return Ok(());
             }
+        }
+    }
+    Ok(())
+}
+
+/// The next piece of a body, once it is not paused. The source may be silent for `patience` outside of pauses.
+async fn next(
+    body: &mut Body,
+    wishes: &mut watch::Receiver<Wishes>,
+    patience: Duration,
+) -> Result<Option<Result<Bytes, RegistryError>>, Fault> {
+    loop {
+        // Who could pause it is gone if this fails: then it is not paused.
+        let _ = wishes.wait_for(|wishes| !wishes.pauses()).await;
+        let pause = async {
+            if wishes.wait_for(Wishes::pauses).await.is_err() {
+                std::future::pending().await
+            }
+        };
+        tokio::select! {
+            piece = timeout(patience, body.next()) => return piece.map_err(|_| Fault::Silence(patience)),
+            () = pause => {}
         }
     }
 }
@@ -368,73 +387,4 @@ fn hand_over<S: Sink>(sink: &mut S, offset: u64, bytes: &[u8], spans: Vec<Scanne
         rest = tail;
     }
     sink.push(rest)
-}
-
-/// How far a stream is, in bytes of the blob.
-#[derive(Debug, Default)]
-pub struct Progress {
-    pub(super) done: AtomicU64,
-    pub(super) total: AtomicU64,
-    wishes: watch::Sender<Wishes>,
-}
-
-/// How many want the stream to pause, and how many wait for it.
-#[derive(Debug, Default)]
-struct Wishes {
-    pauses: usize,
-    waits: usize,
-}
-
-/// A stream that pauses for another one, as long as this lives and nobody [waits](Hurried) for it.
-pub struct Paused(Arc<Progress>);
-
-impl Paused {
-    /// Has the download wait before its next piece.
-    pub fn new(stream: Arc<Progress>) -> Self {
-        stream.wishes.send_modify(|wishes| wishes.pauses += 1);
-        Paused(stream)
-    }
-}
-
-impl Drop for Paused {
-    fn drop(&mut self) {
-        self.0.wishes.send_modify(|wishes| wishes.pauses -= 1);
-    }
-}
-
-/// A stream that somebody waits for, as long as this lives: it pauses for nobody.
-pub struct Hurried(Arc<Progress>);
-
-impl Hurried {
-    /// Has the download go on.
-    pub fn new(stream: Arc<Progress>) -> Self {
-        stream.wishes.send_modify(|wishes| wishes.waits += 1);
-        Hurried(stream)
-    }
-}
-
-impl Drop for Hurried {
-    fn drop(&mut self) {
-        self.0.wishes.send_modify(|wishes| wishes.waits -= 1);
-    }
-}
-
-impl Progress {
-    /// Waits until the stream may go on.
-    pub(super) async fn go_on(&self) {
-        let mut wishes = self.wishes.subscribe();
-        let may_go_on = |wishes: &Wishes| wishes.pauses == 0 || wishes.waits > 0;
-        // The sender lives as long as this does.
-        let _ = wishes.wait_for(may_go_on).await;
-    }
-
-    /// Bytes that have arrived.
-    pub fn done(&self) -> u64 {
-        self.done.load(Ordering::Relaxed)
-    }
-
-    /// Bytes of the blob.
-    pub fn total(&self) -> u64 {
-        self.total.load(Ordering::Relaxed)
-    }
 }

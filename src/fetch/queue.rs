@@ -1,22 +1,53 @@
 //! The chunks of one layer that are asked for: who waits for each, which of them a request has, and which come next.
 //!
-//! Every chunk in `chunks` is either queued (its rank is in `demand` or `background`) or flying (one request has it). It leaves
-//! with [`Queue::take`], by which its waiters are answered; so a waiter is lost only with the queue itself.
+//! Every chunk in `chunks` is either queued (its rank is in `queued`, under its class) or flying (one request has it). It leaves
+//! with [`Queue::take`], by which its waiters are answered; so a waiter is lost only with the queue itself. What somebody begins to wait
+//! for moves to the class of that, and so does the place of a request that has it; what all have left sinks to the background.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 
 use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::FetchError;
-use super::window::{Chunks, Owner, Plan, State, Window};
-use crate::layer::{LayerIndex, ROOT_INO};
-use crate::sync::Class;
+use super::schedule::{Class, Remote};
+use super::window::{Bounds, Chunks, Owner, PART, Plan, State, Window};
+use crate::layer::{Codec, LayerIndex, ROOT_INO};
 
-/// What a waiter gets: the bytes of the chunk.
+/// Chunks of one layer that are queued to be read ahead: enough for a few requests. What was to be read ahead while so many wait is
+/// dropped.
+const AHEAD_QUEUED: usize = 1024;
+/// Bytes of memory that any request may take to decode a chunk: as much as a chunk holds in all formats, if nothing else was asked for.
+const DECODED: u64 = 4 << 20;
+/// Bytes of a body that are copied out of it at most, to be decoded while the rest arrives.
+pub(super) const COPIED: u64 = 4 << 20;
+
+/// What a waiter gets: the part of the chunk that it asked for.
 pub(super) type Answer = Result<Bytes, FetchError>;
+
 /// Who waits for a chunk.
-pub(super) type Waiter = oneshot::Sender<Answer>;
+pub(super) struct Waiter {
+    sender: oneshot::Sender<Answer>,
+    /// The bytes of the chunk that it wants. It gets a copy of them: a chunk may be a thousand times as large as a read.
+    part: Range<usize>,
+}
+
+impl Waiter {
+    /// One that wants these bytes of a chunk; and where they arrive.
+    pub fn new(part: Range<usize>) -> (Waiter, oneshot::Receiver<Answer>) {
+        let (sender, wait) = oneshot::channel();
+        (Waiter { sender, part }, wait)
+    }
+
+    /// Answers it with its part of the chunk.
+    pub fn send(self, answer: &Answer) {
+        let answer = answer.as_ref().map_err(Clone::clone);
+        // A chunk has all its bytes when it is verified.
+        let part = answer.map(|chunk| Bytes::copy_from_slice(chunk.get(self.part).unwrap_or_default()));
+        let _ = self.sender.send(part);
+    }
+}
 
 /// Where a chunk is on its way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,15 +68,33 @@ struct Pending {
 #[derive(Default)]
 pub(super) struct Queue {
     chunks: HashMap<usize, Pending>,
-    demand: BTreeSet<usize>,
-    background: BTreeSet<usize>,
+    /// Ranks by class.
+    queued: [BTreeSet<usize>; 4],
     window: Window,
-    /// Whether a dispatcher waits at the gate, by class.
-    dispatching: [bool; 2],
+    /// Whether a dispatcher waits for a place, by class.
+    dispatching: [bool; 4],
+    /// Requests under way, by their number.
+    flights: HashMap<u64, Flight>,
     requests: u64,
     pub closed: bool,
     /// Whether the layer is being streamed again.
     pub refilling: bool,
+}
+
+/// A request under way.
+struct Flight {
+    class: Class,
+    place: Remote,
+    chunks: Vec<usize>,
+}
+
+impl Flight {
+    fn rank(&mut self, class: Class) {
+        if class != self.class {
+            self.class = class;
+            self.place.rank(class);
+        }
+    }
 }
 
 /// The order of a layer's chunks in the blob.
@@ -89,16 +138,29 @@ impl Ranks {
 /// The owner of each chunk: a file whose content is in it, and that file's directory.
 pub(super) fn owners(index: &LayerIndex) -> Vec<Owner> {
     let chunks = index.chunks();
-    let mut owners = vec![Owner::default(); chunks.len()];
+    let alone = |at: usize| Owner {
+        part: at as u32,
+        ..Owner::default()
+    };
+    let mut owners: Vec<Owner> = (0..chunks.len()).map(alone).collect();
+    // Where a chunk can hold several files, and a file is in few of them, each chunk is a part of its own.
+    let parts = matches!(index.codec(), Codec::Gzip | Codec::Zstd);
     for (dir, inode) in (ROOT_INO..).zip(index.inodes()) {
         for entry in index.entries(inode) {
             let Some(file) = index.inode(entry.ino).filter(|inode| inode.is_reg()) else {
                 continue;
             };
-            let places = owners.get_mut(index.chunks_at(file.data, file.size));
-            places
-                .into_iter()
-                .for_each(|places| places.fill(Owner { dir, file: entry.ino }));
+            let range = index.chunks_at(file.data, file.size);
+            let places = owners.get_mut(range.clone()).into_iter().flatten();
+            let chunks = chunks.get(range).unwrap_or_default();
+            // A streamed layer has other things in a file's first chunk.
+            let parts = parts && chunks.first().is_some_and(|chunk| chunk.data_offset >= file.data);
+            for (owner, chunk) in places.zip(chunks) {
+                (owner.dir, owner.file) = (dir, entry.ino);
+                if parts {
+                    owner.part = (chunk.data_offset.saturating_sub(file.data) / PART) as u32;
+                }
+            }
         }
     }
     owners
@@ -109,25 +171,70 @@ pub(super) struct Job {
     /// Number of the request within the layer.
     pub id: u64,
     pub plan: Plan,
+    /// Bytes of memory that it takes.
+    pub memory: u64,
+    /// Those of them that decoding may take at once.
+    pub decoded: u64,
+}
+
+/// What a dispatcher that has a place is to do.
+pub(super) enum Next {
+    /// Nothing is asked for any more.
+    Nothing,
+    /// Ask again, for so much memory.
+    More(u64),
+    Request(Job),
+}
+
+/// What is known of the place that a request has.
+pub(super) struct Terms<'a> {
+    pub class: Class,
+    pub place: &'a Remote,
+    /// Memory that was asked for.
+    pub memory: u64,
+    /// Whether others wait for places like it.
+    pub contended: bool,
+    /// Largest ranged request, in bytes.
+    pub max_request: u64,
+}
+
+/// Bounds of a request that begins with a chunk, and the memory that it may take.
+fn bounds<V: View>(view: &V, chunk: usize, max_request: u64) -> (Bounds, u64) {
+    let blob = view.blob(chunk);
+    let bounds = Bounds {
+        bytes: max_request.max(blob.end.saturating_sub(blob.start)),
+        decoded: DECODED.max(view.decoded(chunk)),
+    };
+    let memory = bounds.bytes.saturating_add(COPIED).saturating_add(bounds.decoded);
+    (bounds, memory)
 }
 
 impl Queue {
     /// Asks for a chunk.
     pub fn want(&mut self, chunk: usize, rank: usize, class: Class, waiter: Option<Waiter>) {
+        let queued = &mut self.queued;
         let pending = self.chunks.entry(chunk).or_insert_with(|| {
-            self.background.insert(rank);
+            queued[class as usize].insert(rank);
             Pending {
-                place: Place::Queued(Class::Background),
+                place: Place::Queued(class),
                 damaged: 0,
                 waiters: Vec::new(),
             }
         });
         pending.waiters.extend(waiter);
-        // Also promotes a chunk that was queued without a reader.
-        if class == Class::Demand && pending.place == Place::Queued(Class::Background) {
-            pending.place = Place::Queued(Class::Demand);
-            self.background.remove(&rank);
-            self.demand.insert(rank);
+        match pending.place {
+            // Promotes what was queued, or is under way, for less.
+            Place::Queued(old) if class < old => {
+                pending.place = Place::Queued(class);
+                queued[old as usize].remove(&rank);
+                queued[class as usize].insert(rank);
+            }
+            Place::Flying(id) => {
+                if let Some(flight) = self.flights.get_mut(&id).filter(|flight| class < flight.class) {
+                    flight.rank(class);
+                }
+            }
+            Place::Queued(_) => {}
         }
     }
 
@@ -141,39 +248,81 @@ impl Queue {
         pending.waiters.push(waiter);
     }
 
-    /// Whether a dispatcher of this class has to be started; it is taken to be started then.
-    pub fn needs_dispatcher(&mut self, class: Class) -> bool {
-        let queue = match class {
-            Class::Demand => &self.demand,
-            Class::Background => &self.background,
+    /// Somebody waits for a chunk no more. If nobody else does, it sinks to the background; whether it is queued there now.
+    pub fn left(&mut self, chunk: usize, rank: usize) -> bool {
+        if self.is_awaited(chunk) {
+            return false;
+        }
+        let Some(pending) = self.chunks.get_mut(&chunk) else {
+            return false;
         };
-        let flag = &mut self.dispatching[class as usize];
-        let needed = !*flag && !queue.is_empty() && !self.closed;
-        *flag |= needed;
-        needed
+        pending.waiters.clear();
+        match pending.place {
+            Place::Queued(class) => {
+                pending.place = Place::Queued(Class::Background);
+                self.queued[class as usize].remove(&rank);
+                self.queued[Class::Background as usize].insert(rank);
+                true
+            }
+            Place::Flying(id) => {
+                let awaited = |flight: &Flight| flight.chunks.iter().any(|&chunk| self.is_awaited(chunk));
+                if self.flights.get(&id).is_some_and(|flight| !awaited(flight))
+                    && let Some(flight) = self.flights.get_mut(&id)
+                {
+                    flight.rank(Class::Background);
+                }
+                false
+            }
+        }
     }
 
-    /// A dispatcher has been let in: the request it makes, if anything is still to be fetched. `blob` tells a rank's place in the
-    /// blob, `ready` whether it is there.
-    pub fn next<V: View>(&mut self, class: Class, ranks: &Ranks, view: &V, max_request: u64) -> Option<Job> {
-        self.dispatching[class as usize] = false;
-        let seed = match class {
-            Class::Demand => self.demand.first(),
-            Class::Background => self.background.first(),
+    /// The memory to ask for, if a dispatcher of this class has to be started; it is taken to be started then.
+    pub fn needs_dispatcher<V: View>(
+        &mut self,
+        class: Class,
+        ranks: &Ranks,
+        view: &V,
+        max_request: u64,
+    ) -> Option<u64> {
+        if self.dispatching[class as usize] || self.closed {
+            return None;
+        }
+        let seed = *self.queued[class as usize].first()?;
+        self.dispatching[class as usize] = true;
+        Some(bounds(view, ranks.chunk(seed), max_request).1)
+    }
+
+    /// A dispatcher has been let in: the request it makes, if anything is still to be fetched.
+    pub fn next<V: View>(&mut self, ranks: &Ranks, view: &V, terms: &Terms<'_>) -> Next {
+        let class = terms.class;
+        let Some(&seed) = self.queued[class as usize].first() else {
+            self.dispatching[class as usize] = false;
+            return Next::Nothing;
         };
-        let seed = *seed?;
-        let alone = class == Class::Background || self.chunks.get(&ranks.chunk(seed)).is_some_and(|p| p.damaged > 0);
+        let (bounds, memory) = bounds(view, ranks.chunk(seed), terms.max_request);
+        if memory > terms.memory {
+            return Next::More(memory);
+        }
+        self.dispatching[class as usize] = false;
+        let damaged = self.chunks.get(&ranks.chunk(seed)).is_some_and(|p| p.damaged > 0);
         let asked = Asked {
             chunks: &self.chunks,
             ranks,
             view,
+            // Where others wait, what is less urgent does not travel along.
+            least: if terms.contended { class } else { Class::Background },
         };
-        let plan = self.window.plan(&asked, seed, max_request, alone);
+        let mut plan = self
+            .window
+            .plan(&asked, seed, bounds, class != Class::Demand || damaged);
+        let ahead = match terms.contended {
+            true => plan.split_ahead(&asked),
+            false => Vec::new(),
+        };
         self.requests += 1;
         let id = self.requests;
         for &rank in &plan.ranks {
-            self.demand.remove(&rank);
-            self.background.remove(&rank);
+            self.dequeue(rank);
             let pending = self.chunks.entry(ranks.chunk(rank)).or_insert_with(|| Pending {
                 place: Place::Flying(id),
                 damaged: 0,
@@ -181,7 +330,45 @@ impl Queue {
             });
             pending.place = Place::Flying(id);
         }
-        Some(Job { id, plan })
+        for rank in ahead {
+            if self.queued[Class::ReadAhead as usize].len() < AHEAD_QUEUED {
+                self.want(ranks.chunk(rank), rank, Class::ReadAhead, None);
+            }
+        }
+        let chunks: Vec<usize> = plan.ranks.iter().map(|&rank| ranks.chunk(rank)).collect();
+        let decoded = chunks.iter().map(|&chunk| view.decoded(chunk)).max().unwrap_or(0);
+        let bytes = plan.range.end.saturating_sub(plan.range.start);
+        let copied = if chunks.len() > 1 { bytes.min(COPIED) } else { 0 };
+        self.flights.insert(
+            id,
+            Flight {
+                class,
+                place: terms.place.clone(),
+                chunks,
+            },
+        );
+        Next::Request(Job {
+            id,
+            plan,
+            memory: bytes.saturating_add(copied).saturating_add(decoded),
+            decoded,
+        })
+    }
+
+    fn dequeue(&mut self, rank: usize) {
+        for queued in &mut self.queued {
+            queued.remove(&rank);
+        }
+    }
+
+    /// A request has come to its end.
+    pub fn landed(&mut self, id: u64) {
+        self.flights.remove(&id);
+    }
+
+    /// The class of a request under way.
+    pub fn class_of(&self, id: u64) -> Class {
+        self.flights.get(&id).map_or(Class::Background, |flight| flight.class)
     }
 
     /// Whether the chunk is in the request with number `id`.
@@ -193,13 +380,12 @@ impl Queue {
     pub fn is_awaited(&self, chunk: usize) -> bool {
         self.chunks
             .get(&chunk)
-            .is_some_and(|p| p.waiters.iter().any(|w| !w.is_closed()))
+            .is_some_and(|p| p.waiters.iter().any(|w| !w.sender.is_closed()))
     }
 
     /// Ends the way of a chunk: those who wait for it have to be answered by the caller.
     pub fn take(&mut self, chunk: usize, rank: usize) -> Vec<Waiter> {
-        self.demand.remove(&rank);
-        self.background.remove(&rank);
+        self.dequeue(rank);
         self.chunks.remove(&chunk).map_or_else(Vec::new, |p| p.waiters)
     }
 
@@ -224,15 +410,14 @@ impl Queue {
         let again = awaited && pending.damaged < limit;
         if again {
             pending.place = Place::Queued(Class::Demand);
-            self.demand.insert(rank);
+            self.queued[Class::Demand as usize].insert(rank);
         }
         again
     }
 
     /// Everyone who waits for anything; the queue is empty then.
     pub fn drain(&mut self) -> Vec<Waiter> {
-        self.demand.clear();
-        self.background.clear();
+        self.queued.iter_mut().for_each(BTreeSet::clear);
         self.chunks.drain().flat_map(|(_, pending)| pending.waiters).collect()
     }
 
@@ -247,17 +432,21 @@ pub(super) trait View {
     /// Number of chunks.
     fn len(&self) -> usize;
     /// Bytes of the blob that hold a chunk.
-    fn blob(&self, chunk: usize) -> std::ops::Range<u64>;
+    fn blob(&self, chunk: usize) -> Range<u64>;
     /// The file that a chunk belongs to.
     fn owner(&self, chunk: usize) -> Owner;
     /// Whether a chunk is on disk.
     fn is_ready(&self, chunk: usize) -> bool;
+    /// Bytes of a chunk when it is decoded.
+    fn decoded(&self, chunk: usize) -> u64;
 }
 
 struct Asked<'a, V> {
     chunks: &'a HashMap<usize, Pending>,
     ranks: &'a Ranks,
     view: &'a V,
+    /// What is queued in a less urgent class than this counts as not asked for.
+    least: Class,
 }
 
 impl<V: View> Chunks for Asked<'_, V> {
@@ -265,7 +454,7 @@ impl<V: View> Chunks for Asked<'_, V> {
         self.view.len()
     }
 
-    fn blob(&self, rank: usize) -> std::ops::Range<u64> {
+    fn blob(&self, rank: usize) -> Range<u64> {
         self.view.blob(self.ranks.chunk(rank))
     }
 
@@ -276,10 +465,15 @@ impl<V: View> Chunks for Asked<'_, V> {
     fn state(&self, rank: usize) -> State {
         let chunk = self.ranks.chunk(rank);
         match self.chunks.get(&chunk).map(|pending| pending.place) {
-            Some(Place::Queued(_)) => State::Wanted,
+            Some(Place::Queued(class)) if class <= self.least => State::Wanted,
+            Some(Place::Queued(_)) => State::Absent,
             Some(Place::Flying(_)) => State::Busy,
             None if self.view.is_ready(chunk) => State::Busy,
             None => State::Absent,
         }
+    }
+
+    fn decoded(&self, rank: usize) -> u64 {
+        self.view.decoded(self.ranks.chunk(rank))
     }
 }

@@ -11,13 +11,15 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
+use tokio::sync::watch;
 
 use super::Layer;
+use super::flights::Wishes;
 use super::pipeline::{self, Fault, Sink};
+use super::schedule::Class;
 use super::stream::PASSES;
 use crate::layer::tar::{Copy, TarIndexer, TarLayout};
 use crate::layer::{Chunk, LayerError};
-use crate::sync::Class;
 
 impl Layer {
     /// Streams the layer again, unless that is happening already, or nobody waits.
@@ -63,7 +65,7 @@ impl Layer {
                     queue.drain()
                 };
                 for waiter in waiters {
-                    let _ = waiter.send(Err(error.clone().unwrap_or_else(|| me.closed())));
+                    waiter.send(&Err(error.clone().unwrap_or_else(|| me.closed())));
                 }
                 return;
             }
@@ -72,11 +74,13 @@ impl Layer {
 
     /// One pass. What it learned is returned if another has to follow, which never is so if it knew that already.
     async fn refill_pass(self: &Arc<Self>, known: Option<Pieces>) -> Result<Option<Pieces>, Fault> {
-        let _pass = self.fetcher.streams.enter(Class::Demand).await;
+        // Readers wait for it, so that it comes before the streams of pulls.
+        let _place = self.fetcher.enter_stream(self.blob().origin(), Class::Demand).await;
         self.requests.fetch_add(1, Ordering::Relaxed);
         tracing::info!(layer = %self.cached.digest(), "streaming the layer again, its bytes were evicted");
         let me = Arc::clone(self);
-        let resources = self.fetcher.resources(move |bytes| {
+        let (_none, wishes) = watch::channel(Wishes::default());
+        let resources = self.fetcher.resources(wishes, move |bytes| {
             me.fetched.fetch_add(bytes, Ordering::Relaxed);
         });
         let sink = Refill {

@@ -1,4 +1,8 @@
 //! One ranged request: body in, chunks out, while it arrives.
+//!
+//! Before it is sent, it has a share of the memory for what it will hold: its bytes, a copy of some of them, and the largest of its chunks
+//! decoded. A copy is made of members that are complete while others are still arriving; the last ones are taken out of the body as
+//! they are.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,13 +14,13 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::layer::DAMAGE_LIMIT;
-use super::queue::{Job, View};
+use super::queue::{COPIED, Job, View};
+use super::schedule::{Class, Place};
 use super::{FetchError, Layer};
 use crate::layer::checkpoint;
 use crate::layer::compression::decode_member;
 use crate::layer::index::MAX_CHUNK_LEN;
 use crate::layer::{Chunk, Codec, LayerError, Verify};
-use crate::sync::{Class, Pass};
 
 /// Decodes so many bytes after so many others.
 type Decode<'a> = Box<dyn Fn(u32, u32) -> Result<Bytes, LayerError> + 'a>;
@@ -46,19 +50,19 @@ enum Cut {
 
 impl Layer {
     /// Makes a request, and sees to it that each of its chunks is answered or queued again.
-    pub(super) async fn request(self: &Arc<Self>, job: Job, class: Class, pass: Pass) {
-        let kind = match class {
-            Class::Demand => "demand",
-            Class::Background => "background",
-        };
+    pub(super) async fn request(self: &Arc<Self>, job: Job, class: Class, place: Place) {
+        // The place brings the right to that much, so that there is nothing to wait for.
+        let share = self.fetcher.requests.take(place.bytes()).await;
+        let kind = class.word();
         self.fetcher.metrics.fetches_total.with_label_values(&[kind]).inc();
         self.requests.fetch_add(1, Ordering::Relaxed);
         let chunks: Vec<usize> = job.plan.ranks.iter().map(|&rank| self.ranks.chunk(rank)).collect();
         let members = self.members(&chunks);
         tracing::debug!(layer = %self.cached.digest(), range = ?job.plan.range, chunks = chunks.len(), kind, "fetch");
         let blob = self.blob();
-        let (cut, mut damaged) = self.transfer(&*blob, job.plan.range.clone(), members, kind).await;
-        drop(pass);
+        let (cut, mut damaged) = self.transfer(&*blob, &job, members, kind).await;
+        drop(share);
+        drop(place);
         if let Some(Cut::Short(length)) = cut {
             let seen: Vec<usize> = damaged.iter().map(|d| d.chunk).collect();
             let lost = chunks
@@ -79,6 +83,7 @@ impl Layer {
             _ => self.disk(std::io::Error::other("the request ended without its bytes")),
         };
         self.settle_damage(&damaged, &blob.describe());
+        self.queue().landed(job.id);
         // A request that failed fails its readers, also those that a stream could help.
         let to_stream = self.is_streamed() && settled;
         for chunk in chunks {
@@ -116,14 +121,29 @@ impl Layer {
         members
     }
 
+    /// Counts bytes of the body that arrived: those that are only taken ahead by themselves.
+    fn count_arrived(&self, job: &Job, arrived: Range<u64>, kind: &str) {
+        let core = &job.plan.core;
+        let all = arrived.end.saturating_sub(arrived.start);
+        let wanted = arrived.end.min(core.end).saturating_sub(arrived.start.max(core.start));
+        self.fetched.fetch_add(all, Ordering::Relaxed);
+        let counter = &self.fetcher.metrics.fetched_bytes_total;
+        for (kind, count) in [(kind, wanted), (Class::ReadAhead.word(), all - wanted)] {
+            if count > 0 {
+                counter.with_label_values(&[kind]).inc_by(count);
+            }
+        }
+    }
+
     /// Moves the body; how it was cut, and which chunks were damaged.
     async fn transfer(
         self: &Arc<Self>,
         blob: &dyn crate::registry::Blob,
-        range: Range<u64>,
+        job: &Job,
         members: Vec<Member>,
         kind: &str,
     ) -> (Option<Cut>, Vec<Damage>) {
+        let range = job.plan.range.clone();
         let len = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
         // The plan is bounded by `max_request`, or is one chunk, which is bounded by the index.
         let mut buf = BytesMut::with_capacity(len.min(MAX_CHUNK_LEN as usize));
@@ -157,20 +177,15 @@ impl Layer {
                     Err(_) => return silence(),
                 };
                 let piece = piece.get(..len - buf.len()).unwrap_or(&piece);
-                let count = piece.len() as u64;
-                self.fetched.fetch_add(count, Ordering::Relaxed);
-                self.fetcher
-                    .metrics
-                    .fetched_bytes_total
-                    .with_label_values(&[kind])
-                    .inc_by(count);
+                let arrived = range.start + buf.len() as u64;
+                self.count_arrived(job, arrived..arrived + piece.len() as u64, kind);
                 buf.extend_from_slice(piece);
                 // One blocking job at a time: what completes meanwhile goes into the next one.
                 if worker.as_ref().is_none_or(JoinHandle::is_finished) {
                     let batch = complete(&mut members, &buf, range.start);
                     if !batch.is_empty() {
                         collect(worker.take(), &mut damaged).await;
-                        worker = Some(self.decode(batch));
+                        worker = Some(self.decode(batch, job));
                     }
                 }
             }
@@ -181,26 +196,40 @@ impl Layer {
             () = self.closing.cancelled() => Some(Cut::Failed(self.closed())),
         };
         collect(worker.take(), &mut damaged).await;
-        let batch = complete(&mut members, &buf, range.start);
+        let batch = take_out(&mut members, buf.freeze(), range.start);
         if !batch.is_empty() {
-            collect(Some(self.decode(batch)), &mut damaged).await;
+            collect(Some(self.decode(batch, job)), &mut damaged).await;
         }
         (cut, damaged)
     }
 
-    /// Decodes, verifies and delivers a batch on a blocking thread.
-    fn decode(self: &Arc<Self>, batch: Batch) -> JoinHandle<Vec<Damage>> {
-        let me = Arc::clone(self);
-        tokio::task::spawn_blocking(move || {
-            let mut damaged = Vec::new();
-            for (member, compressed) in batch {
-                me.deliver_member(&member.chunks, &compressed, &mut damaged);
+    /// Decodes, verifies and delivers a batch on a blocking thread, when it is its turn.
+    fn decode(self: &Arc<Self>, batch: Batch, job: &Job) -> JoinHandle<Vec<Damage>> {
+        let (me, id, most) = (Arc::clone(self), job.id, job.decoded);
+        self.fetcher.runtime.spawn(async move {
+            // Somebody may have joined since the request was made.
+            let class = me.queue().class_of(id);
+            let turn = me.fetcher.decodes.take(class).await;
+            let work = move || {
+                let _turn = turn;
+                let mut damaged = Vec::new();
+                for (member, compressed) in batch {
+                    me.deliver_member(&member.chunks, &compressed, most, &mut damaged);
+                }
+                damaged
+            };
+            match tokio::task::spawn_blocking(work).await {
+                Ok(damaged) => damaged,
+                Err(error) => {
+                    tracing::error!("decoding of chunks ended early: {error}");
+                    Vec::new()
+                }
             }
-            damaged
         })
     }
 
-    fn deliver_member(&self, chunks: &[usize], compressed: &[u8], damaged: &mut Vec<Damage>) {
+    /// `most` are the bytes that may be decoded at once.
+    fn deliver_member(&self, chunks: &[usize], compressed: &[u8], most: u64, damaged: &mut Vec<Damage>) {
         let index = self.cached.index();
         let record = |chunk: &usize| index.chunks().get(*chunk);
         let records: Vec<(usize, &Chunk)> = chunks.iter().filter_map(|c| Some((*c, record(c)?))).collect();
@@ -221,7 +250,7 @@ impl Layer {
         let skips = records.iter().map(|(_, r)| r.skip);
         let ends = records.iter().map(|(_, r)| r.skip.saturating_add(r.data_len));
         let (from, to) = (skips.min().unwrap_or(0), ends.max().unwrap_or(0));
-        let whole = (records.len() > 1 && to - from <= MAX_CHUNK_LEN)
+        let whole = (records.len() > 1 && u64::from(to - from) <= most.min(MAX_CHUNK_LEN.into()))
             .then(|| decode(from, to - from).ok())
             .flatten();
         for (chunk, record) in records {
@@ -308,18 +337,43 @@ impl Layer {
     }
 }
 
-/// The members that are complete in `buf`, which begins at `start` of the blob.
+/// Copies of some members that are complete in `buf`, which begins at `start` of the blob: no more than may be copied. The last member is
+/// left to [`take_out`].
 fn complete(members: &mut std::iter::Peekable<std::vec::IntoIter<Member>>, buf: &[u8], start: u64) -> Batch {
     let end = start + buf.len() as u64;
     let mut batch = Vec::new();
-    while let Some(member) = members.next_if(|member| member.blob.end <= end) {
+    let mut copied = 0;
+    while members.len() > 1 {
+        let size = |member: &Member| member.blob.end.saturating_sub(member.blob.start);
+        let taken = members.next_if(|member| member.blob.end <= end && copied + size(member) <= COPIED);
+        let Some(member) = taken else { break };
+        copied += size(&member);
         // Never outside, as a plan covers its chunks; and if it were, the digest would tell.
-        let from = member.blob.start.saturating_sub(start) as usize;
-        let to = member.blob.end.saturating_sub(start) as usize;
-        let compressed = Bytes::copy_from_slice(buf.get(from..to).unwrap_or_default());
+        let compressed = Bytes::copy_from_slice(buf.get(inside(&member, start)).unwrap_or_default());
         batch.push((member, compressed));
     }
     batch
+}
+
+/// All members that are complete in `buf`, without copying them.
+fn take_out(members: &mut std::iter::Peekable<std::vec::IntoIter<Member>>, buf: Bytes, start: u64) -> Batch {
+    let end = start + buf.len() as u64;
+    let mut batch = Vec::new();
+    while let Some(member) = members.next_if(|member| member.blob.end <= end) {
+        let range = inside(&member, start);
+        let compressed = if range.end <= buf.len() && range.start <= range.end {
+            buf.slice(range)
+        } else {
+            Bytes::new()
+        };
+        batch.push((member, compressed));
+    }
+    batch
+}
+
+/// Where a member is in a body that begins at `start`.
+fn inside(member: &Member, start: u64) -> Range<usize> {
+    member.blob.start.saturating_sub(start) as usize..member.blob.end.saturating_sub(start) as usize
 }
 
 async fn collect(worker: Option<JoinHandle<Vec<Damage>>>, damaged: &mut Vec<Damage>) {

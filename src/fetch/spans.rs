@@ -13,6 +13,7 @@ use crate::layer::checkpoint::scan::SPAN_MAX;
 use crate::layer::checkpoint::{self, Entry, MAX_WINDOW, Scanned, Windows, windows};
 use crate::layer::index::MAX_CHUNKS;
 use crate::layer::{Checkpoint, Chunk, Codec, Copy, Digest, LayerError, decode_member};
+use crate::sync::Share;
 
 /// Bytes of an uncompressed layer per chunk: nothing has to be decoded, so that a read need not fetch much more than it wants.
 const PLAIN_PIECE: usize = 256 << 10;
@@ -22,8 +23,14 @@ const PROOF: usize = 2 * MAX_WINDOW;
 /// Of so many gzip spans one is decoded to its end, in case that the bytes kept for it are not all that it takes: no damage comes of that,
 /// as every span is verified when it is fetched, but the layer would have to be streamed again.
 const WHOLE_EVERY: usize = 8;
-/// Pieces that wait to be verified. With those at work, a stream holds at most five of [`SPAN_MAX`] of either kind.
+/// Pieces that wait to be verified. With those at work, a stream holds at most five of either kind, compressed and not.
 const WAITING: usize = 1;
+const PIECES_HELD: u64 = 2 * 5;
+/// Memory of a first pass in bytes: spans as they are cut (a little over 1 MiB), and the buffers between its threads. Where the places at which
+/// decoding can begin are farther apart, it takes more if there is some at once; otherwise the layer is cut no further.
+pub(super) const STREAM: u64 = PIECES_HELD * SPAN_USUAL + BUFFERS;
+const SPAN_USUAL: u64 = 5 << 18;
+const BUFFERS: u64 = 4 << 20;
 
 /// A piece to be verified.
 struct Job {
@@ -67,6 +74,9 @@ pub(super) struct Cutting {
     from: u64,
     /// Whether no span can come any more.
     loose: bool,
+    /// Memory, and how long the pieces may be that it is enough for.
+    share: Share,
+    covered: u64,
     jobs: SyncSender<Job>,
     checked: Receiver<Checked>,
 }
@@ -86,8 +96,8 @@ pub(super) struct Ranges {
 }
 
 impl Cutting {
-    /// At the beginning of a tar. `spawn` starts a thread.
-    pub fn new(spawn: impl FnOnce(Box<dyn FnOnce() + Send>)) -> Self {
+    /// At the beginning of a tar. `spawn` starts a thread; `share` is of [`STREAM`] bytes.
+    pub fn new(spawn: impl FnOnce(Box<dyn FnOnce() + Send>), share: Share) -> Self {
         let (jobs, queue) = sync_channel(WAITING);
         let (done, checked) = channel();
         spawn(Box::new(move || check(&queue, &done)));
@@ -96,6 +106,8 @@ impl Cutting {
             pending: Vec::new(),
             from: 0,
             loose: false,
+            share,
+            covered: SPAN_USUAL,
             jobs,
             checked,
         }
@@ -109,12 +121,30 @@ impl Cutting {
     /// The next bytes of the tar.
     pub fn push(&mut self, bytes: &[u8]) {
         self.pending.extend_from_slice(bytes);
-        self.loose |= self.codec != Codec::None && self.pending.len() as u64 > SPAN_MAX;
+        self.loose |= self.codec != Codec::None && !self.covers(self.pending.len() as u64);
         if self.loose {
             self.cut_pieces(PIECE as usize);
         } else if self.codec == Codec::None {
             self.cut_pieces(PLAIN_PIECE);
         }
+    }
+
+    /// Whether a piece may be that long: because of what chunks may be, and because of memory.
+    fn covers(&mut self, len: u64) -> bool {
+        while !self.loose && len > self.covered {
+            let more = self.covered * 2;
+            if len > SPAN_MAX {
+                return false;
+            }
+            if !self.share.grow(PIECES_HELD * more + BUFFERS) {
+                tracing::info!(
+                    "too little memory to find out where decoding can begin: the layer can only be streamed"
+                );
+                return false;
+            }
+            self.covered = more;
+        }
+        len <= self.covered
     }
 
     /// A span that ends here.
@@ -411,10 +441,15 @@ mod tests {
     use super::*;
     use crate::layer::Compression;
     use crate::layer::checkpoint::Scanner;
+    use crate::sync::Budget;
 
     /// What comes of a gzip stream whose spans pass through `change`, which is told their numbers: whether it can be read in ranges, and the
     /// number of its spans.
     fn cut(change: impl Fn(usize, &mut Scanned)) -> (bool, usize) {
+        cut_within(u64::MAX, change)
+    }
+
+    fn cut_within(memory: u64, change: impl Fn(usize, &mut Scanned)) -> (bool, usize) {
         let mut seed = 7u32;
         let text: Vec<u8> = std::iter::repeat_with(|| {
             seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -427,7 +462,8 @@ mod tests {
         gzip.write_all(&text).unwrap();
         let blob = gzip.finish().unwrap();
         let mut scanner = Scanner::new(Compression::Gzip, blob.as_slice()).unwrap();
-        let mut cutting = Cutting::new(|check| drop(std::thread::spawn(check)));
+        let share = Budget::new(memory).try_take(STREAM).unwrap();
+        let mut cutting = Cutting::new(|check| drop(std::thread::spawn(check)), share);
         cutting.begin(Codec::Gzip);
         let (mut buffer, mut count) = (Vec::new(), 0);
         loop {
@@ -469,5 +505,24 @@ mod tests {
         assert!(!ranges(|number, span| if number == 0 {
             span.compressed.truncate(span.compressed.len() - 20);
         }));
+    }
+
+    #[test]
+    fn without_memory_for_long_pieces_the_layer_is_cut_no_further() {
+        // The spans are in order, but each is pushed together with what is read beyond it.
+        let (ranges, spans) = cut_within(STREAM, |_, _| {});
+        assert!(spans > 2 && ranges, "of the usual length");
+        let budget = Budget::new(STREAM);
+        let share = budget.try_take(STREAM).unwrap();
+        let mut cutting = Cutting::new(|check| drop(std::thread::spawn(check)), share);
+        cutting.begin(Codec::Gzip);
+        let bytes = vec![1; SPAN_USUAL as usize];
+        cutting.push(&bytes);
+        assert!(!cutting.loose);
+        cutting.push(&bytes[..1]);
+        assert!(cutting.loose);
+        let cut = cutting.finish().unwrap();
+        assert!(cut.ranges.is_none());
+        assert_eq!(budget.held(), 0);
     }
 }

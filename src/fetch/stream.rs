@@ -7,10 +7,14 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use tokio::sync::watch;
+
+use super::flights::Wishes;
 use super::pieces::{chunk, digest, is_zero, late_pieces, span};
-use super::pipeline::{self, Fault, Progress, Resources, Sink, Sums};
-use super::spans::{Cut, Cutting, Ranges};
-use super::{FetchError, Fetcher};
+use super::pipeline::{self, Fault, Resources, Sink, Sums};
+use super::schedule::Class;
+use super::spans::{Cut, Cutting, Ranges, STREAM};
+use super::{FetchError, Fetcher, Progress};
 use crate::cache::{CacheError, CachedLayer, Staging};
 use crate::layer::checkpoint::Scanned;
 use crate::layer::compression::Compression;
@@ -19,7 +23,7 @@ use crate::layer::tar::{TarIndexer, TarLayout};
 use crate::layer::tree::memory_for_blob;
 use crate::layer::{Access, Chunk, Digest, LayerError, Windows};
 use crate::registry::Blob;
-use crate::sync::{Class, blocking};
+use crate::sync::blocking;
 
 /// Times that a whole blob is downloaded when it arrives damaged.
 pub(super) const PASSES: u32 = 2;
@@ -42,50 +46,21 @@ pub struct StreamRequest {
 }
 
 impl Fetcher {
-    /// Downloads, verifies, indexes and stores a whole layer. If it is in the cache already, that one is returned, though some of its bytes
-    /// may have been evicted; [`CachedLayer::diff_id`] tells then whether it is known to be the tar that the request promises. Whoever asks for a
-    /// layer that is being streamed waits for the same stream, which goes on even if nobody waits any more.
-    ///
-    /// # Errors
-    /// [`FetchError`]; nothing is left behind then.
-    pub async fn stream(self: &Arc<Self>, request: StreamRequest) -> Result<Arc<CachedLayer>, FetchError> {
-        let (me, layer) = (Arc::clone(self), request.digest);
-        let key = (layer, request.diff_id);
-        let job = async move { me.stream_once(request).await };
-        let result = self.streaming.run(&self.runtime, key, job).await;
-        result.unwrap_or_else(|| {
-            Err(FetchError::Disk {
-                layer,
-                source: Arc::new(io::Error::other("the stream ended early")),
-            })
-        })
-    }
-
-    /// How far the stream of a layer is, if it is being streamed.
-    pub fn progress(&self, layer: &Digest) -> Option<Arc<Progress>> {
-        self.progresses().get(layer).cloned()
-    }
-
-    /// The streams under way: layer, bytes of the blob that have arrived, and bytes of the blob.
-    pub fn streams_under_way(&self) -> Vec<(Digest, u64, u64)> {
-        let progresses = self.progresses();
-        progresses
-            .iter()
-            .map(|(layer, progress)| (*layer, progress.done(), progress.total()))
-            .collect()
-    }
-
-    async fn stream_once(self: &Arc<Self>, request: StreamRequest) -> Result<Arc<CachedLayer>, FetchError> {
+    /// The layer, from the cache or by a stream of its own.
+    pub(super) async fn stream_once(
+        self: &Arc<Self>,
+        request: StreamRequest,
+        progress: &Arc<Progress>,
+    ) -> Result<Arc<CachedLayer>, FetchError> {
         let (layer, from) = (request.digest, request.blob.describe());
         if let Some(cached) = self.cached(layer).await? {
             return Ok(cached);
         }
-        let shown = Shown::new(self, layer, request.blob.size());
-        let _pass = self.streams.enter(Class::Background).await;
+        let _place = self.enter_stream(request.blob.origin(), Class::Prefetch).await;
         let begin = std::time::Instant::now();
         let mut pass = 1;
         loop {
-            match self.pass(&request, &shown.progress).await {
+            match self.pass(&request, progress).await {
                 Ok(cached) => {
                     tracing::info!(
                         layer = %layer,
@@ -125,20 +100,21 @@ impl Fetcher {
         progress: &Arc<Progress>,
     ) -> Result<Arc<CachedLayer>, Fault> {
         progress.done.store(0, Ordering::Relaxed);
+        let share = self.memory().take(STREAM).await;
         let (cache, digest) = (Arc::clone(&self.cache), request.digest);
         let staging = blocking(move || cache.stage(&digest)).await.map_err(Fault::from)?;
         let sink = Indexing {
             staging,
             indexer: TarIndexer::with_memory(memory_for_blob(request.blob.size())),
             tar: Hasher::new(),
-            cutting: Cutting::new(|check| drop(tokio::task::spawn_blocking(check))),
+            cutting: Cutting::new(|check| drop(tokio::task::spawn_blocking(check)), share),
             offset: 0,
         };
         let shown = Arc::clone(progress);
-        let mut resources = self.resources(move |bytes| {
+        let arrived = move |bytes| {
             shown.done.fetch_add(bytes, Ordering::Relaxed);
-        });
-        resources.stream = Some(Arc::clone(progress));
+        };
+        let resources = self.resources(progress.wishes(), arrived);
         let (sink, sums) = pipeline::run(&*request.blob, request.digest, sink, resources).await?;
         if sums.compression != request.compression {
             tracing::debug!(layer = %request.digest, "is {:?}, though its type says {:?}", sums.compression, request.compression);
@@ -150,19 +126,22 @@ impl Fetcher {
             .unwrap_or_else(|error| Err(Fault::Disk(io::Error::other(error))))
     }
 
-    /// What a stream may use; `arrived` is told of bytes.
-    pub(super) fn resources(&self, arrived: impl Fn(u64) + Send + Sync + 'static) -> Resources {
+    /// What a stream may use; `wishes` make it wait, `arrived` is told of bytes.
+    pub(super) fn resources(
+        &self,
+        wishes: watch::Receiver<Wishes>,
+        arrived: impl Fn(u64) + Send + Sync + 'static,
+    ) -> Resources {
         self.metrics.fetches_total.with_label_values(&["stream"]).inc();
         let fetched = self.metrics.fetched_bytes_total.with_label_values(&["stream"]);
         Resources {
-            memory: Arc::clone(&self.memory),
-            memory_size: self.memory_size,
+            memory: Arc::clone(&self.pieces),
             patience: self.patience,
+            wishes,
             progress: Box::new(move |bytes| {
                 fetched.inc_by(bytes);
                 arrived(bytes);
             }),
-            stream: None,
         }
     }
 
@@ -210,32 +189,6 @@ impl From<CacheError> for Fault {
 impl From<LayerError> for Fault {
     fn from(error: LayerError) -> Fault {
         Fault::Layer(error)
-    }
-}
-
-/// The entry of a stream in the list of those under way.
-struct Shown {
-    fetcher: Arc<Fetcher>,
-    layer: Digest,
-    progress: Arc<Progress>,
-}
-
-impl Shown {
-    fn new(fetcher: &Arc<Fetcher>, layer: Digest, total: u64) -> Self {
-        let progress = Arc::new(Progress::default());
-        progress.total.store(total, Ordering::Relaxed);
-        fetcher.progresses().insert(layer, Arc::clone(&progress));
-        Shown {
-            fetcher: Arc::clone(fetcher),
-            layer,
-            progress,
-        }
-    }
-}
-
-impl Drop for Shown {
-    fn drop(&mut self) {
-        self.fetcher.progresses().remove(&self.layer);
     }
 }
 

@@ -1,7 +1,9 @@
 //! The scheduler over a source with faults.
 
 mod fake;
+mod flights;
 mod ranges;
 mod seeds;
+mod sharing;
 mod spans;
 mod streams;

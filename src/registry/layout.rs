@@ -17,7 +17,7 @@ use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 
 use super::image::{Document, Index};
-use super::{Blob, Body, MAX_MANIFEST, ManifestBytes, RegistryError, Source, SourceStats};
+use super::{Blob, Body, MAX_MANIFEST, ManifestBytes, Origin, RegistryError, Source, SourceStats};
 use crate::layer::Digest;
 
 /// Annotation that names an image of a layout.
@@ -274,6 +274,11 @@ impl Blob for FileBlob {
 
     fn describe(&self) -> String {
         format!("oci:{}@{}", self.layout.dir.display(), self.digest)
+    }
+
+    /// A directory is a host of its own: a disk that hangs is no registry's matter.
+    fn origin(&self) -> Origin {
+        Origin::new("oci:", &self.layout.dir.to_string_lossy())
     }
 }
 

@@ -1,7 +1,7 @@
 //! Memory that grows with what comes from outside, out of one budget: who needs some takes a share of it before, and waits if there is none.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -13,7 +13,7 @@ const UNIT: u64 = 4096;
 #[derive(Debug)]
 pub struct Budget {
     units: Arc<Semaphore>,
-    total: u32,
+    total: AtomicU32,
     /// Units that are held. The semaphore does not tell: it counts those as gone that the first in the queue has collected.
     held: AtomicU64,
     waiting: AtomicU64,
@@ -33,10 +33,19 @@ impl Budget {
         let total = (bytes / UNIT).clamp(1, most) as u32;
         Arc::new(Budget {
             units: Arc::new(Semaphore::new(total as usize)),
-            total,
+            total: AtomicU32::new(total),
             held: AtomicU64::new(0),
             waiting: AtomicU64::new(0),
         })
+    }
+
+    /// Takes `bytes` out for good, as a budget of its own: who waits for the one never stands behind who waits for the other. Only what nobody
+    /// holds can be taken out, and one unit stays.
+    pub fn split_off(&self, bytes: u64) -> Arc<Self> {
+        let units = self.units_of(bytes).min(self.total.load(Ordering::Relaxed) - 1);
+        let taken = self.units.forget_permits(units as usize) as u32;
+        self.total.fetch_sub(taken, Ordering::Relaxed);
+        Budget::new(u64::from(taken) * UNIT)
     }
 
     /// Waits for `bytes`. More than the whole budget is taken as the whole of it: then nobody else holds any, and the caller's own limits
@@ -70,7 +79,7 @@ impl Budget {
 
     /// All bytes.
     pub fn total(&self) -> u64 {
-        u64::from(self.total) * UNIT
+        u64::from(self.total.load(Ordering::Relaxed)) * UNIT
     }
 
     /// Bytes that are held now.
@@ -84,7 +93,9 @@ impl Budget {
     }
 
     fn units_of(&self, bytes: u64) -> u32 {
-        u32::try_from(bytes.div_ceil(UNIT)).unwrap_or(u32::MAX).min(self.total)
+        u32::try_from(bytes.div_ceil(UNIT))
+            .unwrap_or(u32::MAX)
+            .min(self.total.load(Ordering::Relaxed))
     }
 }
 
@@ -181,5 +192,19 @@ mod tests {
         drop(leaves);
         drop(held);
         assert_eq!((budget.held(), budget.waiting()), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn a_part_has_its_own_queue() {
+        let budget = Budget::new(10 * MIB);
+        let part = budget.split_off(4 * MIB);
+        assert_eq!((budget.total(), part.total()), (6 * MIB, 4 * MIB));
+        let all = budget.take(u64::MAX).await;
+        assert_eq!(all.bytes(), 6 * MIB);
+        assert!(budget.try_take(1).is_none());
+        assert_eq!(part.take(u64::MAX).await.bytes(), 4 * MIB);
+        drop(all);
+        let rest = budget.split_off(u64::MAX);
+        assert_eq!((budget.total(), rest.total()), (4096, 6 * MIB - 4096));
     }
 }

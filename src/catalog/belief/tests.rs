@@ -52,11 +52,12 @@ fn loader(dir: &Path, require_signature: bool) -> Loader {
     let runtime = tokio::runtime::Handle::current();
     let fetcher = Fetcher::new(
         &FetchConfig::default(),
+        Budget::new(1 << 30),
         Arc::clone(&cache),
         runtime,
         Arc::clone(&metrics),
     );
-    let memory = Budget::new(1 << 30);
+    let memory = Arc::clone(fetcher.memory());
     let shared = SharedIndexes::new(
         &config,
         Arc::clone(&registry),
@@ -64,8 +65,8 @@ fn loader(dir: &Path, require_signature: bool) -> Loader {
         Arc::clone(&metrics),
     )
     .unwrap();
-    let soci = SociIndexes::new(&config, registry, Arc::clone(&memory), metrics).unwrap();
-    Loader::new(cache, fetcher, FormatsConfig::default(), memory)
+    let soci = SociIndexes::new(&config, registry, memory, metrics).unwrap();
+    Loader::new(cache, fetcher, FormatsConfig::default())
         .with_shared(shared)
         .with_soci(soci)
 }

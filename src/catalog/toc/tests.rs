@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::*;
 use crate::catalog::loader::NotLazy;
-use crate::registry::{Body, ManifestBytes, SourceStats};
+use crate::registry::{Body, ManifestBytes, Origin, SourceStats};
 
 /// Random bytes that the blobs begin with, so that they are large enough to be lazy.
 const CONTENTS: usize = 600 << 10;
@@ -38,6 +38,10 @@ impl Blob for Memory {
 
     fn size(&self) -> u64 {
         self.bytes.len() as u64
+    }
+
+    fn origin(&self) -> Origin {
+        Origin::default()
     }
 
     fn describe(&self) -> String {

@@ -18,7 +18,8 @@ use crate::fetch::{Fetcher, Layer};
 use crate::layer::index::{IndexParts, Inode, mode};
 use crate::layer::{Access, Chunk, Codec, Digest, LayerIndex};
 use crate::metrics::Metrics;
-use crate::registry::{Blob, Body, RegistryError};
+use crate::registry::{Blob, Body, Origin, RegistryError};
+use crate::sync::Budget;
 
 /// What is wrong with one answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +36,8 @@ pub enum Fault {
     Silent,
 }
 
+/// Memory of a fetcher, in bytes.
+pub const MEMORY: u64 = 512 << 20;
 /// Bytes per piece of a body.
 const PIECE: usize = 10_000;
 
@@ -49,14 +52,21 @@ pub struct FakeBlob {
     pub always: Mutex<Option<Fault>>,
     /// Pieces of bodies wait while this is false.
     pub flowing: watch::Sender<bool>,
-    underway: Arc<AtomicUsize>,
+    /// Where it says that it comes from.
+    pub origin: Origin,
+    pub underway: Arc<AtomicUsize>,
     /// Most bodies that were under way at once.
     pub most_underway: AtomicUsize,
 }
 
 impl FakeBlob {
     pub fn new(data: impl Into<Bytes>) -> Arc<Self> {
+        Self::at(Origin::new("fake.example", "repo"), data)
+    }
+
+    pub fn at(origin: Origin, data: impl Into<Bytes>) -> Arc<Self> {
         Arc::new(FakeBlob {
+            origin,
             data: data.into(),
             asked: Mutex::default(),
             faults: Mutex::default(),
@@ -143,7 +153,11 @@ impl Blob for FakeBlob {
     }
 
     fn describe(&self) -> String {
-        "fake.example/repo@sha256:0".to_owned()
+        format!("{}/{}@sha256:0", self.origin.host, self.origin.repository)
+    }
+
+    fn origin(&self) -> Origin {
+        self.origin.clone()
     }
 }
 
@@ -230,6 +244,10 @@ impl Bench {
     }
 
     pub fn with(max_size: u64, config: FetchConfig) -> Self {
+        Self::with_memory(max_size, config, MEMORY)
+    }
+
+    pub fn with_memory(max_size: u64, config: FetchConfig, memory: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let metrics = Arc::new(Metrics::new());
         let cache_config = CacheConfig {
@@ -240,7 +258,13 @@ impl Bench {
         };
         let cache = Cache::open(dir.path(), &cache_config, Arc::clone(&metrics)).unwrap();
         let runtime = tokio::runtime::Handle::current();
-        let fetcher = Fetcher::new(&config, Arc::clone(&cache), runtime, Arc::clone(&metrics));
+        let fetcher = Fetcher::new(
+            &config,
+            Budget::new(memory),
+            Arc::clone(&cache),
+            runtime,
+            Arc::clone(&metrics),
+        );
         Bench {
             metrics,
             cache,

@@ -16,7 +16,7 @@ use super::{Repository, lock};
 use crate::layer::Digest;
 use crate::registry::attempts::Failure;
 use crate::registry::range::parse_content_range;
-use crate::registry::{Blob, Body, RegistryError};
+use crate::registry::{Blob, Body, Origin, RegistryError};
 
 /// Bytes that are always worth throwing away to get at a range, if a host ignores ranges.
 const MAX_SKIP: u64 = 64 << 20;
@@ -86,6 +86,10 @@ impl Blob for RemoteBlob {
 
     fn describe(&self) -> String {
         format!("{}@{}", self.repository.describe(), self.digest)
+    }
+
+    fn origin(&self) -> Origin {
+        Origin::new(&self.repository.host, &self.repository.name)
     }
 
     fn distrust(&self) {

@@ -1,0 +1,243 @@
+//! The [`Policy`] for tokio: wishes wait as futures, and places are given back by dropping them.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::Instant;
+
+use super::policy::{Class, Id, Limits, Policy, Wish};
+
+/// Grants places to wishes. There is one per daemon.
+pub struct Scheduler {
+    state: Mutex<State>,
+    begin: Instant,
+}
+
+struct State {
+    policy: Policy,
+    /// Who waits to be told that his wish is granted.
+    asking: HashMap<Id, oneshot::Sender<()>>,
+}
+
+/// A wish that waits; dropped, it is withdrawn.
+#[derive(Debug)]
+pub struct Ticket {
+    place: Place,
+    granted: oneshot::Receiver<()>,
+}
+
+/// The right to talk to a source; dropped, it goes to the next.
+pub struct Place {
+    scheduler: Arc<Scheduler>,
+    id: Id,
+}
+
+/// Ranks a wish anew, from wherever; of one that has ended, nothing happens.
+#[derive(Debug, Clone)]
+pub struct Remote {
+    scheduler: Weak<Scheduler>,
+    id: Id,
+}
+
+impl Scheduler {
+    /// A scheduler within these bounds.
+    pub fn new(limits: Limits) -> Arc<Self> {
+        Arc::new(Scheduler {
+            state: Mutex::new(State {
+                policy: Policy::new(limits),
+                asking: HashMap::new(),
+            }),
+            begin: Instant::now(),
+        })
+    }
+
+    /// The deadline of a wish that should be granted within `patience`.
+    pub fn deadline(&self, patience: Duration) -> Duration {
+        self.begin.elapsed().saturating_add(patience)
+    }
+
+    /// Puts a wish into the queue.
+    pub fn ask(self: &Arc<Self>, wish: Wish) -> Ticket {
+        let (sender, granted) = oneshot::channel();
+        let mut state = self.lock();
+        let id = state.policy.ask(wish);
+        state.asking.insert(id, sender);
+        state.settle();
+        drop(state);
+        let scheduler = Arc::clone(self);
+        Ticket {
+            place: Place { scheduler, id },
+            granted,
+        }
+    }
+
+    /// Waits for a place. Dropping the future withdraws the wish.
+    pub async fn enter(self: &Arc<Self>, wish: Wish) -> Place {
+        self.ask(wish).place().await
+    }
+
+    /// Wishes that wait, and wishes that are granted.
+    pub fn counts(&self) -> (usize, usize) {
+        self.lock().policy.counts()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Grants what may be granted.
+    fn settle(&mut self) {
+        while let Some(id) = self.policy.grant() {
+            // Who has gone gives it back when his ticket is dropped, which comes right after.
+            if let Some(sender) = self.asking.remove(&id) {
+                let _ = sender.send(());
+            }
+        }
+    }
+}
+
+impl Ticket {
+    /// Waits for the place.
+    pub async fn place(self) -> Place {
+        // The sender is dropped only after sending, or with the ticket.
+        let _ = self.granted.await;
+        self.place
+    }
+
+    /// What ranks the wish anew, or the place once it is granted.
+    pub fn remote(&self) -> Remote {
+        self.place.remote()
+    }
+}
+
+impl Place {
+    /// What ranks the place anew.
+    pub fn remote(&self) -> Remote {
+        Remote {
+            scheduler: Arc::downgrade(&self.scheduler),
+            id: self.id,
+        }
+    }
+
+    /// Whether somebody waits for a place like this one at the same host, for whom it is more urgent than reading ahead.
+    pub fn contended(&self) -> bool {
+        self.scheduler.lock().policy.is_contended(self.id)
+    }
+
+    /// Memory that comes with the place, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.scheduler.lock().policy.bytes(self.id)
+    }
+
+    /// Gives back all but `bytes` of the memory; how much it is then.
+    pub fn shrink(&self, bytes: u64) -> u64 {
+        let mut state = self.scheduler.lock();
+        let left = state.policy.shrink(self.id, bytes);
+        state.settle();
+        left
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut state = self.scheduler.lock();
+        state.asking.remove(&self.id);
+        state.policy.end(self.id);
+        state.settle();
+    }
+}
+
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Place").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Scheduler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scheduler").field("counts", &self.counts()).finish()
+    }
+}
+
+impl Remote {
+    /// Gives the wish another class.
+    pub fn rank(&self, class: Class) {
+        if let Some(scheduler) = self.scheduler.upgrade() {
+            let mut state = scheduler.lock();
+            state.policy.rank(self.id, class);
+            state.settle();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+
+    use super::*;
+    use crate::fetch::schedule::Kind;
+    use crate::registry::Origin;
+
+    fn scheduler(requests: usize) -> Arc<Scheduler> {
+        Scheduler::new(Limits {
+            requests,
+            streams: 1,
+            memory: 1 << 30,
+        })
+    }
+
+    fn wish(class: Class) -> Wish {
+        Wish {
+            owner: Origin::new("host", "image"),
+            class,
+            kind: Kind::Request,
+            bytes: 0,
+            deadline: Duration::ZERO,
+        }
+    }
+
+    #[tokio::test]
+    async fn demand_comes_first_and_who_leaves_takes_no_place() {
+        let scheduler = scheduler(1);
+        let held = scheduler.enter(wish(Class::Demand)).await;
+        assert!(!held.contended());
+        let mut background = scheduler.enter(wish(Class::Background)).boxed();
+        assert!(futures::poll!(&mut background).is_pending());
+        assert!(!held.contended(), "background can wait for read-ahead");
+        let mut gone = scheduler.enter(wish(Class::Demand)).boxed();
+        let mut demand = scheduler.enter(wish(Class::Demand)).boxed();
+        assert!(futures::poll!(&mut gone).is_pending() && futures::poll!(&mut demand).is_pending());
+        assert!(held.contended());
+        drop(gone);
+        drop(held);
+        let place = demand.await;
+        assert!(futures::poll!(&mut background).is_pending(), "one at a time");
+        drop(place);
+        drop(background.await);
+        assert_eq!(scheduler.counts(), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn a_wish_that_waits_can_be_promoted_and_one_granted_to_nobody_is_given_back() {
+        let scheduler = scheduler(1);
+        let held = scheduler.enter(wish(Class::Demand)).await;
+        let first = scheduler.ask(wish(Class::Prefetch));
+        let second = scheduler.ask(wish(Class::Background));
+        let remote = second.remote();
+        remote.rank(Class::Demand);
+        let (mut first, second) = (first.place().boxed(), second.place().boxed());
+        drop(held);
+        assert!(futures::poll!(&mut first).is_pending());
+        // Granted, and never looked at.
+        assert_eq!(scheduler.counts(), (1, 1));
+        drop(second);
+        drop(first.await);
+        remote.rank(Class::Demand);
+        assert_eq!(scheduler.counts(), (0, 0));
+    }
+}

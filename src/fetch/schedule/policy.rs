@@ -1,0 +1,486 @@
+//! Who gets the next place. Pure: events come in as calls, time as a number.
+//!
+//! # Rules
+//! 1. Each host has places of its own, so that one that hangs, drips or throttles keeps nobody else waiting. A number over all hosts bounds
+//!    the whole; of what is left of it, a host never takes more than half, so that a newcomer finds some, and one that holds no place gets
+//!    one in any case.
+//! 2. Within a host, one repository leaves some places to others, also while there are none: those who come later find them free.
+//! 3. Prefetch and read-ahead leave some places to demand, background leaves half of those to prefetch; within the host as within each
+//!    repository.
+//! 4. What is free goes to the most urgent class; in a class to the host that was served longest ago; in a host to the repository that was
+//!    served least (start-time fair queueing over bytes, a request counting as [`REQUEST_COST`] more); there, to the earliest deadline.
+//! 5. Memory is shared as places are: a host takes at most half of what is left, and a repository half of what its host might still take. A wish
+//!    that does not fit keeps its place in the queue, and nothing that comes after it at its host, or in its repository, takes the memory that
+//!    it waits for. Wishes for much memory ([`LARGE_PART`]) have half of
+//!    it to themselves, and the others the other half: neither kind waits for the other.
+//!
+//! Every wish is in one place of the books, waiting or running, until [`Policy::end`]; whatever may run is running after [`Policy::grant`]
+//! has answered `None`.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::registry::Origin;
+
+/// Places over all hosts, in numbers of places of one host: five hosts that hang leave others all they want.
+const HOSTS: usize = 8;
+/// Of a host's places for requests, this part is kept for demand, and this part one repository leaves to others.
+const KEPT_PART: usize = 4;
+/// Places for streams that a host has on top of what pulls of one repository may take: one for other repositories, one for demand. Streams
+/// are few and long: taken out of them, these would make the pull of a single image slower.
+const KEPT_STREAMS: usize = 1;
+/// A wish for more than this part of the memory is a large one.
+pub const LARGE_PART: u64 = 16;
+/// What a request costs besides its bytes, in bytes: the round trip.
+pub const REQUEST_COST: u64 = 100 << 10;
+/// Memory is counted in these units, in bytes, as [`crate::sync::Budget`] counts it: what fits here fits there.
+const UNIT: u64 = 4096;
+
+/// How urgent a wish is, the most urgent first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Class {
+    /// Somebody waits.
+    Demand,
+    /// Somebody is known to ask for it soon: what an image's author or an earlier start says, and pulls.
+    Prefetch,
+    /// Somebody may ask for it next, as he asked for what lies beside it.
+    ReadAhead,
+    /// Nobody is known to ask for it.
+    Background,
+}
+
+impl Class {
+    /// All of them, in order.
+    pub const ALL: [Class; 4] = [Class::Demand, Class::Prefetch, Class::ReadAhead, Class::Background];
+
+    /// Its word in metrics.
+    pub fn word(self) -> &'static str {
+        match self {
+            Class::Demand => "demand",
+            Class::Prefetch => "prefetch",
+            Class::ReadAhead => "readahead",
+            Class::Background => "background",
+        }
+    }
+}
+
+/// What a wish is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// A ranged request.
+    Request,
+    /// A whole blob. Streams have places of their own.
+    Stream,
+    /// A table of contents, or another document that a layer needs: takes the places of requests.
+    Table,
+}
+
+/// Something that is wanted of a source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Wish {
+    /// Whose it is: the host that it is asked of, and the repository for which.
+    pub owner: Origin,
+    /// How urgent it is.
+    pub class: Class,
+    /// What for.
+    pub kind: Kind,
+    /// Memory that it takes while it runs, in bytes; 0 if that is accounted elsewhere.
+    pub bytes: u64,
+    /// When it should be granted at the latest, counted from any beginning: the order among wishes of one class and repository.
+    pub deadline: Duration,
+}
+
+/// Bounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Requests to one host at once.
+    pub requests: usize,
+    /// Streams that one repository's pulls may have at once.
+    pub streams: usize,
+    /// Bytes that all requests may take together.
+    pub memory: u64,
+}
+
+/// The number of a wish.
+pub type Id = u64;
+
+/// Places that are counted together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pool {
+    Requests,
+    Streams,
+}
+
+const POOLS: [Pool; 2] = [Pool::Requests, Pool::Streams];
+
+impl Kind {
+    fn pool(self) -> Pool {
+        match self {
+            Kind::Request | Kind::Table => Pool::Requests,
+            Kind::Stream => Pool::Streams,
+        }
+    }
+}
+
+/// Numbers of places.
+#[derive(Debug, Clone, Copy)]
+struct Room {
+    host: usize,
+    repository: usize,
+    kept: usize,
+    all: usize,
+}
+
+impl Limits {
+    fn room(&self, pool: Pool) -> Room {
+        match pool {
+            Pool::Requests => {
+                let host = self.requests.max(1);
+                let kept = host / KEPT_PART;
+                Room {
+                    host,
+                    repository: host - kept,
+                    kept,
+                    all: host.saturating_mul(HOSTS),
+                }
+            }
+            Pool::Streams => {
+                let repository = self.streams.max(1) + KEPT_STREAMS;
+                let host = repository + KEPT_STREAMS;
+                Room {
+                    host,
+                    repository,
+                    kept: KEPT_STREAMS,
+                    all: host.saturating_mul(HOSTS),
+                }
+            }
+        }
+    }
+
+    /// Bytes of the half that a wish takes its memory from.
+    fn half(&self) -> u64 {
+        self.memory / 2
+    }
+}
+
+/// Of `places` with `kept` ones, those that a class may hold together with all less urgent ones.
+fn allowed(places: usize, kept: usize, class: Class) -> usize {
+    let kept = kept.min(places.saturating_sub(1));
+    match class {
+        Class::Demand => places,
+        Class::Prefetch | Class::ReadAhead => places - kept,
+        Class::Background => ((places - kept) / 2).max(1),
+    }
+}
+
+/// Places that are held, by class.
+#[derive(Debug, Default, Clone, Copy)]
+struct Held([usize; 4]);
+
+impl Held {
+    fn total(&self) -> usize {
+        self.0.iter().sum()
+    }
+
+    /// Whether `class` may have another of these.
+    fn admits(&self, places: usize, kept: usize, class: Class) -> bool {
+        // A more urgent class is counted with the less urgent ones that are under way: they are in the places already.
+        (0..=class as usize).all(|upper| {
+            let class = Class::ALL[upper];
+            self.0[upper..].iter().sum::<usize>() < allowed(places, kept, class)
+        })
+    }
+}
+
+/// Size of a wish: which half of the memory it takes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Size {
+    Small,
+    Large,
+}
+
+#[derive(Debug)]
+struct Entry {
+    wish: Wish,
+    pool: Pool,
+    size: Size,
+    running: bool,
+}
+
+#[derive(Debug, Default)]
+struct Host {
+    places: [Held; 2],
+    memory: [u64; 2],
+    repositories: BTreeMap<Arc<str>, Repository>,
+    /// When it was served last.
+    turn: u64,
+    /// Start tag of what was served last.
+    clock: u64,
+    /// Wishes that wait, by pool and class.
+    waiting: [[usize; 4]; 2],
+}
+
+#[derive(Debug, Default)]
+struct Repository {
+    places: [Held; 2],
+    memory: [u64; 2],
+    waiting: [[BTreeSet<(Duration, Id)>; 4]; 2],
+    /// Finish tag of what was served last.
+    served: u64,
+}
+
+impl Repository {
+    fn is_idle(&self) -> bool {
+        self.places.iter().all(|held| held.total() == 0) && self.waiting.iter().flatten().all(BTreeSet::is_empty)
+    }
+}
+
+/// Where at a host somebody waits for memory of a size already: nobody who comes after him may take any.
+#[derive(Debug, Default)]
+struct Short<'a> {
+    host: [bool; 2],
+    repositories: HashMap<&'a str, [bool; 2]>,
+}
+
+/// The books: who waits, and who holds what.
+#[derive(Debug)]
+pub struct Policy {
+    limits: Limits,
+    wishes: HashMap<Id, Entry>,
+    hosts: BTreeMap<Arc<str>, Host>,
+    last: Id,
+    turn: u64,
+    places: [usize; 2],
+    memory: [u64; 2],
+}
+
+impl Policy {
+    /// Nobody has asked for anything.
+    pub fn new(limits: Limits) -> Self {
+        Policy {
+            limits,
+            wishes: HashMap::new(),
+            hosts: BTreeMap::new(),
+            last: 0,
+            turn: 0,
+            places: [0; 2],
+            memory: [0; 2],
+        }
+    }
+
+    /// Takes a wish into the queue. More memory than there is for one is taken as all of that.
+    pub fn ask(&mut self, mut wish: Wish) -> Id {
+        self.last += 1;
+        let id = self.last;
+        let pool = wish.kind.pool();
+        let size = match wish.bytes > self.limits.memory / LARGE_PART {
+            true => Size::Large,
+            false => Size::Small,
+        };
+        wish.bytes = wish.bytes.next_multiple_of(UNIT).min(self.limits.half());
+        let host = self.hosts.entry(Arc::clone(&wish.owner.host)).or_default();
+        let repository = host.repositories.entry(Arc::clone(&wish.owner.repository));
+        let repository = repository.or_default();
+        repository.waiting[pool as usize][wish.class as usize].insert((wish.deadline, id));
+        host.waiting[pool as usize][wish.class as usize] += 1;
+        let entry = Entry {
+            wish,
+            pool,
+            size,
+            running: false,
+        };
+        self.wishes.insert(id, entry);
+        id
+    }
+
+    /// The next wish that may run; it runs from now on. `None`: nobody else may now.
+    pub fn grant(&mut self) -> Option<Id> {
+        let next = self.next()?;
+        self.start(next);
+        Some(next)
+    }
+
+    /// Ends a wish, whether it runs or waits. One that is not known has ended already.
+    pub fn end(&mut self, id: Id) {
+        let Some(entry) = self.wishes.remove(&id) else { return };
+        let (wish, pool) = (&entry.wish, entry.pool as usize);
+        let Some(host) = self.hosts.get_mut(&wish.owner.host) else {
+            return;
+        };
+        let Some(repository) = host.repositories.get_mut(&wish.owner.repository) else {
+            return;
+        };
+        let class = wish.class as usize;
+        if entry.running {
+            repository.places[pool].0[class] -= 1;
+            host.places[pool].0[class] -= 1;
+            self.places[pool] -= 1;
+            repository.memory[entry.size as usize] -= wish.bytes;
+            host.memory[entry.size as usize] -= wish.bytes;
+            self.memory[entry.size as usize] -= wish.bytes;
+        } else {
+            repository.waiting[pool][class].remove(&(wish.deadline, id));
+            host.waiting[pool][class] -= 1;
+        }
+        // Who was served no more than the others are by now begins where they are when he comes back: he need not be remembered.
+        let clock = host.clock;
+        host.repositories
+            .retain(|_, repository| !repository.is_idle() || repository.served > clock);
+        if host.repositories.values().all(Repository::is_idle) {
+            self.hosts.remove(&wish.owner.host);
+        }
+    }
+
+    /// Ranks a wish anew, whether it waits or runs.
+    pub fn rank(&mut self, id: Id, class: Class) {
+        let Some(entry) = self.wishes.get_mut(&id) else { return };
+        let (old, new) = (entry.wish.class as usize, class as usize);
+        if old == new {
+            return;
+        }
+        entry.wish.class = class;
+        let pool = entry.pool as usize;
+        let Some(host) = self.hosts.get_mut(&entry.wish.owner.host) else {
+            return;
+        };
+        let Some(repository) = host.repositories.get_mut(&entry.wish.owner.repository) else {
+            return;
+        };
+        if entry.running {
+            for held in [&mut host.places[pool], &mut repository.places[pool]] {
+                held.0[old] -= 1;
+                held.0[new] += 1;
+            }
+        } else {
+            let key = (entry.wish.deadline, id);
+            repository.waiting[pool][old].remove(&key);
+            repository.waiting[pool][new].insert(key);
+            host.waiting[pool][old] -= 1;
+            host.waiting[pool][new] += 1;
+        }
+    }
+
+    /// Gives back memory of a running wish, down to `bytes`; how much it has then.
+    pub fn shrink(&mut self, id: Id, bytes: u64) -> u64 {
+        let Some(entry) = self.wishes.get_mut(&id).filter(|entry| entry.running) else {
+            return 0;
+        };
+        let less = entry.wish.bytes.saturating_sub(bytes.next_multiple_of(UNIT));
+        entry.wish.bytes -= less;
+        self.memory[entry.size as usize] -= less;
+        let owner = &entry.wish.owner;
+        if let Some(host) = self.hosts.get_mut(&owner.host) {
+            host.memory[entry.size as usize] -= less;
+            if let Some(repository) = host.repositories.get_mut(&owner.repository) {
+                repository.memory[entry.size as usize] -= less;
+            }
+        }
+        entry.wish.bytes
+    }
+
+    /// The memory that a wish has, in bytes.
+    pub fn bytes(&self, id: Id) -> u64 {
+        self.wishes.get(&id).map_or(0, |entry| entry.wish.bytes)
+    }
+
+    /// Whether anything that is more urgent than read-ahead waits for a place like this one at its host.
+    pub fn is_contended(&self, id: Id) -> bool {
+        let Some(entry) = self.wishes.get(&id) else {
+            return false;
+        };
+        let Some(host) = self.hosts.get(&entry.wish.owner.host) else {
+            return false;
+        };
+        host.waiting[entry.pool as usize][..Class::ReadAhead as usize]
+            .iter()
+            .any(|&count| count > 0)
+    }
+
+    /// Wishes that wait, and wishes that run.
+    pub fn counts(&self) -> (usize, usize) {
+        let running = self.wishes.values().filter(|entry| entry.running).count();
+        (self.wishes.len() - running, running)
+    }
+
+    fn next(&self) -> Option<Id> {
+        for pool in POOLS {
+            let mut short: HashMap<&str, Short<'_>> = HashMap::new();
+            for class in Class::ALL {
+                let waits = |host: &Host| host.waiting[pool as usize][class as usize] > 0;
+                let mut hosts: Vec<_> = self.hosts.iter().filter(|(_, host)| waits(host)).collect();
+                hosts.sort_by_key(|(_, host)| host.turn);
+                for (name, host) in hosts {
+                    let found = self.next_at(host, pool, class, short.entry(&**name).or_default());
+                    if found.is_some() {
+                        return found;
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    fn next_at<'a>(&'a self, host: &'a Host, pool: Pool, class: Class, short: &mut Short<'a>) -> Option<Id> {
+        let room = self.limits.room(pool);
+        let held = &host.places[pool as usize];
+        let left = room.all.saturating_sub(self.places[pool as usize]);
+        if !held.admits(room.host, room.kept, class) || (held.total() > 0 && held.total() >= left) {
+            return None;
+        }
+        let mut repositories: Vec<(&str, &Repository)> = host
+            .repositories
+            .iter()
+            .map(|(name, repository)| (&**name, repository))
+            .filter(|(_, repository)| !repository.waiting[pool as usize][class as usize].is_empty())
+            .filter(|(_, repository)| repository.places[pool as usize].admits(room.repository, room.kept, class))
+            .collect();
+        repositories.sort_by_key(|(_, repository)| repository.served.max(host.clock));
+        for (name, repository) in repositories {
+            let here = short.repositories.entry(name).or_default();
+            for (_, id) in &repository.waiting[pool as usize][class as usize] {
+                let Some(entry) = self.wishes.get(id) else { continue };
+                let (bytes, size) = (entry.wish.bytes, entry.size as usize);
+                if bytes == 0 {
+                    return Some(*id);
+                }
+                if short.host[size] || here[size] {
+                    continue;
+                }
+                let left = self.limits.half().saturating_sub(self.memory[size]);
+                short.host[size] = host.memory[size].saturating_add(bytes) > left;
+                here[size] = repository.memory[size].saturating_add(bytes) > left.saturating_sub(host.memory[size]);
+                if !short.host[size] && !here[size] {
+                    return Some(*id);
+                }
+            }
+        }
+        None
+    }
+
+    fn start(&mut self, id: Id) {
+        let Some(entry) = self.wishes.get_mut(&id) else { return };
+        let (wish, pool) = (&entry.wish, entry.pool as usize);
+        entry.running = true;
+        self.turn += 1;
+        self.places[pool] += 1;
+        self.memory[entry.size as usize] += wish.bytes;
+        let Some(host) = self.hosts.get_mut(&wish.owner.host) else {
+            return;
+        };
+        let class = wish.class as usize;
+        host.turn = self.turn;
+        host.places[pool].0[class] += 1;
+        host.waiting[pool][class] -= 1;
+        host.memory[entry.size as usize] += wish.bytes;
+        let Some(repository) = host.repositories.get_mut(&wish.owner.repository) else {
+            return;
+        };
+        repository.places[pool].0[class] += 1;
+        repository.memory[entry.size as usize] += wish.bytes;
+        repository.waiting[pool][class].remove(&(wish.deadline, id));
+        let start = repository.served.max(host.clock);
+        repository.served = start.saturating_add(REQUEST_COST).saturating_add(wish.bytes);
+        host.clock = start;
+    }
+}

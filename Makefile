@@ -41,7 +41,7 @@ test:
 	    echo 'test: ATTENTION: containerd 2.x cannot be had here; its end-to-end tests are skipped' >&2; \
 	fi; \
 	$(CARGO) test --locked; \
-	LAZULI_E2E_FACE=tree $(CARGO) test --locked --test e2e -- trees:: restart:: pull::containers variants:: commands::mount \
+	LAZULI_E2E_FACE=tree $(CARGO) test --locked --test e2e -- trees:: restart:: pull::containers variants:: commands::mount node:: \
 	    --skip many_entries --skip huge_file
 
 ## test-slow   the tests that take minutes: the large torture layers

@@ -7,8 +7,9 @@
 //! # How a read that misses travels
 //! [`Layer::read`] (read.rs) puts the missing chunks into the layer's queue (queue.rs) and waits for their bytes. A *dispatcher* asks the
 //! scheduler ([`schedule`]) for a place at the host, and plans a request only when it has one (window.rs): what was asked for meanwhile goes
-//! into the same request, and what may be read next as well, unless others wait for places. The request (request.rs) hands members of the body to a blocking thread as they are complete, which decodes,
-//! verifies and stores their chunks and answers who waits for each, while the body still arrives.
+//! into the same request, and what may be read next as well, unless others wait for places. The request (request.rs) hands members of the
+//! body to a blocking thread as they are complete, which decodes, verifies and stores their chunks and answers who waits for each, while
+//! the body still arrives.
 //!
 //! Streams (flights.rs, stream.rs, pipeline.rs) are for layers that have no index: one pass over the whole blob makes index and data. It also finds
 //! the places where decoding can begin (spans.rs), so that evicted bytes come back in ranges. Where there are none (a single zstd

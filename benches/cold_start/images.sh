@@ -81,6 +81,16 @@ convert() {
     clear_dir "$dir"
 }
 
+# chunk REPOSITORY: its tag "plain" becomes zstd:chunked, as podman, buildah and skopeo write it, under the tag "chunked".
+chunk() {
+    local layout=$WORK/chunked
+    say "converting $1 to zstd:chunked (once)"
+    # Through a layout: the registry would offer the blobs that it has.
+    skopeo copy --src-tls-verify=false --dest-compress-format zstd:chunked "docker://$REGISTRY/$1:plain" "oci:$layout:chunked"
+    skopeo copy --dest-tls-verify=false "oci:$layout:chunked" "docker://$REGISTRY/$1:chunked"
+    rm -rf --one-file-system "$layout"
+}
+
 unavailable() { die "$IMAGE cannot be copied: $(tail -n 1 "$(build_log)") (for a private image: skopeo login)"; }
 
 # prepare_images: sets REPOSITORY and FORMATS.
@@ -107,6 +117,10 @@ prepare_images() {
         FORMATS+=(estargz)
     else
         say "ATTENTION: ctr-remote is not installed; the eStargz part is skipped"
+    fi
+    if [ "$MODE" = bench ]; then
+        has "$REPOSITORY:chunked" || chunk "$REPOSITORY" >>"$(build_log)" 2>&1
+        FORMATS+=(chunked)
     fi
 }
 

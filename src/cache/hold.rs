@@ -6,7 +6,8 @@
 //!
 //! The promise ends with the last hold, but a mount may not: an overlay keeps the file systems that it was made of, and after a `kill -9`
 //! nobody holds what is still mounted. So a file that was held once is *exposed* until it is replaced: it is never changed in
-//! place, nor evicted while the kernel still has it open (evict.rs). The file `mounted` beside it, which names the boot of the machine, tells the next process so.
+//! place, nor evicted while the kernel still has it open (evict.rs). The file `mounted` beside it, which names the boot of the machine,
+//! tells the next process so.
 
 use std::any::Any;
 use std::fmt;
@@ -62,7 +63,8 @@ pub enum NotWhole {
 }
 
 impl CachedLayer {
-    /// Holds the file as it is, if the layer is whole, and tells where it is: the data space, with zeros up to the end of a page. It waits for evictions under way, and for nothing else.
+    /// Holds the file as it is, if the layer is whole, and tells where it is: the data space, with zeros up to the end of a page. It waits
+    /// for evictions under way, and for nothing else.
     ///
     /// # Errors
     /// [`NotWhole`] says what is missing.

@@ -156,8 +156,8 @@ impl Catalog {
         }
     }
 
-    /// A live layer that every image accepts at a position: one that is there, one that all of them vouch for, or one built from a blob that one of them
-    /// has there.
+    /// A live layer that every image accepts at a position: one that is there, one that all of them vouch for, or one built from a blob
+    /// that one of them has there.
     async fn undisputed(self: &Arc<Self>, plans: &[ImagePlan], at: usize) -> Result<Digest, Refusal> {
         let accepted = |id: &Digest| plans.iter().all(|plan| self.accepts(plan, at, id));
         let layers = || plans.iter().filter_map(|plan| Some((plan, plan.layers.get(at)?)));

@@ -11,8 +11,8 @@
 //! A zTOC decides what a layer's names are, and SOCI verifies nothing but *compressed* spans: who wrote it can show false files. An
 //! index that the manifest names is as good as the image. One that merely says it is about the image can have been put there by
 //! anybody who may push to its repository, after the image was signed: it is believed only in repositories that the configuration
-//! trusts. Where signatures are required, only what the manifest names is believed, as SOCI has none. Searching has a deadline; whatever goes wrong is
-//! logged, and the layer is had in another way. A layer that its index leaves out is none of SOCI's business.
+//! trusts. Where signatures are required, only what the manifest names is believed, as SOCI has none. Searching has a deadline; whatever
+//! goes wrong is logged, and the layer is had in another way. A layer that its index leaves out is none of SOCI's business.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

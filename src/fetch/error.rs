@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::layer::{Digest, LayerError};
 use crate::registry::RegistryError;
 
-/// A read that failed. Shared by all the waiters of one flight, hence cloneable.
+/// A read that failed. Shared by all who wait for one fetch, hence cloneable.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum FetchError {
     /// The source could not deliver.

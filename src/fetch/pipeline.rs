@@ -5,9 +5,10 @@
 //! ```
 //!
 //! The first arrow carries what the registry sends, and is bounded by `fetch.stream_memory` over all streams, of which one stream never has
-//! more than a part: its decompression may be slow on purpose. The second carries [`DEPTH`] buffers of [`BUFFER`] bytes per stream. The blob is hashed to its very end, also what follows the compressed data.
-//! Bytes that do not decode, or make no tar, are read to their end all the same: if the blob has another digest than it should, it was
-//! damaged on its way and may be good the next time; otherwise the layer itself is malformed.
+//! more than a part: its decompression may be slow on purpose. The second carries [`DEPTH`] buffers of [`BUFFER`] bytes per stream. The
+//! blob is hashed to its very end, also what follows the compressed data. Bytes that do not decode, or make no tar, are read to their end
+//! all the same: if the blob has another digest than it should, it was damaged on its way and may be good the next time; otherwise the
+//! layer itself is malformed.
 
 use std::collections::VecDeque;
 use std::io::{self, Read};

@@ -4,7 +4,8 @@
 //! Names, absence, attributes, symlink targets, directory listings and pages are kept for ever, except what is in the root, whose
 //! names are asked for each time. OPENDIR is answered with ENOSYS once, whereupon the kernel opens all directories by itself, with
 //! FOPEN_CACHE_DIR. So is OPEN (the kernel goes on with FOPEN_KEEP_CACHE), unless data files are to be opened past the page cache,
-//! which only an answer to OPEN can say: then each OPEN is answered. File handles are 0 in either case. FORGET means nothing, since inodes are never made: they are places in an index.
+//! which only an answer to OPEN can say: then each OPEN is answered. File handles are 0 in either case. FORGET means nothing, since inodes
+//! are never made: they are places in an index.
 //!
 //! # Panics
 //! A panic in one request is a bug. It must not end the thread, or after a few of them nobody would answer: it is caught, logged, and

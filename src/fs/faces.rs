@@ -276,7 +276,8 @@ impl Faces {
         self.given.fetch_add(1, Ordering::SeqCst)
     }
 
-    /// Unmounts every layer and chain that is not in `needed`, and of which no path was given out after `mark`. They stay attached, and are mounted again when they are asked for.
+    /// Unmounts every layer and chain that is not in `needed`, and of which no path was given out after `mark`. They stay attached, and are
+    /// mounted again when they are asked for.
     ///
     /// Paths that were handed out for slots in `needed` stay. An overlay goes on with what it was made of, but files of the cache may then
     /// be evicted below it: a slot is needed until no overlay uses it.

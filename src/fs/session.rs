@@ -163,7 +163,8 @@ impl Session {
         self.direct.store(direct, Ordering::Relaxed);
     }
 
-    /// Shows `layer` at [`Session::path`] of `slot`, and its data space at [`Session::data_path`]. The same layer may be attached again, and its new reader replaces the old one.
+    /// Shows `layer` at [`Session::path`] of `slot`, and its data space at [`Session::data_path`]. The same layer may be attached again,
+    /// and its new reader replaces the old one.
     ///
     /// # Errors
     /// [`FsError::SlotZero`], [`FsError::SlotTaken`].

@@ -18,7 +18,8 @@
 //!   that name. Here it is not listed.
 //!
 //! Nothing is recursive, and memory is linear: a directory that waits to be merged is remembered with the directories it is made of. What
-//! is hidden is not copied. What is merged has no more of anything than all layers together, and as much again is needed while it is made. Layers come as they look on their parents ([`super::variant`]).
+//! is hidden is not copied. What is merged has no more of anything than all layers together, and as much again is needed while it is made.
+//! Layers come as they look on their parents ([`super::variant`]).
 
 #[cfg(test)]
 mod model;

@@ -36,8 +36,9 @@ const CHECKSUM: &str = "manifest-checksum";
 const POSITION: &str = "manifest-position";
 /// The kind of table that there is: entries as in stargz.
 const KIND: u64 = 1;
-/// Window that the frame of any table may have, as a power of two: 8 MiB, the largest of an encoder that was not asked for more.
-const WINDOW_LOG: u32 = 23;
+/// Window that the frame of any table may have, as a power of two: 32 MiB, the largest of the encoder that containers/storage uses, which
+/// does not know how much will come. Of the decoder's window only what is written takes memory.
+const WINDOW_LOG: u32 = 25;
 /// Bytes of the header of a skippable frame: magic number and length.
 const FRAME_HEADER_LEN: u64 = 8;
 
@@ -189,7 +190,7 @@ impl TocPlace {
 /// The JSON, whose length has been checked.
 fn unpack(table: &[u8], raw_len: u64) -> Result<Vec<u8>, LayerError> {
     let mut json = Vec::with_capacity(raw_len as usize + 1);
-    // The window is memory, and never larger than what it is for, or than encoders make it that do not know how much will come.
+    // The window is address space, and never larger than what it is for, or than encoders make it.
     let window = raw_len.next_power_of_two().ilog2().max(WINDOW_LOG);
     let read = zstd_frames_within(table, window.min(ZSTD_WINDOW_LOG_MAX))
         .and_then(|frames| frames.take(raw_len.saturating_add(1)).read_to_end(&mut json));

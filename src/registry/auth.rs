@@ -1,8 +1,8 @@
 //! Authentication of requests: which `Authorization` header a host wants for a repository, and how to get a new one.
 //!
-//! A [`Gate`] stands for one endpoint, one repository, and reading or writing there. All requests there share its header; whoever meets a 401 first renews it,
-//! and the others wait and take the new one. A token is also renewed a little before it ends. Secrets live in memory only, are
-//! marked sensitive in headers, and are sent to the endpoint and to the token service it names, nowhere else.
+//! A [`Gate`] stands for one endpoint, one repository, and reading or writing there. All requests there share its header; whoever meets a
+//! 401 first renews it, and the others wait and take the new one. A token is also renewed a little before it ends. Secrets live in memory
+//! only, are marked sensitive in headers, and are sent to the endpoint and to the token service it names, nowhere else.
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex};

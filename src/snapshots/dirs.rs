@@ -13,8 +13,8 @@
 //! ```
 //!
 //! Ids, not keys, are names: keys hold slashes and blanks. All lower directories are `snapshots/<id>/fs` or
-//! `snapshots/<id>/chain`, or one of those beside them (with `/.` behind it if remote), so that containerd, which changes into their common directory when the option string is too
-//! long for one page, can mount 128 of them.
+//! `snapshots/<id>/chain`, or one of those beside them (with `/.` behind it if remote), so that containerd, which changes into their common
+//! directory when the option string is too long for one page, can mount 128 of them.
 //!
 //! The `/.` makes a program that looks at a lower directory without following symlinks, as BuildKit's overlay differ
 //! does, see a directory.

@@ -1,9 +1,9 @@
 //! Whose indexes are believed.
 //!
 //! An index decides what a layer's names are and how its bytes come out of the blob, so that a false one can show false files. For one image (see
-//! [`super::super::belief`]) it is believed if the image's manifest names its digest, if a configured key has signed it, or if it lies in a repository that the
-//! configuration names. A signature covers a fixed text, the digest of the layer and that of the index ([`statement`]): it cannot be
-//! taken from one layer to another, nor from another purpose to this one.
+//! [`super::super::belief`]) it is believed if the image's manifest names its digest, if a configured key has signed it, or if it lies in a
+//! repository that the configuration names. A signature covers a fixed text, the digest of the layer and that of the index ([`statement`]):
+//! it cannot be taken from one layer to another, nor from another purpose to this one.
 
 use std::fmt;
 use std::io::Read;

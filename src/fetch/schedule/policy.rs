@@ -9,10 +9,10 @@
 //!    repository.
 //! 4. What is free goes to the most urgent class; in a class to the host that was served longest ago; in a host to the repository that was
 //!    served least (start-time fair queueing over bytes, a request counting as [`REQUEST_COST`] more); there, to the earliest deadline.
-//! 5. Memory is shared as places are: a host takes at most half of what is left, and a repository half of what its host might still take. A wish
-//!    that does not fit keeps its place in the queue, and nothing that comes after it at its host, or in its repository, takes the memory that
-//!    it waits for. Wishes for much memory ([`LARGE_PART`]) have half of
-//!    it to themselves, and the others the other half: neither kind waits for the other.
+//! 5. Memory is shared as places are: a host takes at most half of what is left, and a repository half of what its host might still take. A
+//!    wish that does not fit keeps its place in the queue, and nothing that comes after it at its host, or in its repository, takes the
+//!    memory that it waits for. Wishes for much memory ([`LARGE_PART`]) have half of it to themselves, and the others the other half:
+//!    neither kind waits for the other.
 //!
 //! Every wish is in one place of the books, waiting or running, until [`Policy::end`]; whatever may run is running after [`Policy::grant`]
 //! has answered `None`.

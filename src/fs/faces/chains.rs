@@ -24,7 +24,8 @@ impl Faces {
     /// Takes a second for a few hundred thousand files, and as much memory as the image and the indexes together; one is made at a time.
     ///
     /// # Errors
-    /// [`FsError::NotAttached`], [`FsError::Chain`], [`FsError::Names`], [`FsError::Files`]. Nothing is stored then, and the layers have to be stacked.
+    /// [`FsError::NotAttached`], [`FsError::Chain`], [`FsError::Names`], [`FsError::Files`]. Nothing is stored then, and the layers have to
+    /// be stacked.
     pub fn build_chain(&self, slot: u32, layers: &[u32]) -> Result<(), FsError> {
         if self.serving.face == Face::Tree {
             return Ok(());

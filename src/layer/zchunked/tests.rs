@@ -1,5 +1,7 @@
 //! Tests of zstd:chunked, on blobs made by a small writer of our own in each dialect.
 
+use std::io::Write as _;
+
 use serde_json::{Value, json};
 
 use super::*;
@@ -317,6 +319,19 @@ fn a_table_that_is_cut_or_bloated() {
         ..blob.promise()
     };
     assert!(index_from_toc(&bomb, &place, blob.size(), &promise).is_err());
+}
+
+/// An encoder that does not know how much will come asks for all of its window, 32 MiB in containers/storage.
+#[test]
+fn a_small_table_in_a_frame_with_a_large_window() {
+    let framed = |window_log| {
+        let mut encoder = zstd::Encoder::new(Vec::new(), 1).unwrap();
+        encoder.window_log(window_log).unwrap();
+        encoder.write_all(b"{}").unwrap();
+        unpack(&encoder.finish().unwrap(), 2)
+    };
+    assert_eq!(framed(25).unwrap(), b"{}");
+    assert!(framed(26).is_err(), "this would be 64 MiB for two bytes");
 }
 
 #[test]

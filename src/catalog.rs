@@ -3,7 +3,7 @@
 //!
 //! # A pull
 //! containerd asks for layers one after the other, lowest first. The first question makes the whole image known ([`images`]), and
-//! all its layers are loaded at once, side by side ([`loader`]): one task per layer, which every later question for that layer
+//! all its layers are loaded at once, side by side ([`loading`], [`loader`]): one task per layer, which every later question for that layer
 //! joins, and which ends when nobody wants it any more ([`loads`]). A question waits for its layer for a few seconds ([`pace`]); what
 //! cannot be had by then is left to containerd ([`question`]). A layer that is loaded gets a *slot*, its directory in the FUSE tree, for
 //! ever the same number for the same id.
@@ -37,27 +37,25 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
-use futures::FutureExt;
-use futures::future::BoxFuture;
-
 use crate::cache::{InUse, Key};
 use crate::fetch::{Layer, LayerData};
 use crate::fs::Faces;
 use crate::layer::{Access, Digest};
 use crate::metrics::Metrics;
-use crate::registry::{Blob, Reference, Registry};
+use crate::registry::{Blob, Registry};
 use crate::store::{LayerRecord, LayerSource, Store, StoreError};
-use crate::sync::blocking;
 
 mod agree;
 pub mod belief;
 mod chains;
 mod contact;
 pub mod containerd;
+mod contract;
 mod handle;
 pub mod images;
 mod indexes;
 pub mod loader;
+mod loading;
 mod loads;
 mod memory;
 mod pace;
@@ -72,21 +70,20 @@ pub mod toc;
 pub mod variants;
 
 pub use chains::Lowers;
+pub use contract::{Agreement, LayerRequest, Layers, Needed, Question, Released, Resolution};
 pub use handle::Handle;
 
 use belief::Beliefs;
 use chains::Chains;
-use contact::{Contact, Contacts};
+use contact::Contacts;
 use containerd::Containerd;
 use images::{ImagePlan, Images};
 use loader::{LayerSpec, Loader, NotLazy, Refusal};
 use loads::Loads;
 use pace::Hosts;
-use question::Begun;
 use shared::Origin;
 use shared::publish::Publisher;
 use sources::Failover;
-use toc::TocImage;
 use variants::Shelf;
 
 /// How long a layer stays live without a snapshot that refers to it. A pull loads all layers of an image at once and commits them
@@ -98,108 +95,6 @@ const DIFF_IDS_MAX: usize = 8;
 
 /// Most sources of one layer that are remembered.
 const SOURCES_MAX: usize = 8;
-
-/// A layer that containerd asks for: one `Prepare` with `containerd.io/snapshot.ref`.
-#[derive(Debug, Clone)]
-pub struct LayerRequest {
-    /// containerd namespace, from the snapshot key.
-    pub namespace: String,
-    /// Chain id of the layer (`containerd.io/snapshot.ref`).
-    pub chain_id: String,
-    /// All labels of the request.
-    pub labels: HashMap<String, String>,
-    /// Of the snapshots below, the lowest first: whether Lazuli shows a layer in its place.
-    pub below: Vec<bool>,
-    /// Chain ids of layers that containerd is fetching and unpacking by itself.
-    pub unpacking: HashSet<String>,
-}
-
-/// What became of a [`LayerRequest`].
-#[derive(Debug, Clone)]
-pub enum Resolution {
-    /// Lazuli serves the layer.
-    Live {
-        /// Its id, or the digest of a variant of it.
-        layer: Digest,
-        /// The layers below it as its image sees them, the lowest first, in the same way; `None` for what Lazuli does not serve.
-        below: Vec<Option<Digest>>,
-        /// Whether all of them were found to be what the image promises, so that every image that promises the same may share them.
-        proven: bool,
-        /// Whether it is the topmost one of its image: containers will be made on it.
-        is_top: bool,
-    },
-    /// containerd has to unpack it; the text says why Lazuli does not.
-    Refused(String),
-}
-
-/// What `snapshots` needs to know of layers. ([`Catalog`] implements it; tests use a fake.)
-pub trait Layers: Send + Sync + 'static {
-    /// Makes the layer live if it can be, waiting for its index (and for its bytes, where it has to be streamed), but for a few seconds at
-    /// the most: what is not there by then is refused. The layer stays
-    /// live at least until the next [`Layers::retain`] that does not name it.
-    fn resolve(&self, request: LayerRequest) -> BoxFuture<'_, Resolution>;
-
-    /// What may be shown to a container if several images of its namespace have the same chain of layers, and do not believe the same of them.
-    /// Asks containerd, and may wait for a layer, both for a few seconds.
-    fn agree(&self, question: Question) -> BoxFuture<'_, Agreement>;
-
-    /// Whether Lazuli shows the layer.
-    fn is_live(&self, layer: &Digest) -> bool;
-
-    /// The directories that show live layers, topmost first and each once; mounted now if they are not. They stay until a
-    /// [`Layers::retain`] with a later [mark](Layers::mark) that does not name these layers as a base. Never waits for the network; blocks
-    /// for mount calls.
-    ///
-    /// # Errors
-    /// The layer that is not live.
-    fn lowers(&self, layers: &[Digest]) -> Result<Lowers, Digest>;
-
-    /// Tells that containers will be made on these layers, topmost first. Waits for nothing.
-    fn expect(&self, layers: &[Digest]);
-
-    /// Bytes and inodes that a live layer uses on the local disk now.
-    fn usage(&self, layer: &Digest) -> Option<(u64, u64)>;
-
-    /// A mark in time: what [`Layers::lowers`] gives out from now on is later.
-    fn mark(&self) -> u64;
-
-    /// Tells what is needed; layers that are not may be released, and what was last given out before `mark` may be unmounted. Called after
-    /// removals, and at start. Decides quickly; what takes long is left to the answer.
-    fn retain(&self, needed: Needed, mark: u64) -> BoxFuture<'_, Released>;
-}
-
-/// What a release has decided and not done yet. It blocks for unmount calls and for the disk.
-pub type Released = Box<dyn FnOnce() + Send>;
-/// What containers are about to be made on.
-#[derive(Debug, Clone)]
-pub struct Question {
-    /// containerd namespace of the container.
-    pub namespace: String,
-    /// Chain id of the topmost layer.
-    pub chain_id: String,
-    /// The layers that would be shown, the lowest first; `None` for those that containerd has unpacked.
-    pub shown: Vec<Option<Digest>>,
-}
-
-/// What the images say that hold a chain of layers.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Agreement {
-    /// Nobody objects to what would be shown.
-    Shown,
-    /// They agree on this alone.
-    Instead(Vec<Option<Digest>>),
-    /// Not yet on anything; the text says who says what.
-    Open(String),
-}
-
-/// What snapshots need of layers.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Needed {
-    /// Layers that committed snapshots refer to.
-    pub layers: Vec<Digest>,
-    /// Of each active snapshot and each view on remote ones, the layers that it was made on, as they were given to [`Layers::lowers`].
-    pub bases: Vec<Vec<Digest>>,
-}
 
 /// A layer that is to be loaded.
 struct Wanted {
@@ -451,7 +346,7 @@ impl Catalog {
             tracing::error!(%error, manifest = %plan.manifest, "the image cannot be recorded");
         }
         let asking = self.loads.ask((plan.namespace.clone(), plan.manifest), position);
-        let begun = self.begin_image(&plan, position, &asking, &request.unpacking);
+        let begun = self.begin_image(&plan, position, &asking, &request);
         let result = match self.wait_for(&plan, position, &asking, &begun, deadline).await {
             Ok(_) => {
                 let looks = self.on_its_parents(&plan, position, &begun, &request.below);
@@ -525,230 +420,6 @@ impl Catalog {
         }
     }
 
-    /// What an image may be shown of a layer.
-    fn judge(&self, spec: &LayerSpec, origin: &Origin) -> loader::Judged {
-        self.loader.judge(self.beliefs.of_blob(&spec.digest), spec, origin)
-    }
-
-    /// Whether a layer was found to be the tar that an image promises.
-    fn is_proven(&self, id: &Digest, promised: Option<Digest>) -> bool {
-        let belief = self.beliefs.get(id).filter(|belief| !belief.is_false());
-        promised.is_some() && belief.is_some_and(|belief| belief.proof == promised)
-    }
-
-    /// The live layer that serves what is wanted, if there is one; it is wanted from now on.
-    fn live_for(self: &Arc<Self>, wanted: &Wanted) -> Option<Digest> {
-        let ids: Vec<Digest> = match wanted.how {
-            How::AsImageSays => {
-                let usable = self.judge(&wanted.spec, &wanted.origin).usable;
-                usable.into_iter().map(|(_, id)| id).collect()
-            }
-            How::Built => vec![wanted.spec.digest],
-            How::Again(id) => vec![id],
-        };
-        let mut lives = self.write_live();
-        let id = ids.into_iter().find(|id| lives.contains_key(id))?;
-        let live = lives.get_mut(&id)?;
-        live.wanted = Instant::now();
-        live.in_use.wanted();
-        live.note_diff_id(wanted.spec.diff_id);
-        let (catalog, sources) = (Arc::clone(self), wanted.origin.sources.clone());
-        tokio::task::spawn_blocking(move || catalog.learn_sources(&id, sources));
-        Some(id)
-    }
-
-    /// What loads are told apart by: everything that decides what comes of them, and where they ask for it. So nobody waits for, or gets, what
-    /// another image believes, nor waits for a registry that only another image names.
-    fn load_key(&self, wanted: &Wanted) -> LoadKey {
-        let Wanted { spec, origin, how, .. } = wanted;
-        let mut text = format!("{how:?} {} {:?} {:?}", spec.digest, spec.diff_id, origin.sources);
-        for id in self.loader.vouched(spec, origin) {
-            text.push_str(&id.hex());
-        }
-        if self.loader.may_find_beside(spec, origin) {
-            text.push_str(&format!("{:?}", origin.manifest));
-        }
-        Digest::of(text.as_bytes())
-    }
-
-    /// Notes that a live layer can be had from `sources` as well. They come first, as credentials for them were just used; the ones
-    /// known before stay, or an image that names a repository without the blob would cut off containers that run.
-    fn learn_sources(&self, digest: &Digest, mut sources: Vec<LayerSource>) {
-        let learned = self.store.layer(digest).and_then(|record| {
-            let Some(mut record) = record else { return Ok(()) };
-            let known = record
-                .sources
-                .iter()
-                .filter(|source| !sources.contains(source))
-                .cloned();
-            let known: Vec<_> = known.collect();
-            sources.extend(known);
-            sources.truncate(SOURCES_MAX);
-            if sources == record.sources {
-                return Ok(());
-            }
-            record.sources = sources;
-            self.store.put_layer(&record)?;
-            let blob = self.blob(&spec_of(&record), &record.sources);
-            if let (Some(blob), Some(live)) = (blob, self.read_live().get(digest)) {
-                live.layer.set_blob(blob);
-            }
-            Ok(())
-        });
-        if let Err(error) = learned {
-            tracing::warn!(%error, layer = %digest, "another source of the layer cannot be recorded");
-        }
-    }
-
-    /// Begins to load a layer, whoever waits for it; ends at once if what is wanted is live.
-    fn begin(self: &Arc<Self>, wanted: Wanted) -> Begun {
-        if let Some(id) = self.live_for(&wanted) {
-            return Begun::Live(id);
-        }
-        let (key, catalog) = (self.load_key(&wanted), Arc::clone(self));
-        Begun::Load(self.loads.keep(key, || catalog.loading(wanted).boxed()))
-    }
-
-    /// Loads a layer; tells in log, metrics and records if that fails.
-    async fn loading(self: Arc<Self>, wanted: Wanted) -> Result<LoadedId, Refusal> {
-        // A load of the same that has just ended, or one from elsewhere, has made it live.
-        if let Some(id) = self.live_for(&wanted) {
-            return Ok(id);
-        }
-        let digest = wanted.spec.digest;
-        let result = self.load(wanted).await;
-        if let Err(refusal) = &result {
-            self.count_refusal(refusal);
-            tracing::warn!(layer = %digest, reason = %refusal, "not served by Lazuli");
-            if let Err(error) = self.record_refusal(&digest, refusal).await {
-                tracing::error!(%error, layer = %digest, "why it is not served cannot be recorded");
-            }
-        }
-        result
-    }
-
-    /// Loads a layer, and tells its id.
-    async fn load(self: &Arc<Self>, wanted: Wanted) -> Result<Digest, Refusal> {
-        let began = Instant::now();
-        let Wanted {
-            spec,
-            origin,
-            names: images,
-            how,
-        } = wanted;
-        let (spec, sources) = (&spec, origin.sources.clone());
-        let blob = self
-            .blob(spec, &sources)
-            .ok_or_else(|| Refusal::unresolved("no source is known", false))?;
-        let judged = self.judge(spec, &origin);
-        if !judged.refused.is_empty() {
-            let (catalog, refused) = (Arc::clone(self), judged.refused.clone());
-            blocking(move || {
-                refused.iter().for_each(|id| {
-                    catalog.forget_if_false(id);
-                });
-            })
-            .await;
-        }
-        let host = sources.first().map(|source| source.host.clone()).unwrap_or_default();
-        let contact = Contact::new(Arc::clone(&blob), host, Arc::clone(&self.hosts));
-        let _noted = self.contacts.note(spec.digest, &contact);
-        let loaded = match how {
-            How::Built => self.loader.build(spec, contact).await?,
-            How::AsImageSays | How::Again(_) => {
-                let toc_images = self.toc_images(&images);
-                self.loader
-                    .load(spec, contact, &toc_images, Some(&origin), &judged)
-                    .await?
-            }
-        };
-        let layer = loaded.layer;
-        layer.set_blob(blob);
-        let id = *layer.cached().id();
-        let streamed = match loaded.streamed {
-            Some(NotLazy { word, text }) => {
-                self.metrics.layers_streamed_total.with_label_values(&[word]).inc();
-                Some(text)
-            }
-            // It was stored already. Whoever streamed it then has noted why, if that record is still there.
-            None => {
-                let store = Arc::clone(&self.store);
-                let known = blocking(move || store.layer(&id)).await;
-                let known = known.map_err(|error| of_store(&error))?;
-                known.and_then(|record| record.streamed)
-            }
-        };
-        let proof = match id == spec.digest {
-            true => layer.cached().diff_id(),
-            false => None,
-        };
-        let record = LayerRecord {
-            digest: id,
-            blob: (id != spec.digest).then_some(spec.digest),
-            proof: proof.or_else(|| self.beliefs.get(&id).and_then(|belief| belief.proof)),
-            formerly: None,
-            variant_of: None,
-            diff_id: spec.diff_id,
-            media_type: spec.media_type.clone(),
-            size: spec.size,
-            annotations: spec.annotations.clone(),
-            slot: 0,
-            sources,
-            images,
-            streamed: streamed.clone(),
-        };
-        let settling = Settling::new(self, id);
-        let (index, recorded) = (loaded.index.clone(), record.clone());
-        let written = self
-            .store
-            .change(move |draft| draft.record_layer(recorded, index.as_ref()));
-        let slot = written.await.map_err(|error: StoreError| of_store(&error))?;
-        self.beliefs.note(&LayerRecord { slot, ..record });
-        let format = self.attach(spec, id, slot, Arc::clone(&layer), streamed)?;
-        drop(settling);
-        if let Some(index) = loaded.index {
-            self.index_is_known(layer.cached(), index, origin);
-        }
-        let seconds = began.elapsed().as_secs_f64();
-        tracing::info!(layer = %spec.digest, %id, format, bytes = spec.size, seconds, "layer is live");
-        if loaded.prefetch > 0 {
-            tracing::debug!(layer = %spec.digest, bytes = loaded.prefetch, "its author wants these bytes ahead");
-            layer.prefetch(0, loaded.prefetch);
-        }
-        match how {
-            How::Again(before) if before != id => self.again(spec, before, &layer),
-            _ => Ok(id),
-        }
-    }
-
-    /// Makes a layer live under an id that snapshots know it by, whose index is lost or false: with the index that was found in its place for the
-    /// same image.
-    fn again(&self, spec: &LayerSpec, before: Digest, found: &Arc<Layer>) -> Result<Digest, Refusal> {
-        let known = self.store.layer(&before).map_err(|error| of_store(&error))?;
-        let record = known.ok_or_else(|| released(&before))?;
-        // A reader of its own: it is closed when this id is released.
-        let layer = self.loader.fetcher().open(Arc::clone(found.cached()), found.blob());
-        self.attach(spec, before, record.slot, layer, record.streamed)?;
-        tracing::warn!(layer = %spec.digest, id = %before, now = %found.cached().id(), "the index that it had is gone, it is shown by another");
-        Ok(before)
-    }
-
-    /// Images that may hold tables of contents of the layers of the images with these names.
-    fn toc_images(&self, names: &[String]) -> Vec<TocImage> {
-        let references = names.iter().filter_map(|name| Reference::parse(name).ok());
-        references
-            .filter_map(|reference| {
-                let source = self.registry.repository(&reference.host, &reference.repository);
-                Some(TocImage::beside(source, TocImage::tag_of(&reference)?))
-            })
-            .collect()
-    }
-
-    fn count_refusal(&self, refusal: &Refusal) {
-        let reasons = &self.metrics.layers_refused_total;
-        reasons.with_label_values(&[refusal.word]).inc();
-    }
-
     /// Puts a layer into the FUSE tree and the list of live layers.
     fn attach(
         &self,
@@ -815,30 +486,6 @@ impl Catalog {
 
     fn write_live(&self) -> RwLockWriteGuard<'_, HashMap<Digest, Live>> {
         self.live.write().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A layer whose record is being written: it is not forgotten before it is live.
-struct Settling<'a> {
-    catalog: &'a Catalog,
-    id: Digest,
-}
-
-impl<'a> Settling<'a> {
-    fn new(catalog: &'a Catalog, id: Digest) -> Self {
-        catalog
-            .settling
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(id);
-        Settling { catalog, id }
-    }
-}
-
-impl Drop for Settling<'_> {
-    fn drop(&mut self) {
-        let mut settling = self.catalog.settling.lock().unwrap_or_else(PoisonError::into_inner);
-        settling.remove(&self.id);
     }
 }
 

@@ -5,8 +5,8 @@
 //! within seconds), what it had begun ends with it, unless another pull wants the same: the task is dropped, and with it its connection and
 //! its place.
 //!
-//! What failed is not begun anew by the same pull, and what was left to containerd is not either, since containerd fetches that layer itself.
-//! containerd asks from the lowest layer up: a question for a layer that this pull has passed already means that somebody pulls anew, and
+//! What failed is not begun anew by the same pull, and what was left to containerd is not either, since containerd fetches that layer itself,
+//! however long that takes (up to [`LEFT_HOLDS`]). containerd asks from the lowest layer up: a question for a layer that this pull has passed already means that somebody pulls anew, and
 //! that whatever failed may be tried again.
 
 use std::collections::HashMap;
@@ -26,6 +26,10 @@ use crate::layer::Digest;
 /// How long what a pull wants is kept after its last question was answered. containerd asks for the next layer within milliseconds, or a
 /// second on a busy node.
 const LINGER: Duration = Duration::from_secs(4);
+
+/// How long after its last question a pull is remembered that has left something to containerd, which may have to fetch for long before it
+/// asks again.
+const LEFT_HOLDS: Duration = Duration::from_secs(600);
 
 /// Which pull it is: containerd's namespace, and the digest of the manifest.
 pub(super) type PullKey = (String, Digest);
@@ -242,16 +246,25 @@ where
         }
         let (loads, key) = (Arc::clone(&self.loads), self.pull.clone());
         self.loads.runtime.spawn(async move {
-            tokio::time::sleep(LINGER).await;
-            let mut inner = loads.lock();
-            let over = |pull: &Pull<K, T>| pull.asking == 0 && pull.answered.elapsed() >= LINGER;
-            let ended = match inner.pulls.get(&key).is_some_and(over) {
-                true => inner.pulls.remove(&key),
-                false => None,
-            };
-            drop(inner);
-            // Outside of the lock: ends loads.
-            drop(ended);
+            for (rest, holds_left) in [(LINGER, true), (LEFT_HOLDS, false)] {
+                tokio::time::sleep(rest).await;
+                let mut inner = loads.lock();
+                let Some(pull) = inner.pulls.get_mut(&key) else { return };
+                if pull.asking > 0 || pull.answered.elapsed() < rest {
+                    return;
+                }
+                let ended = std::mem::take(&mut pull.loads);
+                let is_over = !holds_left || pull.left.is_empty();
+                if is_over {
+                    inner.pulls.remove(&key);
+                }
+                drop(inner);
+                // Outside of the lock: ends loads.
+                drop(ended);
+                if is_over {
+                    return;
+                }
+            }
         });
     }
 }

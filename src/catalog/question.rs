@@ -5,7 +5,8 @@
 //! above it with it, so that streams of those end as well. Layers that are lazy go on: containerd asks for them later, and need not unpack
 //! them then.
 
-use std::collections::{HashMap, HashSet};
+use std::cmp::Ordering;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,7 +16,7 @@ use super::images::{ImagePlan, PlannedLayer};
 use super::loader::Refusal;
 use super::loads::{Asking, Load};
 use super::pace::{self, Verdict, Watch};
-use super::{Catalog, How, LoadKey, LoadedId, Wanted};
+use super::{Catalog, How, LayerRequest, LoadKey, LoadedId, Wanted};
 use crate::config::ByteSize;
 use crate::fetch::{Hurried, Paused};
 use crate::layer::Digest;
@@ -62,14 +63,14 @@ fn wanted(plan: &ImagePlan, planned: &PlannedLayer) -> Wanted {
 }
 
 impl Catalog {
-    /// Begins to load every layer of an image that is not live in a form that may be shown to it, for a question for the layer at `position`;
-    /// `unpacking` are the chain ids of layers that containerd is fetching by itself.
+    /// Begins to load every layer of an image that is not live in a form that may be shown to it, for a question for the layer at `position`,
+    /// but for those that containerd has (`request.below`) or is fetching by itself (`request.unpacking`).
     pub(super) fn begin_image(
         self: &Arc<Self>,
         plan: &ImagePlan,
         position: usize,
         asking: &Asking<LoadKey, LoadedId>,
-        unpacking: &HashSet<String>,
+        request: &LayerRequest,
     ) -> Vec<Begun> {
         let begin = |(at, planned): (usize, &PlannedLayer)| {
             let wanted = wanted(plan, planned);
@@ -77,10 +78,15 @@ impl Catalog {
                 return Begun::Live(id);
             }
             // The one that is asked for is not being unpacked, or containerd would not ask.
-            if at != position && unpacking.contains(&planned.chain_id) {
+            let left = match at.cmp(&position) {
+                Ordering::Less => request.below.get(at) == Some(&false),
+                Ordering::Equal => false,
+                Ordering::Greater => request.unpacking.contains(&planned.chain_id),
+            };
+            if left {
                 return Begun::Left(Refusal {
                     word: "slow",
-                    text: "containerd is fetching it".to_owned(),
+                    text: "containerd has it, or is fetching it".to_owned(),
                     retry_helps: true,
                 });
             }

@@ -1,0 +1,272 @@
+//! How a layer that is wanted becomes live: which of what is there may be shown, what is loaded otherwise, and what is recorded of it.
+
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+
+use futures::FutureExt;
+
+use super::contact::Contact;
+use super::loader::{self, LayerSpec, NotLazy, Refusal};
+use super::question::Begun;
+use super::shared::Origin;
+use super::toc::TocImage;
+use super::{Catalog, How, LoadKey, LoadedId, SOURCES_MAX, Wanted, of_store, released, spec_of};
+use crate::fetch::Layer;
+use crate::layer::Digest;
+use crate::registry::Reference;
+use crate::store::{LayerRecord, LayerSource, StoreError};
+use crate::sync::blocking;
+
+impl Catalog {
+    /// What an image may be shown of a layer.
+    fn judge(&self, spec: &LayerSpec, origin: &Origin) -> loader::Judged {
+        self.loader.judge(self.beliefs.of_blob(&spec.digest), spec, origin)
+    }
+
+    /// Whether a layer was found to be the tar that an image promises.
+    pub(super) fn is_proven(&self, id: &Digest, promised: Option<Digest>) -> bool {
+        let belief = self.beliefs.get(id).filter(|belief| !belief.is_false());
+        promised.is_some() && belief.is_some_and(|belief| belief.proof == promised)
+    }
+
+    /// The live layer that serves what is wanted, if there is one; it is wanted from now on.
+    pub(super) fn live_for(self: &Arc<Self>, wanted: &Wanted) -> Option<Digest> {
+        let ids: Vec<Digest> = match wanted.how {
+            How::AsImageSays => {
+                let usable = self.judge(&wanted.spec, &wanted.origin).usable;
+                usable.into_iter().map(|(_, id)| id).collect()
+            }
+            How::Built => vec![wanted.spec.digest],
+            How::Again(id) => vec![id],
+        };
+        let mut lives = self.write_live();
+        let id = ids.into_iter().find(|id| lives.contains_key(id))?;
+        let live = lives.get_mut(&id)?;
+        live.wanted = Instant::now();
+        live.in_use.wanted();
+        live.note_diff_id(wanted.spec.diff_id);
+        let (catalog, sources) = (Arc::clone(self), wanted.origin.sources.clone());
+        tokio::spawn(async move { catalog.learn_sources(id, sources).await });
+        Some(id)
+    }
+
+    /// What loads are told apart by: everything that decides what comes of them, and where they ask for it. So nobody waits for, or gets, what
+    /// another image believes, nor waits for a registry that only another image names.
+    pub(super) fn load_key(&self, wanted: &Wanted) -> LoadKey {
+        let Wanted { spec, origin, how, .. } = wanted;
+        let mut text = format!("{how:?} {} {:?} {:?}", spec.digest, spec.diff_id, origin.sources);
+        for id in self.loader.vouched(spec, origin) {
+            text.push_str(&id.hex());
+        }
+        if self.loader.may_find_beside(spec, origin) {
+            text.push_str(&format!("{:?}", origin.manifest));
+        }
+        Digest::of(text.as_bytes())
+    }
+
+    /// Notes that a live layer can be had from `sources` as well. They come first, as credentials for them were just used; the ones
+    /// known before stay, or an image that names a repository without the blob would cut off containers that run.
+    async fn learn_sources(&self, digest: Digest, mut sources: Vec<LayerSource>) {
+        // In one change: a proof that is noted meanwhile would be lost otherwise.
+        let learned = self.store.change(move |draft| {
+            let Some(mut record) = draft.layer(&digest)? else {
+                return Ok(None);
+            };
+            let known = record.sources.iter().filter(|source| !sources.contains(source));
+            let known: Vec<_> = known.cloned().collect();
+            sources.extend(known);
+            sources.truncate(SOURCES_MAX);
+            if sources == record.sources {
+                return Ok(None);
+            }
+            record.sources = sources;
+            draft.put_layer(&record)?;
+            Ok(Some(record))
+        });
+        match learned.await {
+            Ok(Some(record)) => {
+                let blob = self.blob(&spec_of(&record), &record.sources);
+                if let (Some(blob), Some(live)) = (blob, self.read_live().get(&digest)) {
+                    live.layer.set_blob(blob);
+                }
+            }
+            Ok(None) => {}
+            Err::<_, StoreError>(error) => {
+                tracing::warn!(%error, layer = %digest, "another source of the layer cannot be recorded");
+            }
+        }
+    }
+
+    /// Begins to load a layer, whoever waits for it; ends at once if what is wanted is live.
+    pub(super) fn begin(self: &Arc<Self>, wanted: Wanted) -> Begun {
+        if let Some(id) = self.live_for(&wanted) {
+            return Begun::Live(id);
+        }
+        let (key, catalog) = (self.load_key(&wanted), Arc::clone(self));
+        Begun::Load(self.loads.keep(key, || catalog.loading(wanted).boxed()))
+    }
+
+    /// Loads a layer; tells in log, metrics and records if that fails.
+    pub(super) async fn loading(self: Arc<Self>, wanted: Wanted) -> Result<LoadedId, Refusal> {
+        // A load of the same that has just ended, or one from elsewhere, has made it live.
+        if let Some(id) = self.live_for(&wanted) {
+            return Ok(id);
+        }
+        let digest = wanted.spec.digest;
+        let result = self.load(wanted).await;
+        if let Err(refusal) = &result {
+            self.count_refusal(refusal);
+            tracing::warn!(layer = %digest, reason = %refusal, "not served by Lazuli");
+            if let Err(error) = self.record_refusal(&digest, refusal).await {
+                tracing::error!(%error, layer = %digest, "why it is not served cannot be recorded");
+            }
+        }
+        result
+    }
+
+    /// Loads a layer, and tells its id.
+    async fn load(self: &Arc<Self>, wanted: Wanted) -> Result<Digest, Refusal> {
+        let began = Instant::now();
+        let Wanted {
+            spec,
+            origin,
+            names: images,
+            how,
+        } = wanted;
+        let (spec, sources) = (&spec, origin.sources.clone());
+        let blob = self
+            .blob(spec, &sources)
+            .ok_or_else(|| Refusal::unresolved("no source is known", false))?;
+        let judged = self.judge(spec, &origin);
+        if !judged.refused.is_empty() {
+            let (catalog, refused) = (Arc::clone(self), judged.refused.clone());
+            blocking(move || {
+                refused.iter().for_each(|id| {
+                    catalog.forget_if_false(id);
+                });
+            })
+            .await;
+        }
+        let host = sources.first().map(|source| source.host.clone()).unwrap_or_default();
+        let contact = Contact::new(Arc::clone(&blob), host, Arc::clone(&self.hosts));
+        let _noted = self.contacts.note(spec.digest, &contact);
+        let loaded = match how {
+            How::Built => self.loader.build(spec, contact).await?,
+            How::AsImageSays | How::Again(_) => {
+                let toc_images = self.toc_images(&images);
+                self.loader
+                    .load(spec, contact, &toc_images, Some(&origin), &judged)
+                    .await?
+            }
+        };
+        let layer = loaded.layer;
+        layer.set_blob(blob);
+        let id = *layer.cached().id();
+        let streamed = match loaded.streamed {
+            Some(NotLazy { word, text }) => {
+                self.metrics.layers_streamed_total.with_label_values(&[word]).inc();
+                Some(text)
+            }
+            // It was stored already. Whoever streamed it then has noted why, if that record is still there.
+            None => {
+                let store = Arc::clone(&self.store);
+                let known = blocking(move || store.layer(&id)).await;
+                let known = known.map_err(|error| of_store(&error))?;
+                known.and_then(|record| record.streamed)
+            }
+        };
+        let proof = match id == spec.digest {
+            true => layer.cached().diff_id(),
+            false => None,
+        };
+        let record = LayerRecord {
+            digest: id,
+            blob: (id != spec.digest).then_some(spec.digest),
+            proof: proof.or_else(|| self.beliefs.get(&id).and_then(|belief| belief.proof)),
+            formerly: None,
+            variant_of: None,
+            diff_id: spec.diff_id,
+            media_type: spec.media_type.clone(),
+            size: spec.size,
+            annotations: spec.annotations.clone(),
+            slot: 0,
+            sources,
+            images,
+            streamed: streamed.clone(),
+        };
+        let settling = Settling::new(self, id);
+        let (index, recorded) = (loaded.index.clone(), record.clone());
+        let written = self
+            .store
+            .change(move |draft| draft.record_layer(recorded, index.as_ref()));
+        let slot = written.await.map_err(|error: StoreError| of_store(&error))?;
+        self.beliefs.note(&LayerRecord { slot, ..record });
+        let format = self.attach(spec, id, slot, Arc::clone(&layer), streamed)?;
+        drop(settling);
+        if let Some(index) = loaded.index {
+            self.index_is_known(layer.cached(), index, origin);
+        }
+        let seconds = began.elapsed().as_secs_f64();
+        tracing::info!(layer = %spec.digest, %id, format, bytes = spec.size, seconds, "layer is live");
+        if loaded.prefetch > 0 {
+            tracing::debug!(layer = %spec.digest, bytes = loaded.prefetch, "its author wants these bytes ahead");
+            layer.prefetch(0, loaded.prefetch);
+        }
+        match how {
+            How::Again(before) if before != id => self.again(spec, before, &layer),
+            _ => Ok(id),
+        }
+    }
+
+    /// Makes a layer live under an id that snapshots know it by, whose index is lost or false: with the index that was found in its place for the
+    /// same image.
+    fn again(&self, spec: &LayerSpec, before: Digest, found: &Arc<Layer>) -> Result<Digest, Refusal> {
+        let known = self.store.layer(&before).map_err(|error| of_store(&error))?;
+        let record = known.ok_or_else(|| released(&before))?;
+        // A reader of its own: it is closed when this id is released.
+        let layer = self.loader.fetcher().open(Arc::clone(found.cached()), found.blob());
+        self.attach(spec, before, record.slot, layer, record.streamed)?;
+        tracing::warn!(layer = %spec.digest, id = %before, now = %found.cached().id(), "the index that it had is gone, it is shown by another");
+        Ok(before)
+    }
+
+    /// Images that may hold tables of contents of the layers of the images with these names.
+    fn toc_images(&self, names: &[String]) -> Vec<TocImage> {
+        let references = names.iter().filter_map(|name| Reference::parse(name).ok());
+        references
+            .filter_map(|reference| {
+                let source = self.registry.repository(&reference.host, &reference.repository);
+                Some(TocImage::beside(source, TocImage::tag_of(&reference)?))
+            })
+            .collect()
+    }
+
+    pub(super) fn count_refusal(&self, refusal: &Refusal) {
+        let reasons = &self.metrics.layers_refused_total;
+        reasons.with_label_values(&[refusal.word]).inc();
+    }
+}
+
+/// A layer whose record is being written: it is not forgotten before it is live.
+struct Settling<'a> {
+    catalog: &'a Catalog,
+    id: Digest,
+}
+
+impl<'a> Settling<'a> {
+    fn new(catalog: &'a Catalog, id: Digest) -> Self {
+        catalog
+            .settling
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(id);
+        Settling { catalog, id }
+    }
+}
+
+impl Drop for Settling<'_> {
+    fn drop(&mut self) {
+        let mut settling = self.catalog.settling.lock().unwrap_or_else(PoisonError::into_inner);
+        settling.remove(&self.id);
+    }
+}

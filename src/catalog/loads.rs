@@ -424,6 +424,25 @@ mod tests {
         assert_eq!(jobs.counts().0, 2);
     }
 
+    /// containerd may take minutes for what it fetches itself, and for all above that, before it asks for the next layer.
+    #[tokio::test(start_paused = true)]
+    async fn what_is_left_is_remembered_while_containerd_may_be_fetching_it() {
+        let (loads, jobs) = (Of::new(Handle::current()), Jobs::new());
+        let asking = loads.ask(pull("a"), 0);
+        drop(asking.load(&"above", || jobs.job()).unwrap());
+        drop(asking.load(&"lazy", || jobs.job()).unwrap());
+        asking.leave(&"above", &failure());
+        drop(asking);
+        pass(LEFT_HOLDS / 2).await;
+        assert_eq!(jobs.counts(), (2, 2), "what it wanted ends all the same");
+        let next = loads.ask(pull("a"), 1);
+        assert!(next.load(&"above", || jobs.job()).is_err());
+        drop(next);
+        pass(LEFT_HOLDS + 2 * LINGER).await;
+        assert!(loads.lock().pulls.is_empty());
+        assert!(loads.ask(pull("a"), 1).load(&"above", || jobs.job()).is_ok());
+    }
+
     #[tokio::test(start_paused = true)]
     async fn what_is_kept_needs_nobody() {
         let (loads, jobs) = (Of::new(Handle::current()), Jobs::new());

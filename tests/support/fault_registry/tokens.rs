@@ -1,0 +1,106 @@
+//! Who may ask: Basic, tokens, the challenge, and the token service.
+
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use axum::response::Response;
+use base64::Engine;
+use http::{HeaderMap, Method, header};
+use serde_json::json;
+
+use super::answer::{Asked, status, with};
+use super::target::Target;
+use super::{Inner, Shared};
+
+/// How requests have to be authenticated.
+#[derive(Debug, Clone, Default)]
+pub enum Auth {
+    /// Not at all.
+    #[default]
+    None,
+    /// User name and password.
+    Basic(String, String),
+    /// A token, which anybody gets.
+    AnonymousToken,
+    /// A token for a user name and password.
+    Token(String, String),
+    /// A token for an OAuth 2 refresh token.
+    IdentityToken(String),
+}
+
+impl Inner {
+    pub(super) fn authorized(&self, target: &Target, method: &Method, headers: &HeaderMap) -> bool {
+        let given = headers
+            .get(header::AUTHORIZATION)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default();
+        match &self.auth {
+            Auth::None => true,
+            Auth::Basic(user, password) => given == basic(user, password),
+            _ => {
+                let token = given.strip_prefix("Bearer ").unwrap_or_default();
+                self.tokens.get(token).is_some_and(|(scope, until)| {
+                    let scoped = matches!(target, Target::Version) || *scope == scope_of(target, method);
+                    scoped && *until > Instant::now()
+                })
+            }
+        }
+    }
+
+    pub(super) fn challenge(&self, shared: &Shared, target: &Target, method: &Method) -> Response {
+        let challenge = match &self.auth {
+            Auth::None | Auth::Basic(..) => r#"Basic realm="fault registry""#.to_owned(),
+            _ => format!(
+                r#"Bearer realm="http://{}/token",service="fault registry",scope="{}""#,
+                shared.origin,
+                scope_of(target, method)
+            ),
+        };
+        with(status(401), header::WWW_AUTHENTICATE, &challenge)
+    }
+
+    pub(super) fn hand_out(&mut self, asked: &Asked<'_>) -> Response {
+        let given = asked
+            .headers
+            .get(header::AUTHORIZATION)
+            .and_then(|value| value.to_str().ok())
+            .unwrap_or_default();
+        let form = |name: &str| asked.form.get(name).map(String::as_str).unwrap_or_default();
+        let (good, scope) = match &self.auth {
+            Auth::Token(user, password) => (given == basic(user, password), asked.query.get("scope").cloned()),
+            Auth::IdentityToken(token) => (
+                asked.method == Method::POST
+                    && form("grant_type") == "refresh_token"
+                    && form("refresh_token") == token
+                    && form("service") == "fault registry",
+                asked.form.get("scope").cloned(),
+            ),
+            _ => (true, asked.query.get("scope").cloned()),
+        };
+        if !good {
+            return status(401);
+        }
+        self.issued += 1;
+        let token = format!("token-{}", self.issued);
+        let lifetime = self.token_lifetime.unwrap_or(Duration::from_secs(300));
+        self.tokens
+            .insert(token.clone(), (scope.unwrap_or_default(), Instant::now() + lifetime));
+        let answer = json!({"access_token": token, "expires_in": lifetime.as_secs_f64()});
+        let response = Response::new(Body::from(answer.to_string()));
+        with(response, header::CONTENT_TYPE, "application/json")
+    }
+}
+
+fn scope_of(target: &Target, method: &Method) -> String {
+    let actions = match *method {
+        Method::GET | Method::HEAD => "pull",
+        Method::DELETE => "delete",
+        _ => "pull,push",
+    };
+    format!("repository:{}:{actions}", target.repository())
+}
+
+fn basic(user: &str, password: &str) -> String {
+    let text = base64::engine::general_purpose::STANDARD.encode(format!("{user}:{password}"));
+    format!("Basic {text}")
+}

@@ -83,7 +83,7 @@ use loads::Loads;
 use pace::Hosts;
 use shared::Origin;
 use shared::publish::Publisher;
-use sources::Failover;
+use sources::{Failover, Standings};
 use variants::Shelf;
 
 /// How long a layer stays live without a snapshot that refers to it. A pull loads all layers of an image at once and commits them
@@ -169,6 +169,7 @@ pub struct Catalog {
     hosts: Arc<Hosts>,
     /// Who was asked for layers that are being loaded, and whether he answers.
     contacts: Contacts,
+    standings: Arc<Standings>,
     /// Ids of layers from before their record is written until they are live.
     settling: Mutex<HashSet<Digest>>,
     /// Images of which layers were asked for lately, and when that was: their snapshots may be about to come.
@@ -229,6 +230,7 @@ impl Catalog {
             beliefs: Beliefs::default(),
             loads: Loads::new(tokio::runtime::Handle::current()),
             contacts: Contacts::default(),
+            standings: Arc::default(),
             hosts,
             settling: Mutex::default(),
             asked: Mutex::default(),
@@ -270,6 +272,8 @@ impl Catalog {
                 true => Ok(None),
                 false => self.loader.stored(key, Arc::clone(&blob)),
             };
+            // The order in the record is what is left of what was known: who comes first there came first for a reason.
+            blob.verified();
             match stored {
                 Ok(Some(layer)) => match self.attach(&spec, digest, record.slot, layer, record.streamed) {
                     Ok(_) => restored += 1,
@@ -477,7 +481,11 @@ impl Catalog {
                 .repository(&source.host, &source.repository)
                 .blob(spec.digest, spec.size)
         };
-        Failover::over(sources.iter().map(at).collect())
+        Failover::over(
+            spec.digest,
+            sources.iter().map(at).collect(),
+            Arc::clone(&self.standings),
+        )
     }
 
     fn read_live(&self) -> RwLockReadGuard<'_, HashMap<Digest, Live>> {

@@ -13,6 +13,7 @@
 //!   hosts       hosts.toml -> endpoints in order, one connection pool per TLS identity
 //!   auth        challenges, tokens, credentials
 //!   attempts    which host next, after how long, and when to give up
+//!   health      which hosts fail or say nothing, and are asked last
 //!   location    redirect targets that are still good
 //! layout      directory -> Source -> Blob                          (OCI layout)
 //! ```
@@ -32,6 +33,7 @@ pub mod attempts;
 pub mod auth;
 pub mod client;
 pub mod error;
+pub mod health;
 pub mod hosts;
 pub mod image;
 pub mod layout;
@@ -68,6 +70,9 @@ pub trait Blob: Send + Sync {
 
     /// What was read last did not have its digest: ask another host next, if there is one.
     fn distrust(&self) {}
+
+    /// What was read last had its digest: whoever sent it can be relied on.
+    fn verified(&self) {}
 
     /// Whose places it takes when it is read.
     fn origin(&self) -> Origin;

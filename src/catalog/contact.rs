@@ -130,6 +130,10 @@ impl Blob for Contact {
         self.blob.distrust();
     }
 
+    fn verified(&self) {
+        self.blob.verified();
+    }
+
     fn describe(&self) -> String {
         self.blob.describe()
     }

@@ -64,18 +64,16 @@ impl Catalog {
         Digest::of(text.as_bytes())
     }
 
-    /// Notes that a live layer can be had from `sources` as well. They come first, as credentials for them were just used; the ones
-    /// known before stay, or an image that names a repository without the blob would cut off containers that run.
-    async fn learn_sources(&self, digest: Digest, mut sources: Vec<LayerSource>) {
+    /// Notes that a live layer can be had from `sources` as well: behind those that have delivered, or an image that names a repository
+    /// without the blob would cut off containers that run.
+    async fn learn_sources(&self, digest: Digest, sources: Vec<LayerSource>) {
+        let standings = Arc::clone(&self.standings);
         // In one change: a proof that is noted meanwhile would be lost otherwise.
         let learned = self.store.change(move |draft| {
             let Some(mut record) = draft.layer(&digest)? else {
                 return Ok(None);
             };
-            let known = record.sources.iter().filter(|source| !sources.contains(source));
-            let known: Vec<_> = known.cloned().collect();
-            sources.extend(known);
-            sources.truncate(SOURCES_MAX);
+            let sources = standings.arrange(&record.blob(), &record.sources, &sources, SOURCES_MAX);
             if sources == record.sources {
                 return Ok(None);
             }
@@ -160,6 +158,8 @@ impl Catalog {
             }
         };
         let layer = loaded.layer;
+        // Whoever made it live has delivered.
+        blob.verified();
         layer.set_blob(blob);
         let id = *layer.cached().id();
         let streamed = match loaded.streamed {

@@ -173,6 +173,10 @@ impl Blob for Scheduled {
         self.blob.distrust();
     }
 
+    fn verified(&self) {
+        self.blob.verified();
+    }
+
     fn origin(&self) -> Origin {
         self.blob.origin()
     }

@@ -159,7 +159,10 @@ pub(super) async fn run<S: Sink>(
     // the sink; a sink that fails on its own closes the channel, which is no cause.
     downloaded?;
     match (decompressed, consumed) {
-        (Ok(sums), Ok(sink)) => Ok((sink, sums)),
+        (Ok(sums), Ok(sink)) => {
+            blob.verified();
+            Ok((sink, sums))
+        }
         (Err(Fault::Closed) | Ok(_), Err(fault)) | (Err(fault), _) => Err(fault),
     }
 }

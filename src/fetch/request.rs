@@ -82,6 +82,9 @@ impl Layer {
             // Nothing should be left then; a panic in a decoder could leave something.
             _ => self.disk(std::io::Error::other("the request ended without its bytes")),
         };
+        if settled && damaged.is_empty() {
+            blob.verified();
+        }
         self.settle_damage(&damaged, &blob.describe());
         self.queue().landed(job.id);
         // A request that failed fails its readers, also those that a stream could help.

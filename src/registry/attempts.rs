@@ -4,15 +4,13 @@
 //! order; a host that fails in a way that may pass goes behind the others for a time that doubles, a host that gives a definite
 //! answer (404, 401, ...) is not asked again. It knows no sockets and no clock: the caller tells it the time.
 
-use std::collections::HashMap;
-use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
 
 use backon::BackoffBuilder;
 use backon::{ExponentialBackoff, ExponentialBuilder};
 use http::HeaderMap;
 
-use super::{RegistryError, lock};
+use super::RegistryError;
 
 /// First wait before the same host is asked again.
 const FIRST_DELAY: Duration = Duration::from_millis(100);
@@ -23,10 +21,6 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(30);
 /// Bytes that must have arrived since the last failure for the attempts to start anew: an endless download over a bad line may go
 /// on as long as it gets somewhere.
 const PROGRESS: u64 = 256 << 10;
-/// How long a host that failed is asked last by new operations.
-const SHUNNED: Duration = Duration::from_secs(20);
-/// Hosts remembered as failing.
-const MAX_SHUNNED: usize = 1024;
 
 /// A failure of one attempt.
 #[derive(Debug)]
@@ -93,13 +87,18 @@ impl Attempts {
 
     /// The place of the host to ask next, and how long to wait before; `None`: give up.
     pub fn next(&self, now: Instant) -> Option<(usize, Duration)> {
+        self.next_beside(&[], now)
+    }
+
+    /// The same while the hosts at `busy` are being asked: another one than these.
+    pub fn next_beside(&self, busy: &[usize], now: Instant) -> Option<(usize, Duration)> {
         if self.left == 0 {
             return None;
         }
         // `min_by_key` takes the first of equals: the order decides among hosts that may be asked at once.
         self.hosts
             .iter()
-            .filter(|host| host.backoff.is_some())
+            .filter(|host| host.backoff.is_some() && !busy.contains(&host.place))
             .map(|host| {
                 let wait = host.not_before.map(|at| at.saturating_duration_since(now));
                 (host.place, wait.unwrap_or_default())
@@ -153,39 +152,6 @@ fn backoff() -> ExponentialBackoff {
         .with_jitter()
         .without_max_times()
         .build()
-}
-
-/// Hosts that failed lately: new operations ask them last.
-#[derive(Default)]
-pub struct Health(Mutex<HashMap<String, Instant>>);
-
-impl Health {
-    /// Places `0..hosts.len()`, those of failing hosts last.
-    pub fn order<'a>(&self, hosts: impl Iterator<Item = &'a str>, now: Instant) -> Vec<usize> {
-        let failing = lock(&self.0);
-        let mut order: Vec<(bool, usize)> = hosts
-            .enumerate()
-            .map(|(place, host)| (failing.get(host).is_some_and(|until| *until > now), place))
-            .collect();
-        order.sort();
-        order.into_iter().map(|(_, place)| place).collect()
-    }
-
-    /// `host` failed in a way that may pass.
-    pub fn failed(&self, host: &str, now: Instant) {
-        let mut failing = lock(&self.0);
-        if failing.len() >= MAX_SHUNNED {
-            failing.retain(|_, until| *until > now);
-        }
-        if failing.len() < MAX_SHUNNED {
-            failing.insert(host.to_owned(), now + SHUNNED);
-        }
-    }
-
-    /// `host` answered.
-    pub fn answered(&self, host: &str) {
-        lock(&self.0).remove(host);
-    }
 }
 
 /// The `Retry-After` of an answer.
@@ -261,6 +227,20 @@ mod tests {
     }
 
     #[test]
+    fn a_host_that_is_being_asked_is_not_asked_beside_itself() {
+        let now = Instant::now();
+        let mut attempts = Attempts::new(vec![0, 1], 9);
+        assert_eq!(attempts.next_beside(&[0], now), Some((1, Duration::ZERO)));
+        assert_eq!(attempts.next_beside(&[0, 1], now), None);
+        attempts.failed(1, passing(), now);
+        assert!(
+            attempts
+                .next_beside(&[0], now)
+                .is_some_and(|(place, wait)| place == 1 && wait >= FIRST_DELAY)
+        );
+    }
+
+    #[test]
     fn progress_gives_attempts_back() {
         let now = Instant::now();
         let mut attempts = Attempts::new(vec![0], 2);
@@ -288,18 +268,6 @@ mod tests {
             attempts.failed(0, Failure::new(error, "status"), now);
             assert_eq!(attempts.next(now), Some((0, Duration::from_secs(least))));
         }
-    }
-
-    #[test]
-    fn failing_hosts_come_last_for_a_while() {
-        let health = Health::default();
-        let now = Instant::now();
-        let order = |now| health.order(["a", "b", "c"].into_iter(), now);
-        health.failed("a", now);
-        assert_eq!(order(now), [1, 2, 0]);
-        assert_eq!(order(now + SHUNNED), [0, 1, 2]);
-        health.answered("a");
-        assert_eq!(order(now), [0, 1, 2]);
     }
 
     #[test]

@@ -15,8 +15,9 @@ use http::header;
 use lru::LruCache;
 use serde::Deserialize;
 
-use super::attempts::{Failure, Health};
+use super::attempts::Failure;
 use super::auth::{Credentials, Gates};
+use super::health::Health;
 use super::hosts::HostTable;
 use super::location::Locations;
 use super::{Blob, MAX_MANIFEST, ManifestBytes, Referrer, RegistryError, Source, SourceStats, lock};

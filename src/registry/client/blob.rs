@@ -211,6 +211,7 @@ impl Reader {
             let failure = match answer.response.chunk().await {
                 Ok(Some(mut piece)) => {
                     self.operation.received(piece.len());
+                    self.operation.heard(place);
                     let skipped = answer.skip.min(piece.len() as u64);
                     answer.skip -= skipped;
                     // `skipped` and what is kept are at most the length of the piece, which is a `usize`.

@@ -1,9 +1,14 @@
 //! One operation: an exchange that is repeated, over all endpoints that may serve it, until it succeeds or the attempts are used up.
+//!
+//! Endpoints are asked one after the other. One that says nothing for a while is asked beside the next one, and the first answer is taken:
+//! whoever waits for a page of a file does not wait until a connection to a dead mirror is given up.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use reqwest::Response;
 use url::Url;
 
@@ -79,28 +84,90 @@ impl Operation {
 
     /// The next successful answer, and the place of the endpoint that gave it. Waits as long as it has to.
     pub(super) async fn respond(&mut self) -> Result<(usize, Response), RegistryError> {
+        let mut asked = FuturesUnordered::new();
+        // The places that are being asked, and since when, the last one last.
+        let mut busy: Vec<(usize, Instant)> = Vec::new();
         loop {
-            let next = self.attempts.next(Instant::now());
-            let Some((place, wait)) = next else {
-                return Err(self.give_up());
+            let now = Instant::now();
+            let places: Vec<usize> = busy.iter().map(|(place, _)| *place).collect();
+            let next = match busy.last() {
+                None => match self.attempts.next(now) {
+                    None => return Err(self.give_up()),
+                    next => next,
+                },
+                // What is written is written once.
+                Some(_) if self.ask.writes() => None,
+                Some((place, since)) => {
+                    let patience = self.patience(*place, *since, now);
+                    let next = self.attempts.next_beside(&places, now);
+                    next.map(|(place, wait)| (place, wait.max(patience)))
+                }
             };
-            let Some(endpoint) = self.endpoints.get(place).cloned() else {
-                return Err(self.give_up());
-            };
-            if !wait.is_zero() {
-                tokio::time::sleep(wait).await;
+            let wait = next.map(|(_, wait)| wait);
+            tokio::select! {
+                Some((place, outcome)) = asked.next() => {
+                    let turn = busy.iter().position(|(other, _)| *other == place).unwrap_or_default();
+                    match outcome {
+                        Ok(answer) => {
+                            self.heard(place);
+                            // Those that were asked before it, and were not as quick.
+                            self.overtaken(&busy[..turn]);
+                            return Ok((place, answer));
+                        }
+                        Err(failure) => {
+                            busy.retain(|(other, _)| *other != place);
+                            self.failed(place, failure);
+                        }
+                    }
+                }
+                () = tokio::time::sleep(wait.unwrap_or_default()), if wait.is_some() => {
+                    let Some((place, _)) = next else { continue };
+                    let Some(endpoint) = self.endpoints.get(place).cloned() else {
+                        return Err(self.give_up());
+                    };
+                    if let Some((slow, _)) = busy.last() {
+                        self.repository.retried("slow");
+                        tracing::debug!(slow = %self.endpoint(*slow), now = %endpoint.name, what = %self.ask.what, "asking another host as well");
+                    }
+                    let (repository, ask) = (Arc::clone(&self.repository), self.ask.clone());
+                    asked.push(async move { (place, repository.exchange(&endpoint, &ask).await) });
+                    busy.push((place, Instant::now()));
+                }
             }
-            match self.repository.exchange(&endpoint, &self.ask).await {
-                Ok(answer) => return Ok((place, answer)),
-                Err(failure) => self.failed(place, failure),
-            }
+        }
+    }
+
+    /// How much longer the endpoint at `place`, asked `since`, may be silent before the next one is asked as well.
+    fn patience(&self, place: usize, since: Instant, now: Instant) -> Duration {
+        let address = self.address(place).unwrap_or_default();
+        self.repository.shared.health.patience(&address, since, now)
+    }
+
+    /// Other hosts were quicker than those at `places`.
+    fn overtaken(&self, places: &[(usize, Instant)]) {
+        let now = Instant::now();
+        for address in places.iter().filter_map(|(place, _)| self.address(*place)) {
+            self.repository.shared.health.failed(&address, now);
+        }
+    }
+
+    /// Something came from the endpoint at `place`.
+    pub(super) fn heard(&self, place: usize) {
+        if let Some(endpoint) = self.endpoints.get(place) {
+            self.repository
+                .shared
+                .health
+                .heard(endpoint.base.as_str(), Instant::now());
         }
     }
 
     /// The answer from `place` turned out to be good.
     pub(super) fn succeeded(&self, place: usize) {
         if let Some(endpoint) = self.endpoints.get(place) {
-            self.repository.shared.health.answered(endpoint.base.as_str());
+            self.repository
+                .shared
+                .health
+                .answered(endpoint.base.as_str(), Instant::now());
         }
     }
 
@@ -141,7 +208,7 @@ impl Operation {
             .map_or_else(|| self.repository.host.clone(), |endpoint| endpoint.name.clone())
     }
 
-    /// Address of the endpoint at `place`: its name in [`crate::registry::attempts::Health`].
+    /// Address of the endpoint at `place`: its name in [`crate::registry::health::Health`].
     pub(super) fn address(&self, place: usize) -> Option<String> {
         self.endpoints.get(place).map(|endpoint| endpoint.base.to_string())
     }

@@ -199,3 +199,78 @@ async fn a_changed_hosts_toml_counts_without_a_restart() {
     assert!(matches!(error, RegistryError::Config { .. }), "{error}");
     assert!(error.to_string().contains("line 3"), "{error}");
 }
+
+/// A host that takes connections and never says anything.
+struct Silent {
+    listener: std::net::TcpListener,
+}
+
+impl Silent {
+    fn start() -> Self {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        Silent { listener }
+    }
+
+    fn host(&self) -> String {
+        self.listener.local_addr().unwrap().to_string()
+    }
+
+    /// Connections since the last call.
+    fn connections(&self) -> usize {
+        std::iter::from_fn(|| self.listener.accept().ok()).count()
+    }
+}
+
+/// No test waits for these: what passes has not waited for a silent host.
+fn endless() -> RegistryConfig {
+    RegistryConfig {
+        connect_timeout: Duration::from_secs(3600),
+        idle_timeout: Duration::from_secs(3600),
+        ..config()
+    }
+}
+
+#[tokio::test]
+async fn a_silent_mirror_costs_one_wait_and_is_left_alone_then() {
+    let m = Mirrored::new().await;
+    let silent = Silent::start();
+    let dir = m.dir.path().join("registry.test");
+    let text = format!(
+        "server = \"http://{}\"\n[host.\"http://{}\"]\n",
+        m.origin.host(),
+        silent.host()
+    );
+    std::fs::write(dir.join("hosts.toml"), text).unwrap();
+    let config = RegistryConfig {
+        config_path: vec![m.dir.path().to_owned()],
+        ..endless()
+    };
+    let source = source(&config, "registry.test");
+    // Many readers at once meet it at once.
+    let (a, b) = (m.good(&source), m.good(&source));
+    tokio::time::timeout(Duration::from_secs(60), async { tokio::join!(a, b) })
+        .await
+        .expect("the registry itself is asked");
+    assert_eq!(silent.connections(), 2);
+    for _ in 0..20 {
+        m.good(&source).await;
+    }
+    assert_eq!(silent.connections(), 0, "it is left alone");
+    assert_eq!(m.asked(), (0, 22));
+}
+
+#[tokio::test]
+async fn what_a_slow_mirror_owes_is_asked_of_the_next_host() {
+    let m = Mirrored::new().await;
+    m.mirror.fail(On::Blob, 1, Fault::Delay(Duration::from_secs(3600)));
+    let config = RegistryConfig {
+        config_path: vec![m.dir.path().to_owned()],
+        ..endless()
+    };
+    let source = source(&config, "registry.test");
+    tokio::time::timeout(Duration::from_secs(60), m.good(&source))
+        .await
+        .expect("the registry itself is asked");
+    assert_eq!(m.asked(), (1, 1));
+}

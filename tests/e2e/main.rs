@@ -1,6 +1,6 @@
 //! End-to-end tests: the `lazuli` program with real containerds, a real registry, real containers and the real kernel.
 //!
-//! They need root and Debian's packages containerd, runc, docker-registry, stargz-snapshotter (its `ctr-remote`), skopeo, busybox-static, tar, gcc;
+//! They need root and Debian's packages containerd, runc, docker-registry, stargz-snapshotter (its `ctr-remote`), skopeo, nginx, openssl, busybox-static, tar, gcc;
 //! whatever is missing is a failure that names the package. containerd 2.x is found through `LAZULI_CONTAINERD2`
 //! (`tests/support/get-containerd2`); without it the tests run with 1.x only, and say so.
 //!
@@ -21,6 +21,7 @@ mod harness;
 mod node;
 mod pull;
 mod refused;
+mod registries;
 mod restart;
 mod shared;
 mod slow_disk;

@@ -261,6 +261,11 @@ impl FaultRegistry {
         self.inner().blobs.contains_key(&digest)
     }
 
+    /// All its blobs.
+    pub fn blobs(&self) -> Vec<Bytes> {
+        self.inner().blobs.values().cloned().collect()
+    }
+
     /// Forgets a blob.
     pub fn remove_blob(&self, digest: Digest) {
         self.inner().blobs.remove(&digest);

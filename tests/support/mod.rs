@@ -7,6 +7,7 @@
 //! lazuli      the program under test
 //! registry    Debian's docker-registry, and pushing to it
 //! fault_registry  a registry that fails on demand
+//! nginx       nginx before a registry, and certificates made with openssl
 //! proxy       an HTTP proxy before the registry that counts, delays and limits
 //! tar         tar headers with every field under control
 //! image       layers, configs, manifests, OCI layouts, eStargz
@@ -23,6 +24,7 @@ pub mod containerd;
 pub mod fault_registry;
 pub mod image;
 pub mod lazuli;
+pub mod nginx;
 pub mod proxy;
 pub mod registry;
 pub mod sandbox;

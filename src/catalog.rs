@@ -83,7 +83,7 @@ use loads::Loads;
 use pace::Hosts;
 use shared::Origin;
 use shared::publish::Publisher;
-use sources::{Failover, Standings};
+use sources::{Failover, Repositories, Standings};
 use variants::Shelf;
 
 /// How long a layer stays live without a snapshot that refers to it. A pull loads all layers of an image at once and commits them
@@ -214,7 +214,11 @@ impl Catalog {
         } = parts;
         let hosts: Arc<Hosts> = Arc::default();
         Arc::new(Catalog {
-            images: Images::new(containerd, Arc::clone(&registry)),
+            images: Images::new(
+                containerd,
+                Arc::clone(&registry),
+                Repositories::scheduled(Arc::clone(&registry), Arc::clone(loader.fetcher())),
+            ),
             loader: loader.with_hosts(Arc::clone(&hosts)),
             registry,
             faces: RwLock::new(Some(faces)),

@@ -26,6 +26,7 @@ use crate::catalog::shared::SharedIndexes;
 use crate::catalog::shared::publish::Publisher;
 use crate::catalog::shared::trust::IndexError;
 use crate::catalog::soci::SociIndexes;
+use crate::catalog::sources::Repositories;
 use crate::catalog::variants::DIRECTORY as VARIANTS_DIRECTORY;
 use crate::catalog::{Catalog, Handle, Parts};
 use crate::config::{Config, LogConfig, LogFormat};
@@ -159,18 +160,11 @@ async fn run(config: Config) -> Result<(), DaemonError> {
         runtime.clone(),
         Arc::clone(&metrics),
     );
-    let (copy, budget, counts) = (
-        Arc::clone(&registry),
-        Arc::clone(fetcher.memory()),
-        Arc::clone(&metrics),
-    );
-    let soci = SociIndexes::new(&config.index, copy, budget, counts)?;
-    let (copy, budget, counts) = (
-        Arc::clone(&registry),
-        Arc::clone(fetcher.memory()),
-        Arc::clone(&metrics),
-    );
-    let shared = SharedIndexes::new(&config.index, copy, budget, counts)?;
+    let repositories = Repositories::scheduled(Arc::clone(&registry), Arc::clone(&fetcher));
+    let (places, budget, counts) = (repositories.clone(), Arc::clone(fetcher.memory()), Arc::clone(&metrics));
+    let soci = SociIndexes::new(&config.index, places, budget, counts)?;
+    let (budget, counts) = (Arc::clone(fetcher.memory()), Arc::clone(&metrics));
+    let shared = SharedIndexes::new(&config.index, repositories, budget, counts)?;
     let (copy, finder, counts) = (Arc::clone(&registry), Arc::clone(&shared), Arc::clone(&metrics));
     let publisher = Publisher::new(&config.index, copy, finder, counts)?;
     let mountpoint = config.root.join("fuse");

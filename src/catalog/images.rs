@@ -21,6 +21,7 @@ use super::LayerRequest;
 use super::containerd::{CONFIG_LABEL, Containerd, ContainerdError, ContentInfo, SOURCE_LABEL};
 use super::loader::{LayerSpec, Refusal};
 use super::shared::Origin;
+use super::sources::Repositories;
 
 const LABEL_IMAGE_REF: &str = "containerd.io/snapshot/cri.image-ref";
 const LABEL_MANIFEST_DIGEST: &str = "containerd.io/snapshot/cri.manifest-digest";
@@ -121,6 +122,7 @@ pub fn plan_layers(manifest: &Manifest, config: &ImageConfig) -> Result<Vec<Plan
 pub struct Images {
     containerd: Containerd,
     registry: Arc<Registry>,
+    repositories: Repositories,
     /// Layers by manifest digest. Both are immutable, so nothing here is ever stale.
     known: Mutex<LruCache<Digest, Arc<Vec<PlannedLayer>>>>,
     /// Chain ids by manifest digest, of more manifests: all of a namespace are looked through for one.
@@ -129,13 +131,20 @@ pub struct Images {
 
 impl Images {
     /// A finder over one containerd.
-    pub fn new(containerd: Containerd, registry: Arc<Registry>) -> Self {
+    /// `repositories` are those of `registry`.
+    pub fn new(containerd: Containerd, registry: Arc<Registry>, repositories: Repositories) -> Self {
         Images {
             containerd,
             registry,
+            repositories,
             known: Mutex::new(LruCache::new(REMEMBERED)),
             chains: Mutex::new(LruCache::new(REMEMBERED_CHAINS)),
         }
+    }
+
+    /// The repositories that documents are read from.
+    pub fn repositories(&self) -> &Repositories {
+        &self.repositories
     }
 
     /// The image that holds the layer of `request`.
@@ -273,7 +282,7 @@ impl Images {
         reference: &Reference,
         digest: &Digest,
     ) -> Result<Arc<Vec<PlannedLayer>>, Refusal> {
-        let source = self.registry.repository(&reference.host, &reference.repository);
+        let source = self.repositories.of(reference);
         let failed =
             |error: crate::registry::RegistryError| Refusal::unresolved(error.to_string(), error.retry_helps());
         let manifest = source.manifest(&digest.to_string()).await.map_err(failed)?;

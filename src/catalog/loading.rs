@@ -235,7 +235,7 @@ impl Catalog {
         let references = names.iter().filter_map(|name| Reference::parse(name).ok());
         references
             .filter_map(|reference| {
-                let source = self.registry.repository(&reference.host, &reference.repository);
+                let source = self.images.repositories().of(&reference);
                 Some(TocImage::beside(source, TocImage::tag_of(&reference)?))
             })
             .collect()

@@ -26,12 +26,13 @@ use futures::future::{BoxFuture, join_all};
 use super::belief;
 use super::loader::LayerSpec;
 use super::memory;
+use super::sources::Repositories;
 use crate::config::IndexConfig;
 use crate::layer::{Digest, LayerError, portable};
 use crate::metrics::Metrics;
 use crate::registry::artifact::Artifact;
 use crate::registry::image::LayerDescriptor;
-use crate::registry::{Referrer, Registry, RegistryError};
+use crate::registry::{Referrer, RegistryError};
 use crate::store::LayerSource;
 use crate::sync::{Budget, Share, SingleFlight};
 
@@ -117,7 +118,7 @@ pub struct Found {
 
 /// Finds shared indexes.
 pub struct SharedIndexes {
-    registry: Arc<Registry>,
+    repositories: Repositories,
     policy: Policy,
     enabled: bool,
     deadline: Duration,
@@ -180,12 +181,12 @@ impl SharedIndexes {
     /// [`IndexError`] names what cannot be used.
     pub fn new(
         config: &IndexConfig,
-        registry: Arc<Registry>,
+        repositories: impl Into<Repositories>,
         memory: Arc<Budget>,
         metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>, IndexError> {
         Ok(Arc::new(SharedIndexes {
-            registry,
+            repositories: repositories.into(),
             policy: Policy::new(config)?,
             enabled: config.enabled,
             deadline: config.lookup_deadline,
@@ -369,7 +370,7 @@ impl SharedIndexes {
     /// [`RegistryError`].
     pub async fn read(&self, candidate: &Candidate) -> Result<Bytes, RegistryError> {
         let place = &candidate.place;
-        let source = self.registry.repository(&place.host, &place.repository);
+        let source = self.repositories.at(place);
         source.read_small(candidate.digest, candidate.size, MAX_INDEX).await
     }
 
@@ -378,7 +379,7 @@ impl SharedIndexes {
     /// # Errors
     /// [`RegistryError`]; that there is none is no error.
     pub async fn in_repository(&self, place: &LayerSource, layer: &Digest) -> Result<Vec<Candidate>, RegistryError> {
-        let source = self.registry.repository(&place.host, &place.repository);
+        let source = self.repositories.at(place);
         match source.manifest(&tag_of(layer)).await {
             Ok(manifest) => {
                 let artifact = Artifact::parse(&manifest.bytes)?;
@@ -405,7 +406,7 @@ impl SharedIndexes {
             let of_other = |named: &String| *named != text;
             !entry.annotations.get(LAYER_ANNOTATION).is_some_and(of_other)
         });
-        let source = self.registry.repository(&place.host, &place.repository);
+        let source = self.repositories.at(place);
         let mut found = Vec::new();
         for entry in worth.take(MAX_ARTIFACTS) {
             let artifact = match source.manifest(&entry.digest.to_string()).await {
@@ -436,7 +437,7 @@ impl SharedIndexes {
     /// # Errors
     /// [`RegistryError`].
     pub async fn list(&self, place: &LayerSource, manifest: Digest) -> Listed {
-        let source = self.registry.repository(&place.host, &place.repository);
+        let source = self.repositories.at(place);
         let job = async move {
             let listed = source.referrers(manifest, ARTIFACT_TYPE).await;
             listed.map(Arc::new)

@@ -25,12 +25,13 @@ use super::loader::LayerSpec;
 use super::memory;
 use super::shared::trust::{IndexError, Policy};
 use super::shared::{Origin, WORTH_FROM, name_of};
+use super::sources::Repositories;
 use crate::config::IndexConfig;
 use crate::layer::{Digest, LayerError, LayerIndex, Windows, soci};
 use crate::metrics::Metrics;
 use crate::registry::artifact::Artifact;
 use crate::registry::image::{LayerDescriptor, Manifest};
-use crate::registry::{Registry, RegistryError, Source};
+use crate::registry::{RegistryError, Source};
 use crate::store::{IndexRecord, LayerSource, Voucher};
 use crate::sync::{Budget, Share, SingleFlight};
 
@@ -87,7 +88,7 @@ pub struct Found {
 
 /// Finds SOCI indexes.
 pub struct SociIndexes {
-    registry: Arc<Registry>,
+    repositories: Repositories,
     policy: Policy,
     enabled: bool,
     /// Digests of indexes by those of manifests.
@@ -126,7 +127,7 @@ impl SociIndexes {
     /// [`IndexError`] names what cannot be used.
     pub fn new(
         config: &IndexConfig,
-        registry: Arc<Registry>,
+        repositories: impl Into<Repositories>,
         memory: Arc<Budget>,
         metrics: Arc<Metrics>,
     ) -> Result<Arc<Self>, IndexError> {
@@ -136,7 +137,7 @@ impl SociIndexes {
             );
         }
         Ok(Arc::new(SociIndexes {
-            registry,
+            repositories: repositories.into(),
             policy: Policy::new(config)?,
             enabled: config.soci,
             named: config.soci_indexes.iter().map(named).collect::<Result<_, _>>()?,
@@ -241,7 +242,7 @@ impl SociIndexes {
                 tracing::debug!(layer = %spec.digest, index = %digest, "its image's SOCI index leaves it out");
                 return Err(Miss("left-out", None));
             };
-            let source = self.registry.repository(&place.host, &place.repository);
+            let source = self.repositories.at(place);
             let ((index, windows), share) = self.fetch(spec, source.as_ref(), ztoc).await?;
             let list = blobs.find(|blob| blob.media_type == PREFETCH_TYPE);
             let prefetch = match list {
@@ -274,7 +275,7 @@ impl SociIndexes {
 
     /// The manifest of an index, fetched once for all who ask at the same time.
     async fn list(&self, place: &LayerSource, wanted: Wanted) -> Listed {
-        let source = self.registry.repository(&place.host, &place.repository);
+        let source = self.repositories.at(place);
         let job = async move {
             match wanted {
                 Wanted::Index(digest) => open(source.as_ref(), digest, None).await,

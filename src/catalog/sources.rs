@@ -19,9 +19,11 @@ use futures::{FutureExt, StreamExt};
 use lru::LruCache;
 use tokio::time::{Instant, sleep};
 
+use crate::fetch::Fetcher;
+use crate::fetch::schedule::Class;
 use crate::layer::Digest;
 use crate::registry::health::Shun;
-use crate::registry::{Blob, Body, Origin, RegistryError};
+use crate::registry::{Blob, Body, Origin, Reference, Registry, RegistryError, Source};
 use crate::store::LayerSource;
 
 /// Silence of a place after which another host is asked as well. It is longer than a client's own patience with one of several mirrors
@@ -128,6 +130,46 @@ impl Known {
     fn of(&self, layer: &Digest, place: &Origin) -> Standing {
         let known = self.places.peek(&(*layer, place.clone()));
         known.copied().unwrap_or_default()
+    }
+}
+
+/// The repositories that documents about layers are read from. In a daemon they are read when the scheduler lets it, as all else is.
+#[derive(Clone)]
+pub struct Repositories {
+    registry: Arc<Registry>,
+    fetcher: Option<Arc<Fetcher>>,
+}
+
+impl From<Arc<Registry>> for Repositories {
+    /// For who reads nothing else meanwhile.
+    fn from(registry: Arc<Registry>) -> Self {
+        let fetcher = None;
+        Repositories { registry, fetcher }
+    }
+}
+
+impl Repositories {
+    /// Those of `registry`, read when the scheduler of `fetcher` lets it.
+    pub fn scheduled(registry: Arc<Registry>, fetcher: Arc<Fetcher>) -> Self {
+        let fetcher = Some(fetcher);
+        Repositories { registry, fetcher }
+    }
+
+    /// That of an image. Cheap; nothing is asked yet.
+    pub fn of(&self, image: &Reference) -> Arc<dyn Source> {
+        self.at(&LayerSource {
+            host: image.host.clone(),
+            repository: image.repository.clone(),
+        })
+    }
+
+    /// One of them. Cheap; nothing is asked yet.
+    pub fn at(&self, place: &LayerSource) -> Arc<dyn Source> {
+        let source = self.registry.repository(&place.host, &place.repository);
+        match &self.fetcher {
+            Some(fetcher) => fetcher.scheduled_source(source, origin(place), Class::Demand),
+            None => source,
+        }
     }
 }
 

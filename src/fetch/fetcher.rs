@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use tokio::runtime::Handle;
@@ -23,8 +24,9 @@ use super::flights::Streams;
 use super::schedule::{Class, Kind, Limits, Place, Scheduler, Turns, Wish};
 use crate::cache::{Cache, CachedLayer};
 use crate::config::FetchConfig;
+use crate::layer::Digest;
 use crate::metrics::Metrics;
-use crate::registry::{Blob, Body, Origin, RegistryError};
+use crate::registry::{Blob, Body, ManifestBytes, Origin, Referrer, RegistryError, Source, SourceStats};
 use crate::sync::Budget;
 
 /// Part of the memory for ranged requests: one in so many.
@@ -118,6 +120,17 @@ impl Fetcher {
         })
     }
 
+    /// The same repository, whose documents (manifests, lists, small blobs) are read when the scheduler lets it. Its blobs are not scheduled.
+    pub fn scheduled_source(&self, source: Arc<dyn Source>, owner: Origin, class: Class) -> Arc<dyn Source> {
+        Arc::new(ScheduledSource {
+            source,
+            owner,
+            class,
+            scheduler: Arc::clone(&self.scheduler),
+            patience: self.patience,
+        })
+    }
+
     /// Waits for a place for a stream.
     pub(super) async fn enter_stream(&self, owner: Origin, class: Class) -> Place {
         let deadline = self.scheduler.deadline(self.patience);
@@ -132,6 +145,18 @@ impl Fetcher {
     }
 }
 
+/// The wish to read a document.
+fn document(scheduler: &Scheduler, owner: Origin, class: Class, patience: Duration) -> Wish {
+    Wish {
+        owner,
+        class,
+        kind: Kind::Table,
+        // Whoever asks for a document accounts for it: it outlives the request.
+        bytes: 0,
+        deadline: scheduler.deadline(patience),
+    }
+}
+
 /// A blob that is read when the scheduler lets it.
 struct Scheduled {
     blob: Arc<dyn Blob>,
@@ -143,14 +168,7 @@ struct Scheduled {
 impl Blob for Scheduled {
     fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
         Box::pin(async move {
-            let wish = Wish {
-                owner: self.blob.origin(),
-                class: self.class,
-                kind: Kind::Table,
-                // Whoever asks for a document accounts for it: it outlives the request.
-                bytes: 0,
-                deadline: self.scheduler.deadline(self.patience),
-            };
+            let wish = document(&self.scheduler, self.blob.origin(), self.class, self.patience);
             let place = self.scheduler.enter(wish).await;
             let body = self.blob.read(range).await?;
             Ok(body
@@ -179,5 +197,67 @@ impl Blob for Scheduled {
 
     fn origin(&self) -> Origin {
         self.blob.origin()
+    }
+}
+
+/// A repository whose documents are read when the scheduler lets it.
+struct ScheduledSource {
+    source: Arc<dyn Source>,
+    owner: Origin,
+    class: Class,
+    scheduler: Arc<Scheduler>,
+    patience: Duration,
+}
+
+impl ScheduledSource {
+    async fn enter(&self) -> Place {
+        let wish = document(&self.scheduler, self.owner.clone(), self.class, self.patience);
+        self.scheduler.enter(wish).await
+    }
+}
+
+impl Source for ScheduledSource {
+    fn manifest<'a>(&'a self, reference: &'a str) -> BoxFuture<'a, Result<ManifestBytes, RegistryError>> {
+        Box::pin(async move {
+            let _place = self.enter().await;
+            self.source.manifest(reference).await
+        })
+    }
+
+    fn blob(&self, digest: Digest, size: u64) -> Arc<dyn Blob> {
+        self.source.blob(digest, size)
+    }
+
+    fn read_small(&self, digest: Digest, size: u64, limit: u64) -> BoxFuture<'_, Result<Bytes, RegistryError>> {
+        Box::pin(async move {
+            let _place = self.enter().await;
+            self.source.read_small(digest, size, limit).await
+        })
+    }
+
+    fn referrers<'a>(
+        &'a self,
+        subject: Digest,
+        artifact_type: &'a str,
+    ) -> BoxFuture<'a, Result<Vec<Referrer>, RegistryError>> {
+        Box::pin(async move {
+            let _place = self.enter().await;
+            self.source.referrers(subject, artifact_type).await
+        })
+    }
+
+    fn tags(&self) -> BoxFuture<'_, Result<Vec<String>, RegistryError>> {
+        Box::pin(async move {
+            let _place = self.enter().await;
+            self.source.tags().await
+        })
+    }
+
+    fn describe(&self) -> String {
+        self.source.describe()
+    }
+
+    fn stats(&self) -> SourceStats {
+        self.source.stats()
     }
 }

@@ -16,7 +16,7 @@ use crate::config::{ByteSize, FetchConfig};
 use crate::fetch::LayerData;
 use crate::layer::index::{IndexParts, MAX_CHUNK_LEN};
 use crate::layer::{Chunk, Codec, Digest, LayerIndex};
-use crate::registry::{Blob, Body, Origin, RegistryError};
+use crate::registry::{Blob, Body, ManifestBytes, Origin, RegistryError, Source, SourceStats};
 
 fn config(places: usize) -> FetchConfig {
     FetchConfig {
@@ -215,6 +215,62 @@ async fn documents_take_places_and_give_them_back() {
     assert_eq!(blob.requests(), 1);
     drop(body);
     drop(second.await.unwrap());
+    assert_eq!(bench.fetcher.scheduler().counts(), (0, 0));
+}
+
+/// A repository that has nothing.
+struct Empty;
+
+impl Source for Empty {
+    fn manifest<'a>(&'a self, reference: &'a str) -> BoxFuture<'a, Result<ManifestBytes, RegistryError>> {
+        let what = reference.to_owned();
+        Box::pin(async move {
+            Err(RegistryError::NotFound {
+                host: "h".to_owned(),
+                what,
+            })
+        })
+    }
+    fn blob(&self, _: Digest, size: u64) -> Arc<dyn Blob> {
+        FakeBlob::new(vec![0; size as usize])
+    }
+    fn read_small(&self, digest: Digest, _: u64, _: u64) -> BoxFuture<'_, Result<Bytes, RegistryError>> {
+        let what = digest.to_string();
+        Box::pin(async move {
+            Err(RegistryError::NotFound {
+                host: "h".to_owned(),
+                what,
+            })
+        })
+    }
+    fn describe(&self) -> String {
+        "empty".to_owned()
+    }
+    fn stats(&self) -> SourceStats {
+        SourceStats::default()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn documents_of_repositories_wait_for_their_turn() {
+    let bench = Bench::with(0, config(1));
+    let class = crate::fetch::schedule::Class::Demand;
+    let busy = bench.fetcher.scheduled(FakeBlob::new(vec![7; 1000]), class);
+    let source = bench.fetcher.scheduled_source(Arc::new(Empty), busy.origin(), class);
+    let digest = Digest::of(b"");
+    let body = busy.read(0..10).await.unwrap();
+    let (mut manifest, mut small) = (source.manifest("1"), source.read_small(digest, 0, 0));
+    let (mut referrers, mut tags) = (source.referrers(digest, ""), source.tags());
+    let waiting = [
+        futures::poll!(&mut manifest).is_pending(),
+        futures::poll!(&mut small).is_pending(),
+        futures::poll!(&mut referrers).is_pending(),
+        futures::poll!(&mut tags).is_pending(),
+    ];
+    assert_eq!(waiting, [true; 4]);
+    drop(body);
+    let (manifest, small, referrers, tags) = futures::join!(manifest, small, referrers, tags);
+    assert!(manifest.is_err() && small.is_err() && referrers.unwrap().is_empty() && tags.unwrap().is_empty());
     assert_eq!(bench.fetcher.scheduler().counts(), (0, 0));
 }
 

@@ -18,7 +18,7 @@ use crate::support::lazuli::{self, Lazuli, SNAPSHOTTER};
 use crate::support::nginx::{Certificate, Nginx, free_address};
 use crate::support::proxy::{Link, Proxy};
 use crate::support::registry::Registry;
-use crate::support::sandbox::{PATIENCE, Process, Sandbox, listens_tcp, require_program};
+use crate::support::sandbox::{PATIENCE, Process, Sandbox, listens_tcp, require_program, run, wait_until};
 use crate::support::tar::{Entry, noise};
 use crate::support::tree::{Options, compare};
 
@@ -227,6 +227,58 @@ fn a_container_reads_on_whatever_happens_to_its_registry() {
     stage.set_mirror(Some(&other.host()));
     stage.reads("the first mirror ignores ranges", |_| {});
     println!("longest stall: {:?}", stage.longest);
+}
+
+/// Eight other repositories name the layers of a running container, and have none of their bytes.
+#[test]
+fn pulls_from_elsewhere_take_no_source_from_a_running_container() {
+    if subject() != SNAPSHOTTER {
+        return;
+    }
+    let mut stage = Reading::new(
+        "pulls_from_elsewhere_take_no_source_from_a_running_container",
+        Auth::None,
+    );
+    let other = stage._runtime.block_on(FaultRegistry::start());
+    let manifest = stage.registry.tagged("demo/app", "1").unwrap();
+    let bytes = stage.registry.manifest(manifest).unwrap();
+    let document: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+    for blob in stage.registry.blobs() {
+        other.add_blob(blob);
+    }
+    for layer in document["layers"].as_array().unwrap() {
+        other.lose(layer["digest"].as_str().unwrap().parse().unwrap());
+    }
+    other.add_manifest(document["mediaType"].as_str().unwrap(), bytes);
+    write_hosts_toml(
+        &stage.sandbox,
+        &other.host(),
+        &format!("server = \"http://{}\"\n", other.host()),
+    );
+    for at in 0..9 {
+        let repository = format!("elsewhere/app{at}");
+        other.tag(&repository, "1", manifest);
+        stage
+            .lazuli
+            .pull(&format!("{}/{repository}:1", other.host()))
+            .expect_success();
+    }
+    stage.reads("nine others are named", |_| {});
+    // What is known of them is not lost with the daemon, as far as it matters.
+    let Reading { lazuli, .. } = &mut stage;
+    assert!(lazuli.stop());
+    lazuli.restart();
+    wait_until(PATIENCE, || {
+        stage.containerd.snapshots(SNAPSHOTTER).len().checked_sub(1)
+    });
+    let view = stage
+        .containerd
+        .view(&format!("{}/demo/app:1", stage.registry.host()), SNAPSHOTTER);
+    let read = run(
+        Command::new("cat").arg(view.path.join(format!("data/d{}/file", stage.next))),
+        Duration::from_secs(60),
+    );
+    assert!(read.success() && read.stdout == content(stage.next), "{}", read.stderr);
 }
 
 /// A second `docker-registry` on the storage of another, with TLS.

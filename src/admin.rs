@@ -1,10 +1,11 @@
 //! The daemon's HTTP face: `/metrics` (Prometheus), `/healthz`, `/readyz` and `/status` (the JSON of `lazuli status`).
 //!
-//! Health is asked of the FUSE session itself, with a deadline: a daemon whose mount hangs is not healthy, whatever else works.
+//! Health is asked of the FUSE session itself, with a deadline: a daemon whose mount hangs, or is gone, is not healthy, whatever else works.
+//! Nobody who asks begins a probe while one is under way: all wait for the same answer, and a mount that hangs costs one thread.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::Router;
@@ -12,6 +13,8 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use futures::FutureExt;
+use futures::future::{BoxFuture, Shared};
 use tokio::net::TcpListener;
 
 use crate::catalog::Catalog;
@@ -20,6 +23,9 @@ use crate::sync::blocking;
 
 /// Longest wait for an answer of our own FUSE mount.
 const PROBE_DEADLINE: Duration = Duration::from_secs(2);
+
+/// A question to the mount that is under way: what is wrong with it, if anything.
+type Probe = Shared<BoxFuture<'static, Option<String>>>;
 
 /// What the HTTP face tells about.
 pub struct Admin {
@@ -31,20 +37,19 @@ pub struct Admin {
     pub mountpoint: PathBuf,
     /// Whether the daemon has restored its layers and serves.
     pub ready: AtomicBool,
-    /// Whether a health probe is under way; a stuck one must not be followed by a thousand others.
-    probing: AtomicBool,
+    /// The last probe; a stuck one must not be followed by a thousand others.
+    probe: Mutex<Option<Probe>>,
 }
 
 impl Admin {
     /// A face that says «not ready» until [`Admin::set_ready`].
     pub fn new(metrics: Arc<Metrics>, catalog: Arc<Catalog>, mountpoint: PathBuf) -> Arc<Self> {
-        let (ready, probing) = (AtomicBool::new(false), AtomicBool::new(false));
         Arc::new(Admin {
             metrics,
             catalog,
             mountpoint,
-            ready,
-            probing,
+            ready: AtomicBool::new(false),
+            probe: Mutex::default(),
         })
     }
 
@@ -71,17 +76,40 @@ impl Admin {
         axum::serve(listener, router).with_graceful_shutdown(stop).await
     }
 
-    async fn mount_answers(self: &Arc<Self>) -> bool {
-        if self.probing.swap(true, Ordering::AcqRel) {
-            return false;
+    /// What is wrong with the mount; `None` if it is there and answers.
+    async fn mount_problem(self: &Arc<Self>) -> Option<String> {
+        let silent = |_| {
+            let (at, seconds) = (self.mountpoint.display(), PROBE_DEADLINE.as_secs());
+            Some(format!("the FUSE mount at {at} does not answer within {seconds} s"))
+        };
+        tokio::time::timeout(PROBE_DEADLINE, self.probe())
+            .await
+            .unwrap_or_else(silent)
+    }
+
+    /// The probe that is under way, or a new one.
+    fn probe(self: &Arc<Self>) -> Probe {
+        let mut last = self.probe.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(running) = last.as_ref().filter(|probe| probe.peek().is_none()) {
+            return running.clone();
         }
         let admin = Arc::clone(self);
-        let probe = tokio::task::spawn_blocking(move || {
-            let answer = rustix::fs::statfs(&admin.mountpoint);
-            admin.probing.store(false, Ordering::Release);
-            answer.is_ok()
+        let asked = tokio::task::spawn_blocking(move || {
+            let gone = admin.catalog.mount_problem();
+            gone.or_else(|| {
+                // Only while it is there: below it is a directory that always answers.
+                let answer = rustix::fs::statfs(&admin.mountpoint);
+                let error = answer.err()?;
+                Some(format!(
+                    "the FUSE mount at {} answers: {error}",
+                    admin.mountpoint.display()
+                ))
+            })
         });
-        matches!(tokio::time::timeout(PROBE_DEADLINE, probe).await, Ok(Ok(true)))
+        let probe = asked.map(|asked| asked.unwrap_or_else(|error| Some(error.to_string())));
+        let probe = probe.boxed().shared();
+        *last = Some(probe.clone());
+        probe
     }
 }
 
@@ -93,18 +121,20 @@ async fn metrics(State(admin): State<Arc<Admin>>) -> impl IntoResponse {
 }
 
 async fn healthz(State(admin): State<Arc<Admin>>) -> impl IntoResponse {
-    if admin.mount_answers().await {
-        (StatusCode::OK, "ok\n")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "the FUSE mount does not answer\n")
+    match admin.mount_problem().await {
+        None => (StatusCode::OK, "ok\n".to_owned()),
+        Some(problem) => (StatusCode::SERVICE_UNAVAILABLE, format!("{problem}\n")),
     }
 }
 
 async fn readyz(State(admin): State<Arc<Admin>>) -> impl IntoResponse {
-    if admin.ready.load(Ordering::Relaxed) {
-        (StatusCode::OK, "ready\n")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "starting or stopping\n")
+    let problem = match admin.ready.load(Ordering::Relaxed) {
+        true => admin.mount_problem().await,
+        false => Some("starting or stopping".to_owned()),
+    };
+    match problem {
+        None => (StatusCode::OK, "ready\n".to_owned()),
+        Some(problem) => (StatusCode::SERVICE_UNAVAILABLE, format!("{problem}\n")),
     }
 }
 

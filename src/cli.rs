@@ -7,35 +7,44 @@
 //! | 1 | it failed; the message says what, why, and what can be done |
 //! | 2 | the command line or the configuration is wrong |
 //! | 3 | a service that is needed (the daemon, containerd, the registry) cannot be reached |
+//! | 129, 130, 143 | SIGHUP, SIGINT or SIGTERM ended it before it was done; nothing is left of it |
+//! | 141 | nobody reads its output any more (128 and the number of SIGPIPE, as of any program that does not look) |
+//!
+//! How commands end is the matter of `output` (what they print), `failure` (the message and the code), `work` (signals), `scratch` (temporary
+//! directories) and `files` (what they write).
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::catalog::containerd::ContainerdError;
+use crate::catalog::shared::trust::parse_repository;
 use crate::config::{Config, ConfigError};
-use crate::registry::RegistryError;
+use crate::layer::soci::{SPAN_SIZE, SPAN_SIZE_MAX, SPAN_SIZE_MIN};
+use crate::registry::Reference;
+use crate::store::LayerSource;
 
+mod failure;
+mod files;
 mod index;
 mod mount;
+mod names;
+mod output;
+mod progress;
 mod pull;
+mod scratch;
 mod soci;
 mod status;
+mod work;
 
-/// Exit code of a failure.
-const FAILED: u8 = 1;
-/// Exit code of a mistake in the command line (as clap's own) or the configuration.
-const USAGE: u8 = 2;
-/// Exit code when a needed service cannot be reached.
-const UNREACHABLE: u8 = 3;
+use names::SourceName;
 
 /// Starts containers before their images are pulled: a lazy-pull remote snapshotter for containerd.
 #[derive(Parser)]
 #[command(
     name = "lazuli",
     version,
-    after_help = "Exit codes: 0 done; 1 failed; 2 wrong command line or configuration; 3 a needed service cannot be reached."
+    after_help = "Exit codes: 0 done; 1 failed; 2 wrong command line or configuration; 3 a needed service cannot be reached; 128 and the number of the signal that ended it."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -106,10 +115,10 @@ struct PullArgs {
     #[command(flatten)]
     config: ConfigArgs,
     /// Image to pull, such as registry.example/repo:tag
-    #[arg(value_name = "REF")]
-    reference: String,
+    #[arg(value_name = "REF", value_parser = Reference::parse)]
+    reference: Reference,
     /// containerd namespace
-    #[arg(long, short, env = "CONTAINERD_NAMESPACE", default_value = "default")]
+    #[arg(long, short, env = "CONTAINERD_NAMESPACE", default_value = "default", value_parser = names::namespace)]
     namespace: String,
     /// Unix socket of containerd (overrides `containerd_address`)
     #[arg(long, value_name = "SOCKET")]
@@ -127,7 +136,7 @@ struct MountArgs {
     #[command(flatten)]
     config: ConfigArgs,
     /// registry.example/repo:tag or oci:DIRECTORY[:TAG]
-    source: String,
+    source: SourceName,
     /// An existing directory
     mountpoint: PathBuf,
     /// Keep what is fetched in this directory for the next time [default: a temporary one, removed at the end]
@@ -169,7 +178,7 @@ enum IndexCommand {
     /// $TMPDIR meanwhile.
     Build {
         /// registry.example/repo:tag or oci:DIRECTORY[:TAG]
-        source: String,
+        source: SourceName,
         /// An existing directory for the files
         #[arg(long, short, value_name = "DIR")]
         output: PathBuf,
@@ -177,11 +186,11 @@ enum IndexCommand {
     /// Put indexes of an image's layers into a registry: those of this machine's daemon, or of files, or else built anew.
     Push {
         /// registry.example/repo:tag
-        #[arg(value_name = "REF")]
-        reference: String,
+        #[arg(value_name = "REF", value_parser = Reference::parse)]
+        reference: Reference,
         /// Index repository to put them into [default: `index.repository`, else beside the image]
-        #[arg(long, value_name = "REPO")]
-        repository: Option<String>,
+        #[arg(long, value_name = "REPO", value_parser = parse_repository)]
+        repository: Option<LayerSource>,
         /// Directory of files that `lazuli index build` has written
         #[arg(long, value_name = "DIR")]
         from: Option<PathBuf>,
@@ -192,11 +201,11 @@ enum IndexCommand {
     /// Download the indexes of an image's layers into files.
     Pull {
         /// registry.example/repo:tag
-        #[arg(value_name = "REF")]
-        reference: String,
+        #[arg(value_name = "REF", value_parser = Reference::parse)]
+        reference: Reference,
         /// Index repository to look in beside the image's own [default: `index.repository`]
-        #[arg(long, value_name = "REPO")]
-        repository: Option<String>,
+        #[arg(long, value_name = "REPO", value_parser = parse_repository)]
+        repository: Option<LayerSource>,
         /// An existing directory for the files
         #[arg(long, short, value_name = "DIR")]
         output: PathBuf,
@@ -204,20 +213,20 @@ enum IndexCommand {
     /// List the indexes of an image's layers, and whether this configuration trusts them; or all in an index repository.
     Ls {
         /// registry.example/repo:tag; without it, everything in the index repository is listed
-        #[arg(value_name = "REF")]
-        reference: Option<String>,
+        #[arg(value_name = "REF", value_parser = Reference::parse)]
+        reference: Option<Reference>,
         /// Index repository to look in beside the image's own [default: `index.repository`]
-        #[arg(long, value_name = "REPO")]
-        repository: Option<String>,
+        #[arg(long, value_name = "REPO", value_parser = parse_repository)]
+        repository: Option<LayerSource>,
     },
     /// Remove the indexes of an image's layers from a registry.
     Rm {
         /// registry.example/repo:tag
-        #[arg(value_name = "REF")]
-        reference: String,
+        #[arg(value_name = "REF", value_parser = Reference::parse)]
+        reference: Reference,
         /// Index repository to remove them from [default: `index.repository`, else those beside the image]
-        #[arg(long, value_name = "REPO")]
-        repository: Option<String>,
+        #[arg(long, value_name = "REPO", value_parser = parse_repository)]
+        repository: Option<LayerSource>,
     },
     /// Write an image's index in another project's format: SOCI, for nodes that run its snapshotter.
     ///
@@ -225,18 +234,23 @@ enum IndexCommand {
     /// the image, with another digest.
     Export {
         /// registry.example/repo:tag or oci:DIRECTORY[:TAG]
-        source: String,
+        source: SourceName,
         /// Which version of SOCI's index
         #[arg(long, value_enum, value_name = "VERSION")]
         soci: soci::Version,
         /// A new or empty directory for an OCI layout: the index, and for v2 the image with it
-        #[arg(long, short, value_name = "DIR")]
+        #[arg(long, short, value_name = "DIR", required_unless_present = "push")]
         output: Option<PathBuf>,
         /// Push it: for v1 to the repository of registry.example/repo, for v2 as registry.example/repo:tag
-        #[arg(long, value_name = "REF")]
-        push: Option<String>,
+        #[arg(long, value_name = "REF", value_parser = Reference::parse)]
+        push: Option<Reference>,
         /// Uncompressed bytes of a span at least
-        #[arg(long, value_name = "BYTES", default_value_t = crate::layer::soci::SPAN_SIZE)]
+        #[arg(
+            long,
+            value_name = "BYTES",
+            default_value_t = SPAN_SIZE,
+            value_parser = clap::value_parser!(u64).range(SPAN_SIZE_MIN..=SPAN_SIZE_MAX)
+        )]
         span_size: u64,
         /// Layers whose blobs are smaller are left out
         #[arg(long, value_name = "BYTES", default_value_t = soci::MIN_LAYER_SIZE)]
@@ -251,12 +265,9 @@ enum IndexCommand {
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
-    match run(Cli::parse().command) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("lazuli: {error:#}");
-            ExitCode::from(exit_code(&error))
-        }
+    match Cli::try_parse() {
+        Ok(cli) => output::end(run(cli.command)),
+        Err(answer) => output::end_of_parsing(&answer),
     }
 }
 
@@ -277,32 +288,9 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Index(args) => index::run(args),
         Command::CheckConfig(args) => {
             let config = args.load()?;
-            print!("{}", toml::to_string(&config)?);
-            Ok(())
+            output::print(&toml::to_string(&config)?)
         }
     }
-}
-
-fn exit_code(error: &anyhow::Error) -> u8 {
-    for cause in error.chain() {
-        if cause.is::<ConfigError>() {
-            return USAGE;
-        }
-        if matches!(cause.downcast_ref(), Some(ContainerdError::Unreachable { .. }))
-            || matches!(cause.downcast_ref(), Some(RegistryError::Unreachable { .. }))
-        {
-            return UNREACHABLE;
-        }
-        if matches!(cause.downcast_ref(), Some(RegistryError::InvalidReference { .. })) {
-            return USAGE;
-        }
-    }
-    FAILED
-}
-
-/// A runtime for the commands that are clients: one thread is enough.
-fn client_runtime() -> anyhow::Result<tokio::runtime::Runtime> {
-    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
 }
 
 #[cfg(test)]
@@ -313,17 +301,5 @@ mod tests {
     #[test]
     fn command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn exit_codes_tell_the_kind_of_failure() {
-        let config = Config::parse("nonsense = 1", std::path::Path::new("x")).unwrap_err();
-        assert_eq!(exit_code(&anyhow::Error::from(config)), USAGE);
-        let gone = ContainerdError::Unreachable {
-            address: "/x".into(),
-            what: "no such file".into(),
-        };
-        assert_eq!(exit_code(&anyhow::Error::from(gone).context("pulling")), UNREACHABLE);
-        assert_eq!(exit_code(&anyhow::anyhow!("other")), FAILED);
     }
 }

@@ -14,7 +14,6 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
@@ -40,6 +39,10 @@ use crate::registry::{Registry, RegistryError};
 use crate::snapshots::{Service, SnapshotsError};
 use crate::store::{Store, StoreError};
 use crate::sync::{Budget, blocking};
+
+mod stop;
+
+pub use stop::{Stop, StopSignal, stop_signal};
 
 /// Longest time that the kernel may take for one mount; more, and something is broken. It takes a millisecond.
 pub const MOUNT_DEADLINE: Duration = Duration::from_secs(10);
@@ -102,7 +105,7 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> DaemonError {
     move |source| DaemonError::Io { what, source }
 }
 
-/// Runs the daemon until SIGTERM or SIGINT.
+/// Runs the daemon until SIGTERM, SIGINT or SIGHUP.
 ///
 /// # Errors
 /// [`DaemonError`] when it cannot start, or its socket fails.
@@ -127,6 +130,8 @@ pub fn init_logs(config: &LogConfig) {
     let filter = tracing_subscriber::EnvFilter::try_new(&config.level).unwrap_or_default();
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
+        // It would tell of a full disk behind the log by writing to the same place, and panic.
+        .log_internal_errors(false)
         .with_writer(io::stderr);
     // A second initialisation in one process (tests) keeps the first.
     let _ = match config.format {
@@ -137,6 +142,7 @@ pub fn init_logs(config: &LogConfig) {
 
 async fn run(config: Config) -> Result<(), DaemonError> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), root = %config.root.display(), "starting");
+    let stop = stop_signal().map_err(io_error("listening to signals"))?;
     let _lock = prepare_root(&config.root)?;
     let metrics = Arc::new(Metrics::new());
     let registry = Registry::new(&config.registry, Arc::clone(&metrics))?;
@@ -195,7 +201,7 @@ async fn run(config: Config) -> Result<(), DaemonError> {
         root: config.root.clone(),
         cache_max_bytes: config.cache.max_size.0,
     });
-    let result = serve_catalog(&config, &catalog, &tended, store, metrics, mountpoint).await;
+    let result = serve_catalog(&config, &catalog, &tended, store, metrics, mountpoint, stop).await;
     drop(tended);
     let closing = Arc::clone(&catalog);
     if tokio::time::timeout(DRAIN, tokio::task::spawn_blocking(move || closing.close()))
@@ -215,6 +221,7 @@ async fn serve_catalog(
     store: Arc<Store>,
     metrics: Arc<Metrics>,
     mountpoint: PathBuf,
+    stop: Stop,
 ) -> Result<(), DaemonError> {
     let (root, restored, counts) = (config.root.clone(), Arc::clone(catalog), Arc::clone(&metrics));
     let cache = Arc::clone(cache);
@@ -227,20 +234,34 @@ async fn serve_catalog(
         let layers = Arc::new(Handle(restored));
         Ok(Service::new(&root, store, layers, counts)?)
     });
-    let service = service.await?;
+    let late = async {
+        stop.clone().await;
+        tokio::time::sleep(DRAIN).await;
+    };
+    let service = tokio::select! {
+        service = service => service?,
+        () = late => {
+            tracing::warn!("ended while layers were brought back; the next start will do it");
+            return Ok(());
+        }
+    };
     let listener = listen(&config.address).await?;
     let admin = Admin::new(metrics, Arc::clone(catalog), mountpoint);
-    let stop = stop_signal()?;
     if let Some(address) = config.admin_address {
         let (admin, stop) = (Arc::clone(&admin), stop.clone());
         // A port that somebody else has is no reason to leave a node without its snapshots.
         match TcpListener::bind(address).await {
             Err(error) => tracing::error!(%error, %address, "no metrics and no health: admin_address cannot be used"),
-            Ok(listener) => drop(tokio::spawn(async move {
-                if let Err(error) = admin.serve(listener, stop).await {
-                    tracing::error!(%error, "the admin address serves no more");
-                }
-            })),
+            Ok(listener) => {
+                // With port 0 this is how one learns which it is.
+                let address = listener.local_addr().unwrap_or(address);
+                tracing::info!(%address, "metrics and health");
+                drop(tokio::spawn(async move {
+                    if let Err(error) = admin.serve(listener, stop.map(drop)).await {
+                        tracing::error!(%error, "the admin address serves no more");
+                    }
+                }));
+            }
         }
     }
     let control = ControlServer::new(ControlService(Arc::clone(catalog))).max_encoding_message_size(MAX_MESSAGE);
@@ -252,10 +273,10 @@ async fn serve_catalog(
     let serving = tonic::transport::Server::builder()
         .add_service(service.into_server())
         .add_service(control)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop);
+        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.map(drop));
     let drained = async {
-        told.await;
-        tracing::info!("ending");
+        let signal = told.await.name;
+        tracing::info!(signal, "ending");
         admin.set_ready(false);
         let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
         tokio::time::sleep(DRAIN).await;
@@ -293,19 +314,6 @@ fn names_of_layers(store: &Store) -> Result<HashMap<Digest, Digest>, StoreError>
     Ok(records
         .map(|record| (record.formerly.unwrap_or(record.digest), record.digest))
         .collect())
-}
-
-/// Ends when SIGTERM or SIGINT arrives; can be waited for in many places.
-fn stop_signal() -> Result<futures::future::Shared<futures::future::BoxFuture<'static, ()>>, DaemonError> {
-    let mut terminate = signal(SignalKind::terminate()).map_err(io_error("listening for SIGTERM"))?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(io_error("listening for SIGINT"))?;
-    let wait = async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    };
-    Ok(wait.boxed().shared())
 }
 
 /// Makes the root directory, which nobody but root may look into, and locks it against a second daemon.

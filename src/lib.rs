@@ -10,6 +10,8 @@
 //! `tests/architecture.rs` enforces that order. `docs/ARCHITECTURE.md` tells how a pull and a read travel through it.
 
 #![deny(unsafe_code)]
+// They panic where nobody reads: see cli/output.rs.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
 #![warn(missing_docs)]
 
 pub mod admin;

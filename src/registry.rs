@@ -44,6 +44,7 @@ pub mod reference;
 pub use artifact::Referrer;
 pub use client::{Pusher, Registry};
 pub use error::RegistryError;
+pub(crate) use hosts::transport::chain as causes;
 pub use image::{Image, ImageConfig, LayerDescriptor, Manifest, Platform};
 pub use layout::OciLayout;
 pub use reference::Reference;

@@ -5,6 +5,8 @@
 //! may be made while containerd waits for an answer of ours: Commit and Update run inside containerd's write transaction.
 
 use std::collections::HashMap;
+use std::error::Error as _;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -117,7 +119,7 @@ impl Containerd {
         match status.code() {
             Code::Unavailable => ContainerdError::Unreachable {
                 address: self.address.clone(),
-                what: status.message().to_owned(),
+                what: io_cause(&status).map_or_else(|| status.message().to_owned(), io::Error::to_string),
             },
             code => ContainerdError::Refused {
                 action: action.into(),
@@ -251,6 +253,18 @@ pub fn unix_channel(address: &Path) -> Channel {
             let address = address.clone();
             async move { UnixStream::connect(address).await.map(TokioIo::new) }
         }))
+}
+
+/// The system's own word on why a call did not reach the other side: no such socket, nobody who listens, not permitted.
+pub fn io_cause(status: &Status) -> Option<&io::Error> {
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref() {
+            return Some(error);
+        }
+        cause = error.source();
+    }
+    None
 }
 
 /// A header value.

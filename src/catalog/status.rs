@@ -28,6 +28,9 @@ pub struct Status {
     /// How many of them belong to files that have lost their layer and are still mounted.
     #[serde(default)]
     pub cache_replaced_bytes: u64,
+    /// What is wrong on this machine and has to be mended by somebody; each names the file or place, and the remedy. Empty if all is well.
+    #[serde(default)]
+    pub problems: Vec<String>,
     /// By which face layers are shown.
     #[serde(default)]
     pub face: FaceStatus,
@@ -318,6 +321,7 @@ impl Catalog {
             cache_max_bytes: self.cache_max_bytes,
             cache_held_bytes: self.loader.cache().held_bytes(),
             cache_replaced_bytes: self.loader.cache().replaced_bytes(),
+            problems: self.problems(),
             face: faces.map(|faces| faces.serving().into()).unwrap_or_default(),
             reads: faces
                 .map(|faces| ReadsStatus::new(self.metrics.waiting_reads.get(), faces.session().deadlines()))
@@ -327,6 +331,16 @@ impl Catalog {
             layers,
             chains: faces.map(|faces| self.chains_status(faces)).unwrap_or_default(),
         }
+    }
+
+    /// What has to be mended by somebody: for [`Status::problems`].
+    fn problems(&self) -> Vec<String> {
+        self.mount_problem().into_iter().collect()
+    }
+
+    /// What is wrong with the FUSE mount; `None` if it is where it should be, and served. It does not wait for the mount's answer.
+    pub fn mount_problem(&self) -> Option<String> {
+        self.faces().as_ref().and_then(|faces| faces.session().problem())
     }
 
     fn layers_status(&self, faces: Option<&Faces>) -> Vec<LayerStatus> {

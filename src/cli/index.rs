@@ -1,5 +1,6 @@
 //! `lazuli index`: building, sharing and looking at indexes without a daemon.
 
+use std::cell::OnceCell;
 use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::io::Read as _;
@@ -14,7 +15,7 @@ use crate::cache::{Cache, portable_of};
 use crate::catalog::images::{PlannedLayer, plan_layers};
 use crate::catalog::loader::Loader;
 use crate::catalog::shared::publish::{Target, push};
-use crate::catalog::shared::trust::{SigningKey, parse_repository};
+use crate::catalog::shared::trust::SigningKey;
 use crate::catalog::shared::{
     Candidate, MAX_INDEX, SharedIndexes, WORTH_FROM, candidates, form, layer_of_tag, name_of,
 };
@@ -28,9 +29,14 @@ use crate::registry::{Reference, Registry, Source};
 use crate::store::{IndexRecord, LayerSource};
 use crate::sync::Budget;
 
-use super::soci;
+use super::failure::Usage;
+use super::files::{self, Part};
+use super::names::SourceName;
+use super::scratch::Scratch;
 use super::status::short;
+use super::work::Worker;
 use super::{IndexArgs, IndexCommand};
+use super::{output, soci};
 
 /// What the names of files end with.
 const SUFFIX: &str = ".lazuli-index";
@@ -62,27 +68,57 @@ pub(super) struct Row {
     pub(super) note: String,
 }
 
-pub(super) fn run(args: IndexArgs) -> anyhow::Result<()> {
-    let config = args.config.load()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let rows = runtime.block_on(execute(config, &args))?;
-    match args.json {
-        true => println!("{}", serde_json::to_string_pretty(&rows)?),
-        false => print!("{}", table(&rows)),
-    }
-    Ok(())
+/// What a command found or did.
+struct Report {
+    rows: Vec<Row>,
+    /// Why nothing was done of what was asked for, if that is so: a failure.
+    nothing: Option<String>,
+    /// What else there is to say.
+    note: Option<String>,
 }
 
-async fn execute(mut config: Config, args: &IndexArgs) -> anyhow::Result<Vec<Row>> {
+impl From<Vec<Row>> for Report {
+    fn from(rows: Vec<Row>) -> Self {
+        Report {
+            rows,
+            nothing: None,
+            note: None,
+        }
+    }
+}
+
+pub(super) fn run(args: IndexArgs) -> anyhow::Result<()> {
+    let config = args.config.load()?;
+    let worker = Worker::threads()?;
+    let scratch = OnceCell::new();
+    let report = worker.run(execute(config, &args, &scratch));
+    // Before the directory goes: threads may still write into it.
+    drop(worker);
+    drop(scratch);
+    let Report { rows, nothing, note } = report?;
+    match args.json {
+        true => output::print(&format!("{}\n", serde_json::to_string_pretty(&rows)?))?,
+        false => output::print(&table(&rows))?,
+    }
+    if let Some(note) = note {
+        output::tell(&note);
+    }
+    match nothing {
+        Some(why) => bail!("{why}"),
+        None => Ok(()),
+    }
+}
+
+async fn execute(mut config: Config, args: &IndexArgs, scratch: &OnceCell<Scratch>) -> anyhow::Result<Report> {
     if let IndexCommand::Inspect { file } = &args.command {
-        return Ok(vec![inspect(file)?]);
+        return Ok(vec![inspect(file)?].into());
     }
     if args.plain_http {
         config.registry.plain_http.extend(hosts_named(&args.command));
     }
-    let tool = Tool::new(config)?;
+    let tool = Tool::new(config, scratch)?;
     match &args.command {
-        IndexCommand::Build { source, output } => tool.build(source, output).await,
+        IndexCommand::Build { source, output } => Ok(tool.build(source, output).await?.into()),
         IndexCommand::Push {
             reference,
             repository,
@@ -91,22 +127,22 @@ async fn execute(mut config: Config, args: &IndexArgs) -> anyhow::Result<Vec<Row
         } => {
             let key = signing_key.as_ref().or(tool.config.index.signing_key.as_ref());
             let key = key.map(|file| SigningKey::load(file)).transpose()?;
-            tool.push(reference, repository.as_deref(), from.as_deref(), key).await
+            tool.push(reference, repository.as_ref(), from.as_deref(), key).await
         }
         IndexCommand::Pull {
             reference,
             repository,
             output,
-        } => tool.pull(reference, repository.as_deref(), output).await,
+        } => tool.pull(reference, repository.as_ref(), output).await,
         IndexCommand::Ls {
             reference: Some(reference),
             repository,
-        } => tool.list_image(reference, repository.as_deref()).await,
+        } => Ok(tool.list_image(reference, repository.as_ref()).await?.into()),
         IndexCommand::Ls {
             reference: None,
             repository,
-        } => tool.list_repository(repository.as_deref()).await,
-        IndexCommand::Rm { reference, repository } => tool.remove(reference, repository.as_deref()).await,
+        } => Ok(tool.list_repository(repository.as_ref()).await?.into()),
+        IndexCommand::Rm { reference, repository } => tool.remove(reference, repository.as_ref()).await,
         IndexCommand::Export {
             source,
             soci: version,
@@ -118,21 +154,22 @@ async fn execute(mut config: Config, args: &IndexArgs) -> anyhow::Result<Vec<Row
             let export = soci::Export {
                 version: *version,
                 output: output.as_deref(),
-                push: push.as_deref(),
+                push: push.as_ref(),
                 span_size: *span_size,
                 min_layer_size: *min_layer_size,
             };
+            let begun = export.begin()?;
             let subject = tool.subject(source).await?;
-            export.run(&tool.registry, &subject).await
+            Ok(begun.run(&tool.registry, &subject).await?.into())
         }
-        IndexCommand::Inspect { .. } => Ok(Vec::new()),
+        IndexCommand::Inspect { .. } => Ok(Vec::new().into()),
     }
 }
 
-/// Hosts of references and repositories on the command line. What cannot be parsed is found later.
+/// Hosts of references and repositories on the command line.
 fn hosts_named(command: &IndexCommand) -> Vec<String> {
     let (reference, repository) = match command {
-        IndexCommand::Build { source, .. } => (Some(source), None),
+        IndexCommand::Build { source, .. } => (source.reference(), None),
         IndexCommand::Push {
             reference, repository, ..
         }
@@ -141,19 +178,22 @@ fn hosts_named(command: &IndexCommand) -> Vec<String> {
         }
         | IndexCommand::Rm { reference, repository } => (Some(reference), repository.as_ref()),
         IndexCommand::Ls { reference, repository } => (reference.as_ref(), repository.as_ref()),
-        IndexCommand::Export { source, push, .. } => (Some(source), push.as_ref()),
+        IndexCommand::Export { source, push, .. } => {
+            let hosts = source.reference().into_iter().chain(push);
+            return hosts.map(|reference| reference.host.clone()).collect();
+        }
         IndexCommand::Inspect { .. } => (None, None),
     };
-    let names = reference.into_iter().chain(repository);
-    names
-        .filter_map(|name| Reference::parse(name).ok())
-        .map(|name| name.host)
-        .collect()
+    let reference = reference.map(|reference| &reference.host);
+    let repository = repository.map(|repository| &repository.host);
+    reference.into_iter().chain(repository).cloned().collect()
 }
 
 /// What the commands work with.
-struct Tool {
+struct Tool<'a> {
     config: Config,
+    /// Made when a layer has to be unpacked. It outlives all that is done.
+    scratch: &'a OnceCell<Scratch>,
     metrics: Arc<Metrics>,
     registry: Arc<Registry>,
     shared: Arc<SharedIndexes>,
@@ -167,8 +207,8 @@ pub(super) struct Subject {
     pub(super) layers: Vec<PlannedLayer>,
 }
 
-impl Tool {
-    fn new(config: Config) -> anyhow::Result<Self> {
+impl<'a> Tool<'a> {
+    fn new(config: Config, scratch: &'a OnceCell<Scratch>) -> anyhow::Result<Self> {
         let metrics = Arc::new(Metrics::new());
         let registry = Registry::new(&config.registry, Arc::clone(&metrics))?;
         let memory = Budget::new(config.memory.budget.0);
@@ -176,22 +216,23 @@ impl Tool {
         let shared = SharedIndexes::new(&config.index, copy, memory, counts)?;
         Ok(Tool {
             config,
+            scratch,
             metrics,
             registry,
             shared,
         })
     }
 
-    async fn subject(&self, name: &str) -> anyhow::Result<Subject> {
+    async fn subject(&self, name: &SourceName) -> anyhow::Result<Subject> {
         let (source, reference) = super::mount::open_source(&self.config, name, &self.metrics)?;
         let image = resolve(source.as_ref(), &reference)
             .await
             .with_context(|| format!("resolving {name}"))?;
         let manifest = Manifest::parse(&image.manifest_bytes)?;
         let layers = plan_layers(&manifest, &ImageConfig::parse(&image.config_bytes)?)?;
-        let place = Reference::parse(name).ok().map(|reference| LayerSource {
-            host: reference.host,
-            repository: reference.repository,
+        let place = name.reference().map(|reference| LayerSource {
+            host: reference.host.clone(),
+            repository: reference.repository.clone(),
         });
         Ok(Subject {
             source,
@@ -202,11 +243,13 @@ impl Tool {
     }
 
     /// The index repository that is meant, if one is.
-    fn repository(&self, named: Option<&str>) -> anyhow::Result<Option<LayerSource>> {
-        Ok(match named {
-            Some(name) => Some(parse_repository(name)?),
-            None => self.shared.policy().repository().cloned(),
-        })
+    fn repository(&self, named: Option<&LayerSource>) -> Option<LayerSource> {
+        named.or(self.shared.policy().repository()).cloned()
+    }
+
+    /// The image in a registry, which commands about its indexes work on.
+    async fn image(&self, reference: &Reference) -> anyhow::Result<Subject> {
+        self.subject(&SourceName::Registry(reference.clone())).await
     }
 
     /// Indexes a layer by streaming it into `loader`'s cache; `Err` in the inner result says why it has no index of use.
@@ -236,12 +279,15 @@ impl Tool {
             .ok_or_else(|| "its compression allows no ranges".to_owned()))
     }
 
-    /// A loader with a cache of its own in a temporary directory, which it goes with.
-    fn scratch(&self) -> anyhow::Result<(tempfile::TempDir, Loader)> {
-        let dir = tempfile::Builder::new()
-            .prefix("lazuli-index-")
-            .tempdir()
-            .context("a temporary directory")?;
+    /// A loader with a cache of its own in a temporary directory.
+    fn loader(&self) -> anyhow::Result<Loader> {
+        let dir = match self.scratch.get() {
+            Some(dir) => dir,
+            None => {
+                let dir = Scratch::new()?;
+                self.scratch.get_or_init(|| dir)
+            }
+        };
         let cache = Cache::open(dir.path(), &self.config.cache, Arc::clone(&self.metrics))?;
         let runtime = tokio::runtime::Handle::current();
         let fetcher = Fetcher::new(
@@ -251,19 +297,20 @@ impl Tool {
             runtime,
             Arc::clone(&self.metrics),
         );
-        Ok((dir, Loader::new(cache, fetcher, self.config.formats.clone())))
+        Ok(Loader::new(cache, fetcher, self.config.formats.clone()))
     }
 
-    async fn build(&self, source: &str, output: &Path) -> anyhow::Result<Vec<Row>> {
+    async fn build(&self, source: &SourceName, output: &Path) -> anyhow::Result<Vec<Row>> {
+        files::check_output(output)?;
         let subject = self.subject(source).await?;
-        let (_dir, loader) = self.scratch()?;
-        let mut rows = Vec::new();
+        let loader = self.loader()?;
+        let (mut rows, mut parts) = (Vec::new(), Vec::new());
         for layer in &subject.layers {
             let mut row = row_of(layer);
             match self.index(&loader, &subject, layer).await? {
                 Ok(bytes) => {
                     let path = file_of(output, &layer.spec.digest);
-                    std::fs::write(&path, &bytes).with_context(|| format!("writing {}", path.display()))?;
+                    parts.push(part_of(&path, &bytes)?);
                     row.index = Some(Digest::of(&bytes).to_string());
                     row.index_bytes = Some(bytes.len() as u64);
                     row.place = Some(path.display().to_string());
@@ -273,18 +320,25 @@ impl Tool {
             }
             rows.push(row);
         }
+        publish(parts, output)?;
         Ok(rows)
     }
 
     async fn push(
         &self,
-        reference: &str,
-        repository: Option<&str>,
+        reference: &Reference,
+        repository: Option<&LayerSource>,
         from: Option<&Path>,
         key: Option<SigningKey>,
-    ) -> anyhow::Result<Vec<Row>> {
-        let subject = self.subject(reference).await?;
-        let target = match (self.repository(repository)?, subject.place.clone()) {
+    ) -> anyhow::Result<Report> {
+        if let Some(dir) = from.filter(|dir| !dir.is_dir()) {
+            bail!(
+                "{} is not a directory; `lazuli index build` writes into one",
+                dir.display()
+            );
+        }
+        let subject = self.image(reference).await?;
+        let target = match (self.repository(repository), subject.place.clone()) {
             (Some(place), _) => Target::Repository(place),
             (None, Some(place)) => Target::image(&self.registry, place, &subject.image.manifest_digest).await?,
             (None, None) => bail!("{reference} is in no registry; name an index repository with --repository"),
@@ -293,7 +347,7 @@ impl Tool {
             Some(_) => HashSet::new(),
             None => self.built_by_daemon().await,
         };
-        let mut scratch = None;
+        let mut loader = None;
         let (mut rows, mut indexes) = (Vec::new(), Vec::new());
         for layer in &subject.layers {
             let mut row = row_of(layer);
@@ -302,9 +356,9 @@ impl Tool {
                 None => match self.of_daemon(&built, &layer.spec.digest)? {
                     Some(bytes) => Ok(bytes),
                     None => {
-                        let (_, loader) = match &scratch {
-                            Some(scratch) => scratch,
-                            None => scratch.insert(self.scratch()?),
+                        let loader = match &loader {
+                            Some(loader) => loader,
+                            None => loader.insert(self.loader()?),
                         };
                         self.index(loader, &subject, layer).await?
                     }
@@ -328,8 +382,20 @@ impl Tool {
         }
         if !indexes.is_empty() {
             push(&self.registry, &target, key.as_ref(), &indexes).await?;
+            return Ok(rows.into());
         }
-        Ok(rows)
+        let (mut nothing, mut note) = (None, None);
+        match from {
+            Some(dir) => {
+                nothing = Some(format!(
+                    "nothing was pushed: no file in {} is an index of a layer of {reference}; `lazuli index build` writes them",
+                    dir.display()
+                ));
+            }
+            // Each layer has a reason of its own: then all is done.
+            None => note = Some(format!("nothing was pushed: no layer of {reference} can use an index")),
+        }
+        Ok(Report { rows, nothing, note })
     }
 
     /// Layers whose indexes this machine's daemon has built itself. One that it took from others is not ours to vouch for.
@@ -365,10 +431,16 @@ impl Tool {
         Ok(found)
     }
 
-    async fn pull(&self, reference: &str, repository: Option<&str>, output: &Path) -> anyhow::Result<Vec<Row>> {
-        let subject = self.subject(reference).await?;
-        let repository = self.repository(repository)?;
-        let mut rows = Vec::new();
+    async fn pull(
+        &self,
+        reference: &Reference,
+        repository: Option<&LayerSource>,
+        output: &Path,
+    ) -> anyhow::Result<Report> {
+        files::check_output(output)?;
+        let subject = self.image(reference).await?;
+        let repository = self.repository(repository);
+        let (mut rows, mut parts) = (Vec::new(), Vec::new());
         for layer in &subject.layers {
             let digest = &layer.spec.digest;
             let mut offers = self.offers(&subject, digest, repository.as_ref()).await?;
@@ -381,17 +453,22 @@ impl Tool {
                 form::Portable::unpack(digest, layer.spec.size, &bytes)
                     .with_context(|| format!("index {} of layer {digest}", offer.digest))?;
                 let path = file_of(output, digest);
-                std::fs::write(&path, &bytes).with_context(|| format!("writing {}", path.display()))?;
+                parts.push(part_of(&path, &bytes)?);
                 row.note = format!("{}; written to {}", row.note, path.display());
             }
             rows.push(row);
         }
-        Ok(rows)
+        let nothing = parts
+            .is_empty()
+            .then(|| format!("nothing was written: there is no index of any layer of {reference}"));
+        publish(parts, output)?;
+        let note = None;
+        Ok(Report { rows, nothing, note })
     }
 
-    async fn list_image(&self, reference: &str, repository: Option<&str>) -> anyhow::Result<Vec<Row>> {
-        let subject = self.subject(reference).await?;
-        let repository = self.repository(repository)?;
+    async fn list_image(&self, reference: &Reference, repository: Option<&LayerSource>) -> anyhow::Result<Vec<Row>> {
+        let subject = self.image(reference).await?;
+        let repository = self.repository(repository);
         let mut rows = Vec::new();
         for layer in &subject.layers {
             let offers = self.offers(&subject, &layer.spec.digest, repository.as_ref()).await?;
@@ -408,9 +485,10 @@ impl Tool {
         Ok(rows)
     }
 
-    async fn list_repository(&self, repository: Option<&str>) -> anyhow::Result<Vec<Row>> {
-        let Some(place) = self.repository(repository)? else {
-            bail!("name an image, or an index repository with --repository or index.repository");
+    async fn list_repository(&self, repository: Option<&LayerSource>) -> anyhow::Result<Vec<Row>> {
+        let Some(place) = self.repository(repository) else {
+            let what = "name an image, or an index repository with --repository or index.repository";
+            return Err(Usage(what.to_owned()).into());
         };
         let source = self.registry.repository(&place.host, &place.repository);
         let mut rows = Vec::new();
@@ -430,9 +508,9 @@ impl Tool {
         Ok(rows)
     }
 
-    async fn remove(&self, reference: &str, repository: Option<&str>) -> anyhow::Result<Vec<Row>> {
-        let subject = self.subject(reference).await?;
-        let repository = self.repository(repository)?;
+    async fn remove(&self, reference: &Reference, repository: Option<&LayerSource>) -> anyhow::Result<Report> {
+        let subject = self.image(reference).await?;
+        let repository = self.repository(repository);
         let mut rows = Vec::new();
         for layer in &subject.layers {
             let digest = &layer.spec.digest;
@@ -455,7 +533,11 @@ impl Tool {
                 rows.push(row);
             }
         }
-        Ok(rows)
+        let note = rows
+            .is_empty()
+            .then(|| format!("nothing had to be removed: there is no index of any layer of {reference}"));
+        let nothing = None;
+        Ok(Report { rows, nothing, note })
     }
 
     fn trust_of(&self, offer: &Candidate) -> Option<String> {
@@ -501,6 +583,19 @@ pub(super) fn row_of(layer: &PlannedLayer) -> Row {
 
 fn file_of(dir: &Path, layer: &Digest) -> PathBuf {
     dir.join(format!("{}{SUFFIX}", layer.hex()))
+}
+
+/// A file that is written, and shown by [`publish`].
+fn part_of(path: &Path, bytes: &[u8]) -> anyhow::Result<Part> {
+    let mut part = Part::begin(path.to_owned())?;
+    part.write(bytes)?;
+    Ok(part)
+}
+
+/// Shows the files in `dir`, once all of them are whole.
+fn publish(parts: Vec<Part>, dir: &Path) -> anyhow::Result<()> {
+    parts.into_iter().try_for_each(Part::publish)?;
+    files::sync_directory(dir)
 }
 
 /// A file as a whole, if it is there and not larger than an index can be.

@@ -1,17 +1,21 @@
 //! `lazuli mount`: an image as a read-only directory tree, without containerd and without a daemon.
 //!
 //! The layers are shown by the same faces as the daemon's, in a private directory, merged where that is possible, and mounted with overlayfs.
+//! What can fail fails first: the directories and FUSE before a byte is fetched.
+//!
+//! Everything is taken away in the opposite order, at the signal that ends the command or when something fails: the overlay, the faces with
+//! the FUSE session, the cache, the threads, the private directory. The overlay's source in the list of mounts is that directory, so that
+//! what a killed command leaves can be told from what is somebody else's (`scratch.rs`).
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use futures::future::try_join_all;
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cache::Cache;
 use crate::catalog::images::plan_layers;
-use crate::catalog::loader::Loader;
+use crate::catalog::loader::{Loaded, Loader};
 use crate::catalog::toc::TocImage;
 use crate::catalog::variants;
 use crate::config::Config;
@@ -22,14 +26,14 @@ use crate::layer::Digest;
 use crate::metrics::Metrics;
 use crate::registry::image::{ImageConfig, Manifest, resolve};
 use crate::registry::layout::OciLayout;
-use crate::registry::{Reference, Registry, Source};
+use crate::registry::{Registry, Source};
 use crate::sync::Budget;
 use crate::sys::mount::Unmount;
 
-use super::MountArgs;
-
-/// Prefix of a source that is an OCI layout on disk.
-const LAYOUT_PREFIX: &str = "oci:";
+use super::names::SourceName;
+use super::scratch::Scratch;
+use super::work::Worker;
+use super::{MountArgs, files, output};
 
 pub(super) fn run(args: MountArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
@@ -37,13 +41,68 @@ pub(super) fn run(args: MountArgs) -> anyhow::Result<()> {
     if !args.mountpoint.is_dir() {
         bail!("{} is not a directory; make it first", args.mountpoint.display());
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(mount(&config, &args))
+    if let Some(cache) = &args.cache {
+        std::fs::create_dir_all(cache).with_context(|| format!("{} cannot be made", cache.display()))?;
+        files::check_output(cache)?;
+    }
+    let worker = Worker::threads()?;
+    // FUSE is mounted in this directory, which only root can enter, whatever the cache directory is.
+    let scratch = Scratch::new()?;
+    let result = mount(&config, &args, &worker, scratch.path());
+    // Before the directory goes: threads may still write into it.
+    drop(worker);
+    result
 }
 
-async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
+fn mount(config: &Config, args: &MountArgs, worker: &Worker, private: &Path) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new());
-    let (source, reference) = open_source(config, &args.source, &metrics)?;
+    let options = SessionOptions {
+        threads: config.fuse.threads,
+        read_deadline: config.fetch.read_deadline,
+        source_name: "lazuli".to_owned(),
+    };
+    let session = Session::mount(&private.join("fuse"), options, worker.handle(), Arc::clone(&metrics))?;
+    let options = FacesOptions {
+        choice: config.fuse.face,
+        dir: private.join("faces"),
+        deadline: MOUNT_DEADLINE,
+    };
+    let faces = Faces::open(session, options, Arc::clone(&metrics))?;
+    let root = args.cache.clone().unwrap_or_else(|| private.join("cache"));
+    let cache = Cache::open(&root, &config.cache, Arc::clone(&metrics))?;
+    let fetched = worker.run(fetch(config, args, &cache, &metrics));
+    let shown = match &fetched {
+        Ok(image) => show(image, &faces, worker, private, &args.mountpoint),
+        Err(_) => Ok(()),
+    };
+    let closed = faces.close();
+    // Layers first.
+    let fetched = fetched.map(drop);
+    cache.close();
+    fetched.and(shown).and(closed.map_err(Into::into))
+}
+
+/// An image whose layers can be read.
+struct Fetched {
+    manifest: Digest,
+    layers: Vec<Loaded>,
+}
+
+impl Drop for Fetched {
+    fn drop(&mut self) {
+        for loaded in &self.layers {
+            loaded.layer.close();
+        }
+    }
+}
+
+async fn fetch(
+    config: &Config,
+    args: &MountArgs,
+    cache: &Arc<Cache>,
+    metrics: &Arc<Metrics>,
+) -> anyhow::Result<Fetched> {
+    let (source, reference) = open_source(config, &args.source, metrics)?;
     let image = resolve(source.as_ref(), &reference)
         .await
         .with_context(|| format!("resolving {}", args.source))?;
@@ -51,25 +110,14 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
         &Manifest::parse(&image.manifest_bytes)?,
         &ImageConfig::parse(&image.config_bytes)?,
     )?;
-
-    // The FUSE mount lies in a directory that only root can enter, whatever the cache directory is.
-    let private = tempfile::Builder::new()
-        .prefix("lazuli-mount-")
-        .tempdir()
-        .context("a temporary directory")?;
-    let root: PathBuf = args.cache.clone().unwrap_or_else(|| private.path().join("cache"));
-    std::fs::create_dir_all(&root).with_context(|| format!("cache directory {}", root.display()))?;
-    let cache = Cache::open(&root, &config.cache, Arc::clone(&metrics))?;
-    let runtime = tokio::runtime::Handle::current();
-    let memory = Budget::new(config.memory.budget.0);
     let fetcher = Fetcher::new(
         &config.fetch,
-        memory,
-        Arc::clone(&cache),
-        runtime.clone(),
-        Arc::clone(&metrics),
+        Budget::new(config.memory.budget.0),
+        Arc::clone(cache),
+        tokio::runtime::Handle::current(),
+        Arc::clone(metrics),
     );
-    let loader = Loader::new(Arc::clone(&cache), fetcher, config.formats.clone());
+    let loader = Loader::new(Arc::clone(cache), fetcher, config.formats.clone());
     let toc_image = reference
         .parse::<Digest>()
         .is_err()
@@ -85,47 +133,42 @@ async fn mount(config: &Config, args: &MountArgs) -> anyhow::Result<()> {
             judged,
         )
     });
-    let loaded = try_join_all(loads).await?;
-    let layers: Vec<_> = loaded.iter().map(|loaded| Arc::clone(&loaded.layer)).collect();
+    Ok(Fetched {
+        manifest: image.manifest_digest,
+        layers: try_join_all(loads).await?,
+    })
+}
 
-    let options = SessionOptions {
-        threads: config.fuse.threads,
-        read_deadline: config.fetch.read_deadline,
-        source_name: "lazuli".to_owned(),
-    };
-    let session = Session::mount(&private.path().join("fuse"), options, runtime, Arc::clone(&metrics))?;
-    let options = FacesOptions {
-        choice: config.fuse.face,
-        dir: private.path().join("faces"),
-        deadline: MOUNT_DEADLINE,
-    };
-    let on_each_other = variants::on_each_other(&layers)?;
-    // These block, for mounts that this process itself serves.
-    let opened = tokio::task::spawn_blocking(move || {
-        let faces = Faces::open(session, options, metrics)?;
-        let lower_dirs = lower_dirs(&faces, on_each_other)?;
-        Ok::<_, FsError>((faces, lower_dirs))
-    });
-    let (faces, mut lower_dirs) = opened.await??;
+/// Shows the image at `mountpoint` until a signal comes.
+fn show(image: &Fetched, faces: &Faces, worker: &Worker, private: &Path, mountpoint: &Path) -> anyhow::Result<()> {
+    let layers: Vec<_> = image.layers.iter().map(|loaded| Arc::clone(&loaded.layer)).collect();
+    let mut lower_dirs = lower_dirs(faces, variants::on_each_other(&layers)?)?;
     // overlayfs wants at least two directories.
     for name in ["empty", "empty-too"]
         .into_iter()
         .take(2_usize.saturating_sub(lower_dirs.len()))
     {
-        let empty = private.path().join(name);
+        let empty = private.join(name);
         std::fs::create_dir(&empty).context("a temporary directory")?;
         lower_dirs.push(empty);
     }
-    for loaded in &loaded {
-        loaded.layer.prefetch(0, loaded.prefetch);
+    worker.block_on(async {
+        for loaded in &image.layers {
+            loaded.layer.prefetch(0, loaded.prefetch);
+        }
+    });
+    crate::sys::mount::overlay_from(private.as_os_str(), &lower_dirs, mountpoint)
+        .with_context(|| format!("mounting on {}", mountpoint.display()))?;
+    let told = output::print(&format!(
+        "{} is mounted on {}; interrupt to unmount\n",
+        image.manifest,
+        mountpoint.display()
+    ));
+    if told.is_ok() {
+        worker.wait_for_signal();
     }
-    let result = show(&lower_dirs, &args.mountpoint, &image.manifest_digest.to_string()).await;
-    let unmounted = tokio::task::spawn_blocking(move || faces.close()).await?;
-    for layer in layers {
-        layer.close();
-    }
-    cache.close();
-    result.and(unmounted.map_err(Into::into))
+    let unmounted = crate::sys::mount::unmount(mountpoint, Unmount::Detach);
+    told.and(unmounted.with_context(|| format!("unmounting {}", mountpoint.display())))
 }
 
 /// Directories that show the layers, which come lowest first: one where they can be merged, else one for each, the uppermost first.
@@ -149,36 +192,18 @@ fn lower_dirs(faces: &Faces, layers: Vec<Arc<dyn LayerData>>) -> Result<Vec<Path
     slots.iter().rev().map(|slot| faces.layer_path(*slot)).collect()
 }
 
-/// Mounts the stack, waits for a signal, and unmounts it.
-async fn show(lower_dirs: &[PathBuf], mountpoint: &Path, what: &str) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    crate::sys::mount::overlay(lower_dirs, mountpoint)
-        .with_context(|| format!("mounting on {}", mountpoint.display()))?;
-    println!("{what} is mounted on {}; interrupt to unmount", mountpoint.display());
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    crate::sys::mount::unmount(mountpoint, Unmount::Detach)
-        .with_context(|| format!("unmounting {}", mountpoint.display()))
-}
-
-/// The source that the text names, and the tag or digest to ask it for.
+/// The source that is named, and the tag or digest to ask it for.
 pub(super) fn open_source(
     config: &Config,
-    text: &str,
+    name: &SourceName,
     metrics: &Arc<Metrics>,
 ) -> anyhow::Result<(Arc<dyn Source>, String)> {
-    let Some(layout) = text.strip_prefix(LAYOUT_PREFIX) else {
-        let reference = Reference::parse(text)?;
-        let registry = Registry::new(&config.registry, Arc::clone(metrics))?;
-        let source = registry.repository(&reference.host, &reference.repository);
-        return Ok((source, reference.manifest_reference()));
-    };
-    let (directory, tag) = match layout.rsplit_once(':') {
-        Some((directory, tag)) if !tag.contains('/') => (directory, tag),
-        _ => (layout, ""),
-    };
-    Ok((OciLayout::open(Path::new(directory))?, tag.to_owned()))
+    match name {
+        SourceName::Registry(reference) => {
+            let registry = Registry::new(&config.registry, Arc::clone(metrics))?;
+            let source = registry.repository(&reference.host, &reference.repository);
+            Ok((source, reference.manifest_reference()))
+        }
+        SourceName::Layout { directory, tag } => Ok((OciLayout::open(directory)?, tag.clone())),
+    }
 }

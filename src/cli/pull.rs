@@ -11,7 +11,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
 use futures::{Stream, TryStreamExt};
-use indicatif::{ProgressBar, ProgressStyle};
 use tonic::transport::Channel;
 use tonic::{Code, Request};
 
@@ -19,7 +18,7 @@ use crate::catalog::containerd::{
     BlobWriter, CONFIG_LABEL, Containerd, LEASE_HEADER, MAX_MESSAGE, SOURCE_LABEL, header,
 };
 use crate::catalog::status::Status;
-use crate::config::ByteSize;
+use crate::config::{ByteSize, Config};
 use crate::layer::Digest;
 use crate::proto::content::v1::content_client::ContentClient;
 use crate::proto::diff::v1::diff_client::DiffClient;
@@ -31,14 +30,19 @@ use crate::proto::{content, diff, images, leases, snapshots};
 use crate::registry::image::{Image, LayerDescriptor};
 use crate::registry::{Reference, Registry, RegistryError, Source};
 
-use super::PullArgs;
+use super::failure::Interrupted;
+use super::progress::Progress;
 use super::status;
+use super::work::Worker;
+use super::{PullArgs, failure, output};
 
 const LABEL_REF: &str = "containerd.io/snapshot.ref";
 /// Longest wait for one layer: a layer that has to be streamed or unpacked is downloaded as a whole meanwhile.
 const LAYER_DEADLINE: Duration = Duration::from_secs(3600);
 /// How long containerd keeps the parts of a pull that died, in hours.
 const LEASE_HOURS: u64 = 24;
+/// Longest time for taking away what an interrupted pull has begun. The lease expires anyway; this only tidies up sooner.
+const TIDYING: Duration = Duration::from_secs(5);
 /// How often the progress bar asks the daemon how far streams have come.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 /// How long containerd may take to reach a daemon that was restarted: its connection backs off to 3 s.
@@ -55,62 +59,72 @@ pub(super) fn run(args: PullArgs) -> anyhow::Result<()> {
     if let Some(address) = &args.containerd_address {
         config.containerd_address = address.clone();
     }
-    super::client_runtime()?.block_on(async {
-        let reference = Reference::parse(&args.reference)?;
-        let registry = Registry::new(&config.registry, Default::default())?;
-        let source = registry.repository(&reference.host, &reference.repository);
-        let image = crate::registry::image::resolve(source.as_ref(), &reference.manifest_reference())
-            .await
-            .with_context(|| format!("resolving {reference}"))?;
-        let bar = progress_bar(args.quiet, image.layers.len() as u64);
-        let pull = Pull {
-            containerd: Containerd::new(&config.containerd_address),
-            namespace: args.namespace.clone(),
-            snapshotter: args.snapshotter.clone(),
-            lease: format!("lazuli-pull-{}", unique()),
-            reference,
-            image,
-            source,
-        };
-        let watching = watch(&config.address, &bar);
-        let result = tokio::select! {
-            result = pull.run(&bar) => result,
-            () = watching => unreachable!("the progress bar is watched until the pull ends"),
-        };
-        bar.finish_and_clear();
-        let unpacked = result?;
-        let status = status::fetch(&config.address).await.ok();
-        print!("{}", summary(&pull, &unpacked, status.as_ref()));
-        Ok(())
+    let worker = Worker::client()?;
+    let pull = worker.run(prepare(&config, &args))?;
+    let progress = Progress::new(args.quiet, &pull.image.layers);
+    let pulled = worker.run(async {
+        tokio::select! {
+            result = pull.run(&progress) => result,
+            () = watch(&config.address, &progress) => unreachable!("the progress bar is watched until the pull ends"),
+        }
+    });
+    progress.finish();
+    if pulled.as_ref().is_err_and(|error| error.is::<Interrupted>()) {
+        let tidied = worker.block_on(async { tokio::time::timeout(TIDYING, pull.delete_lease(true)).await });
+        if !matches!(tidied, Ok(Ok(()))) {
+            output::tell(&format!(
+                "containerd removes what was pulled in {LEASE_HOURS} hours, with the lease {}",
+                pull.lease
+            ));
+        }
+    }
+    let outcomes = pulled?;
+    let status = worker.block_on(status::fetch(&config.address));
+    output::print(&summary(&pull, &outcomes, &status))
+}
+
+/// Finds out what is to be pulled.
+async fn prepare(config: &Config, args: &PullArgs) -> anyhow::Result<Pull> {
+    let reference = args.reference.clone();
+    let registry = Registry::new(&config.registry, Default::default())?;
+    let source = registry.repository(&reference.host, &reference.repository);
+    let image = crate::registry::image::resolve(source.as_ref(), &reference.manifest_reference())
+        .await
+        .with_context(|| format!("resolving {reference}"))?;
+    Ok(Pull {
+        containerd: Containerd::new(&config.containerd_address),
+        namespace: args.namespace.clone(),
+        snapshotter: args.snapshotter.clone(),
+        lease: format!("lazuli-pull-{}", unique()),
+        reference,
+        image,
+        source,
     })
 }
 
-fn progress_bar(quiet: bool, layers: u64) -> ProgressBar {
-    if quiet {
-        return ProgressBar::hidden();
-    }
-    let style = ProgressStyle::with_template("{spinner} {pos}/{len} layers {wide_bar} {msg}");
-    // The template is a constant that the tests draw once.
-    ProgressBar::new(layers).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-}
-
 /// Shows what the daemon streams, as long as it is polled.
-async fn watch(address: &std::path::Path, bar: &ProgressBar) {
+async fn watch(address: &std::path::Path, progress: &Progress) {
     loop {
         tokio::time::sleep(PROGRESS_INTERVAL).await;
-        bar.tick();
-        if bar.is_hidden() {
+        if progress.is_hidden() {
             continue;
         }
-        if let Ok(status) = status::fetch(address).await {
-            let received: u64 = status.loading.iter().map(|layer| layer.received_bytes).sum();
-            let all: u64 = status.loading.iter().map(|layer| layer.blob_bytes).sum();
-            bar.set_message(match all {
-                0 => String::new(),
-                all => format!("streaming {} of {}", ByteSize(received), ByteSize(all)),
-            });
+        match status::fetch(address).await {
+            Ok(status) => progress.streams(&status.loading),
+            Err(_) => progress.cannot_ask(),
         }
     }
+}
+
+/// How a layer came to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    /// It was before.
+    Present,
+    /// The snapshotter has taken it.
+    Taken,
+    /// containerd has unpacked it.
+    Unpacked,
 }
 
 struct Pull {
@@ -124,18 +138,18 @@ struct Pull {
 }
 
 impl Pull {
-    /// Pulls the image; gives the positions of the layers that containerd unpacked itself.
-    async fn run(&self, bar: &ProgressBar) -> anyhow::Result<Vec<usize>> {
+    /// Pulls the image, and tells how each layer came to be there.
+    async fn run(&self, progress: &Progress) -> anyhow::Result<Vec<Outcome>> {
         self.containerd.version().await?;
         self.create_lease().await?;
-        let result = self.run_leased(bar).await;
-        let deleted = self.delete_lease().await;
-        let unpacked = result?;
+        let result = self.run_leased(progress).await;
+        let deleted = self.delete_lease(false).await;
+        let outcomes = result?;
         deleted?;
-        Ok(unpacked)
+        Ok(outcomes)
     }
 
-    async fn run_leased(&self, bar: &ProgressBar) -> anyhow::Result<Vec<usize>> {
+    async fn run_leased(&self, progress: &Progress) -> anyhow::Result<Vec<Outcome>> {
         let image = &self.image;
         self.write(&image.config.digest, image.config_bytes.clone(), HashMap::new())
             .await?;
@@ -146,26 +160,24 @@ impl Pull {
         self.write(&image.manifest_digest, image.manifest_bytes.clone(), labels)
             .await?;
 
-        let mut unpacked = Vec::new();
+        let mut outcomes = Vec::new();
         let mut parent = String::new();
         for (i, chain_id) in image.chain_ids.iter().enumerate() {
             let chain_id = chain_id.to_string();
-            if !self.layer(i, &parent, &chain_id).await? {
-                unpacked.push(i);
-            }
+            outcomes.push(self.layer(i, &parent, &chain_id, progress).await?);
             parent = chain_id;
-            bar.inc(1);
+            progress.done(i);
         }
         let top = format!("containerd.io/gc.ref.snapshot.{}", self.snapshotter);
         self.label(&image.config.digest, &top, &parent).await?;
         self.name_image().await?;
-        Ok(unpacked)
+        Ok(outcomes)
     }
 
-    /// Makes one layer exist; `false` if containerd had to unpack it.
-    async fn layer(&self, i: usize, parent: &str, chain_id: &str) -> anyhow::Result<bool> {
+    /// Makes one layer exist.
+    async fn layer(&self, i: usize, parent: &str, chain_id: &str, progress: &Progress) -> anyhow::Result<Outcome> {
         if self.exists(chain_id).await? {
-            return Ok(true);
+            return Ok(Outcome::Present);
         }
         let mut client = self.snapshots();
         let snapshotter = || self.snapshotter.clone();
@@ -179,13 +191,14 @@ impl Pull {
         let mut request = self.request(prepare)?;
         request.set_timeout(LAYER_DEADLINE);
         match client.prepare(request).await {
-            Err(status) if status.code() == Code::AlreadyExists => Ok(true),
+            Err(status) if status.code() == Code::AlreadyExists => Ok(Outcome::Taken),
             Err(status) => Err(self.failed(
                 format!("prepare layer {} of {}", i + 1, self.image.layers.len()),
                 status,
             )),
             Ok(answer) => {
-                let unpacked = self.unpack(i, chain_id, &key, answer.into_inner().mounts).await;
+                let mounts = answer.into_inner().mounts;
+                let unpacked = self.unpack(i, chain_id, &key, mounts, progress).await;
                 if unpacked.is_err() {
                     let remove = snapshots::v1::RemoveSnapshotRequest {
                         snapshotter: snapshotter(),
@@ -194,7 +207,7 @@ impl Pull {
                     // The lease expires anyway; this only tidies up sooner.
                     let _ = client.remove(self.request(remove)?).await;
                 }
-                unpacked.map(|()| false)
+                unpacked.map(|()| Outcome::Unpacked)
             }
         }
     }
@@ -227,13 +240,24 @@ impl Pull {
     }
 
     /// Downloads a layer into containerd's content store and has containerd unpack it.
-    async fn unpack(&self, i: usize, chain_id: &str, key: &str, mounts: Vec<Mount>) -> anyhow::Result<()> {
+    async fn unpack(
+        &self,
+        i: usize,
+        chain_id: &str,
+        key: &str,
+        mounts: Vec<Mount>,
+        progress: &Progress,
+    ) -> anyhow::Result<()> {
         let layer = &self.image.layers[i];
+        let mut received = 0;
+        progress.downloaded(i, received);
         let mut body = self.source.blob(layer.digest, layer.size).read(0..layer.size).await?;
         let (sender, messages) = tokio::sync::mpsc::channel(WRITES_AHEAD);
         let mut writer = BlobWriter::new(&self.lease, &layer.digest, layer.size, self.source_labels());
         let feed = async move {
             while let Some(bytes) = body.try_next().await? {
+                received += bytes.len() as u64;
+                progress.downloaded(i, received);
                 // Without a receiver the call has ended; its own answer says why.
                 if sender.send(writer.piece(&bytes)).await.is_err() {
                     return Ok(());
@@ -409,10 +433,11 @@ impl Pull {
             .map_err(|status| self.failed("create a lease", status))
     }
 
-    async fn delete_lease(&self) -> anyhow::Result<()> {
+    /// Lets go of what the pull has made; with `collect`, containerd removes what nothing else refers to before it answers.
+    async fn delete_lease(&self, collect: bool) -> anyhow::Result<()> {
         let delete = leases::v1::DeleteRequest {
             id: self.lease.clone(),
-            sync: false,
+            sync: collect,
         };
         let request = self.containerd.request(&self.namespace, delete)?;
         let deleted = LeasesClient::new(self.containerd.channel()).delete(request).await;
@@ -467,31 +492,89 @@ fn unique() -> String {
     format!("{nanos}-{}", std::process::id())
 }
 
-/// What the pull made: one line per layer.
-fn summary(pull: &Pull, unpacked: &[usize], status: Option<&Status>) -> String {
+/// What the pull made: one line per layer. Where the daemon cannot be asked, it says so, and nothing that is not known.
+fn summary(pull: &Pull, outcomes: &[Outcome], status: &anyhow::Result<Status>) -> String {
     let mut out = format!("{} {}\n", pull.reference, pull.image.manifest_digest);
-    for (i, layer) in pull.image.layers.iter().enumerate() {
+    for (layer, outcome) in pull.image.layers.iter().zip(outcomes) {
         let digest = layer.digest.to_string();
-        let live = status.and_then(|s| s.layers.iter().find(|l| l.digest == digest));
-        let reason = || {
-            let layers = status?.images.iter().flat_map(|image| &image.layers);
-            layers.filter(|l| l.digest == digest).find_map(|l| l.refused.clone())
-        };
-        let what = match live {
-            Some(live) => status::describe(live),
-            None if unpacked.contains(&i) => {
-                format!(
-                    "unpacked by containerd: {}",
-                    reason().unwrap_or_else(|| "the daemon's log says why".to_owned())
-                )
-            }
-            None => "there already".to_owned(),
-        };
         out.push_str(&format!(
-            "  {}  {:>10}  {what}\n",
+            "  {}  {:>10}  {}\n",
             status::short(&digest),
-            ByteSize(layer.size).to_string()
+            ByteSize(layer.size).to_string(),
+            what_became_of(&digest, *outcome, status.as_ref().ok())
         ));
     }
+    if let Err(error) = status {
+        let cause = failure::text(error);
+        out.push_str(&format!("How much of them is here cannot be told: {cause}\n"));
+    }
     out
+}
+
+/// What became of a layer.
+fn what_became_of(digest: &str, outcome: Outcome, status: Option<&Status>) -> String {
+    let live = status.and_then(|status| status.layers.iter().find(|live| live.digest == digest));
+    match (outcome, live) {
+        (Outcome::Unpacked, _) => {
+            let layers = status.into_iter().flat_map(|status| &status.images);
+            let mut layers = layers.flat_map(|image| &image.layers);
+            let reason = layers.find_map(|layer| layer.refused.clone().filter(|_| layer.digest == digest));
+            let reason = reason.unwrap_or_else(|| "the daemon's log says why".to_owned());
+            format!("unpacked by containerd: {reason}")
+        }
+        (_, Some(live)) => status::describe(live),
+        (Outcome::Taken, None) => "taken by the daemon".to_owned(),
+        (Outcome::Present, None) => "there already".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::catalog::status::{ImageLayerStatus, ImageStatus, LayerStatus};
+
+    #[test]
+    fn what_is_not_known_is_not_told() {
+        let known = Status {
+            layers: vec![LayerStatus {
+                digest: "lazy".into(),
+                format: "estargz".into(),
+                lazy: true,
+                ..Default::default()
+            }],
+            images: vec![ImageStatus {
+                layers: vec![ImageLayerStatus {
+                    digest: "refused".into(),
+                    live: false,
+                    refused: Some("it is encrypted".into()),
+                }],
+                ..Default::default()
+            }],
+            ..Default::default()
+        };
+        for (digest, outcome, with_daemon, without) in [
+            (
+                "lazy",
+                Outcome::Taken,
+                "lazy estargz: 0 B of 0 B here, 0 requests, 0 B fetched",
+                "taken by the daemon",
+            ),
+            (
+                "lazy",
+                Outcome::Present,
+                "lazy estargz: 0 B of 0 B here, 0 requests, 0 B fetched",
+                "there already",
+            ),
+            (
+                "refused",
+                Outcome::Unpacked,
+                "unpacked by containerd: it is encrypted",
+                "unpacked by containerd: the daemon's log says why",
+            ),
+            ("other", Outcome::Present, "there already", "there already"),
+        ] {
+            assert_eq!(what_became_of(digest, outcome, Some(&known)), with_daemon);
+            assert_eq!(what_became_of(digest, outcome, None), without);
+        }
+    }
 }

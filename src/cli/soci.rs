@@ -2,12 +2,14 @@
 
 use std::path::Path;
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use bytes::Bytes;
 use clap::ValueEnum;
 use futures::TryStreamExt;
 use serde_json::{Value, json};
 
+use super::failure::Usage;
+use super::files::LayoutWriter;
 use super::index::{Row, Subject, row_of};
 use crate::catalog::soci::manifest;
 use crate::layer::compression::media_type;
@@ -35,7 +37,7 @@ pub(super) enum Version {
 pub(super) struct Export<'a> {
     pub version: Version,
     pub output: Option<&'a Path>,
-    pub push: Option<&'a str>,
+    pub push: Option<&'a Reference>,
     pub span_size: u64,
     pub min_layer_size: u64,
 }
@@ -52,25 +54,43 @@ struct Documents {
     list: Option<Bytes>,
 }
 
-impl Export<'_> {
-    pub(super) async fn run(&self, registry: &Registry, subject: &Subject) -> anyhow::Result<Vec<Row>> {
-        if self.output.is_none() && self.push.is_none() {
-            bail!("say where it is to go: --output DIR, --push REF, or both");
+/// An export whose places are found to be possible.
+pub(super) struct Begun<'a> {
+    export: Export<'a>,
+    layout: Option<LayoutWriter>,
+}
+
+impl<'a> Export<'a> {
+    /// Makes the output, before anything is downloaded.
+    pub(super) fn begin(self) -> anyhow::Result<Begun<'a>> {
+        if let (Version::V2, Some(reference)) = (self.version, self.push)
+            && reference.digest.is_some()
+        {
+            let what = format!("--push {reference}: the image gets a new manifest, with another digest; name a tag");
+            return Err(Usage(what).into());
         }
-        let push = self.push.map(Reference::parse).transpose()?;
-        if let Some(output) = self.output {
-            std::fs::create_dir_all(output.join("blobs/sha256")).with_context(|| output.display().to_string())?;
+        let layout = self.output.map(LayoutWriter::begin).transpose()?;
+        Ok(Begun { export: self, layout })
+    }
+}
+
+impl Begun<'_> {
+    pub(super) async fn run(mut self, registry: &Registry, subject: &Subject) -> anyhow::Result<Vec<Row>> {
+        let push = self.export.push;
+        let pusher = push.map(|reference| registry.pusher(&reference.host, &reference.repository));
+        if let Some(pusher) = &pusher {
+            self.export.check_target(pusher, subject).await?;
         }
         let (mut rows, mut entries, mut blobs) = (Vec::new(), Vec::new(), Vec::new());
         for layer in &subject.layers {
             let mut row = row_of(layer);
-            match self.ztoc(subject, layer).await? {
+            match self.export.ztoc(&mut self.layout, subject, layer).await? {
                 Ok(ztoc) => {
-                    let media_type = match self.version {
+                    let media_type = match self.export.version {
                         Version::V1 => &layer.spec.media_type,
                         Version::V2 => oci_type(&layer.spec.media_type),
                     };
-                    let entry = manifest::entry(&ztoc, &layer.spec.digest, media_type, self.span_size);
+                    let entry = manifest::entry(&ztoc, &layer.spec.digest, media_type, self.export.span_size);
                     row.index = Some(entry.digest.to_string());
                     row.index_bytes = Some(entry.size);
                     row.note = "exported".to_owned();
@@ -85,16 +105,15 @@ impl Export<'_> {
             bail!("no layer of the image can be indexed");
         }
         blobs.push(Bytes::from_static(EMPTY));
-        let documents = self.documents(subject, &entries, blobs)?;
-        if let Some(output) = self.output {
-            self.write(output, subject, &documents)?;
+        let documents = self.export.documents(subject, &entries, blobs)?;
+        if let Some(layout) = self.layout {
+            self.export.write(layout, subject, &documents)?;
         }
-        if let Some(reference) = push {
-            let pusher = registry.pusher(&reference.host, &reference.repository);
-            self.send(&pusher, &reference, subject, &documents).await?;
+        if let (Some(pusher), Some(reference)) = (&pusher, push) {
+            self.export.send(pusher, reference, subject, &documents).await?;
         }
         let digest = Digest::of(documents.image.as_ref().unwrap_or(&documents.index));
-        let what = match self.version {
+        let what = match self.export.version {
             Version::V1 => "the index",
             Version::V2 => "the image's new manifest",
         };
@@ -105,42 +124,56 @@ impl Export<'_> {
         });
         Ok(rows)
     }
+}
+
+impl Export<'_> {
+    /// Finds out whether a new manifest of the image could be pushed there: its layers are not pushed with it.
+    async fn check_target(&self, pusher: &Pusher, subject: &Subject) -> anyhow::Result<()> {
+        if self.version == Version::V1 {
+            return Ok(());
+        }
+        for layer in &subject.layers {
+            if !pusher.has_blob(layer.spec.digest).await? {
+                let place = pusher.describe();
+                bail!(
+                    "{place} does not have layer {}: push the image there first",
+                    layer.spec.digest
+                );
+            }
+        }
+        Ok(())
+    }
 
     /// The zTOC of a layer; `Err` in the inner result says why there is none. The layer is written to the output on its way.
     async fn ztoc(
         &self,
+        layout: &mut Option<LayoutWriter>,
         subject: &Subject,
         layer: &crate::catalog::images::PlannedLayer,
     ) -> anyhow::Result<Result<Vec<u8>, String>> {
-        use std::io::Write as _;
         let spec = &layer.spec;
         let compression = match media_type(&spec.media_type) {
             Ok(media) => media.compression.unwrap_or(Compression::None),
             Err(error) => return Ok(Err(error.to_string())),
         };
-        let whole = self.output.is_some() && self.version == Version::V2;
+        let mut layout = layout.as_mut().filter(|_| self.version == Version::V2);
         let mut builder = match ZtocBuilder::new(compression, self.span_size, TOOL) {
             _ if spec.size < self.min_layer_size => Err(format!("it has less than {} bytes", self.min_layer_size)),
             Ok(builder) => Ok(builder),
             Err(error) => Err(error.to_string()),
         };
-        if builder.is_err() && !whole {
+        if builder.is_err() && layout.is_none() {
             return Ok(builder.map(|_| Vec::new()));
         }
-        let mut file = match self.output.filter(|_| whole) {
-            Some(output) => {
-                let path = blob_path(output, &spec.digest);
-                Some(std::fs::File::create(&path).with_context(|| path.display().to_string())?)
-            }
-            None => None,
-        };
+        let file = layout.as_ref().map(|layout| layout.blob(&spec.digest));
+        let mut file = file.transpose()?;
         let blob = subject.source.blob(spec.digest, spec.size);
         let mut body = blob.read(0..spec.size).await?;
         let mut hash = crate::layer::digest::Hasher::new();
         while let Some(bytes) = body.try_next().await? {
             hash.update(&bytes);
             if let Some(file) = &mut file {
-                file.write_all(&bytes)?;
+                file.write(&bytes)?;
             }
             let Ok(mut building) = builder else { continue };
             // It decodes and hashes: not for the threads that wait for the network.
@@ -151,6 +184,9 @@ impl Export<'_> {
         let actual = hash.finish();
         if actual != spec.digest {
             bail!("layer {} came with digest {actual}", spec.digest);
+        }
+        if let (Some(layout), Some(file)) = (&mut layout, file) {
+            layout.add(file);
         }
         let built = match builder {
             Ok(builder) => tokio::task::spawn_blocking(move || builder.finish()).await?,
@@ -187,15 +223,15 @@ impl Export<'_> {
     }
 
     /// Writes an OCI layout.
-    fn write(&self, output: &Path, subject: &Subject, documents: &Documents) -> anyhow::Result<()> {
-        let mut blobs: Vec<&Bytes> = documents.blobs.iter().chain([&documents.index]).collect();
-        blobs.extend(documents.image.iter().chain(&documents.list));
-        if self.version == Version::V2 {
-            blobs.push(&subject.image.config_bytes);
+    fn write(&self, mut layout: LayoutWriter, subject: &Subject, documents: &Documents) -> anyhow::Result<()> {
+        for blob in documents.blobs.iter().chain([&documents.index]) {
+            layout.add_bytes(blob)?;
         }
-        for bytes in blobs {
-            let path = blob_path(output, &Digest::of(bytes));
-            std::fs::write(&path, bytes).with_context(|| path.display().to_string())?;
+        for blob in documents.image.iter().chain(&documents.list) {
+            layout.add_bytes(blob)?;
+        }
+        if self.version == Version::V2 {
+            layout.add_bytes(&subject.image.config_bytes)?;
         }
         let root = match &documents.list {
             Some(list) => json!({ "mediaType": OCI_INDEX, "digest": Digest::of(list).to_string(), "size": list.len() }),
@@ -205,9 +241,7 @@ impl Export<'_> {
             }),
         };
         let index = json!({ "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [root] });
-        std::fs::write(output.join("index.json"), index.to_string())?;
-        std::fs::write(output.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#)?;
-        Ok(())
+        layout.finish(&index.to_string())
     }
 
     /// Pushes the index, and for v2 the image's new manifest.
@@ -238,15 +272,6 @@ impl Export<'_> {
             }
             return Ok(());
         };
-        for layer in &subject.layers {
-            if !pusher.has_blob(layer.spec.digest).await? {
-                let place = pusher.describe();
-                bail!(
-                    "{place} does not have layer {}: push the image there first",
-                    layer.spec.digest
-                );
-            }
-        }
         pusher.put_blob(subject.image.config_bytes.clone()).await?;
         let by_digest = Digest::of(image).to_string();
         pusher.put_manifest(&by_digest, MANIFEST_TYPE, image.clone()).await?;
@@ -263,8 +288,4 @@ fn oci_type(media_type: &str) -> &str {
         "application/vnd.docker.image.rootfs.diff.tar" => "application/vnd.oci.image.layer.v1.tar",
         other => other,
     }
-}
-
-fn blob_path(output: &Path, digest: &Digest) -> std::path::PathBuf {
-    output.join("blobs/sha256").join(digest.hex())
 }

@@ -1,66 +1,92 @@
 //! `lazuli status`: the daemon's status document, as a table for people or as JSON for programs.
 
 use std::fmt::Write as _;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
 
-use crate::catalog::containerd::{ContainerdError, MAX_MESSAGE, unix_channel};
+use crate::catalog::containerd::{MAX_MESSAGE, io_cause, unix_channel};
 use crate::catalog::status::{ChainStatus, LayerStatus, Status};
 use crate::config::ByteSize;
 use crate::proto::control::StatusRequest;
 use crate::proto::control::control_client::ControlClient;
 
-use super::StatusArgs;
+use super::work::Worker;
+use super::{StatusArgs, output};
 
 /// Longest wait for the daemon's answer, which comes from its memory.
 const DEADLINE: Duration = Duration::from_secs(10);
 /// Hex digits of a digest that a table shows.
 const SHORT_DIGEST: usize = 12;
 
+/// The daemon cannot be asked.
+#[derive(Debug, thiserror::Error)]
+#[error("the daemon does not answer at {}: {problem}", address.display())]
+pub(super) struct NoDaemon {
+    /// Its socket.
+    address: PathBuf,
+    /// Why, and what to do.
+    problem: String,
+}
+
+impl NoDaemon {
+    fn new(address: &Path, status: &tonic::Status) -> Self {
+        let problem = match io_cause(status).map(io::Error::kind) {
+            Some(io::ErrorKind::NotFound) => {
+                "there is no such socket; is `lazuli serve` running, and with this address? \
+                (--address, or `address` in the configuration)"
+                    .to_owned()
+            }
+            Some(io::ErrorKind::ConnectionRefused) => {
+                "nobody listens there any more; is `lazuli serve` running?".to_owned()
+            }
+            Some(io::ErrorKind::PermissionDenied) => {
+                "its socket is for root alone; ask as root (sudo lazuli ...)".to_owned()
+            }
+            _ => match status.code() {
+                tonic::Code::Cancelled | tonic::Code::DeadlineExceeded => {
+                    format!("nothing came for {} s; its log may say why", DEADLINE.as_secs())
+                }
+                tonic::Code::Unimplemented => "somebody else listens there, or another version of lazuli".to_owned(),
+                _ => format!("{}; is `lazuli serve` running?", status.message()),
+            },
+        };
+        NoDaemon {
+            address: address.to_owned(),
+            problem,
+        }
+    }
+}
+
 pub(super) fn run(args: &StatusArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
     let address = args.address.as_ref().unwrap_or(&config.address);
-    let json = super::client_runtime()?.block_on(fetch_json(address))?;
+    let json = Worker::client()?.run(async { Ok(fetch_json(address).await?) })?;
     if args.json {
-        println!("{json}");
+        output::print(&format!("{json}\n"))
     } else {
-        let status: Status =
-            serde_json::from_str(&json).context("the daemon's answer cannot be read; is it another version?")?;
-        print!("{}", table(&status));
+        output::print(&table(&parse(&json)?))
     }
-    Ok(())
 }
 
 /// The status of the daemon at `address`.
 pub(super) async fn fetch(address: &Path) -> anyhow::Result<Status> {
-    Ok(serde_json::from_str(&fetch_json(address).await?)?)
+    parse(&fetch_json(address).await?)
 }
 
-async fn fetch_json(address: &Path) -> anyhow::Result<String> {
+fn parse(json: &str) -> anyhow::Result<Status> {
+    serde_json::from_str(json).context("the daemon's answer cannot be read; is it another version?")
+}
+
+async fn fetch_json(address: &Path) -> Result<String, NoDaemon> {
     let mut client = ControlClient::new(unix_channel(address)).max_decoding_message_size(MAX_MESSAGE);
-    let mut request = tonic::Request::new(StatusRequest {});
-    request.set_timeout(DEADLINE);
-    match client.status(request).await {
-        Ok(answer) => Ok(answer.into_inner().json),
-        Err(status) if status.code() == tonic::Code::Unavailable => {
-            let cause = ContainerdError::Unreachable {
-                address: address.to_owned(),
-                what: status.message().to_owned(),
-            };
-            // The same exit code as for containerd itself, with a text of its own.
-            Err(anyhow::Error::from(cause).context(format!(
-                "the daemon does not answer at {}; is `lazuli serve` running?",
-                address.display()
-            )))
-        }
-        Err(status) => Err(anyhow::anyhow!(
-            "the daemon at {} answers: {}",
-            address.display(),
-            status.message()
-        )),
-    }
+    let asked = tokio::time::timeout(DEADLINE, client.status(StatusRequest {})).await;
+    let answer = asked.unwrap_or_else(|_| Err(tonic::Status::deadline_exceeded("")));
+    answer
+        .map(|answer| answer.into_inner().json)
+        .map_err(|status| NoDaemon::new(address, &status))
 }
 
 fn table(status: &Status) -> String {
@@ -104,6 +130,9 @@ fn table(status: &Status) -> String {
             out,
             "{replaced} of them are of layers that are here no more, and go when they are unmounted"
         );
+    }
+    for problem in &status.problems {
+        let _ = writeln!(out, "PROBLEM: {problem}");
     }
     for image in &status.images {
         let _ = writeln!(out, "\n{} [{}] {}", image.name, image.namespace, short(&image.manifest));
@@ -260,6 +289,7 @@ mod tests {
                 kernel_limit_seconds: Some(120),
             },
             chains,
+            problems: vec!["/etc/x/hosts.toml: it is half written; its last good state is used".into()],
             images: vec![ImageStatus {
                 name: "r.example/a:1".into(),
                 namespace: "default".into(),
@@ -337,6 +367,7 @@ mod tests {
         2 reads wait, none longer than 115 s (the kernel gives all images up after 120 s)
         1.0 MiB of the cache are mounted as files, and stay while containers use them
         512.0 KiB of them are of layers that are here no more, and go when they are unmounted
+        PROBLEM: /etc/x/hosts.toml: it is half written; its last good state is used
 
         r.example/a:1 [default] ffffffffffff
           aaaaaaaaaaaa  lazy estargz: 0 B of 0 B here, 3 requests, 0 B fetched, index from r.example/index; image, mounted

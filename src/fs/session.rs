@@ -235,6 +235,28 @@ impl Session {
         matches!(ended.try_recv(), Err(mpsc::TryRecvError::Empty))
     }
 
+    /// What is wrong with the mount, in words for people; `None` if it is seen where it should be, and answered. Asks the kernel's list of
+    /// mounts, and so does not wait for an answer of the session.
+    pub fn problem(&self) -> Option<String> {
+        let at = self.mountpoint.display();
+        let what = match (self.is_alive(), mount_at(&self.mountpoint), &self.mount) {
+            (false, ..) => {
+                format!("the FUSE connection of {at} has ended: somebody unmounted it, or aborted the connection")
+            }
+            (true, Err(error), _) => return Some(error.to_string()),
+            // By the number of the file system: the same one may have been mounted again.
+            (true, Ok(Some(there)), Some(own)) if (there.major, there.minor) == (own.major, own.minor) => return None,
+            (true, Ok(Some(other)), _) => format!(
+                "{} is mounted at {at}, over the FUSE mount",
+                other.fs_type.to_string_lossy()
+            ),
+            (true, Ok(None), _) => format!("nothing is mounted at {at}: somebody unmounted it"),
+        };
+        Some(format!(
+            "{what}; new containers cannot be started until lazuli is restarted"
+        ))
+    }
+
     /// Unmounts, and waits until all threads have ended: at most a few seconds, since a mount that is in use is detached, and a
     /// connection that is held (by an overlay, say) is aborted.
     ///

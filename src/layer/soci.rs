@@ -32,7 +32,7 @@ use super::index::{MAX_CHUNK_LEN, MAX_DATA_SIZE};
 use super::tree::{Entry, EntryKind, TreeBuilder, memory_for_blob, quoted};
 use super::{Access, Checkpoint, Chunk, Codec, Digest, LayerError, LayerIndex, Verify, Windows};
 use crate::sys::inflate::WINDOW;
-pub use build::{SPAN_SIZE, ZtocBuilder};
+pub use build::{SPAN_SIZE, SPAN_SIZE_MAX, SPAN_SIZE_MIN, ZtocBuilder};
 use ztoc::{Algorithm, File, Ztoc};
 
 const FORMAT: &str = "zTOC";

@@ -102,17 +102,25 @@ impl Context {
 /// # Errors
 /// [`SysError`]. On kernels before 6.8 the paths together must fit into one page.
 pub fn overlay(lower: &[PathBuf], target: &Path) -> Result<(), SysError> {
-    match overlay_context(lower, target) {
+    overlay_from(OsStr::new("overlay"), lower, target)
+}
+
+/// The same, with a source of its own in the list of mounts, by which it can be found again.
+///
+/// # Errors
+/// As [`overlay`].
+pub fn overlay_from(source: &OsStr, lower: &[PathBuf], target: &Path) -> Result<(), SysError> {
+    match overlay_context(source, lower, target) {
         Ok(mount) => mount.attach(target),
         // EINVAL: the kernel does not know `lowerdir+`, or the option is wrong for a reason that mount(2) will repeat.
-        Err(error) if error.source.raw_os_error() == Some(libc::EINVAL) => overlay_options(lower, target),
+        Err(error) if error.source.raw_os_error() == Some(libc::EINVAL) => overlay_options(source, lower, target),
         Err(error) => Err(error),
     }
 }
 
-fn overlay_context(lower: &[PathBuf], target: &Path) -> Result<DetachedMount, SysError> {
+fn overlay_context(source: &OsStr, lower: &[PathBuf], target: &Path) -> Result<DetachedMount, SysError> {
     let context = Context::open("overlay", target)?;
-    context.string("source", OsStr::new("overlay"))?;
+    context.string("source", source)?;
     context.flag("ro")?;
     for path in lower {
         if path.as_os_str().len() < FSCONFIG_STRING_MAX {
@@ -127,7 +135,7 @@ fn overlay_context(lower: &[PathBuf], target: &Path) -> Result<DetachedMount, Sy
     context.mount(MountAttrFlags::MOUNT_ATTR_RDONLY)
 }
 
-fn overlay_options(lower: &[PathBuf], target: &Path) -> Result<(), SysError> {
+fn overlay_options(source: &OsStr, lower: &[PathBuf], target: &Path) -> Result<(), SysError> {
     let too_long = || {
         SysError::new(
             "mount(overlay)",
@@ -152,7 +160,7 @@ fn overlay_options(lower: &[PathBuf], target: &Path) -> Result<(), SysError> {
         return Err(too_long());
     }
     let options = CString::new(options).map_err(|_| too_long())?;
-    rustix::mount::mount("overlay", target, "overlay", MountFlags::RDONLY, options.as_c_str())
+    rustix::mount::mount(source, target, "overlay", MountFlags::RDONLY, options.as_c_str())
         .map_err(|error| SysError::new("mount(overlay)", target, error))
 }
 

@@ -23,9 +23,9 @@ use crate::sys::inflate::{At, Framing, Inflate, InflateError, WINDOW};
 /// Bytes of output of a span at least, as SOCI's tool takes them unless it is told otherwise.
 pub const SPAN_SIZE: u64 = 4 << 20;
 /// Smallest span size: below, the windows are larger than what they are for.
-const SPAN_SIZE_MIN: u64 = 32 << 10;
+pub const SPAN_SIZE_MIN: u64 = 32 << 10;
 /// Largest: a span is held in memory, and ends some time after its size.
-const SPAN_SIZE_MAX: u64 = 32 << 20;
+pub const SPAN_SIZE_MAX: u64 = 32 << 20;
 /// Bytes decoded at a time.
 const OUTPUT: usize = 128 << 10;
 /// Calls of the decoder in a row that may do nothing although there is input and room for output.

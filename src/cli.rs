@@ -232,6 +232,7 @@ enum IndexCommand {
     ///
     /// The layers are downloaded. Indexes of version 1 say which image they are about, those of version 2 are named by a new manifest of
     /// the image, with another digest.
+    #[command(group(clap::ArgGroup::new("place").args(["output", "push"]).required(true).multiple(true)))]
     Export {
         /// registry.example/repo:tag or oci:DIRECTORY[:TAG]
         source: SourceName,
@@ -239,7 +240,7 @@ enum IndexCommand {
         #[arg(long, value_enum, value_name = "VERSION")]
         soci: soci::Version,
         /// A new or empty directory for an OCI layout: the index, and for v2 the image with it
-        #[arg(long, short, value_name = "DIR", required_unless_present = "push")]
+        #[arg(long, short, value_name = "DIR")]
         output: Option<PathBuf>,
         /// Push it: for v1 to the repository of registry.example/repo, for v2 as registry.example/repo:tag
         #[arg(long, value_name = "REF", value_parser = Reference::parse)]

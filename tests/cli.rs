@@ -1,8 +1,29 @@
 //! The command line as a person meets it: help, mistakes, exit codes.
+//!
+//! ```text
+//! rig      a registry that fails on demand, a place for files, and commands that work there
+//! usage    what is wrong with a command line is exit code 2, and found before anything is done
+//! outputs  what is written is there as a whole or not at all, and places are looked at first
+//! prints   nobody reads, the disk is full
+//! ends     every command ended in its middle
+//! ```
 
 use std::path::Path;
 
 use assert_cmd::Command;
+
+mod support;
+
+#[path = "cli/ends.rs"]
+mod ends;
+#[path = "cli/outputs.rs"]
+mod outputs;
+#[path = "cli/prints.rs"]
+mod prints;
+#[path = "cli/rig.rs"]
+mod rig;
+#[path = "cli/usage.rs"]
+mod usage;
 
 fn lazuli(args: &[&str]) -> (i32, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_lazuli"))
@@ -45,10 +66,10 @@ fn index_commands_are_explained() {
         assert!(out.contains(command), "{out}");
     }
     let (code, _, err) = lazuli(&["index", "ls"]);
-    assert_eq!(code, 1);
+    assert_eq!(code, 2);
     assert!(err.contains("--repository"), "{err}");
     let (code, _, err) = lazuli(&["index", "ls", "--repository", "r.example/a:tag"]);
-    assert_eq!(code, 1);
+    assert_eq!(code, 2);
     assert!(err.contains("neither tag nor digest"), "{err}");
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
@@ -97,6 +118,7 @@ fn a_wrong_configuration_is_exit_code_2() {
     let (code, _, err) = lazuli(&["check-config", "--config", "/nonexistent/config.toml"]);
     assert_eq!(code, 2, "{err}");
     assert!(err.contains("/nonexistent/config.toml"), "{err}");
+    assert_eq!(err.matches("os error 2").count(), 1, "its cause is told twice: {err}");
     let (code, _, _) = lazuli(&["frobnicate"]);
     assert_eq!(code, 2);
 }
@@ -108,6 +130,11 @@ fn a_daemon_that_is_not_there_is_exit_code_3() {
     let (code, _, err) = lazuli(&["status", "--address", &socket]);
     assert_eq!(code, 3, "{err}");
     assert!(err.contains(&socket) && err.contains("lazuli serve"), "{err}");
+    assert!(err.contains("no such socket") && !err.contains("containerd"), "{err}");
+    // A socket that a dead daemon has left.
+    drop(std::os::unix::net::UnixListener::bind(&socket).unwrap());
+    let (code, _, err) = lazuli(&["status", "--address", &socket]);
+    assert!(code == 3 && err.contains("nobody listens there"), "{code} {err}");
 }
 
 #[test]

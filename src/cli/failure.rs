@@ -15,7 +15,7 @@ pub(super) const USAGE: u8 = 2;
 /// Exit code when a needed service cannot be reached.
 pub(super) const UNREACHABLE: u8 = 3;
 /// What shells add to the number of a signal that has ended a program.
-const SIGNALLED: u8 = 128;
+pub(super) const SIGNALLED: u8 = 128;
 
 /// The command line asks for what cannot be, which clap alone cannot see.
 #[derive(Debug, thiserror::Error)]

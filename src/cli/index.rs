@@ -89,13 +89,20 @@ impl From<Vec<Row>> for Report {
 
 pub(super) fn run(args: IndexArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
-    let worker = Worker::threads()?;
-    let scratch = OnceCell::new();
-    let report = worker.run(execute(config, &args, &scratch));
-    // Before the directory goes: threads may still write into it.
-    drop(worker);
-    drop(scratch);
-    let Report { rows, nothing, note } = report?;
+    let report = match &args.command {
+        // Only reads a file: a signal may end that as it likes.
+        IndexCommand::Inspect { file } => vec![inspect(file)?].into(),
+        _ => {
+            let worker = Worker::threads()?;
+            let scratch = OnceCell::new();
+            let report = worker.run(execute(config, &args, &scratch));
+            // Before the directory goes: threads may still write into it.
+            drop(worker);
+            drop(scratch);
+            report?
+        }
+    };
+    let Report { rows, nothing, note } = report;
     match args.json {
         true => output::print(&format!("{}\n", serde_json::to_string_pretty(&rows)?))?,
         false => output::print(&table(&rows))?,
@@ -110,9 +117,6 @@ pub(super) fn run(args: IndexArgs) -> anyhow::Result<()> {
 }
 
 async fn execute(mut config: Config, args: &IndexArgs, scratch: &OnceCell<Scratch>) -> anyhow::Result<Report> {
-    if let IndexCommand::Inspect { file } = &args.command {
-        return Ok(vec![inspect(file)?].into());
-    }
     if args.plain_http {
         config.registry.plain_http.extend(hosts_named(&args.command));
     }
@@ -162,7 +166,7 @@ async fn execute(mut config: Config, args: &IndexArgs, scratch: &OnceCell<Scratc
             let subject = tool.subject(source).await?;
             Ok(begun.run(&tool.registry, &subject).await?.into())
         }
-        IndexCommand::Inspect { .. } => Ok(Vec::new().into()),
+        IndexCommand::Inspect { file } => Ok(vec![inspect(file)?].into()),
     }
 }
 

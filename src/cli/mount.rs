@@ -38,6 +38,10 @@ use super::{MountArgs, files, output};
 pub(super) fn run(args: MountArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
     crate::daemon::init_logs(&config.log);
+    let worker = Worker::threads()?;
+    // FUSE is mounted in this directory, which only root can enter, whatever the cache directory is. Also takes away what a killed command
+    // has left at the mount point.
+    let scratch = Scratch::new()?;
     if !args.mountpoint.is_dir() {
         bail!("{} is not a directory; make it first", args.mountpoint.display());
     }
@@ -45,9 +49,6 @@ pub(super) fn run(args: MountArgs) -> anyhow::Result<()> {
         std::fs::create_dir_all(cache).with_context(|| format!("{} cannot be made", cache.display()))?;
         files::check_output(cache)?;
     }
-    let worker = Worker::threads()?;
-    // FUSE is mounted in this directory, which only root can enter, whatever the cache directory is.
-    let scratch = Scratch::new()?;
     let result = mount(&config, &args, &worker, scratch.path());
     // Before the directory goes: threads may still write into it.
     drop(worker);
@@ -56,6 +57,7 @@ pub(super) fn run(args: MountArgs) -> anyhow::Result<()> {
 
 fn mount(config: &Config, args: &MountArgs, worker: &Worker, private: &Path) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new());
+    let source = worker.block_on(async { open_source(config, &args.source, &metrics) })?;
     let options = SessionOptions {
         threads: config.fuse.threads,
         read_deadline: config.fetch.read_deadline,
@@ -70,7 +72,7 @@ fn mount(config: &Config, args: &MountArgs, worker: &Worker, private: &Path) -> 
     let faces = Faces::open(session, options, Arc::clone(&metrics))?;
     let root = args.cache.clone().unwrap_or_else(|| private.join("cache"));
     let cache = Cache::open(&root, &config.cache, Arc::clone(&metrics))?;
-    let fetched = worker.run(fetch(config, args, &cache, &metrics));
+    let fetched = worker.run(fetch(config, &args.source, source, &cache, &metrics));
     let shown = match &fetched {
         Ok(image) => show(image, &faces, worker, private, &args.mountpoint),
         Err(_) => Ok(()),
@@ -98,14 +100,14 @@ impl Drop for Fetched {
 
 async fn fetch(
     config: &Config,
-    args: &MountArgs,
+    name: &SourceName,
+    (source, reference): (Arc<dyn Source>, String),
     cache: &Arc<Cache>,
     metrics: &Arc<Metrics>,
 ) -> anyhow::Result<Fetched> {
-    let (source, reference) = open_source(config, &args.source, metrics)?;
     let image = resolve(source.as_ref(), &reference)
         .await
-        .with_context(|| format!("resolving {}", args.source))?;
+        .with_context(|| format!("resolving {name}"))?;
     let layers = plan_layers(
         &Manifest::parse(&image.manifest_bytes)?,
         &ImageConfig::parse(&image.config_bytes)?,

@@ -2,16 +2,24 @@
 //!
 //! A signal drops what the command is doing, and with it everything that cleans up after itself. Threads that still write are waited for,
 //! so that whoever owns a temporary directory removes it after them: it has to live outside of what is run here.
+//!
+//! Who sends a second signal does not want to wait for that, or the command hangs on a disk that does not answer: then it ends at once, and
+//! what it leaves is cleared by the next one.
 
+use std::io;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Runtime};
 
-use super::failure::Interrupted;
+use super::failure::{Interrupted, SIGNALLED};
+use super::output;
 use crate::daemon::{Stop, stop_signal};
 
 /// Longest wait for threads that still write when the command has ended. (One that waits for a name server takes longer, and writes nothing.)
 const GRACE: Duration = Duration::from_secs(2);
+
+/// Signals that come so soon after the first are the same one: `timeout` and closing terminals send it to the process and to its group.
+const ECHO: Duration = Duration::from_secs(1);
 
 /// A runtime that listens to signals.
 pub(super) struct Worker {
@@ -34,6 +42,7 @@ impl Worker {
     fn new(builder: &mut Builder, grace: Duration) -> anyhow::Result<Self> {
         let runtime = builder.enable_all().build()?;
         let stop = runtime.block_on(async { stop_signal() })?;
+        end_at_second_signal()?;
         let runtime = Some(runtime);
         Ok(Worker { runtime, stop, grace })
     }
@@ -78,4 +87,25 @@ impl Drop for Worker {
             runtime.shutdown_timeout(self.grace);
         }
     }
+}
+
+/// Ends the process at the second signal, whatever it is doing.
+fn end_at_second_signal() -> io::Result<()> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let first = runtime.block_on(async { stop_signal() })?;
+    let watch = move || {
+        let second = runtime.block_on(async {
+            first.await;
+            tokio::time::sleep(ECHO).await;
+            Some(stop_signal().ok()?.await)
+        });
+        if let Some(signal) = second {
+            output::tell("ended at once by a second signal; what is left is cleared by the next command");
+            std::process::exit(i32::from(SIGNALLED + signal.number));
+        }
+    };
+    std::thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(watch)
+        .map(drop)
 }

@@ -21,6 +21,14 @@ pub enum RegistryError {
         /// The cause.
         what: String,
     },
+    /// A file of an OCI layout cannot be read, or its disk fails.
+    #[error("cannot read {path}: {what}")]
+    Unreadable {
+        /// The file.
+        path: String,
+        /// The cause.
+        what: String,
+    },
     /// Authentication is missing or was refused.
     #[error("{host} refuses access to {what} (HTTP {status}); check the credentials for this registry")]
     Denied {
@@ -105,7 +113,10 @@ impl RegistryError {
     /// Whether the same request may succeed later or elsewhere.
     pub fn retry_helps(&self) -> bool {
         match self {
-            RegistryError::Unreachable { .. } | RegistryError::Busy { .. } | RegistryError::Protocol { .. } => true,
+            RegistryError::Unreachable { .. }
+            | RegistryError::Unreadable { .. }
+            | RegistryError::Busy { .. }
+            | RegistryError::Protocol { .. } => true,
             RegistryError::Status { status, .. } => *status >= 500,
             RegistryError::InvalidReference { .. }
             | RegistryError::Denied { .. }

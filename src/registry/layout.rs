@@ -112,8 +112,8 @@ async fn run<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, RegistryError> + Send + 'static,
 ) -> Result<T, RegistryError> {
     tokio::task::spawn_blocking(work).await.unwrap_or_else(|error| {
-        Err(RegistryError::Unreachable {
-            host: layout.dir.display().to_string(),
+        Err(RegistryError::Unreadable {
+            path: layout.dir.display().to_string(),
             what: format!("reading ended: {error}"),
         })
     })
@@ -238,8 +238,8 @@ fn io_error(path: &Path, error: &io::Error) -> RegistryError {
                 what: format!("file {}", name.to_string_lossy()),
             }
         }
-        _ => RegistryError::Unreachable {
-            host: path.display().to_string(),
+        _ => RegistryError::Unreadable {
+            path: path.display().to_string(),
             what: error.to_string(),
         },
     }

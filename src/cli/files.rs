@@ -133,7 +133,11 @@ impl LayoutWriter {
             if missing.as_os_str().is_empty() || missing.is_dir() {
                 continue;
             }
-            fs::create_dir(missing).with_context(|| format!("{} cannot be made", missing.display()))?;
+            let made = match missing.exists() {
+                true => Err(io::Error::from(io::ErrorKind::NotADirectory)),
+                false => fs::create_dir(missing),
+            };
+            made.with_context(|| format!("{} cannot be made: {}", dir.display(), missing.display()))?;
             layout.made.push(missing.to_owned());
         }
         check_output(&layout.dir)?;

@@ -13,7 +13,7 @@ fn mistakes_of_the_command_line_are_exit_code_2() {
         ("mount a@sha256:12 DIR/mountpoint", "a@sha256:12"),
         ("mount oci: DIR/mountpoint", "oci:"),
         ("mount REF", "MOUNTPOINT"),
-        ("index build UPPER/case -o DIR/out", "UPPER/case"),
+        ("index build r.example/UPPER -o DIR/out", "r.example/UPPER"),
         ("index pull Bad: -o DIR/out", "Bad:"),
         ("index rm Bad:", "Bad:"),
         ("index push REF --repository r.example/a:tag", "neither tag nor digest"),

@@ -18,6 +18,7 @@ mod faces;
 mod faults;
 mod formats;
 mod harness;
+mod messages;
 mod node;
 mod pull;
 mod refused;

@@ -28,7 +28,8 @@ use crate::registry::image::{ImageConfig, Manifest, resolve};
 use crate::registry::layout::OciLayout;
 use crate::registry::{Registry, Source};
 use crate::sync::Budget;
-use crate::sys::mount::Unmount;
+use crate::sys::mount::{Unmount, overlay_from, unmount};
+use crate::sys::mountinfo::mount_at;
 
 use super::names::SourceName;
 use super::scratch::Scratch;
@@ -159,8 +160,10 @@ fn show(image: &Fetched, faces: &Faces, worker: &Worker, private: &Path, mountpo
             loaded.layer.prefetch(0, loaded.prefetch);
         }
     });
-    crate::sys::mount::overlay_from(private.as_os_str(), &lower_dirs, mountpoint)
-        .with_context(|| format!("mounting on {}", mountpoint.display()))?;
+    let at = || format!("mounting on {}", mountpoint.display());
+    // As the kernel writes it in the list of mounts.
+    let mountpoint = mountpoint.canonicalize().with_context(at)?;
+    overlay_from(private.as_os_str(), &lower_dirs, &mountpoint).with_context(at)?;
     let told = output::print(&format!(
         "{} is mounted on {}; interrupt to unmount\n",
         image.manifest,
@@ -169,8 +172,16 @@ fn show(image: &Fetched, faces: &Faces, worker: &Worker, private: &Path, mountpo
     if told.is_ok() {
         worker.wait_for_signal();
     }
-    let unmounted = crate::sys::mount::unmount(mountpoint, Unmount::Detach);
-    told.and(unmounted.with_context(|| format!("unmounting {}", mountpoint.display())))
+    told.and(take_away(&mountpoint, private))
+}
+
+/// Unmounts the image, unless somebody has done that already; what else is mounted there by now is not ours.
+fn take_away(mountpoint: &Path, private: &Path) -> anyhow::Result<()> {
+    let at = || format!("unmounting {}", mountpoint.display());
+    match mount_at(mountpoint).with_context(at)? {
+        Some(mount) if Path::new(&mount.source) == private => unmount(mountpoint, Unmount::Detach).with_context(at),
+        _ => Ok(()),
+    }
 }
 
 /// Directories that show the layers, which come lowest first: one where they can be merged, else one for each, the uppermost first.

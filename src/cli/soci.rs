@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::failure::Usage;
 use super::files::LayoutWriter;
 use super::index::{Row, Subject, row_of};
+use super::status::short;
 use crate::catalog::soci::manifest;
 use crate::layer::compression::media_type;
 use crate::layer::soci::ZtocBuilder;
@@ -102,7 +103,9 @@ impl Begun<'_> {
             rows.push(row);
         }
         if entries.is_empty() {
-            bail!("no layer of the image can be indexed");
+            let reasons = rows.iter().map(|row| format!("{} ({})", short(&row.layer), row.note));
+            let reasons = reasons.collect::<Vec<_>>().join(", ");
+            bail!("no layer of the image can be indexed: {reasons}");
         }
         blobs.push(Bytes::from_static(EMPTY));
         let documents = self.export.documents(subject, &entries, blobs)?;

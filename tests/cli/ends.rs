@@ -129,6 +129,24 @@ fn a_mount_that_is_shown_ends_well_at_every_signal() {
 }
 
 #[test]
+fn a_mount_that_somebody_has_taken_away_ends_well() {
+    if !can_mount() {
+        return;
+    }
+    let rig = Rig::new();
+    let child = mounted(&rig);
+    let mut umount = Command::new("umount");
+    assert!(umount.arg(rig.path("mountpoint")).status().unwrap().success());
+    // Somebody else's, at the same place.
+    let mut mount = Command::new("mount");
+    let mounted = mount.args(["-t", "tmpfs", "tmpfs"]).arg(rig.path("mountpoint"));
+    assert!(mounted.status().unwrap().success());
+    send(&child, "TERM");
+    assert_eq!(end_of(child), (0, String::new()));
+    assert_eq!(mounts_below(&rig.path("mountpoint")).len(), 1, "it is not ours");
+}
+
+#[test]
 fn a_mount_that_nobody_can_be_told_of_is_taken_away() {
     if !can_mount() {
         return;

@@ -38,7 +38,8 @@ impl Part {
         let new = tempfile::Builder::new()
             .prefix(UNCLAIMED)
             .permissions(Permissions::from_mode(MODE))
-            .tempfile_in(dir)?;
+            .tempfile_in(dir)
+            .map_err(plain)?;
         // Where nothing can be locked, nobody clears up after a command that was killed.
         let _ = new.as_file().try_lock();
         let name = new.path().file_name().unwrap_or_default().to_string_lossy();
@@ -84,7 +85,18 @@ pub(super) fn check_output(dir: &Path) -> anyhow::Result<()> {
         bail!("{} is not a directory; make it first", dir.display());
     }
     clear(dir);
-    Part::begin(dir.join(PART)).map(drop)
+    let tried = Part::create(&dir.join(PART));
+    tried
+        .map(drop)
+        .with_context(|| format!("{} cannot be written", dir.display()))
+}
+
+/// The system's own word, without the temporary name, which nobody knows.
+pub(super) fn plain(error: io::Error) -> io::Error {
+    let cause = error.get_ref().and_then(|error| error.source());
+    let cause = cause.and_then(|cause| cause.downcast_ref::<io::Error>());
+    let code = cause.and_then(io::Error::raw_os_error);
+    code.map_or(error, io::Error::from_raw_os_error)
 }
 
 /// Removes files that dead processes have left half written.
@@ -221,6 +233,16 @@ mod tests {
         assert_eq!(
             (names(dir.path()), fs::read(&target).unwrap()),
             (vec!["file".to_owned()], b"new".to_vec())
+        );
+    }
+
+    #[test]
+    fn a_place_that_cannot_be_written_is_named_by_its_own_name() {
+        let error = check_output(Path::new("/proc")).unwrap_err();
+        let text = super::super::failure::text(&error);
+        assert!(
+            text.starts_with("/proc cannot be written: ") && !text.contains(".lazuli"),
+            "{text}"
         );
     }
 

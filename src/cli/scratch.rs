@@ -49,7 +49,8 @@ impl Scratch {
         let dir = tempfile::Builder::new()
             .prefix(UNCLAIMED)
             .permissions(Permissions::from_mode(PRIVATE))
-            .tempdir_in(base)?;
+            .tempdir_in(base)
+            .map_err(super::files::plain)?;
         let claim = File::create(dir.path().join(CLAIM))?;
         // On file systems that cannot lock, what a dead process left is found by nobody.
         let _ = claim.try_lock();

@@ -15,6 +15,8 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::{Args, Parser, Subcommand};
 
@@ -292,6 +294,18 @@ fn run(command: Command) -> anyhow::Result<()> {
             output::print(&toml::to_string(&config)?)
         }
     }
+}
+
+/// A text that nothing else on this machine is named by.
+fn unique() -> String {
+    /// Tells those of one process apart.
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
+    format!(
+        "{nanos}-{}-{}",
+        std::process::id(),
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    )
 }
 
 #[cfg(test)]

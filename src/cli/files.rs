@@ -3,9 +3,9 @@
 //! A file is written under a temporary name beside its place, verified by whoever writes it, made durable, and renamed. Until then it goes
 //! when it is dropped. What a killed command has left is told by its lock, as in `scratch.rs`, and goes when the next one writes there.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -35,11 +35,9 @@ impl Part {
 
     fn create(target: &Path) -> io::Result<Self> {
         let dir = directory_of(target);
-        let new = tempfile::Builder::new()
-            .prefix(UNCLAIMED)
-            .permissions(Permissions::from_mode(MODE))
-            .tempfile_in(dir)
-            .map_err(plain)?;
+        let new = tempfile::Builder::new().prefix(UNCLAIMED).make_in(dir, |path| {
+            File::options().write(true).create_new(true).mode(MODE).open(path)
+        })?;
         // Where nothing can be locked, nobody clears up after a command that was killed.
         let _ = new.as_file().try_lock();
         let name = new.path().file_name().unwrap_or_default().to_string_lossy();
@@ -89,14 +87,6 @@ pub(super) fn check_output(dir: &Path) -> anyhow::Result<()> {
     tried
         .map(drop)
         .with_context(|| format!("{} cannot be written", dir.display()))
-}
-
-/// The system's own word, without the temporary name, which nobody knows.
-pub(super) fn plain(error: io::Error) -> io::Error {
-    let cause = error.get_ref().and_then(|error| error.source());
-    let cause = cause.and_then(|cause| cause.downcast_ref::<io::Error>());
-    let code = cause.and_then(io::Error::raw_os_error);
-    code.map_or(error, io::Error::from_raw_os_error)
 }
 
 /// Removes files that dead processes have left half written.

@@ -6,7 +6,7 @@
 //! holds everything until the image has its name; if the pull dies, garbage collection removes what it left.
 
 use std::collections::HashMap;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
@@ -34,7 +34,7 @@ use super::failure::Interrupted;
 use super::progress::Progress;
 use super::status;
 use super::work::Worker;
-use super::{PullArgs, failure, output};
+use super::{PullArgs, failure, output, unique};
 
 const LABEL_REF: &str = "containerd.io/snapshot.ref";
 /// Longest wait for one layer: a layer that has to be streamed or unpacked is downloaded as a whole meanwhile.
@@ -484,12 +484,6 @@ fn descriptor(layer: &LayerDescriptor) -> Descriptor {
         size: layer.size as i64,
         annotations: layer.annotations.clone().into_iter().collect(),
     }
-}
-
-/// A text that no other pull has.
-fn unique() -> String {
-    let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
-    format!("{nanos}-{}", std::process::id())
 }
 
 /// What the pull made: one line per layer. Where the daemon cannot be asked, it says so, and nothing that is not known.

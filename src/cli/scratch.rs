@@ -5,9 +5,9 @@
 //! takes their mounts away and removes them. (The kernel unlocks what a dead process has locked, whatever it died of.) A directory gets
 //! the name under which it is looked for only once it is claimed, and nobody ever removes one that has no claim, or is another user's.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -46,20 +46,25 @@ impl Scratch {
     }
 
     fn below(base: &Path) -> io::Result<Self> {
-        let dir = tempfile::Builder::new()
-            .prefix(UNCLAIMED)
-            .permissions(Permissions::from_mode(PRIVATE))
-            .tempdir_in(base)
-            .map_err(super::files::plain)?;
-        let claim = File::create(dir.path().join(CLAIM))?;
-        // On file systems that cannot lock, what a dead process left is found by nobody.
-        let _ = claim.try_lock();
-        let name = dir.path().file_name().unwrap_or_default().to_string_lossy();
-        let path = base.join(name.replacen(UNCLAIMED, PREFIX, 1));
-        fs::rename(dir.path(), &path)?;
-        // It is not under that name any more.
-        let _ = dir.keep();
-        Ok(Scratch { path, _claim: claim })
+        let name = super::unique();
+        let (new, path) = (
+            base.join(format!("{UNCLAIMED}{name}")),
+            base.join(format!("{PREFIX}{name}")),
+        );
+        DirBuilder::new().mode(PRIVATE).create(&new)?;
+        let claimed = File::create(new.join(CLAIM)).and_then(|claim| {
+            // On file systems that cannot lock, what a dead process left is found by nobody.
+            let _ = claim.try_lock();
+            fs::rename(&new, &path).map(|()| claim)
+        });
+        match claimed {
+            Ok(claim) => Ok(Scratch { path, _claim: claim }),
+            Err(error) => {
+                // Nobody would find it.
+                let _ = fs::remove_dir_all(&new);
+                Err(error)
+            }
+        }
     }
 
     /// The directory: absolute, without symbolic links.
@@ -136,6 +141,8 @@ fn remove(dir: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     fn names(dir: &Path) -> Vec<String> {

@@ -232,6 +232,49 @@ fn nohup_is_respected() {
     assert_eq!(code, 143, "{said}");
 }
 
+/// `timeout`, and terminals that are closed, send the same signal to the process and to its group.
+#[test]
+fn a_signal_that_comes_twice_at_once_is_one() {
+    if !can_mount() {
+        return;
+    }
+    let rig = Rig::new();
+    rig.registry.fail(On::Blob, 1_000_000, Fault::Stall(FILE / 2));
+    let child = rig.begin("mount REF DIR/mountpoint", On::Blob);
+    let pid = child.id().to_string();
+    let twice = format!("kill -s TERM {pid}; kill -s TERM {pid}; kill -s HUP {pid}");
+    // It may be too fast for the later ones.
+    let _ = Command::new("sh").args(["-c", &twice]).stderr(Stdio::null()).status();
+    let (code, said) = end_of(child);
+    assert!(code == 143 || code == 129, "{code} {said}");
+    assert!(!said.contains("second signal"), "{said}");
+    assert_eq!(rig.left(), Vec::<String>::new());
+}
+
+/// A containerd that never answers, not even when what was begun is to be removed.
+#[test]
+fn a_second_signal_ends_what_does_not_end_by_itself() {
+    let rig = Rig::new();
+    let listener = std::os::unix::net::UnixListener::bind(rig.path("containerd.sock")).unwrap();
+    let mut child = rig
+        .command("pull REF")
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let _connection = listener.accept().unwrap();
+    let ended = wait_until(PATIENCE, || {
+        let _ = Command::new("kill")
+            .args(["-s", "INT", &child.id().to_string()])
+            .stderr(Stdio::null())
+            .status();
+        child.try_wait().unwrap()
+    });
+    assert_eq!(ended.and_then(|status| status.code()), Some(130));
+    let (_, said) = end_of(child);
+    assert!(said.contains("second signal"), "{said}");
+}
+
 #[test]
 fn a_question_to_a_daemon_that_is_stuck_can_be_ended() {
     let rig = Rig::new();

@@ -270,7 +270,8 @@ impl<'a> Tool<'a> {
         let blob = subject.source.blob(spec.digest, spec.size);
         let loaded = match loader.load(spec, blob, &[], None, &loader.alone(spec)).await {
             Ok(loaded) => loaded,
-            Err(refusal) if !refusal.retry_helps => return Ok(Err(refusal.text)),
+            // What the layer is like is a reason; that it cannot be had is a failure.
+            Err(refusal) if !refusal.retry_helps && refusal.word != "source" => return Ok(Err(refusal.text)),
             Err(refusal) => return Err(refusal.into()),
         };
         if !matches!(loaded.index, Some(IndexRecord::Built { .. })) {

@@ -29,8 +29,9 @@ const COMMANDS: [&str; 17] = [
 fn rig() -> Rig {
     let rig = Rig::new();
     rig.run("index build REF -o DIR/out").expect_success();
-    let file = crate::rig::tree(&rig.path("out")).into_keys().next().unwrap();
-    std::fs::rename(file, rig.path("index")).unwrap();
+    for file in crate::rig::tree(&rig.path("out")).into_keys() {
+        std::fs::rename(file, rig.path("index")).unwrap();
+    }
     rig
 }
 

@@ -14,7 +14,7 @@ use crate::support::image::{Compression, Flavour, Image, Layer};
 use crate::support::sandbox::{Finished, PATIENCE, mounts_below, run, unmount_below, wait_until};
 use crate::support::tar::{Entry, noise};
 
-/// Bytes of the layer's one file: enough to be worth an index, and to be cut in the middle.
+/// Bytes of each layer's one file: enough to be worth an index, and to be cut in the middle.
 pub const FILE: usize = 1_000_000;
 
 /// What a test needs; it goes with it.
@@ -34,8 +34,10 @@ impl Rig {
             .build()
             .unwrap();
         let registry = runtime.block_on(FaultRegistry::start());
-        let entries = [Entry::dir("data"), Entry::file("data/file", noise(1, FILE))];
-        let image = Image::new(Flavour::Oci, vec![Layer::of(Compression::Gzip, entries)]);
+        let lower = [Entry::dir("data"), Entry::file("data/file", noise(1, FILE))];
+        let upper = [Entry::file("other", noise(2, FILE))];
+        let layers = vec![Layer::of(Compression::Gzip, lower), Layer::of(Compression::Gzip, upper)];
+        let image = Image::new(Flavour::Oci, layers);
         for blob in image.blobs() {
             registry.add_blob(blob.bytes.as_slice().to_vec());
         }

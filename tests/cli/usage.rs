@@ -51,9 +51,12 @@ fn mistakes_of_the_command_line_are_exit_code_2() {
 #[test]
 fn what_is_missing_is_exit_code_1() {
     let rig = Rig::new();
+    std::fs::create_dir(rig.path("loop")).unwrap();
+    std::os::unix::fs::symlink("oci-layout", rig.path("loop/oci-layout")).unwrap();
     for (line, word) in [
         ("mount oci:DIR/none DIR/mountpoint", "none"),
         ("mount REF DIR/none", "none"),
+        ("index build oci:DIR/loop -o DIR/out", "cannot read"),
         ("index inspect DIR/none", "none"),
         ("index push REF --from DIR/none", "none"),
         ("index push REF --signing-key DIR/none", "none"),

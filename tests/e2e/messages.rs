@@ -176,6 +176,26 @@ fn the_daemon_ends_well_at_every_signal() {
     }
 }
 
+#[test]
+fn the_daemon_ends_well_while_it_starts() {
+    let sandbox = Sandbox::new("the_daemon_ends_well_while_it_starts");
+    // Writes its configuration.
+    drop(Lazuli::start(&sandbox, &sandbox.path("no-containerd.sock"), &[], ""));
+    for milliseconds in [0, 2, 5, 10, 20, 40, 80, 160] {
+        let mut command = Command::new(lazuli::program());
+        command.arg("serve").arg("--config").arg(sandbox.path("lazuli.toml"));
+        let mut daemon = command.stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        run_ok(Command::new("kill").arg(daemon.id().to_string()));
+        wait_until(PATIENCE, || daemon.try_wait().unwrap()).expect("it does not end");
+        assert_eq!(
+            mounts_below(sandbox.root()),
+            Vec::<PathBuf>::new(),
+            "after {milliseconds} ms"
+        );
+    }
+}
+
 /// An image with one layer that takes some seconds at `Link` below.
 fn large() -> Image {
     let file = Entry::file("data/large", noise(7, 12_000_000));

@@ -34,9 +34,11 @@ mod names;
 mod output;
 mod progress;
 mod pull;
+mod rows;
 mod scratch;
 mod soci;
 mod status;
+mod summary;
 mod work;
 
 use names::SourceName;

@@ -2,14 +2,12 @@
 
 use std::cell::OnceCell;
 use std::collections::HashSet;
-use std::fmt::Write as _;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
-use serde::Serialize;
 
 use crate::cache::{Cache, portable_of};
 use crate::catalog::images::{PlannedLayer, plan_layers};
@@ -19,7 +17,7 @@ use crate::catalog::shared::trust::SigningKey;
 use crate::catalog::shared::{
     Candidate, MAX_INDEX, SharedIndexes, WORTH_FROM, candidates, form, layer_of_tag, name_of,
 };
-use crate::config::{ByteSize, Config};
+use crate::config::Config;
 use crate::fetch::Fetcher;
 use crate::layer::Digest;
 use crate::metrics::Metrics;
@@ -32,60 +30,14 @@ use crate::sync::Budget;
 use super::failure::Usage;
 use super::files::{self, Part};
 use super::names::SourceName;
+use super::rows::{Report, Row, row_of, table};
 use super::scratch::Scratch;
-use super::status::short;
 use super::work::Worker;
 use super::{IndexArgs, IndexCommand};
 use super::{output, soci};
 
 /// What the names of files end with.
 const SUFFIX: &str = ".lazuli-index";
-
-/// One line of what a command found or did.
-#[derive(Debug, Default, Serialize)]
-pub(super) struct Row {
-    /// Digest of the layer.
-    pub(super) layer: String,
-    /// Bytes of its blob, if known.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) layer_bytes: Option<u64>,
-    /// Digest of the index.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) index: Option<String>,
-    /// Bytes of the index.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) index_bytes: Option<u64>,
-    /// Repository or file.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) place: Option<String>,
-    /// Whether it has a signature, good or not.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) signed: Option<bool>,
-    /// Why this configuration trusts it; absent if it does not.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub(super) trust: Option<String>,
-    /// What became of it, or why there is none.
-    pub(super) note: String,
-}
-
-/// What a command found or did.
-struct Report {
-    rows: Vec<Row>,
-    /// Why nothing was done of what was asked for, if that is so: a failure.
-    nothing: Option<String>,
-    /// What else there is to say.
-    note: Option<String>,
-}
-
-impl From<Vec<Row>> for Report {
-    fn from(rows: Vec<Row>) -> Self {
-        Report {
-            rows,
-            nothing: None,
-            note: None,
-        }
-    }
-}
 
 pub(super) fn run(args: IndexArgs) -> anyhow::Result<()> {
     let config = args.config.load()?;
@@ -578,14 +530,6 @@ fn inspect(file: &Path) -> anyhow::Result<Row> {
     })
 }
 
-pub(super) fn row_of(layer: &PlannedLayer) -> Row {
-    Row {
-        layer: layer.spec.digest.to_string(),
-        layer_bytes: Some(layer.spec.size),
-        ..Row::default()
-    }
-}
-
 fn file_of(dir: &Path, layer: &Digest) -> PathBuf {
     dir.join(format!("{}{SUFFIX}", layer.hex()))
 }
@@ -618,53 +562,4 @@ fn read_file(path: &Path) -> anyhow::Result<Option<Bytes>> {
         bail!("{}: larger than any index", path.display());
     }
     Ok(Some(bytes.into()))
-}
-
-fn table(rows: &[Row]) -> String {
-    let mut out = String::new();
-    for row in rows {
-        let size = row
-            .index_bytes
-            .map_or_else(|| "-".to_owned(), |bytes| ByteSize(bytes).to_string());
-        let share = match (row.index_bytes, row.layer_bytes) {
-            (Some(index), Some(layer @ 1..)) => format!(" ({:.1} %)", index as f64 * 100.0 / layer as f64),
-            _ => String::new(),
-        };
-        let place = row
-            .place
-            .as_deref()
-            .map_or_else(String::new, |place| format!("{place}  "));
-        // Writing into a String cannot fail.
-        let _ = writeln!(out, "{}  {:>18}  {place}{}", short(&row.layer), size + &share, row.note);
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_table_tells_of_each_layer() {
-        let rows = [
-            Row {
-                layer: format!("sha256:{}", "a".repeat(64)),
-                layer_bytes: Some(100 << 20),
-                index_bytes: Some(1 << 20),
-                place: Some("r.example/index".to_owned()),
-                note: "pushed".to_owned(),
-                ..Row::default()
-            },
-            Row {
-                layer: format!("sha256:{}", "b".repeat(64)),
-                layer_bytes: Some(1),
-                note: "it is small, and fetched at once".to_owned(),
-                ..Row::default()
-            },
-        ];
-        insta::assert_snapshot!(table(&rows), @r"
-        aaaaaaaaaaaa     1.0 MiB (1.0 %)  r.example/index  pushed
-        bbbbbbbbbbbb                   -  it is small, and fetched at once
-        ");
-    }
 }

@@ -17,8 +17,7 @@ use tonic::{Code, Request};
 use crate::catalog::containerd::{
     BlobWriter, CONFIG_LABEL, Containerd, LEASE_HEADER, MAX_MESSAGE, SOURCE_LABEL, header,
 };
-use crate::catalog::status::Status;
-use crate::config::{ByteSize, Config};
+use crate::config::Config;
 use crate::layer::Digest;
 use crate::proto::content::v1::content_client::ContentClient;
 use crate::proto::diff::v1::diff_client::DiffClient;
@@ -33,8 +32,9 @@ use crate::registry::{Reference, Registry, RegistryError, Source};
 use super::failure::Interrupted;
 use super::progress::Progress;
 use super::status;
+use super::summary::{Outcome, summary};
 use super::work::Worker;
-use super::{PullArgs, failure, output, unique};
+use super::{PullArgs, output, unique};
 
 const LABEL_REF: &str = "containerd.io/snapshot.ref";
 /// Longest wait for one layer: a layer that has to be streamed or unpacked is downloaded as a whole meanwhile.
@@ -80,7 +80,7 @@ pub(super) fn run(args: PullArgs) -> anyhow::Result<()> {
     }
     let outcomes = pulled?;
     let status = worker.block_on(status::fetch(&config.address));
-    output::print(&summary(&pull, &outcomes, &status))
+    output::print(&summary(&pull.reference, &pull.image, &outcomes, &status))
 }
 
 /// Finds out what is to be pulled.
@@ -114,17 +114,6 @@ async fn watch(address: &std::path::Path, progress: &Progress) {
             Err(_) => progress.cannot_ask(),
         }
     }
-}
-
-/// How a layer came to be there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Outcome {
-    /// It was before.
-    Present,
-    /// The snapshotter has taken it.
-    Taken,
-    /// containerd has unpacked it.
-    Unpacked,
 }
 
 struct Pull {
@@ -483,92 +472,5 @@ fn descriptor(layer: &LayerDescriptor) -> Descriptor {
         digest: layer.digest.to_string(),
         size: layer.size as i64,
         annotations: layer.annotations.clone().into_iter().collect(),
-    }
-}
-
-/// What the pull made: one line per layer. Where the daemon cannot be asked, it says so, and nothing that is not known.
-fn summary(pull: &Pull, outcomes: &[Outcome], status: &anyhow::Result<Status>) -> String {
-    let mut out = format!("{} {}\n", pull.reference, pull.image.manifest_digest);
-    for (layer, outcome) in pull.image.layers.iter().zip(outcomes) {
-        let digest = layer.digest.to_string();
-        out.push_str(&format!(
-            "  {}  {:>10}  {}\n",
-            status::short(&digest),
-            ByteSize(layer.size).to_string(),
-            what_became_of(&digest, *outcome, status.as_ref().ok())
-        ));
-    }
-    if let Err(error) = status {
-        let cause = failure::text(error);
-        out.push_str(&format!("How much of them is here cannot be told: {cause}\n"));
-    }
-    out
-}
-
-/// What became of a layer.
-fn what_became_of(digest: &str, outcome: Outcome, status: Option<&Status>) -> String {
-    let live = status.and_then(|status| status.layers.iter().find(|live| live.digest == digest));
-    match (outcome, live) {
-        (Outcome::Unpacked, _) => {
-            let layers = status.into_iter().flat_map(|status| &status.images);
-            let mut layers = layers.flat_map(|image| &image.layers);
-            let reason = layers.find_map(|layer| layer.refused.clone().filter(|_| layer.digest == digest));
-            let reason = reason.unwrap_or_else(|| "the daemon's log says why".to_owned());
-            format!("unpacked by containerd: {reason}")
-        }
-        (_, Some(live)) => status::describe(live),
-        (Outcome::Taken, None) => "taken by the daemon".to_owned(),
-        (Outcome::Present, None) => "there already".to_owned(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::catalog::status::{ImageLayerStatus, ImageStatus, LayerStatus};
-
-    #[test]
-    fn what_is_not_known_is_not_told() {
-        let known = Status {
-            layers: vec![LayerStatus {
-                digest: "lazy".into(),
-                format: "estargz".into(),
-                lazy: true,
-                ..Default::default()
-            }],
-            images: vec![ImageStatus {
-                layers: vec![ImageLayerStatus {
-                    digest: "refused".into(),
-                    live: false,
-                    refused: Some("it is encrypted".into()),
-                }],
-                ..Default::default()
-            }],
-            ..Default::default()
-        };
-        for (digest, outcome, with_daemon, without) in [
-            (
-                "lazy",
-                Outcome::Taken,
-                "lazy estargz: 0 B of 0 B here, 0 requests, 0 B fetched",
-                "taken by the daemon",
-            ),
-            (
-                "lazy",
-                Outcome::Present,
-                "lazy estargz: 0 B of 0 B here, 0 requests, 0 B fetched",
-                "there already",
-            ),
-            (
-                "refused",
-                Outcome::Unpacked,
-                "unpacked by containerd: it is encrypted",
-                "unpacked by containerd: the daemon's log says why",
-            ),
-            ("other", Outcome::Present, "there already", "there already"),
-        ] {
-            assert_eq!(what_became_of(digest, outcome, Some(&known)), with_daemon);
-            assert_eq!(what_became_of(digest, outcome, None), without);
-        }
     }
 }

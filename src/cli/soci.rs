@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 
 use super::failure::Usage;
 use super::files::LayoutWriter;
-use super::index::{Row, Subject, row_of};
+use super::index::Subject;
+use super::rows::{Row, row_of};
 use super::status::short;
 use crate::catalog::soci::manifest;
 use crate::layer::compression::media_type;

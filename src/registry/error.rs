@@ -22,14 +22,18 @@ pub enum RegistryError {
         what: String,
     },
     /// Authentication is missing or was refused.
-    #[error("{host} refuses access to {what} (HTTP {status}); check the credentials for this registry")]
+    #[error("{host} refuses access to {what} (HTTP {status}); {remedy}")]
     Denied {
         /// Host and port.
         host: String,
         /// What was asked for.
         what: String,
-        /// 401 or 403.
+        /// 400, 401 or 403.
         status: u16,
+        /// What to do, and what is wrong with the sources of credentials.
+        remedy: String,
+        /// Access was granted before, and may be again: how long to wait before it is asked for.
+        again: Option<Duration>,
     },
     /// There is no such manifest or blob.
     #[error("{host} has no {what}")]
@@ -102,13 +106,48 @@ pub enum RegistryError {
 }
 
 impl RegistryError {
+    /// A refusal for good.
+    pub fn denied(host: String, what: String, status: u16) -> Self {
+        RegistryError::Denied {
+            host,
+            what,
+            status,
+            remedy: "check the credentials for this registry".to_owned(),
+            again: None,
+        }
+    }
+
+    /// The same refusal, with how long to wait before access is asked for again.
+    pub(super) fn waiting(mut self, wait: Option<Duration>) -> Self {
+        if let RegistryError::Denied { again, .. } = &mut self {
+            *again = wait;
+        }
+        self
+    }
+
+    /// The remedy of a refusal.
+    pub(super) fn remedy(&self) -> &str {
+        match self {
+            RegistryError::Denied { remedy, .. } => remedy,
+            _ => "",
+        }
+    }
+
+    /// The same refusal, with a remedy made from the one that it has.
+    pub(super) fn explained(mut self, explain: impl FnOnce(&str) -> String) -> Self {
+        if let RegistryError::Denied { remedy, .. } = &mut self {
+            *remedy = explain(remedy);
+        }
+        self
+    }
+
     /// Whether the same request may succeed later or elsewhere.
     pub fn retry_helps(&self) -> bool {
         match self {
             RegistryError::Unreachable { .. } | RegistryError::Busy { .. } | RegistryError::Protocol { .. } => true,
             RegistryError::Status { status, .. } => *status >= 500,
+            RegistryError::Denied { again, .. } => again.is_some(),
             RegistryError::InvalidReference { .. }
-            | RegistryError::Denied { .. }
             | RegistryError::NotFound { .. }
             | RegistryError::Refused { .. }
             | RegistryError::Image { .. }

@@ -1,5 +1,7 @@
 //! `WWW-Authenticate` headers (RFC 9110, section 11.6.1; the distribution token specification).
 
+use http::{HeaderMap, header};
+
 /// One way in which a host wants requests to be authenticated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Challenge {
@@ -16,6 +18,16 @@ pub enum Challenge {
     Basic,
     /// A scheme that Lazuli does not speak.
     Other(String),
+}
+
+/// The challenges of an answer, tokens first, as containerd has it: a password is not needed for what a token does.
+pub fn challenges_of(headers: &HeaderMap) -> Vec<Challenge> {
+    let values = headers.get_all(header::WWW_AUTHENTICATE).iter();
+    let mut challenges: Vec<_> = values
+        .flat_map(|value| parse_challenges(&String::from_utf8_lossy(value.as_bytes())))
+        .collect();
+    challenges.sort_by_key(|challenge| !matches!(challenge, Challenge::Bearer { .. }));
+    challenges
 }
 
 /// Parses the challenges of one header value, in order. Malformed parts are skipped: another challenge may still be usable.

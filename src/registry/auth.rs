@@ -31,8 +31,10 @@ mod gate;
 mod token;
 
 pub use challenge::{Challenge, challenges_of, parse_challenges};
+use credentials::Lookup;
 pub use credentials::{Credentials, Secret};
-use credentials::{Lookup, Stamp};
+pub use gate::{Authorization, Gate, Refusal};
+use gate::{Granted, Pass, REFUSED_FOR};
 use token::TokenRequest;
 
 /// Gates that are remembered; the one unused longest is forgotten first.
@@ -211,10 +213,12 @@ impl Gates {
                 return Err(error);
             }
             // A new question may have another answer: a token for another scope, a password in the stead of a token.
-            let asks_anew = !refusal.challenges.is_empty() && refusal.challenges != state.challenges;
-            if asks_anew {
+            let asks_anew =
+                !refusal.challenges.is_empty() && !challenge::ask_alike(&refusal.challenges, &state.challenges);
+            if !refusal.challenges.is_empty() {
                 state.challenges.clone_from(&refusal.challenges);
-            } else {
+            }
+            if !asks_anew {
                 let now = Instant::now();
                 if let Some(refused) = &state.refused
                     && refused.until > now

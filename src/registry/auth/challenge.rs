@@ -30,6 +30,19 @@ pub fn challenges_of(headers: &HeaderMap) -> Vec<Challenge> {
     challenges
 }
 
+/// Whether two answers ask for the same, whatever their realms carry along.
+pub(super) fn ask_alike(some: &[Challenge], others: &[Challenge]) -> bool {
+    let bare = |challenge: &Challenge| match challenge {
+        Challenge::Bearer { realm, service, scope } => Challenge::Bearer {
+            realm: realm.split('?').next().unwrap_or_default().to_owned(),
+            service: service.clone(),
+            scope: scope.clone(),
+        },
+        other => other.clone(),
+    };
+    some.iter().map(bare).eq(others.iter().map(bare))
+}
+
 /// Parses the challenges of one header value, in order. Malformed parts are skipped: another challenge may still be usable.
 pub fn parse_challenges(header: &str) -> Vec<Challenge> {
     let mut challenges: Vec<(String, Vec<(String, String)>)> = Vec::new();
@@ -159,6 +172,28 @@ mod tests {
             parse_challenges(r#"Bearer realm="a\"b\\c"#),
             [bearer("a\"b\\c", None, None)]
         );
+    }
+
+    #[test]
+    fn tokens_come_first_and_realms_may_carry_something_along() {
+        let headers = |values: &[&str]| {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append(header::WWW_AUTHENTICATE, value.parse().unwrap());
+            }
+            challenges_of(&headers)
+        };
+        let both = headers(&["Basic realm=x", "BEARER REALM=\"https://t/?n=1\""]);
+        assert_eq!(both, [bearer("https://t/?n=1", None, None), Challenge::Basic]);
+        assert!(ask_alike(
+            &both,
+            &headers(&["Bearer realm=\"https://t/?n=2\", Basic realm=y"])
+        ));
+        assert!(!ask_alike(
+            &both,
+            &headers(&["Bearer realm=\"https://t/?n=1\",scope=\"a\", Basic realm=x"])
+        ));
+        assert!(!ask_alike(&both, &[]));
     }
 
     #[test]

@@ -70,8 +70,6 @@ pub struct Party<'a> {
     /// Its address: what is relative in its challenges is relative to this.
     url: &'a Url,
     client: &'a reqwest::Client,
-    /// The endpoint whose credentials are good here too.
-    sponsor: Option<&'a str>,
     /// An endpoint behind TLS has sent us here, to where there is none: no secrets.
     is_downgrade: bool,
     is_endpoint: bool,
@@ -86,12 +84,10 @@ impl<'a> Party<'a> {
             false => authority(url),
         };
         let is_downgrade = endpoint.base.scheme() == "https" && url.scheme() == "http" && !is_loopback(&name);
-        let related = !is_endpoint && token::is_below(url, &endpoint.base);
         Party {
             name,
             url: if is_endpoint { &endpoint.base } else { url },
             client: &endpoint.client,
-            sponsor: related.then_some(endpoint.name.as_str()),
             is_downgrade,
             is_endpoint,
         }
@@ -168,7 +164,7 @@ impl Gates {
                 self.pass(gate, party, &[challenge], &lookup).await
             };
             match tokio::time::timeout(AHEAD_TIMEOUT, ahead).await {
-                Ok(Ok(granted)) if !granted.lesser => lock(&gate.state).take(granted),
+                Ok(Ok(granted)) if !granted.lesser => lock(&gate.state).take(granted, None),
                 outcome => {
                     let error = outcome
                         .ok()
@@ -232,7 +228,8 @@ impl Gates {
                 }
                 let just_got = state.since.is_some_and(|since| since.elapsed() < REFUSED_FOR);
                 let never_good = state.accepted != Some(state.generation);
-                if used.header.is_some() && (refusal.repeated || just_got && never_good) {
+                let nothing_new = state.got_with.as_ref() == Some(&stamp);
+                if used.header.is_some() && nothing_new && (refusal.repeated || just_got && never_good) {
                     let error = self.denied(party, &refusal, &state.remedy);
                     return Err(state.refuse(error, false, stamp, &refusal));
                 }
@@ -247,7 +244,7 @@ impl Gates {
         let mut state = lock(&gate.state);
         match granted {
             Ok(granted) if used.header.is_none() || granted.pass.header() != used.header => {
-                state.take(granted);
+                state.take(granted, Some(stamp));
                 Ok(())
             }
             // The same again would be refused again.
@@ -275,15 +272,7 @@ impl Gates {
                 ..Lookup::default()
             };
         }
-        let mut lookup = self.credentials.find(&party.name).await;
-        if lookup.secret.is_none()
-            && let Some(sponsor) = party.sponsor
-        {
-            let other = self.credentials.find(sponsor).await;
-            lookup.problems.extend(other.problems);
-            (lookup.secret, lookup.from) = (other.secret, other.from);
-        }
-        lookup
+        self.credentials.find(&party.name).await
     }
 
     /// Fulfils the first challenge that can be. An error of `None`: there is none for which there are credentials.

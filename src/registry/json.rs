@@ -50,12 +50,12 @@ where
     Ok(T::deserialize(deserializer).unwrap_or_default())
 }
 
-/// A map of texts, such as annotations: entries that are no text are left out.
+/// A map of texts, such as annotations: entries that are no text are left out, and so is what is no map.
 pub fn texts<'de, D>(deserializer: D) -> Result<BTreeMap<String, String>, D::Error>
 where
     D: Deserializer<'de>,
 {
-    let entries = Option::<BTreeMap<String, Loose<String>>>::deserialize(deserializer)?.unwrap_or_default();
+    let entries: BTreeMap<String, Loose<String>> = loose(deserializer)?;
     Ok(entries
         .into_iter()
         .filter_map(|(key, text)| Some((key, text.0.ok()?)))

@@ -29,6 +29,8 @@ pub(super) struct State {
     /// Counts renewals, so that only the first of several requests that met the same refusal renews.
     pub(super) generation: u64,
     pub(super) pass: Pass,
+    /// How `config.json` looked when the pass was got after a refusal.
+    pub(super) got_with: Option<Stamp>,
     /// When the pass was got.
     pub(super) since: Option<Instant>,
     /// The generation that was accepted last.
@@ -115,8 +117,10 @@ impl Gate {
 }
 
 impl State {
-    pub(super) fn take(&mut self, granted: Granted) {
+    /// From now on requests are let in with this, got when `config.json` looked so.
+    pub(super) fn take(&mut self, granted: Granted, got_with: Option<Stamp>) {
         self.generation += 1;
+        self.got_with = got_with;
         self.pass = granted.pass;
         self.since = Some(Instant::now());
         self.remedy = granted.remedy;

@@ -4,8 +4,9 @@
 //! refused: with a user name and a password by GET, else by POST; with a refresh token by POST, else by GET; and at last for nobody in
 //! particular, since most images are public even where the credentials are bad.
 //!
-//! Redirects are followed. A secret goes along to the same host and those below its name, as Go's client does it, but never from https to
-//! http, and not over http for a registry that is asked over https. Where it stays behind and that ends in a refusal, the error says so.
+//! Redirects are followed. A secret goes along to the same host, to those below its name, and from http to https there, but never from
+//! https to http, and not over http for a registry that is asked over https. (Go's client takes another port for the same host; here a host
+//! is a name and a port, as everywhere.) Where a secret stays behind and that ends in a refusal, the error says so.
 
 use std::time::{Duration, Instant};
 
@@ -208,23 +209,25 @@ impl TokenRequest<'_> {
         }
         let has_secret = !matches!(way, Way::Get(None));
         let mut by_get = matches!(way, Way::Get(_));
-        let (mut astray, mut was_secure) = (false, false);
+        let (mut astray, mut was_secure) = (None, false);
         for _ in 0..=MAX_REDIRECTS {
-            astray |= !is_below(&url, realm);
+            if astray.is_none() && !is_same_host(&url, realm) {
+                astray = Some(shown(&url));
+            }
             let is_safe = url.scheme() == "https" || !was_secure && self.allows_plain(&url);
             was_secure |= url.scheme() == "https";
-            let kept = match (has_secret, astray, is_safe) {
-                (true, true, _) => Some(format!(
-                    "its token service {} redirects to {}, to which credentials are not sent: let the registry name that address as its realm",
-                    shown(realm),
-                    shown(&url)
+            let kept = match &astray {
+                _ if !has_secret => None,
+                Some(other) => Some(format!(
+                    "its token service {} redirects to {other}, to which credentials are not sent: let the registry name that address as its realm",
+                    shown(realm)
                 )),
-                (true, false, false) => Some(format!(
+                None if !is_safe => Some(format!(
                     "its token service {} wants credentials without TLS at {}: let the registry name an https address as its realm",
                     shown(realm),
                     shown(&url)
                 )),
-                _ => None,
+                None => None,
             };
             let carries = has_secret && kept.is_none();
             let request = match way {
@@ -342,14 +345,16 @@ impl TokenRequest<'_> {
     }
 }
 
-/// Whether `url` is of the same host as `realm`, at any port, or of one below its name.
-pub(super) fn is_below(url: &Url, realm: &Url) -> bool {
+/// Whether a secret for `realm` may go to `url`: to the same host and port, to a host below its name, or to TLS at the same host.
+fn is_same_host(url: &Url, realm: &Url) -> bool {
     let (Some(host), Some(of)) = (url.host_str(), realm.host_str()) else {
         return false;
     };
     let is_name = matches!(realm.host(), Some(url::Host::Domain(_)));
     let below = || host.strip_suffix(of).is_some_and(|rest| rest.ends_with('.'));
-    host == of || is_name && below()
+    let is_upgrade = realm.scheme() == "http" && url.scheme() == "https";
+    let same_port = url.port_or_known_default() == realm.port_or_known_default();
+    (host == of || is_name && below()) && (same_port || is_upgrade)
 }
 
 /// An address without what could be a secret.
@@ -443,13 +448,16 @@ mod tests {
 
     #[test]
     fn secrets_stay_at_their_host() {
-        let below = |to: &str, from: &str| is_below(&Url::parse(to).unwrap(), &Url::parse(from).unwrap());
-        assert!(below("https://a.example/x", "http://a.example/y"));
-        assert!(below("https://a.example:8443/x", "https://A.example/"));
-        assert!(below("https://eu.a.example/", "https://a.example/"));
-        assert!(!below("https://a.example/", "https://eu.a.example/"));
-        assert!(!below("https://bad-a.example/", "https://a.example/"));
-        assert!(!below("https://1.10.0.0.1/", "https://10.0.0.1/"));
-        assert!(!below("http://127.0.0.1:1/", "http://localhost:1/"));
+        let same = |to: &str, from: &str| is_same_host(&Url::parse(to).unwrap(), &Url::parse(from).unwrap());
+        assert!(same("https://a.example/x", "http://a.example/y"));
+        assert!(same("https://a.example:8443/x", "http://A.example:5000/"));
+        assert!(same("https://a.example:443/x", "https://a.example/y"));
+        assert!(same("https://eu.a.example/", "https://a.example/"));
+        assert!(!same("https://a.example:8443/x", "https://a.example/"));
+        assert!(!same("http://127.0.0.1:1/", "http://127.0.0.1:2/"));
+        assert!(!same("https://a.example/", "https://eu.a.example/"));
+        assert!(!same("https://bad-a.example/", "https://a.example/"));
+        assert!(!same("https://a.1.example/", "https://[::1]/"));
+        assert!(!same("http://127.0.0.1:1/", "http://localhost:1/"));
     }
 }

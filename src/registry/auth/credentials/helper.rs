@@ -30,7 +30,7 @@ pub(super) struct Helpers {
     /// Where they are searched for, if not in this process' own PATH.
     pub(super) search_path: Option<OsString>,
     /// Those that hung, and when.
-    hung: Mutex<HashMap<String, Instant>>,
+    pub(super) hung: Mutex<HashMap<String, Instant>>,
 }
 
 impl Default for Helpers {

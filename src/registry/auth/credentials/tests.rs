@@ -249,6 +249,35 @@ async fn a_helper_that_hangs_is_waited_for_once() {
     assert_eq!(std::fs::read_to_string(&runs).unwrap().lines().count(), 1);
 }
 
+/// Runs itself again, as a service would: without `HOME`.
+#[test]
+fn without_home_the_user_database_tells_where_the_file_is() {
+    const AGAIN: &str = "LAZULI_TEST_WITHOUT_HOME";
+    if std::env::var_os(AGAIN).is_some() {
+        println!("path={}", default_docker_config().unwrap().display());
+        return;
+    }
+    let uid = rustix::process::getuid().as_raw().to_string();
+    let users = std::fs::read_to_string("/etc/passwd").unwrap();
+    let home = users
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find(|fields| fields.get(2) == Some(&uid.as_str()))
+        .map(|fields| fields[5].to_owned());
+    // A user whom the database does not know has no home.
+    let Some(home) = home else { return };
+    let name = "registry::auth::credentials::tests::without_home_the_user_database_tells_where_the_file_is";
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .env_remove("HOME")
+        .env_remove("DOCKER_CONFIG")
+        .env(AGAIN, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains(&format!("path={home}/.docker/config.json")), "{text}");
+}
+
 proptest! {
     #[test]
     fn any_text_is_parsed_or_refused(text in "\\PC{0,60}") {

@@ -44,14 +44,12 @@ pub struct Referrer {
 }
 
 /// A list of artifacts as a registry gives it, or as it is kept under the fallback tag.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", expecting = "an index of artifacts")]
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct ReferrersIndex {
     schema_version: u64,
-    #[serde(default, deserialize_with = "json::loose")]
     media_type: String,
     /// The artifacts.
-    #[serde(default, deserialize_with = "usable")]
     pub manifests: Vec<Referrer>,
 }
 
@@ -65,21 +63,25 @@ impl ReferrersIndex {
         }
     }
 
-    /// Parses a list. At most [`MAX_REFERRERS`] are kept, of those that can be used.
+    /// Parses a list. At most [`MAX_REFERRERS`] are kept, of those that can be used: one with another kind of digest is somebody else's.
     ///
     /// # Errors
     /// What is wrong, for people.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
-        let mut index: ReferrersIndex = json::from_slice(bytes).map_err(|error| json_problem(&error))?;
-        index.manifests.truncate(MAX_REFERRERS);
-        Ok(index)
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase", expecting = "an index of artifacts")]
+        struct Raw {
+            #[serde(default, deserialize_with = "json::loose")]
+            schema_version: Option<u64>,
+            manifests: Option<Vec<json::Loose<Referrer>>>,
+        }
+        let raw: Raw = json::from_slice(bytes).map_err(|error| json_problem(&error))?;
+        if raw.manifests.is_none() && raw.schema_version.is_none() {
+            return Err("it is no index of artifacts".to_owned());
+        }
+        let entries = raw.manifests.into_iter().flatten().filter_map(|entry| entry.0.ok());
+        Ok(Self::of(entries.take(MAX_REFERRERS).collect()))
     }
-}
-
-/// The entries that can be used: one with another kind of digest is somebody else's.
-fn usable<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<Referrer>, D::Error> {
-    let entries = Vec::<json::Loose<Referrer>>::deserialize(deserializer)?;
-    Ok(entries.into_iter().filter_map(|entry| entry.0.ok()).collect())
 }
 
 /// A descriptor in an artifact, with what Lazuli writes of it.

@@ -293,9 +293,13 @@ impl Gates {
                         realm,
                         service: service.as_deref(),
                         scope: scope.clone().unwrap_or_else(|| gate.purpose.scope(&gate.repository)),
+                        usual: lock(&gate.state).usual,
                     };
                     match request.fetch(secret.as_ref()).await {
                         Ok(token) => {
+                            if token.usual.is_some() {
+                                lock(&gate.state).usual = token.usual;
+                            }
                             return Ok(Granted {
                                 remedy: remedy(lookup, token.note.as_deref()),
                                 lesser: token.note.is_some(),

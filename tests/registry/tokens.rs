@@ -148,6 +148,7 @@ async fn what_has_been_elsewhere_brings_no_secret_back() {
         1,
         Fault::RedirectAs(302, format!("http://{}{QUERY}", registry.host())),
     );
+    registry.fail(On::Token, 99, Fault::Status(401));
     let error = read(&blob, 0..7).await.unwrap_err();
     assert!(error.to_string().contains("credentials are not sent"), "{error}");
     let asked = registry.seen(On::Token);
@@ -218,7 +219,7 @@ async fn answers_in_many_forms_give_a_token() {
 #[tokio::test]
 async fn services_that_know_one_way_only_are_asked_in_that() {
     // No GET with a password, though the specification has it.
-    for status in [400, 404, 405, 501] {
+    for status in [400, 401, 403, 404, 405, 501] {
         let (registry, blob) = private().await;
         registry.fail(On::Token, 1, Fault::Status(status));
         assert_eq!(read(&blob, 0..7).await.unwrap(), b"content", "{status}");
@@ -226,6 +227,26 @@ async fn services_that_know_one_way_only_are_asked_in_that() {
         assert_eq!((seen.len(), seen[1].method.as_str()), (2, "POST"), "{status}");
         assert!(seen[1].query.is_empty(), "secrets are not put into addresses");
     }
+    // What was taken once is tried first, and its refusal is believed.
+    let (registry, blob) = private().await;
+    registry.fail(On::Token, 1, Fault::Status(405));
+    read(&blob, 0..7).await.unwrap();
+    registry.expire_tokens();
+    read(&blob, 0..7).await.unwrap();
+    registry.expire_tokens();
+    registry.set_auth(Auth::Token("alice".to_owned(), "changed".to_owned()));
+    let asked = tokio::time::timeout(std::time::Duration::from_secs(2), read(&blob, 0..7)).await;
+    assert!(asked.is_err(), "a reader waits: {asked:?}");
+    let methods: Vec<_> = registry
+        .seen(On::Token)
+        .iter()
+        .map(|seen| seen.method.to_string())
+        .collect();
+    assert_eq!(
+        methods,
+        ["GET", "POST", "POST", "POST", "GET"],
+        "the last one for nobody in particular"
+    );
     // No POST with a refresh token.
     for status in [400, 401, 403, 404, 405, 501] {
         let (registry, blob, _dir) = with_identity().await;
@@ -241,7 +262,7 @@ async fn bad_credentials_do_not_hide_a_public_image() {
     for status in [400, 401, 403] {
         let (registry, blob) = private().await;
         registry.set_auth(Auth::AnonymousToken);
-        registry.fail(On::Token, if status == 400 { 2 } else { 1 }, Fault::Status(status));
+        registry.fail(On::Token, 2, Fault::Status(status));
         assert_eq!(read(&blob, 0..7).await.unwrap(), b"content", "{status}");
         assert!(!carries_secret(registry.seen(On::Token).last().unwrap()));
     }

@@ -8,6 +8,7 @@ use http::{HeaderValue, StatusCode};
 use super::Purpose;
 use super::challenge::Challenge;
 use super::credentials::Stamp;
+use super::token::Usual;
 use crate::registry::attempts::ACCESS_PATIENCE;
 use crate::registry::{RegistryError, lock};
 
@@ -39,6 +40,8 @@ pub(super) struct State {
     pub(super) served: bool,
     /// What the host asked for last.
     pub(super) challenges: Vec<Challenge>,
+    /// In which way the token service takes secrets.
+    pub(super) usual: Option<Usual>,
     /// What to tell people if the pass is refused.
     pub(super) remedy: String,
     /// The last renewal that brought nothing, as long as nothing has been accepted since.

@@ -1,8 +1,8 @@
 //! Token services: how a token is asked for, and what their answers mean.
 //!
 //! The service is asked in the ways that containerd's client and the distribution specification know, one after another until one is not
-//! refused: with a user name and a password by GET, else by POST; with a refresh token by POST, else by GET; and at last for nobody in
-//! particular, since most images are public even where the credentials are bad.
+//! refused: with a user name and a password by GET, else by POST; with a refresh token by POST, else by GET (from then on first in the way
+//! that was taken); and at last for nobody in particular, since most images are public even where the credentials are bad.
 //!
 //! Redirects are followed. A secret goes along to the same host, to those below its name, and from http to https there, but never from
 //! https to http, and not over http for a registry that is asked over https. (Go's client takes another port for the same host; here a host
@@ -47,6 +47,15 @@ pub(super) struct TokenRequest<'a> {
     pub(super) service: Option<&'a str>,
     /// What access is needed; several separated by spaces.
     pub(super) scope: String,
+    /// In which way a secret was taken before.
+    pub(super) usual: Option<Usual>,
+}
+
+/// A way in which a token service takes secrets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Usual {
+    Get,
+    Post,
 }
 
 /// A token.
@@ -56,6 +65,8 @@ pub(super) struct Token {
     pub(super) renew_at: Instant,
     /// Why it is a token for nobody in particular although there are credentials.
     pub(super) note: Option<String>,
+    /// In which way a secret was taken, if one was.
+    pub(super) usual: Option<Usual>,
 }
 
 /// One way to ask.
@@ -150,22 +161,39 @@ impl TokenRequest<'_> {
             }
             Secret::IdentityToken(token) => vec![("grant_type", "refresh_token"), ("refresh_token", token.as_str())],
         };
-        let (first, second) = match secret {
-            Secret::Password { username, password } => (Way::Get(Some((username, password))), Way::Post(&form)),
-            Secret::IdentityToken(token) => (Way::Post(&form), Way::Get(Some(("", token)))),
+        let basic = match secret {
+            Secret::Password { username, password } => (username.as_str(), password.as_str()),
+            Secret::IdentityToken(token) => ("", token.as_str()),
         };
-        let mut refusal = match self.ask(realm, first).await? {
-            Outcome::Token(token) => return Ok(token),
-            Outcome::Refused(refusal) => refusal,
+        let (get, post) = ((Usual::Get, Way::Get(Some(basic))), (Usual::Post, Way::Post(&form)));
+        let get_first = match (self.usual, secret) {
+            (Some(usual), _) => usual == Usual::Get,
+            (None, Secret::Password { .. }) => true,
+            (None, Secret::IdentityToken(_)) => false,
         };
-        // 401 and 403 to the usual GET are about the password. Every other refusal may be about the way of asking.
-        let is_final = matches!(first, Way::Get(_)) && matches!(refusal.status.as_u16(), 401 | 403);
-        if !is_final {
-            refusal = match self.ask(realm, second).await? {
-                Outcome::Token(token) => return Ok(token),
-                Outcome::Refused(other) => refusal.or(other),
-            };
+        let mut refusal: Option<Refusal> = None;
+        for (name, way) in if get_first { [get, post] } else { [post, get] } {
+            match self.ask(realm, way).await? {
+                Outcome::Token(token) => {
+                    let usual = Some(name).filter(|_| token.note.is_none());
+                    return Ok(Token { usual, ..token });
+                }
+                Outcome::Refused(other) => {
+                    // In the usual way, these are about the secret. Every other refusal may be about the way.
+                    let is_final = self.usual == Some(name) && matches!(other.status.as_u16(), 401 | 403);
+                    refusal = Some(match refusal {
+                        Some(refusal) => refusal.or(other),
+                        None => other,
+                    });
+                    if is_final {
+                        break;
+                    }
+                }
+            }
         }
+        let Some(refusal) = refusal else {
+            return Err(self.protocol("its token service was not asked"));
+        };
         if refusal.is_denial()
             && let Ok(Outcome::Token(mut token)) = self.ask(realm, nobody).await
         {
@@ -328,6 +356,7 @@ impl TokenRequest<'_> {
             header: super::sensitive(&format!("Bearer {token}"))?,
             renew_at: Instant::now() + renew_after(lifetime),
             note,
+            usual: None,
         })
     }
 

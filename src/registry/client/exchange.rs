@@ -226,10 +226,9 @@ impl Repository {
                 }
                 status.as_u16()
             }
-            Err(failure) => match &failure.error {
-                RegistryError::Denied { status, .. } => *status,
-                _ => return Err(failure),
-            },
+            // What that host wants, the endpoint may know another way around.
+            Err(failure) if failure.cause == "auth" => StatusCode::UNAUTHORIZED.as_u16(),
+            Err(failure) => return Err(failure),
         };
         self.retried("status");
         tracing::debug!(host = %authority(&url), what = %ask.what, status, "the redirect target has ended");

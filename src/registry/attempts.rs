@@ -296,7 +296,7 @@ mod tests {
                 host: "h".to_owned(),
                 what: "w".to_owned(),
                 status: 403,
-                remedy: String::new(),
+                remedy: Box::default(),
                 again: Some(again),
             };
             Failure::new(error, "auth")

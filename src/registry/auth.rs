@@ -334,7 +334,7 @@ impl Gates {
             host: party.name.clone(),
             what: refusal.what.to_owned(),
             status: refusal.status.as_u16(),
-            remedy: remedy.to_owned(),
+            remedy: remedy.into(),
             again: None,
         }
     }

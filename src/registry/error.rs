@@ -31,7 +31,7 @@ pub enum RegistryError {
         /// 400, 401 or 403.
         status: u16,
         /// What to do, and what is wrong with the sources of credentials.
-        remedy: String,
+        remedy: Box<str>,
         /// Access was granted before, and may be again: how long to wait before it is asked for.
         again: Option<Duration>,
     },
@@ -112,7 +112,7 @@ impl RegistryError {
             host,
             what,
             status,
-            remedy: "check the credentials for this registry".to_owned(),
+            remedy: "check the credentials for this registry".into(),
             again: None,
         }
     }
@@ -136,7 +136,7 @@ impl RegistryError {
     /// The same refusal, with a remedy made from the one that it has.
     pub(super) fn explained(mut self, explain: impl FnOnce(&str) -> String) -> Self {
         if let RegistryError::Denied { remedy, .. } = &mut self {
-            *remedy = explain(remedy);
+            *remedy = explain(remedy).into();
         }
         self
     }

@@ -218,7 +218,7 @@ impl TokenRequest<'_> {
             host,
             what,
             status,
-            remedy: kept.unwrap_or_else(place),
+            remedy: kept.unwrap_or_else(place).into(),
             again: None,
         }
     }

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode, header};
@@ -18,8 +19,8 @@ use crate::registry::hosts::{Endpoint, authority};
 use crate::registry::range::range_header;
 use crate::registry::{RegistryError, count_request, json};
 
-/// Renewals of authentication within one exchange: one for what has ended, one for what another request renewed meanwhile.
-const MAX_RENEWALS: u32 = 2;
+/// Renewals of authentication within one exchange: one for what has ended, the others for what other requests renewed meanwhile.
+const MAX_RENEWALS: u32 = 3;
 /// Redirects that are followed, as many as Go and containerd follow.
 const MAX_REDIRECTS: u32 = 10;
 
@@ -176,8 +177,16 @@ impl Repository {
                 403 => used.header.is_some() || !challenges.is_empty(),
                 _ => false,
             };
-            if !is_refusal || renewals == MAX_RENEWALS {
+            if !is_refusal {
                 return Ok(answer);
+            }
+            if renewals == MAX_RENEWALS {
+                // Others renew it all the time: this one has had no luck yet.
+                let error = RegistryError::denied(authority(url), ask.what.clone(), status.as_u16());
+                return Err(Failure::new(
+                    error.waiting(reads_blob.then_some(Duration::ZERO)),
+                    "auth",
+                ));
             }
             let gate = gate.get_or_insert_with(|| gates.gate(&party, &self.name, purpose));
             let refusal = Refusal {

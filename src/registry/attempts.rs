@@ -49,8 +49,7 @@ impl Failure {
     fn retry_after(&self) -> Option<Duration> {
         match &self.error {
             RegistryError::Busy { retry_after, .. } => *retry_after,
-            RegistryError::Denied { again, .. } => *again,
-            _ => None,
+            error => error.access_again(),
         }
     }
 }
@@ -141,7 +140,7 @@ impl Attempts {
 
     /// Whether it is access that is waited for, and not for too long yet.
     fn waits_for_access(&mut self, error: &RegistryError, now: Instant) -> bool {
-        if !matches!(error, RegistryError::Denied { again: Some(_), .. }) {
+        if error.access_again().is_none() {
             return false;
         }
         let since = *self.denied_since.get_or_insert(now);
@@ -292,13 +291,7 @@ mod tests {
     fn access_that_may_be_granted_again_is_waited_for_and_not_for_ever() {
         let again = Duration::from_secs(5);
         let refused = || {
-            let error = RegistryError::Denied {
-                host: "h".to_owned(),
-                what: "w".to_owned(),
-                status: 403,
-                remedy: Box::default(),
-                again: Some(again),
-            };
+            let error = RegistryError::denied("h".to_owned(), "w".to_owned(), 403, "").waiting(Some(again));
             Failure::new(error, "auth")
         };
         let mut now = Instant::now();

@@ -21,6 +21,7 @@ use http::HeaderValue;
 use lru::LruCache;
 use url::Url;
 
+use super::error::CHECK_CREDENTIALS;
 use super::hosts::{Endpoint, authority, is_loopback};
 use super::{RegistryError, lock};
 use crate::metrics::Metrics;
@@ -164,7 +165,7 @@ impl Gates {
                 self.pass(gate, party, &[challenge], &lookup).await
             };
             match tokio::time::timeout(AHEAD_TIMEOUT, ahead).await {
-                Ok(Ok(granted)) if !granted.lesser => lock(&gate.state).take(granted, None),
+                Ok(Ok(granted)) if !granted.lesser || lock(&gate.state).lesser => lock(&gate.state).take(granted, None),
                 outcome => {
                     let error = outcome
                         .ok()
@@ -330,13 +331,8 @@ impl Gates {
     }
 
     fn denied(&self, party: &Party<'_>, refusal: &Refusal<'_>, remedy: &str) -> RegistryError {
-        RegistryError::Denied {
-            host: party.name.clone(),
-            what: refusal.what.to_owned(),
-            status: refusal.status.as_u16(),
-            remedy: remedy.into(),
-            again: None,
-        }
+        let (what, status) = (refusal.what.to_owned(), refusal.status.as_u16());
+        RegistryError::denied(party.name.clone(), what, status, remedy)
     }
 }
 
@@ -346,7 +342,7 @@ fn remedy(lookup: &Lookup, note: Option<&str>) -> String {
         Some(_) => format!("those of {} were used", lookup.from),
         None => "there are none for it".to_owned(),
     };
-    let mut text = format!("check the credentials for this registry ({used})");
+    let mut text = format!("{CHECK_CREDENTIALS} ({used})");
     for more in note.into_iter().chain(lookup.problems.iter().map(String::as_str)) {
         text.push_str("; ");
         text.push_str(more);

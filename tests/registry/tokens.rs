@@ -266,6 +266,21 @@ async fn bad_credentials_do_not_hide_a_public_image() {
 }
 
 #[tokio::test]
+async fn a_token_for_nobody_in_particular_is_renewed_ahead_too() {
+    let (registry, blob) = private().await;
+    registry.set_auth(Auth::AnonymousToken);
+    registry.set_token_lifetime(std::time::Duration::from_secs(2));
+    for asked in [3, 6] {
+        registry.fail(On::Token, 2, Fault::Status(401));
+        assert_eq!(read(&blob, 0..7).await.unwrap(), b"content");
+        assert_eq!(registry.seen(On::Token).len(), asked);
+        tokio::time::sleep(std::time::Duration::from_millis(1600)).await;
+    }
+    let refused = registry.seen(On::Blob).iter().filter(|seen| seen.status == 401).count();
+    assert_eq!(refused, 1, "the client knew when it ended");
+}
+
+#[tokio::test]
 async fn a_refusal_by_the_service_names_it_and_what_was_used() {
     let (registry, blob) = private().await;
     registry.set_auth(Auth::Token("alice".to_owned(), "changed".to_owned()));

@@ -44,6 +44,8 @@ pub(super) struct State {
     pub(super) usual: Option<Usual>,
     /// What to tell people if the pass is refused.
     pub(super) remedy: String,
+    /// The pass is less than what the credentials should have given.
+    pub(super) lesser: bool,
     /// The last renewal that brought nothing, as long as nothing has been accepted since.
     pub(super) refused: Option<Refused>,
     pub(super) refused_since: Option<Instant>,
@@ -127,6 +129,7 @@ impl State {
         self.pass = granted.pass;
         self.since = Some(Instant::now());
         self.remedy = granted.remedy;
+        self.lesser = granted.lesser;
         self.refused = None;
         self.failure = None;
     }

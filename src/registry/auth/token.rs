@@ -214,13 +214,7 @@ impl TokenRequest<'_> {
             return RegistryError::Status { host, what, status };
         }
         let place = || format!("it is the token service of {} at {}", self.party.name, shown(realm));
-        RegistryError::Denied {
-            host,
-            what,
-            status,
-            remedy: kept.unwrap_or_else(place).into(),
-            again: None,
-        }
+        RegistryError::denied(host, what, status, kept.unwrap_or_else(place))
     }
 
     /// Asks in one way, through redirects.

@@ -14,6 +14,7 @@ use super::Repository;
 use crate::layer::Digest;
 use crate::registry::attempts::{Failure, retry_after};
 use crate::registry::auth::{Authorization, Party, Purpose, Refusal, challenges_of};
+use crate::registry::error::CHECK_CREDENTIALS;
 use crate::registry::hosts::transport::chain;
 use crate::registry::hosts::{Endpoint, authority};
 use crate::registry::range::range_header;
@@ -182,7 +183,7 @@ impl Repository {
             }
             if renewals == MAX_RENEWALS {
                 // Others renew it all the time: this one has had no luck yet.
-                let error = RegistryError::denied(authority(url), ask.what.clone(), status.as_u16());
+                let error = RegistryError::denied(authority(url), ask.what.clone(), status.as_u16(), CHECK_CREDENTIALS);
                 return Err(Failure::new(
                     error.waiting(reads_blob.then_some(Duration::ZERO)),
                     "auth",
@@ -329,7 +330,9 @@ impl Repository {
         let what = ask.what.clone();
         let status = answer.status().as_u16();
         let error = match answer.status() {
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => RegistryError::denied(host, what, status),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                RegistryError::denied(host, what, status, CHECK_CREDENTIALS)
+            }
             StatusCode::NOT_FOUND | StatusCode::GONE => RegistryError::NotFound { host, what },
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => RegistryError::Busy {
                 host,

@@ -71,7 +71,7 @@ pub enum LogFormat {
 pub struct RegistryConfig {
     /// Directories of containerd's `hosts.toml` files, searched in order.
     pub config_path: Vec<PathBuf>,
-    /// docker's `config.json`; by default `$DOCKER_CONFIG/config.json`, then `~/.docker/config.json`.
+    /// docker's `config.json`; by default `$DOCKER_CONFIG/config.json`, then `~/.docker/config.json`, also where there is no `HOME`.
     pub docker_config: Option<PathBuf>,
     /// User names and passwords by registry host (`registry.example:5000`).
     pub credentials: BTreeMap<String, Credential>,

@@ -16,6 +16,7 @@
 //!   health      which hosts fail or say nothing, and are asked last
 //!   location    redirect targets that are still good
 //! layout      directory -> Source -> Blob                          (OCI layout)
+//! json        documents, read as Go reads them
 //! ```
 
 use std::ops::Range;
@@ -36,6 +37,7 @@ pub mod error;
 pub mod health;
 pub mod hosts;
 pub mod image;
+mod json;
 pub mod layout;
 pub mod location;
 pub mod range;

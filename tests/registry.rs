@@ -8,10 +8,20 @@ mod support;
 mod access;
 #[path = "registry/artifacts.rs"]
 mod artifacts;
+#[path = "registry/elsewhere.rs"]
+mod elsewhere;
+#[path = "registry/json.rs"]
+mod json;
 #[path = "registry/mirrors.rs"]
 mod mirrors;
 #[path = "registry/real.rs"]
 mod real;
+#[path = "registry/secrets.rs"]
+mod secrets;
+#[path = "registry/sources.rs"]
+mod sources;
+#[path = "registry/tokens.rs"]
+mod tokens;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -9,8 +9,8 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::RegistryError;
-use super::image::{LayerDescriptor, MANIFEST_TYPE, OCI_INDEX, json_problem, or_default};
+use super::image::{LayerDescriptor, MANIFEST_TYPE, OCI_INDEX, json_problem};
+use super::{RegistryError, json};
 use crate::layer::Digest;
 
 /// Media type of the empty descriptor, whose blob is [`EMPTY`].
@@ -25,29 +25,31 @@ pub const MAX_REFERRERS: usize = 1000;
 #[serde(rename_all = "camelCase")]
 pub struct Referrer {
     /// Media type of the artifact's manifest.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "json::loose")]
     pub media_type: String,
     /// Digest of the artifact's manifest.
     pub digest: Digest,
     /// Its size in bytes.
     pub size: u64,
     /// What kind of artifact it is, or an empty text.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
+    #[serde(default, deserialize_with = "json::loose", skip_serializing_if = "String::is_empty")]
     pub artifact_type: String,
     /// Annotations of the artifact's manifest.
-    #[serde(default, deserialize_with = "or_default", skip_serializing_if = "BTreeMap::is_empty")]
+    #[serde(
+        default,
+        deserialize_with = "json::texts",
+        skip_serializing_if = "BTreeMap::is_empty"
+    )]
     pub annotations: BTreeMap<String, String>,
 }
 
 /// A list of artifacts as a registry gives it, or as it is kept under the fallback tag.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase", expecting = "an index of artifacts")]
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct ReferrersIndex {
     schema_version: u64,
-    #[serde(default)]
     media_type: String,
     /// The artifacts.
-    #[serde(default, deserialize_with = "or_default")]
     pub manifests: Vec<Referrer>,
 }
 
@@ -61,14 +63,24 @@ impl ReferrersIndex {
         }
     }
 
-    /// Parses a list. At most [`MAX_REFERRERS`] are kept.
+    /// Parses a list. At most [`MAX_REFERRERS`] are kept, of those that can be used: one with another kind of digest is somebody else's.
     ///
     /// # Errors
     /// What is wrong, for people.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
-        let mut index: ReferrersIndex = serde_json::from_slice(bytes).map_err(|error| json_problem(&error))?;
-        index.manifests.truncate(MAX_REFERRERS);
-        Ok(index)
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase", expecting = "an index of artifacts")]
+        struct Raw {
+            #[serde(default, deserialize_with = "json::loose")]
+            schema_version: Option<u64>,
+            manifests: Option<Vec<json::Loose<Referrer>>>,
+        }
+        let raw: Raw = json::from_slice(bytes).map_err(|error| json_problem(&error))?;
+        if raw.manifests.is_none() && raw.schema_version.is_none() {
+            return Err("it is no index of artifacts".to_owned());
+        }
+        let entries = raw.manifests.into_iter().flatten().filter_map(|entry| entry.0.ok());
+        Ok(Self::of(entries.take(MAX_REFERRERS).collect()))
     }
 }
 
@@ -109,17 +121,16 @@ impl Artifact {
         #[derive(Deserialize)]
         #[serde(rename_all = "camelCase", expecting = "the manifest of an artifact")]
         struct Raw {
-            #[serde(default)]
+            #[serde(default, deserialize_with = "json::loose")]
             artifact_type: String,
             config: LayerDescriptor,
-            #[serde(default, deserialize_with = "or_default")]
-            layers: Vec<LayerDescriptor>,
             #[serde(default)]
+            layers: Vec<LayerDescriptor>,
             subject: Option<LayerDescriptor>,
-            #[serde(default, deserialize_with = "or_default")]
+            #[serde(default, deserialize_with = "json::texts")]
             annotations: BTreeMap<String, String>,
         }
-        let raw: Raw = serde_json::from_slice(bytes).map_err(|error| RegistryError::Image {
+        let raw: Raw = json::from_slice(bytes).map_err(|error| RegistryError::Image {
             what: format!("artifact {}", Digest::of(bytes)),
             problem: json_problem(&error),
         })?;

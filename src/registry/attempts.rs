@@ -21,6 +21,9 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(30);
 /// Bytes that must have arrived since the last failure for the attempts to start anew: an endless download over a bad line may go
 /// on as long as it gets somewhere.
 const PROGRESS: u64 = 256 << 10;
+/// How long a refusal of what was granted before is waited out, without using up attempts: credentials that have ended are renewed by
+/// whoever does that, and a reader hangs meanwhile.
+pub(super) const ACCESS_PATIENCE: Duration = Duration::from_secs(60);
 
 /// A failure of one attempt.
 #[derive(Debug)]
@@ -46,7 +49,7 @@ impl Failure {
     fn retry_after(&self) -> Option<Duration> {
         match &self.error {
             RegistryError::Busy { retry_after, .. } => *retry_after,
-            _ => None,
+            error => error.access_again(),
         }
     }
 }
@@ -57,6 +60,8 @@ pub struct Attempts {
     left: u32,
     limit: u32,
     progress: u64,
+    /// Since when access is refused that may be granted again.
+    denied_since: Option<Instant>,
 }
 
 struct HostState {
@@ -82,6 +87,7 @@ impl Attempts {
             left: limit,
             limit,
             progress: 0,
+            denied_since: None,
         }
     }
 
@@ -115,7 +121,9 @@ impl Attempts {
                     *backoff_of_host = backoff();
                 }
             }
-            self.left = self.left.saturating_sub(1);
+            if !self.waits_for_access(&failure.error, now) {
+                self.left = self.left.saturating_sub(1);
+            }
         }
         let Some(host) = self.hosts.iter_mut().find(|host| host.place == place) else {
             return;
@@ -128,6 +136,15 @@ impl Attempts {
             host.backoff = None;
         }
         host.error = Some(failure.error);
+    }
+
+    /// Whether it is access that is waited for, and not for too long yet.
+    fn waits_for_access(&mut self, error: &RegistryError, now: Instant) -> bool {
+        if error.access_again().is_none() {
+            return false;
+        }
+        let since = *self.denied_since.get_or_insert(now);
+        now.saturating_duration_since(since) < ACCESS_PATIENCE
     }
 
     /// `bytes` arrived.
@@ -268,6 +285,28 @@ mod tests {
             attempts.failed(0, Failure::new(error, "status"), now);
             assert_eq!(attempts.next(now), Some((0, Duration::from_secs(least))));
         }
+    }
+
+    #[test]
+    fn access_that_may_be_granted_again_is_waited_for_and_not_for_ever() {
+        let again = Duration::from_secs(5);
+        let refused = || {
+            let error = RegistryError::denied("h".to_owned(), "w".to_owned(), 403, "").waiting(Some(again));
+            Failure::new(error, "auth")
+        };
+        let mut now = Instant::now();
+        let begun = now;
+        let mut attempts = Attempts::new(vec![0], 2);
+        while let Some((_, wait)) = attempts.next(now) {
+            now += wait;
+            attempts.failed(0, refused(), now);
+            assert!(attempts.next(now).is_none_or(|(_, wait)| wait >= again));
+        }
+        assert!(now - begun >= ACCESS_PATIENCE && now - begun < ACCESS_PATIENCE * 2);
+        // Another host is asked meanwhile.
+        let mut attempts = Attempts::new(vec![0, 1], 2);
+        attempts.failed(0, refused(), now);
+        assert_eq!(attempts.next(now), Some((1, Duration::ZERO)));
     }
 
     #[test]

@@ -1,43 +1,49 @@
 //! Authentication of requests: which `Authorization` header a host wants for a repository, and how to get a new one.
 //!
-//! A [`Gate`] stands for one endpoint, one repository, and reading or writing there. All requests there share its header; whoever meets a
-//! 401 first renews it, and the others wait and take the new one. A token is also renewed a little before it ends. Secrets live in memory
-//! only, are marked sensitive in headers, and are sent to the endpoint and to the token service it names, nowhere else.
+//! A [`Gate`] stands for one host, one repository, and reading or writing there; the host is an endpoint, or one that an endpoint sends
+//! readers to and that wants them to be authenticated as well. All requests there share its header. Whoever is refused first renews it:
+//! the sources of credentials are asked anew, and the token service; the others wait and take what comes of that. A token is also renewed
+//! a little before it ends.
+//!
+//! A refusal is any 400, 401 or 403 to a request with credentials (registries say "ended" in all these ways), or a challenge to one
+//! without. A renewal that brings nothing new is not repeated for a few seconds, or until `config.json` changes: there is no storm on a
+//! token service, however many readers there are. What readers had before they lost it may come back, when somebody renews credentials that
+//! have ended; their refusals say so, and [`super::attempts`] waits.
+//!
+//! Secrets live in memory only, are marked sensitive in headers, and are sent to the host that they are for and to the token service it
+//! names, nowhere else.
 
 use std::num::NonZeroUsize;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use base64::Engine;
-use http::{HeaderMap, HeaderValue, StatusCode, header};
+use http::HeaderValue;
 use lru::LruCache;
-use serde::Deserialize;
 use url::Url;
 
-use super::hosts::Endpoint;
+use super::error::CHECK_CREDENTIALS;
+use super::hosts::{Endpoint, authority, is_loopback};
 use super::{RegistryError, lock};
 use crate::metrics::Metrics;
 
 pub mod challenge;
 pub mod credentials;
+mod gate;
+mod token;
 
-pub use challenge::{Challenge, parse_challenges};
+pub use challenge::{Challenge, challenges_of, parse_challenges};
+use credentials::Lookup;
 pub use credentials::{Credentials, Secret};
+pub use gate::{Authorization, Gate, Refusal};
+use gate::{Granted, Pass, REFUSED_FOR};
+use token::TokenRequest;
 
 /// Gates that are remembered; the one unused longest is forgotten first.
 const MAX_GATES: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
-/// Validity of a token that states none (distribution token specification).
-const DEFAULT_EXPIRY: Duration = Duration::from_secs(60);
-/// A token is renewed this long before it ends, or after three quarters of its life if that is later.
-const RENEW_BEFORE: Duration = Duration::from_secs(15);
-/// Longest validity that is believed.
-const MAX_EXPIRY: Duration = Duration::from_secs(24 * 3600);
-/// Longest wait for a token in all: every reader of the repository waits for it.
-const TOKEN_TIMEOUT: Duration = Duration::from_secs(30);
-/// Largest answer of a token service, in bytes.
-const MAX_TOKEN_ANSWER: usize = 1 << 20;
-/// Name of this program towards OAuth 2 token services.
-const CLIENT_ID: &str = "lazuli";
+/// Longest wait for a token while the old one is still good: readers wait with it.
+const AHEAD_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long after a failure to renew a token ahead of its end that is tried again.
+const AHEAD_AGAIN: Duration = Duration::from_secs(5);
 
 /// What a request is for. Readers never carry a token that may write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -58,44 +64,55 @@ impl Purpose {
     }
 }
 
+/// A host that is asked.
+pub struct Party<'a> {
+    /// `host:port`, for credentials and errors.
+    name: String,
+    /// Its address: what is relative in its challenges is relative to this.
+    url: &'a Url,
+    client: &'a reqwest::Client,
+    /// An endpoint behind TLS has sent us here, to where there is none: no secrets.
+    is_downgrade: bool,
+    is_endpoint: bool,
+}
+
+impl<'a> Party<'a> {
+    /// The host that `url` is at, when that is reached from `endpoint`.
+    pub fn new(endpoint: &'a Endpoint, url: &'a Url) -> Self {
+        let is_endpoint = url.origin() == endpoint.base.origin();
+        let name = match is_endpoint {
+            true => endpoint.name.clone(),
+            false => authority(url),
+        };
+        let is_downgrade = endpoint.base.scheme() == "https" && url.scheme() == "http" && !is_loopback(&name);
+        Party {
+            name,
+            url: if is_endpoint { &endpoint.base } else { url },
+            client: &endpoint.client,
+            is_downgrade,
+            is_endpoint,
+        }
+    }
+
+    /// Whether it is the endpoint itself.
+    pub fn is_endpoint(&self) -> bool {
+        self.is_endpoint
+    }
+
+    fn key(&self, repository: &str, purpose: Purpose) -> (String, String, Purpose) {
+        let address = match self.is_endpoint {
+            true => self.url.to_string(),
+            false => self.url.origin().ascii_serialization(),
+        };
+        (address, repository.to_owned(), purpose)
+    }
+}
+
 /// All gates of a daemon.
 pub struct Gates {
     credentials: Credentials,
     metrics: Arc<Metrics>,
     gates: Mutex<LruCache<(String, String, Purpose), Arc<Gate>>>,
-}
-
-/// One endpoint and repository.
-pub struct Gate {
-    purpose: Purpose,
-    state: tokio::sync::Mutex<State>,
-}
-
-#[derive(Default)]
-struct State {
-    /// Counts renewals, so that only the first of several requests that met the same 401 renews.
-    generation: u64,
-    pass: Pass,
-}
-
-#[derive(Default)]
-enum Pass {
-    /// Ask without; the host says so if that is not enough.
-    #[default]
-    Anonymous,
-    Basic(HeaderValue),
-    Bearer {
-        header: HeaderValue,
-        renew_at: Instant,
-        challenge: Challenge,
-    },
-}
-
-/// A header to send, and which renewal it came from.
-pub struct Authorization {
-    /// Value of `Authorization`; `None` to ask anonymously.
-    pub header: Option<HeaderValue>,
-    generation: u64,
 }
 
 impl Gates {
@@ -108,134 +125,233 @@ impl Gates {
         }
     }
 
-    /// The gate of `repository` at `endpoint`.
-    pub fn gate(&self, endpoint: &Endpoint, repository: &str, purpose: Purpose) -> Arc<Gate> {
-        let key = (endpoint.base.to_string(), repository.to_owned(), purpose);
+    /// What is wrong with the sources of credentials; see [`Credentials::problems`].
+    pub fn problems(&self) -> Vec<String> {
+        self.credentials.problems()
+    }
+
+    /// The gate of `repository` at `party`.
+    pub fn gate(&self, party: &Party<'_>, repository: &str, purpose: Purpose) -> Arc<Gate> {
         let new = || {
             Arc::new(Gate {
                 purpose,
-                state: tokio::sync::Mutex::default(),
+                repository: repository.to_owned(),
+                turn: tokio::sync::Mutex::default(),
+                state: Mutex::default(),
             })
         };
+        let key = party.key(repository, purpose);
         lock(&self.gates).get_or_insert(key, new).clone()
     }
 
-    /// The header to send now. Renews a token that is about to end.
-    ///
-    /// # Errors
-    /// [`RegistryError`] of the token service or of the credentials.
-    pub async fn authorization(
-        &self,
-        gate: &Gate,
-        endpoint: &Endpoint,
-        repository: &str,
-    ) -> Result<Authorization, RegistryError> {
-        let mut state = gate.state.lock().await;
-        if let Pass::Bearer {
-            renew_at, challenge, ..
-        } = &state.pass
-            && *renew_at <= Instant::now()
-        {
-            let challenge = challenge.clone();
-            state.pass = self.pass(gate.purpose, endpoint, repository, &[challenge]).await?;
-            state.generation += 1;
-        }
-        Ok(Authorization {
-            header: state.pass.header(),
-            generation: state.generation,
-        })
+    /// The gate of `repository` at `party`, if there is one already: storage services need none.
+    pub fn known(&self, party: &Party<'_>, repository: &str, purpose: Purpose) -> Option<Arc<Gate>> {
+        lock(&self.gates).get(&party.key(repository, purpose)).cloned()
     }
 
-    /// Answers a 401 that a request with `used` met. `Ok`: ask again. Does nothing if another request has renewed since.
+    /// The header to send now. Renews a token that is about to end; if that fails, the old one is used for as long as the host takes it.
+    pub async fn authorization(&self, gate: &Gate, party: &Party<'_>) -> Authorization {
+        let due = || lock(&gate.state).pass.due(Instant::now());
+        let turn = match due() {
+            Some(_) => Some(gate.turn.lock().await),
+            None => None,
+        };
+        // Another one may have renewed it meanwhile.
+        if turn.is_some()
+            && let Some(challenge) = due()
+        {
+            let ahead = async {
+                let lookup = self.look_up(party).await;
+                self.pass(gate, party, &[challenge], &lookup).await
+            };
+            match tokio::time::timeout(AHEAD_TIMEOUT, ahead).await {
+                Ok(Ok(granted)) if !granted.lesser || lock(&gate.state).lesser => lock(&gate.state).take(granted, None),
+                outcome => {
+                    let error = outcome
+                        .ok()
+                        .and_then(Result::err)
+                        .flatten()
+                        .map(|error| error.to_string());
+                    tracing::debug!(host = %party.name, ?error, "a token is not renewed ahead of its end");
+                    lock(&gate.state).pass.postpone(Instant::now() + AHEAD_AGAIN);
+                }
+            }
+        }
+        let state = lock(&gate.state);
+        Authorization {
+            header: state.pass.header(),
+            generation: state.generation,
+        }
+    }
+
+    /// Finds a better header after a request with `used` was refused. `Ok`: ask again. Does nothing if another request has renewed since,
+    /// and takes the failure of one that tried meanwhile.
     ///
     /// # Errors
-    /// [`RegistryError::Denied`] if there is nothing better to offer; errors of the token service or of the credentials.
+    /// [`RegistryError::Denied`] if there is nothing better to offer; errors of the token service.
     pub async fn renew(
         &self,
         gate: &Gate,
-        endpoint: &Endpoint,
-        repository: &str,
+        party: &Party<'_>,
         used: &Authorization,
-        answer: &HeaderMap,
+        refusal: Refusal<'_>,
     ) -> Result<(), RegistryError> {
-        let challenges: Vec<Challenge> = answer
-            .get_all(header::WWW_AUTHENTICATE)
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(parse_challenges)
-            .collect();
-        let mut state = gate.state.lock().await;
-        if state.generation != used.generation {
-            return Ok(());
+        let failures = lock(&gate.state).failures;
+        let _turn = gate.turn.lock().await;
+        let stamp = self.credentials.stamp().await;
+        let challenges = {
+            let mut state = lock(&gate.state);
+            if state.generation != used.generation {
+                return Ok(());
+            }
+            if state.failures != failures
+                && let Some(error) = state.failure.clone()
+            {
+                return Err(error);
+            }
+            // A new question may have another answer: a token for another scope, a password in the stead of a token.
+            let asks_anew =
+                !refusal.challenges.is_empty() && !challenge::ask_alike(&refusal.challenges, &state.challenges);
+            if !refusal.challenges.is_empty() {
+                state.challenges.clone_from(&refusal.challenges);
+            }
+            if !asks_anew {
+                let now = Instant::now();
+                if let Some(refused) = &state.refused
+                    && refused.until > now
+                    && refused.stamp == stamp
+                {
+                    let error = match refused.by_service {
+                        true => refused.error.clone(),
+                        false => self.denied(party, &refusal, refused.error.remedy()),
+                    };
+                    return Err(error.waiting(state.again(&refusal, now)));
+                }
+                let just_got = state.since.is_some_and(|since| since.elapsed() < REFUSED_FOR);
+                let never_good = state.accepted != Some(state.generation);
+                let nothing_new = state.got_with.as_ref() == Some(&stamp);
+                if used.header.is_some() && nothing_new && (refusal.repeated || just_got && never_good) {
+                    let error = self.denied(party, &refusal, &state.remedy);
+                    return Err(state.refuse(error, false, stamp, &refusal));
+                }
+            }
+            match (state.challenges.is_empty(), &state.pass) {
+                (true, Pass::Basic(_)) => vec![Challenge::Basic],
+                _ => state.challenges.clone(),
+            }
+        };
+        let lookup = self.look_up(party).await;
+        let granted = self.pass(gate, party, &challenges, &lookup).await;
+        let mut state = lock(&gate.state);
+        match granted {
+            Ok(granted) if used.header.is_none() || granted.pass.header() != used.header => {
+                state.take(granted, Some(stamp));
+                Ok(())
+            }
+            // The same again would be refused again.
+            Ok(granted) => {
+                let error = self.denied(party, &refusal, &granted.remedy);
+                Err(state.refuse(error, false, stamp, &refusal))
+            }
+            Err(Some(error @ RegistryError::Denied { .. })) => Err(state.refuse(error, true, stamp, &refusal)),
+            Err(Some(error)) => {
+                state.failures += 1;
+                state.failure = Some(error.clone());
+                Err(error)
+            }
+            Err(None) => {
+                let error = self.denied(party, &refusal, &remedy(&lookup, None));
+                Err(state.refuse(error, false, stamp, &refusal))
+            }
         }
-        let pass = self.pass(gate.purpose, endpoint, repository, &challenges).await?;
-        // The same user name and password again would be refused again.
-        if let (Pass::Basic(old), Pass::Basic(new)) = (&state.pass, &pass)
-            && old == new
-        {
-            return Err(denied(endpoint, repository));
-        }
-        state.pass = pass;
-        state.generation += 1;
-        Ok(())
     }
 
-    /// Fulfils the first challenge that can be.
+    async fn look_up(&self, party: &Party<'_>) -> Lookup {
+        if party.is_downgrade {
+            return Lookup {
+                problems: vec![format!("credentials are not sent to {} without TLS", party.name)],
+                ..Lookup::default()
+            };
+        }
+        self.credentials.find(&party.name).await
+    }
+
+    /// Fulfils the first challenge that can be. An error of `None`: there is none for which there are credentials.
     async fn pass(
         &self,
-        purpose: Purpose,
-        endpoint: &Endpoint,
-        repository: &str,
+        gate: &Gate,
+        party: &Party<'_>,
         challenges: &[Challenge],
-    ) -> Result<Pass, RegistryError> {
-        let secret = self.credentials.find(&endpoint.name).await?;
+        lookup: &Lookup,
+    ) -> Result<Granted, Option<RegistryError>> {
+        let mut failure = None;
         for challenge in challenges {
-            match (challenge, &secret) {
+            match (challenge, &lookup.secret) {
                 (Challenge::Bearer { realm, service, scope }, secret) => {
                     let request = TokenRequest {
                         metrics: &self.metrics,
-                        endpoint,
+                        party,
                         realm,
                         service: service.as_deref(),
-                        scope: scope.clone().unwrap_or_else(|| purpose.scope(repository)),
+                        scope: scope.clone().unwrap_or_else(|| gate.purpose.scope(&gate.repository)),
+                        usual: lock(&gate.state).usual,
                     };
-                    let (header, renew_at) = request.fetch(secret.as_ref()).await?;
-                    return Ok(Pass::Bearer {
-                        header,
-                        renew_at,
-                        challenge: challenge.clone(),
-                    });
+                    match request.fetch(secret.as_ref()).await {
+                        Ok(token) => {
+                            if token.usual.is_some() {
+                                lock(&gate.state).usual = token.usual;
+                            }
+                            return Ok(Granted {
+                                remedy: remedy(lookup, token.note.as_deref()),
+                                lesser: token.note.is_some(),
+                                pass: Pass::Bearer {
+                                    header: token.header,
+                                    renew_at: token.renew_at,
+                                    challenge: challenge.clone(),
+                                },
+                            });
+                        }
+                        Err(error) => {
+                            let error = error.explained(|note| remedy(lookup, Some(note)));
+                            failure = failure.or(Some(error));
+                        }
+                    }
                 }
                 (Challenge::Basic, Some(Secret::Password { username, password })) => {
-                    return Ok(Pass::Basic(basic(username, password)?));
+                    return Ok(Granted {
+                        pass: Pass::Basic(basic(username, password)?),
+                        remedy: remedy(lookup, None),
+                        lesser: false,
+                    });
                 }
                 _ => {}
             }
         }
-        Err(denied(endpoint, repository))
+        Err(failure)
+    }
+
+    fn denied(&self, party: &Party<'_>, refusal: &Refusal<'_>, remedy: &str) -> RegistryError {
+        let (what, status) = (refusal.what.to_owned(), refusal.status.as_u16());
+        RegistryError::denied(party.name.clone(), what, status, remedy)
     }
 }
 
-impl Pass {
-    fn header(&self) -> Option<HeaderValue> {
-        match self {
-            Pass::Anonymous => None,
-            Pass::Basic(header) | Pass::Bearer { header, .. } => Some(header.clone()),
-        }
+/// What to do about a refusal of what the sources gave.
+fn remedy(lookup: &Lookup, note: Option<&str>) -> String {
+    let used = match &lookup.secret {
+        Some(_) => format!("those of {} were used", lookup.from),
+        None => "there are none for it".to_owned(),
+    };
+    let mut text = format!("{CHECK_CREDENTIALS} ({used})");
+    for more in note.into_iter().chain(lookup.problems.iter().map(String::as_str)) {
+        text.push_str("; ");
+        text.push_str(more);
     }
-}
-
-fn denied(endpoint: &Endpoint, repository: &str) -> RegistryError {
-    RegistryError::Denied {
-        host: endpoint.name.clone(),
-        what: repository.to_owned(),
-        status: StatusCode::UNAUTHORIZED.as_u16(),
-    }
+    text
 }
 
 fn basic(username: &str, password: &str) -> Result<HeaderValue, RegistryError> {
-    let text = base64::engine::general_purpose::STANDARD.encode(format!("{username}:{password}"));
-    sensitive(&format!("Basic {text}"))
+    sensitive(&format!("Basic {}", token::basic_text(username, password)))
 }
 
 fn sensitive(text: &str) -> Result<HeaderValue, RegistryError> {
@@ -247,180 +363,9 @@ fn sensitive(text: &str) -> Result<HeaderValue, RegistryError> {
     Ok(value)
 }
 
-struct TokenRequest<'a> {
-    metrics: &'a Metrics,
-    endpoint: &'a Endpoint,
-    realm: &'a str,
-    service: Option<&'a str>,
-    scope: String,
-}
-
-#[derive(Deserialize)]
-struct TokenAnswer {
-    #[serde(default)]
-    token: String,
-    #[serde(default)]
-    access_token: String,
-    expires_in: Option<f64>,
-    issued_at: Option<String>,
-}
-
-impl TokenRequest<'_> {
-    /// A token, and when to renew it.
-    async fn fetch(&self, secret: Option<&Secret>) -> Result<(HeaderValue, Instant), RegistryError> {
-        let protocol = |problem: &str| RegistryError::Protocol {
-            host: self.endpoint.name.clone(),
-            what: "the request for a token".to_owned(),
-            problem: problem.to_owned(),
-        };
-        let realm = Url::parse(self.realm).map_err(|_| protocol("its token service has no valid address"))?;
-        if !matches!(realm.scheme(), "http" | "https") {
-            return Err(protocol("its token service has no http address"));
-        }
-        if secret.is_some() && realm.scheme() == "http" && self.endpoint.base.scheme() == "https" {
-            return Err(protocol("its token service wants credentials without TLS"));
-        }
-        let host = super::hosts::authority(&realm);
-        let client = &self.endpoint.client;
-        let request = match secret {
-            Some(Secret::IdentityToken(token)) => {
-                let mut form = url::form_urlencoded::Serializer::new(String::new());
-                form.append_pair("grant_type", "refresh_token")
-                    .append_pair("client_id", CLIENT_ID)
-                    .append_pair("service", self.service.unwrap_or_default())
-                    .append_pair("scope", &self.scope)
-                    .append_pair("refresh_token", token);
-                client
-                    .post(realm)
-                    .header(header::CONTENT_TYPE, "application/x-www-form-urlencoded")
-                    .body(form.finish())
-            }
-            other => {
-                let mut url = realm;
-                {
-                    let mut query = url.query_pairs_mut();
-                    if let Some(service) = self.service {
-                        query.append_pair("service", service);
-                    }
-                    for scope in self.scope.split_whitespace() {
-                        query.append_pair("scope", scope);
-                    }
-                }
-                let request = client.get(url);
-                match other {
-                    Some(Secret::Password { username, password }) => {
-                        request.header(header::AUTHORIZATION, basic(username, password)?)
-                    }
-                    _ => request,
-                }
-            }
-        };
-        let unreachable = |error: reqwest::Error| RegistryError::Unreachable {
-            host: host.clone(),
-            what: super::hosts::transport::chain(&error.without_url()),
-        };
-        let outcome = request.timeout(TOKEN_TIMEOUT).send().await;
-        super::count_request(self.metrics, outcome.as_ref().ok().map(|answer| answer.status()));
-        let mut answer = outcome.map_err(unreachable)?;
-        let what = format!("a token for {}", self.scope);
-        let status = answer.status();
-        match status {
-            StatusCode::OK => {}
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
-                return Err(RegistryError::Denied {
-                    host,
-                    what,
-                    status: status.as_u16(),
-                });
-            }
-            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
-                return Err(RegistryError::Busy {
-                    host,
-                    what,
-                    status: status.as_u16(),
-                    retry_after: super::attempts::retry_after(answer.headers()),
-                });
-            }
-            other => {
-                return Err(RegistryError::Status {
-                    host,
-                    what,
-                    status: other.as_u16(),
-                });
-            }
-        }
-        let mut body = Vec::new();
-        while let Some(piece) = answer.chunk().await.map_err(unreachable)? {
-            if body.len() + piece.len() > MAX_TOKEN_ANSWER {
-                return Err(protocol("the token service's answer is too long"));
-            }
-            body.extend_from_slice(&piece);
-        }
-        // Nothing of the answer is repeated in an error: it holds the token.
-        let answer: TokenAnswer =
-            serde_json::from_slice(&body).map_err(|_| protocol("the token service's answer is not valid"))?;
-        let token = if answer.token.is_empty() {
-            &answer.access_token
-        } else {
-            &answer.token
-        };
-        if token.is_empty() {
-            return Err(protocol("the token service's answer holds no token"));
-        }
-        let header = sensitive(&format!("Bearer {token}"))?;
-        let lifetime = remaining(
-            answer.expires_in,
-            answer.issued_at.as_deref(),
-            time::OffsetDateTime::now_utc(),
-        );
-        Ok((header, Instant::now() + renew_after(lifetime)))
-    }
-}
-
-/// How long a token is still good.
-fn remaining(expires_in: Option<f64>, issued_at: Option<&str>, now: time::OffsetDateTime) -> Duration {
-    let lifetime = expires_in
-        .filter(|seconds| *seconds > 0.0)
-        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
-        .unwrap_or(DEFAULT_EXPIRY)
-        .min(MAX_EXPIRY);
-    let age = issued_at
-        .and_then(|text| time::OffsetDateTime::parse(text, &time::format_description::well_known::Rfc3339).ok())
-        .and_then(|issued| Duration::try_from(now - issued).ok());
-    match age {
-        // An age beyond the lifetime is a difference of clocks: nobody hands out tokens that have ended.
-        Some(age) if age < lifetime => lifetime - age,
-        _ => lifetime,
-    }
-}
-
-fn renew_after(lifetime: Duration) -> Duration {
-    lifetime.saturating_sub(RENEW_BEFORE).max(lifetime / 4 * 3)
-}
-
 #[cfg(test)]
 mod tests {
-    use time::macros::datetime;
-
     use super::*;
-
-    #[test]
-    fn tokens_are_renewed_before_they_end() {
-        let now = datetime!(2026-01-01 12:00 UTC);
-        let seconds = Duration::from_secs;
-        assert_eq!(remaining(None, None, now), DEFAULT_EXPIRY);
-        assert_eq!(remaining(Some(300.0), None, now), seconds(300));
-        assert_eq!(remaining(Some(300.0), Some("2026-01-01T11:59:00Z"), now), seconds(240));
-        // From the future, or long ago: clocks differ.
-        assert_eq!(remaining(Some(300.0), Some("2026-01-01T13:00:00Z"), now), seconds(300));
-        assert_eq!(remaining(Some(300.0), Some("2025-01-01T00:00:00Z"), now), seconds(300));
-        assert_eq!(remaining(Some(300.0), Some("yesterday"), now), seconds(300));
-        assert_eq!(remaining(Some(-1.0), None, now), DEFAULT_EXPIRY);
-        assert_eq!(remaining(Some(f64::MAX), None, now), DEFAULT_EXPIRY);
-        assert_eq!(remaining(Some(1e9), None, now), MAX_EXPIRY);
-        assert_eq!(renew_after(seconds(300)), seconds(285));
-        assert_eq!(renew_after(seconds(4)), seconds(3));
-    }
 
     #[test]
     fn secrets_do_not_show_in_headers() {

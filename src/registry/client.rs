@@ -20,7 +20,7 @@ use super::auth::{Credentials, Gates};
 use super::health::Health;
 use super::hosts::HostTable;
 use super::location::Locations;
-use super::{Blob, MAX_MANIFEST, ManifestBytes, Referrer, RegistryError, Source, SourceStats, lock};
+use super::{Blob, MAX_MANIFEST, ManifestBytes, Referrer, RegistryError, Source, SourceStats, json, lock};
 use crate::config::RegistryConfig;
 use crate::layer::Digest;
 use crate::metrics::Metrics;
@@ -119,6 +119,12 @@ impl Registry {
     /// The same repository, to write to. Cheap.
     pub fn pusher(&self, host: &str, repository: &str) -> Pusher {
         Pusher(self.state(host, repository))
+    }
+
+    /// What is wrong with the files that say how registries are to be asked, as far as they were read: each with its path and what is used
+    /// instead, without secrets. Empty if all is well.
+    pub fn problems(&self) -> Vec<String> {
+        self.shared.gates.problems()
     }
 
     /// Names with a port that `hostname` may stand for, best first; see [`HostTable::resolve_ports`]. Reads directory names.
@@ -289,11 +295,12 @@ async fn read_manifest(
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Typed {
+        #[serde(default, deserialize_with = "json::loose")]
         media_type: Option<String>,
     }
     let media_type = match stated_type {
         Some(media_type) => media_type,
-        None => serde_json::from_slice::<Typed>(&bytes)
+        None => json::from_slice::<Typed>(&bytes)
             .ok()
             .and_then(|typed| typed.media_type)
             .unwrap_or_default(),

@@ -1,6 +1,10 @@
 //! What can go wrong between Lazuli and a source of blobs.
 
+use std::fmt;
 use std::time::Duration;
+
+/// What to do about a refusal that is not known better.
+pub(super) const CHECK_CREDENTIALS: &str = "check the credentials for this registry";
 
 /// An error of a registry or an OCI layout. It names the host or the path; it never holds credentials.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -30,14 +34,16 @@ pub enum RegistryError {
         what: String,
     },
     /// Authentication is missing or was refused.
-    #[error("{host} refuses access to {what} (HTTP {status}); check the credentials for this registry")]
+    #[error("{host} refuses access to {what} (HTTP {status}); {remedy}")]
     Denied {
         /// Host and port.
         host: String,
         /// What was asked for.
         what: String,
-        /// 401 or 403.
+        /// 400, 401 or 403.
         status: u16,
+        /// What to do about it.
+        remedy: Box<Remedy>,
     },
     /// There is no such manifest or blob.
     #[error("{host} has no {what}")]
@@ -109,7 +115,68 @@ pub enum RegistryError {
     },
 }
 
+/// What to do about a refusal.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Remedy {
+    /// For people, with what is wrong with the sources of credentials.
+    pub text: String,
+    /// Access was granted before, and may be again: how long to wait before it is asked for.
+    pub again: Option<Duration>,
+}
+
+impl fmt::Display for Remedy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
 impl RegistryError {
+    /// A refusal for good, about which `remedy` can be done.
+    pub fn denied(host: String, what: String, status: u16, remedy: impl Into<String>) -> Self {
+        let remedy = Remedy {
+            text: remedy.into(),
+            again: None,
+        };
+        RegistryError::Denied {
+            host,
+            what,
+            status,
+            remedy: Box::new(remedy),
+        }
+    }
+
+    /// The same refusal, with how long to wait before access is asked for again.
+    pub(super) fn waiting(mut self, wait: Option<Duration>) -> Self {
+        if let RegistryError::Denied { remedy, .. } = &mut self {
+            remedy.again = wait;
+        }
+        self
+    }
+
+    /// How long to wait before access is asked for that was granted before, if this refuses it.
+    pub(super) fn access_again(&self) -> Option<Duration> {
+        match self {
+            RegistryError::Denied { remedy, .. } => remedy.again,
+            _ => None,
+        }
+    }
+
+    /// The remedy of a refusal.
+    pub(super) fn remedy(&self) -> &str {
+        match self {
+            RegistryError::Denied { remedy, .. } => &remedy.text,
+            _ => "",
+        }
+    }
+
+    /// The same refusal, with a remedy made from the one that it has.
+    pub(super) fn explained(mut self, explain: impl FnOnce(&str) -> String) -> Self {
+        if let RegistryError::Denied { remedy, .. } = &mut self {
+            remedy.text = explain(&remedy.text);
+        }
+        self
+    }
+
     /// Whether the same request may succeed later or elsewhere.
     pub fn retry_helps(&self) -> bool {
         match self {
@@ -118,8 +185,8 @@ impl RegistryError {
             | RegistryError::Busy { .. }
             | RegistryError::Protocol { .. } => true,
             RegistryError::Status { status, .. } => *status >= 500,
+            RegistryError::Denied { remedy, .. } => remedy.again.is_some(),
             RegistryError::InvalidReference { .. }
-            | RegistryError::Denied { .. }
             | RegistryError::NotFound { .. }
             | RegistryError::Refused { .. }
             | RegistryError::Image { .. }

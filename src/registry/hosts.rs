@@ -307,7 +307,7 @@ fn port_of<'a>(name: &'a str, host: &str) -> Option<&'a str> {
 }
 
 /// Whether a registry name means this machine, as containerd sees it.
-fn is_loopback(host: &str) -> bool {
+pub(super) fn is_loopback(host: &str) -> bool {
     let name = match host.strip_prefix('[') {
         Some(rest) => rest.split_once(']').map_or(rest, |(address, _)| address),
         None => host.rsplit_once(':').map_or(host, |(name, _)| name),

@@ -1,14 +1,14 @@
 //! What a reference means on this machine: index -> manifest -> config -> layers and chain ids.
 //!
 //! Documents are parsed from bytes alone ([`Manifest::parse`], [`ImageConfig::parse`]), since they also come from containerd's
-//! content store; only the fields that Lazuli needs are read. OCI and Docker media types mean the same here.
+//! content store; only the fields that Lazuli needs are read, as Go would ([`json`]). OCI and Docker media types mean the same here.
 
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use serde::Deserialize;
 
-use super::{ManifestBytes, RegistryError, Source};
+use super::{ManifestBytes, RegistryError, Source, json};
 use crate::layer::Digest;
 
 mod platform;
@@ -65,10 +65,10 @@ pub struct LayerDescriptor {
     #[serde(default)]
     pub media_type: String,
     /// Annotations: where lazy formats say what they are.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default, deserialize_with = "json::texts")]
     pub annotations: BTreeMap<String, String>,
     /// Other places to get the blob from, for layers that may not be distributed. Lazuli does not follow them.
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default, deserialize_with = "json::loose")]
     pub urls: Vec<String>,
 }
 
@@ -86,20 +86,20 @@ pub struct Manifest {
 }
 
 /// An index: manifests by platform.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Index {
-    /// Its entries.
+    /// Its entries, as far as they can be used.
     pub manifests: Vec<IndexEntry>,
+    /// The others: for which platform, and what is wrong. They count only for who needs them.
+    pub unusable: Vec<(Option<Platform>, String)>,
 }
 
 /// One entry of an [`Index`].
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct IndexEntry {
     /// Digest, size, media type and annotations.
-    #[serde(flatten)]
     pub descriptor: LayerDescriptor,
     /// The platform it is for, if stated.
-    #[serde(default)]
     pub platform: Option<Platform>,
 }
 
@@ -115,39 +115,100 @@ pub struct ImageConfig {
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", expecting = "a manifest or an index")]
 struct RawDocument {
+    #[serde(default, deserialize_with = "json::loose")]
     schema_version: Option<u64>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "json::loose")]
     media_type: String,
     config: Option<LayerDescriptor>,
-    #[serde(default, deserialize_with = "or_default")]
     layers: Option<Vec<LayerDescriptor>>,
-    #[serde(default, deserialize_with = "or_default")]
-    manifests: Option<Vec<IndexEntry>>,
-    #[serde(default, deserialize_with = "or_default")]
+    manifests: Option<Vec<RawEntry>>,
+    #[serde(default, deserialize_with = "json::texts")]
     annotations: BTreeMap<String, String>,
+}
+
+/// An entry of an index, not judged yet: it is read once for its platform, and once for the rest.
+struct RawEntry {
+    platform: Option<Platform>,
+    descriptor: Result<LayerDescriptor, String>,
+}
+
+impl<'de> Deserialize<'de> for RawEntry {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize, Default)]
+        #[serde(rename_all = "camelCase")]
+        struct Parts {
+            #[serde(default, deserialize_with = "json::loose")]
+            platform: Option<Platform>,
+            digest: Option<json::Loose<Digest>>,
+            size: Option<json::Loose<u64>>,
+            #[serde(default, deserialize_with = "json::loose")]
+            media_type: String,
+            #[serde(default, deserialize_with = "json::texts")]
+            annotations: BTreeMap<String, String>,
+            #[serde(default, deserialize_with = "json::loose")]
+            urls: Vec<String>,
+        }
+        let parts = match json::Loose::<Parts>::deserialize(deserializer)?.0 {
+            Ok(parts) => parts,
+            Err(problem) => {
+                return Ok(RawEntry {
+                    platform: None,
+                    descriptor: Err(problem),
+                });
+            }
+        };
+        let digest = parts
+            .digest
+            .map_or(Err("it has no digest".to_owned()), |digest| digest.0);
+        let size = parts.size.map_or(Err("it has no size".to_owned()), |size| size.0);
+        let descriptor = digest.and_then(|digest| {
+            Ok(LayerDescriptor {
+                digest,
+                size: size?,
+                media_type: parts.media_type,
+                annotations: parts.annotations,
+                urls: parts.urls,
+            })
+        });
+        Ok(RawEntry {
+            platform: parts.platform,
+            descriptor,
+        })
+    }
+}
+
+impl From<Vec<RawEntry>> for Index {
+    fn from(entries: Vec<RawEntry>) -> Self {
+        let mut index = Index::default();
+        for entry in entries {
+            match entry.descriptor {
+                Ok(descriptor) => index.manifests.push(IndexEntry {
+                    descriptor,
+                    platform: entry.platform,
+                }),
+                Err(problem) => index.unusable.push((entry.platform, problem)),
+            }
+        }
+        index
+    }
 }
 
 #[derive(Deserialize)]
 #[serde(expecting = "an image config")]
 struct RawConfig {
-    #[serde(flatten)]
-    platform: Platform,
+    #[serde(default, deserialize_with = "json::loose")]
+    os: String,
+    #[serde(default, deserialize_with = "json::loose")]
+    architecture: String,
+    #[serde(default, deserialize_with = "json::loose")]
+    variant: String,
     rootfs: RawRootfs,
 }
 
 #[derive(Deserialize)]
 struct RawRootfs {
-    #[serde(default, deserialize_with = "or_default")]
+    #[serde(default)]
     diff_ids: Vec<Digest>,
-}
-
-/// `null`, which Go writes for an empty list or map, is as good as nothing.
-pub(super) fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
-where
-    D: serde::Deserializer<'de>,
-    T: Deserialize<'de> + Default,
-{
-    Ok(Option::<T>::deserialize(deserializer)?.unwrap_or_default())
 }
 
 fn unusable(kind: &str, bytes: &[u8], problem: impl Into<String>) -> RegistryError {
@@ -190,19 +251,21 @@ impl Document {
     /// [`RegistryError::Image`] says what is wrong.
     pub fn parse(bytes: &[u8]) -> Result<Self, RegistryError> {
         let fail = |problem: String| unusable("manifest", bytes, problem);
-        let raw: RawDocument = serde_json::from_slice(bytes).map_err(|error| fail(json_problem(&error)))?;
+        let raw: RawDocument = json::from_slice(bytes).map_err(|error| fail(json_problem(&error)))?;
         if raw.media_type.starts_with(DOCKER_V1) || raw.schema_version == Some(1) {
             return Err(fail(
                 "it is of docker's first form, which has no layer digests to verify; push the image anew".to_owned(),
             ));
         }
-        match (raw.config, raw.layers, raw.manifests) {
+        // Go's types have all lists, and write those that are empty.
+        let manifests = raw.manifests.filter(|list| !list.is_empty() || raw.config.is_none());
+        match (raw.config, raw.layers, manifests) {
             (Some(_), _, Some(_)) => Err(fail("it is both a manifest and an index".to_owned())),
             (_, _, Some(_)) if !matches!(raw.media_type.as_str(), "" | OCI_INDEX | DOCKER_INDEX) => Err(fail(format!(
                 "it lists manifests, and says that it is {}",
                 raw.media_type
             ))),
-            (None, _, Some(manifests)) => Ok(Document::Index(Index { manifests })),
+            (None, _, Some(manifests)) => Ok(Document::Index(manifests.into())),
             (Some(config), layers, None) => Ok(Document::Manifest(Manifest {
                 media_type: raw.media_type,
                 config,
@@ -221,9 +284,13 @@ impl ImageConfig {
     /// [`RegistryError::Image`] says what is wrong.
     pub fn parse(bytes: &[u8]) -> Result<Self, RegistryError> {
         let raw: RawConfig =
-            serde_json::from_slice(bytes).map_err(|error| unusable("config", bytes, json_problem(&error)))?;
+            json::from_slice(bytes).map_err(|error| unusable("config", bytes, json_problem(&error)))?;
         Ok(ImageConfig {
-            platform: raw.platform,
+            platform: Platform {
+                os: raw.os,
+                architecture: raw.architecture,
+                variant: raw.variant,
+            },
             diff_ids: raw.rootfs.diff_ids,
         })
     }
@@ -301,13 +368,9 @@ pub async fn resolve_for(source: &dyn Source, reference: &str, platform: &Platfo
         let manifest = match Document::parse(&document.bytes)? {
             Document::Manifest(manifest) => manifest,
             Document::Index(index) => {
-                let entry = index.best(platform).ok_or_else(|| {
-                    unusable(
-                        "index",
-                        &document.bytes,
-                        format!("it has no image for {platform}; it has {}", index.platforms()),
-                    )
-                })?;
+                let entry = index
+                    .choose(platform)
+                    .map_err(|problem| unusable("index", &document.bytes, problem))?;
                 document = source.manifest(&entry.descriptor.digest.to_string()).await?;
                 continue;
             }
@@ -335,12 +398,30 @@ impl Index {
     pub fn best(&self, platform: &Platform) -> Option<&IndexEntry> {
         let mut best: Option<(u32, &IndexEntry)> = None;
         for entry in &self.manifests {
-            let Some(rank) = entry.rank(platform) else { continue };
+            let Some(rank) = rank(entry.platform.as_ref(), platform) else {
+                continue;
+            };
             if best.is_none_or(|(other, _)| rank > other) {
                 best = Some((rank, entry));
             }
         }
         best.map(|(_, entry)| entry)
+    }
+
+    /// The entry for `platform`, or why there is none.
+    fn choose(&self, platform: &Platform) -> Result<&IndexEntry, String> {
+        let best = self.best(platform);
+        let best_rank = best.and_then(|entry| rank(entry.platform.as_ref(), platform));
+        // Something else than what was meant for this platform is not taken in its stead.
+        let spoiled = self
+            .unusable
+            .iter()
+            .find(|(stated, _)| stated.is_some() && rank(stated.as_ref(), platform) > best_rank);
+        match (spoiled, best) {
+            (Some((_, problem)), _) => Err(format!("its entry for {platform} cannot be used: {problem}")),
+            (None, Some(entry)) => Ok(entry),
+            (None, None) => Err(format!("it has no image for {platform}; it has {}", self.platforms())),
+        }
     }
 
     fn platforms(&self) -> String {
@@ -362,13 +443,12 @@ impl Index {
     }
 }
 
-impl IndexEntry {
-    fn rank(&self, platform: &Platform) -> Option<u32> {
-        match &self.platform {
-            Some(stated) => platform.runs(stated),
-            // An index may leave it out (nested indexes, single images): better than nothing.
-            None => Some(0),
-        }
+/// How well an entry with the platform `stated` fits `platform`; `None` if it does not.
+fn rank(stated: Option<&Platform>, platform: &Platform) -> Option<u32> {
+    match stated {
+        Some(stated) => platform.runs(stated),
+        // An index may leave it out (nested indexes, single images): better than nothing.
+        None => Some(0),
     }
 }
 

@@ -98,6 +98,10 @@ pub enum Fault {
     Encoding(&'static str),
     /// A redirect to this place.
     Redirect(String),
+    /// A redirect of this kind to this place.
+    RedirectAs(u16, String),
+    /// This status with this body. At the token service, `TOKEN` in it becomes a token that is good.
+    Answer(u16, String),
     /// A list with this `Link`.
     Link(String),
 }
@@ -110,6 +114,8 @@ pub struct Seen {
     pub method: Method,
     pub path: String,
     pub query: BTreeMap<String, String>,
+    /// What was sent as a form.
+    pub form: BTreeMap<String, String>,
     pub headers: HeaderMap,
     /// The caller's end of the connection.
     pub peer: SocketAddr,
@@ -148,6 +154,10 @@ struct Inner {
     referrers: Option<bool>,
     uploads: u64,
     auth: Auth,
+    /// Status for bad credentials, without a challenge.
+    refusal: Option<u16>,
+    /// `WWW-Authenticate` headers, in the stead of the usual one.
+    challenges: Option<Vec<String>>,
     /// Tokens that are good: for which scope, until when.
     tokens: HashMap<String, (String, Instant)>,
     issued: u64,
@@ -276,6 +286,17 @@ impl FaultRegistry {
         self.inner().auth = auth;
     }
 
+    /// Answers bad credentials with this status and no challenge, as if the reason could be guessed.
+    pub fn refuse_with(&self, status: u16) {
+        self.inner().refusal = Some(status);
+    }
+
+    /// Asks for authentication with these headers. `REALM` in them is the address of the token service, `HOST` that of the registry.
+    pub fn set_challenges(&self, headers: &[&str]) {
+        let headers = headers.iter().map(|header| (*header).to_owned()).collect();
+        self.inner().challenges = Some(headers);
+    }
+
     /// Lifetime of tokens handed out from now on, stated and kept.
     pub fn set_token_lifetime(&self, lifetime: Duration) {
         self.inner().token_lifetime = Some(lifetime);
@@ -369,7 +390,7 @@ async fn serve(
             sent: &sent,
         };
         let answer = match challenged {
-            true => inner.challenge(&shared, &target, &method),
+            true => inner.challenge(&shared, &target, &method, &headers),
             false => inner.answer(&shared, &target, &asked, fault),
         };
         inner.log.push(Seen {
@@ -377,6 +398,7 @@ async fn serve(
             method: method.clone(),
             path,
             query: query.clone(),
+            form: form.clone(),
             headers: headers.clone(),
             peer,
             status: answer.status().as_u16(),

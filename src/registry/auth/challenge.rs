@@ -1,5 +1,7 @@
 //! `WWW-Authenticate` headers (RFC 9110, section 11.6.1; the distribution token specification).
 
+use http::{HeaderMap, header};
+
 /// One way in which a host wants requests to be authenticated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Challenge {
@@ -16,6 +18,29 @@ pub enum Challenge {
     Basic,
     /// A scheme that Lazuli does not speak.
     Other(String),
+}
+
+/// The challenges of an answer, tokens first, as containerd has it: a password is not needed for what a token does.
+pub fn challenges_of(headers: &HeaderMap) -> Vec<Challenge> {
+    let values = headers.get_all(header::WWW_AUTHENTICATE).iter();
+    let mut challenges: Vec<_> = values
+        .flat_map(|value| parse_challenges(&String::from_utf8_lossy(value.as_bytes())))
+        .collect();
+    challenges.sort_by_key(|challenge| !matches!(challenge, Challenge::Bearer { .. }));
+    challenges
+}
+
+/// Whether two answers ask for the same, whatever their realms carry along.
+pub(super) fn ask_alike(some: &[Challenge], others: &[Challenge]) -> bool {
+    let bare = |challenge: &Challenge| match challenge {
+        Challenge::Bearer { realm, service, scope } => Challenge::Bearer {
+            realm: realm.split('?').next().unwrap_or_default().to_owned(),
+            service: service.clone(),
+            scope: scope.clone(),
+        },
+        other => other.clone(),
+    };
+    some.iter().map(bare).eq(others.iter().map(bare))
 }
 
 /// Parses the challenges of one header value, in order. Malformed parts are skipped: another challenge may still be usable.
@@ -147,6 +172,28 @@ mod tests {
             parse_challenges(r#"Bearer realm="a\"b\\c"#),
             [bearer("a\"b\\c", None, None)]
         );
+    }
+
+    #[test]
+    fn tokens_come_first_and_realms_may_carry_something_along() {
+        let headers = |values: &[&str]| {
+            let mut headers = HeaderMap::new();
+            for value in values {
+                headers.append(header::WWW_AUTHENTICATE, value.parse().unwrap());
+            }
+            challenges_of(&headers)
+        };
+        let both = headers(&["Basic realm=x", "BEARER REALM=\"https://t/?n=1\""]);
+        assert_eq!(both, [bearer("https://t/?n=1", None, None), Challenge::Basic]);
+        assert!(ask_alike(
+            &both,
+            &headers(&["Bearer realm=\"https://t/?n=2\", Basic realm=y"])
+        ));
+        assert!(!ask_alike(
+            &both,
+            &headers(&["Bearer realm=\"https://t/?n=1\",scope=\"a\", Basic realm=x"])
+        ));
+        assert!(!ask_alike(&both, &[]));
     }
 
     #[test]

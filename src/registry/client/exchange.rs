@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode, header};
@@ -12,16 +13,17 @@ use url::Url;
 use super::Repository;
 use crate::layer::Digest;
 use crate::registry::attempts::{Failure, retry_after};
-use crate::registry::auth::Purpose;
+use crate::registry::auth::{Authorization, Party, Purpose, Refusal, challenges_of};
+use crate::registry::error::CHECK_CREDENTIALS;
 use crate::registry::hosts::transport::chain;
 use crate::registry::hosts::{Endpoint, authority};
 use crate::registry::range::range_header;
-use crate::registry::{RegistryError, count_request};
+use crate::registry::{RegistryError, count_request, json};
 
-/// Renewals of authentication within one exchange: one for what has ended, one for what another request renewed meanwhile.
-const MAX_RENEWALS: u32 = 2;
-/// Redirects that are followed.
-const MAX_REDIRECTS: u32 = 5;
+/// Renewals of authentication within one exchange: one for what has ended, the others for what other requests renewed meanwhile.
+const MAX_RENEWALS: u32 = 3;
+/// Redirects that are followed, as many as Go and containerd follow.
+const MAX_REDIRECTS: u32 = 10;
 
 /// Bytes of a refusal that are read for its message.
 const MAX_REFUSAL: usize = 8 << 10;
@@ -106,61 +108,110 @@ impl Repository {
         if let Some(answer) = self.at_remembered_target(endpoint, ask).await? {
             return Ok(answer);
         }
-        let first = match &ask.at {
+        let mut url = match &ask.at {
             Some(place) => place.url.clone(),
             None => self.url(endpoint, ask),
         };
+        for _ in 0..=MAX_REDIRECTS {
+            let answer = self.ask(endpoint, &url, ask).await?;
+            let status = answer.status();
+            let home = url.origin() == endpoint.base.origin();
+            if is_redirect(status) && ask.writes() && !matches!(status.as_u16(), 307 | 308) {
+                // Any other kind asks for the method to be changed.
+                return Err(self.protocol(endpoint, ask, format!("a redirect ({status}) of what is written")));
+            }
+            if is_redirect(status) {
+                url = target(&url, &answer, ask).map_err(|problem| self.protocol(endpoint, ask, problem))?;
+                continue;
+            }
+            if status.is_success() {
+                if let Some(blob) = ask.blob
+                    && !home
+                {
+                    self.locations.put(endpoint.base.as_str(), blob, url);
+                }
+                return Ok(answer);
+            }
+            let mut failure = self.status_failure(endpoint, &url, ask, &answer);
+            if ask.writes() {
+                failure.error = refused(failure.error, answer).await;
+                failure.passing &= !matches!(failure.error, RegistryError::Refused { .. });
+            }
+            // A storage service that refuses an address made a moment ago may take the next one.
+            failure.passing |= !home && matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
+            return Err(failure);
+        }
+        Err(self.protocol(endpoint, ask, format!("more than {MAX_REDIRECTS} redirects")))
+    }
+
+    /// Sends `ask` to `url`, which `endpoint` stands for or has sent us to, with what is needed to be let in there. An answer of any status
+    /// that has nothing to do with that.
+    async fn ask(&self, endpoint: &Endpoint, url: &Url, ask: &Ask) -> Result<Response, Failure> {
+        let party = Party::new(endpoint, url);
+        let home = party.is_endpoint();
         let purpose = if ask.writes() { Purpose::Push } else { Purpose::Pull };
-        let gate = self.shared.gates.gate(endpoint, &self.name, purpose);
         let gates = &self.shared.gates;
+        let mut gate = match home {
+            true => Some(gates.gate(&party, &self.name, purpose)),
+            // Most other hosts are storage services, which know us by their address.
+            false => gates.known(&party, &self.name, purpose),
+        };
+        let reads_blob = ask.blob.is_some() && !ask.writes();
         let mut renewals = 0;
-        'authorized: loop {
-            let authorization = gates
-                .authorization(&gate, endpoint, &self.name)
-                .await
-                .map_err(|error| Failure::new(error, "auth"))?;
-            let mut url = first.clone();
-            for _ in 0..=MAX_REDIRECTS {
-                let home = url.origin() == endpoint.base.origin();
-                let header = if home { authorization.header.clone() } else { None };
-                let answer = self.send(endpoint, url.clone(), home, header, ask).await?;
-                let status = answer.status();
-                if home && status == StatusCode::UNAUTHORIZED && renewals < MAX_RENEWALS {
+        loop {
+            let used = match &gate {
+                Some(gate) => gates.authorization(gate, &party).await,
+                None => Authorization::default(),
+            };
+            let answer = self.send(endpoint, url.clone(), home, used.header.clone(), ask).await?;
+            let status = answer.status();
+            if status.is_success() || is_redirect(status) {
+                if let Some(gate) = &gate {
+                    gate.accepted(&used, reads_blob);
+                }
+                return Ok(answer);
+            }
+            let challenges = challenges_of(answer.headers());
+            let is_refusal = match status.as_u16() {
+                400 => used.header.is_some(),
+                401 => used.header.is_some() || home || !challenges.is_empty(),
+                403 => used.header.is_some() || !challenges.is_empty(),
+                _ => false,
+            };
+            if !is_refusal {
+                return Ok(answer);
+            }
+            if renewals == MAX_RENEWALS {
+                // Others renew it all the time: this one has had no luck yet.
+                let error = RegistryError::denied(authority(url), ask.what.clone(), status.as_u16(), CHECK_CREDENTIALS);
+                return Err(Failure::new(
+                    error.waiting(reads_blob.then_some(Duration::ZERO)),
+                    "auth",
+                ));
+            }
+            let gate = gate.get_or_insert_with(|| gates.gate(&party, &self.name, purpose));
+            let refusal = Refusal {
+                what: &ask.what,
+                status,
+                challenges,
+                repeated: renewals > 0,
+                patient: reads_blob,
+            };
+            match gates.renew(gate, &party, &used, refusal).await {
+                Ok(()) => {
                     renewals += 1;
                     self.retried("auth");
-                    tracing::debug!(host = %endpoint.name, what = %ask.what, "renewing authentication");
-                    gates
-                        .renew(&gate, endpoint, &self.name, &authorization, answer.headers())
-                        .await
-                        .map_err(|error| Failure::new(error, "auth"))?;
-                    continue 'authorized;
+                    tracing::debug!(host = %endpoint.name, what = %ask.what, "authentication is renewed");
                 }
-                if is_redirect(status) && ask.writes() && !matches!(status.as_u16(), 307 | 308) {
-                    // Any other kind asks for the method to be changed.
-                    return Err(self.protocol(endpoint, ask, format!("a redirect ({status}) of what is written")));
-                }
-                if is_redirect(status) {
-                    url = target(&url, &answer, ask).map_err(|problem| self.protocol(endpoint, ask, problem))?;
-                    continue;
-                }
-                if status.is_success() {
-                    if let Some(blob) = ask.blob
-                        && !home
-                    {
-                        self.locations.put(endpoint.base.as_str(), blob, url);
-                    }
+                // It may mean what it says: a request that this registry does not understand, or may not do this for us.
+                Err(RegistryError::Denied { .. }) if status != StatusCode::UNAUTHORIZED && ask.writes() => {
                     return Ok(answer);
                 }
-                let mut failure = self.status_failure(endpoint, &url, ask, &answer);
-                if ask.writes() {
-                    failure.error = refused(failure.error, answer).await;
-                    failure.passing &= !matches!(failure.error, RegistryError::Refused { .. });
+                Err(RegistryError::Denied { .. }) if status == StatusCode::BAD_REQUEST && !reads_blob => {
+                    return Ok(answer);
                 }
-                // A storage service that refuses an address made a moment ago may take the next one.
-                failure.passing |= !home && matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN);
-                return Err(failure);
+                Err(error) => return Err(Failure::new(error, "auth")),
             }
-            return Err(self.protocol(endpoint, ask, format!("more than {MAX_REDIRECTS} redirects")));
         }
     }
 
@@ -170,20 +221,27 @@ impl Repository {
         let Some(url) = self.locations.get(endpoint.base.as_str(), blob) else {
             return Ok(None);
         };
-        let outcome = self.send(endpoint, url.clone(), false, None, ask).await;
+        let outcome = self.ask(endpoint, &url, ask).await;
         if let Ok(answer) = &outcome
             && answer.status().is_success()
         {
             return outcome.map(Some);
         }
         self.locations.forget(endpoint.base.as_str(), blob);
-        let answer = outcome?;
-        let status = answer.status();
-        if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
-            return Err(self.status_failure(endpoint, &url, ask, &answer));
-        }
+        let status = match outcome {
+            Ok(answer) => {
+                let status = answer.status();
+                if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
+                    return Err(self.status_failure(endpoint, &url, ask, &answer));
+                }
+                status.as_u16()
+            }
+            // What that host wants, the endpoint may know another way around.
+            Err(failure) if failure.cause == "auth" => StatusCode::UNAUTHORIZED.as_u16(),
+            Err(failure) => return Err(failure),
+        };
         self.retried("status");
-        tracing::debug!(host = %authority(&url), what = %ask.what, status = status.as_u16(), "the redirect target has ended");
+        tracing::debug!(host = %authority(&url), what = %ask.what, status, "the redirect target has ended");
         Ok(None)
     }
 
@@ -272,7 +330,9 @@ impl Repository {
         let what = ask.what.clone();
         let status = answer.status().as_u16();
         let error = match answer.status() {
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => RegistryError::Denied { host, what, status },
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                RegistryError::denied(host, what, status, CHECK_CREDENTIALS)
+            }
             StatusCode::NOT_FOUND | StatusCode::GONE => RegistryError::NotFound { host, what },
             StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => RegistryError::Busy {
                 host,
@@ -318,6 +378,7 @@ async fn refused(error: RegistryError, mut answer: Response) -> RegistryError {
             host,
             what,
             status: 403,
+            ..
         } => (host, what, 403),
         RegistryError::Status { host, what, status } if status < 500 || status == 507 => (host, what, status),
         other => return other,
@@ -357,12 +418,12 @@ fn message(body: &[u8]) -> Option<String> {
     }
     #[derive(Deserialize)]
     struct One {
-        #[serde(default)]
+        #[serde(default, deserialize_with = "json::loose")]
         code: String,
-        #[serde(default)]
+        #[serde(default, deserialize_with = "json::loose")]
         message: String,
     }
-    let errors: Errors = serde_json::from_slice(body).ok()?;
+    let errors: Errors = json::from_start(body).ok()?;
     let first = errors.errors.into_iter().next()?;
     let text = format!("{} {}", first.code, first.message);
     let text: String = text

@@ -13,8 +13,8 @@ use super::{Operation, Repository, read_document};
 use crate::layer::Digest;
 use crate::registry::artifact::{MAX_REFERRERS, ReferrersIndex, fallback_tag};
 use crate::registry::attempts::Failure;
-use crate::registry::image::{OCI_INDEX, json_problem, or_default};
-use crate::registry::{Referrer, RegistryError};
+use crate::registry::image::{OCI_INDEX, json_problem};
+use crate::registry::{Referrer, RegistryError, json};
 
 /// Pages of one list that are read.
 const MAX_PAGES: usize = 64;
@@ -101,8 +101,8 @@ impl Repository {
     pub(super) async fn tags(self: Arc<Self>) -> Result<Vec<String>, RegistryError> {
         #[derive(Deserialize)]
         struct Tags {
-            #[serde(default, deserialize_with = "or_default")]
-            tags: Vec<String>,
+            #[serde(default)]
+            tags: Vec<json::Loose<String>>,
         }
         let what = format!("list of tags of {}", self.name);
         let mut ask = Ask {
@@ -117,12 +117,12 @@ impl Repository {
                 Err(RegistryError::NotFound { .. }) if ask.at.is_none() => break,
                 Err(error) => return Err(error),
             };
-            let tags: Tags = serde_json::from_slice(&page.bytes).map_err(|error| RegistryError::Protocol {
+            let tags: Tags = json::from_slice(&page.bytes).map_err(|error| RegistryError::Protocol {
                 host: page.host,
                 what: what.clone(),
                 problem: json_problem(&error),
             })?;
-            found.extend(tags.tags);
+            found.extend(tags.tags.into_iter().filter_map(|tag| tag.0.ok()));
             if found.len() >= MAX_TAGS || page.next.is_none() {
                 break;
             }

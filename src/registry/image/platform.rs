@@ -4,17 +4,19 @@ use std::fmt;
 
 use serde::Deserialize;
 
+use crate::registry::json;
+
 /// Operating system and architecture, in Go's words as OCI uses them.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Deserialize)]
 pub struct Platform {
     /// `linux`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "json::loose")]
     pub os: String,
     /// `amd64`, `arm64`, ...
-    #[serde(default)]
+    #[serde(default, deserialize_with = "json::loose")]
     pub architecture: String,
     /// `v7`, `v8`, ...; empty if not stated.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "json::loose")]
     pub variant: String,
 }
 

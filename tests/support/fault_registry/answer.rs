@@ -63,8 +63,18 @@ impl Inner {
                 *response.body_mut() = Body::from(document.to_string());
                 return response;
             }
-            Some(Fault::Unauthorized) => return self.challenge(shared, target, asked.method),
+            Some(Fault::Unauthorized) => return self.challenge(shared, target, asked.method, asked.headers),
             Some(Fault::Redirect(to)) => return with(status(307), header::LOCATION, to),
+            Some(Fault::RedirectAs(code, to)) => return with(status(*code), header::LOCATION, to),
+            Some(Fault::Answer(code, body)) => {
+                let mut response = status(*code);
+                let body = match target {
+                    Target::Token => body.replace("TOKEN", &self.issue(asked)),
+                    _ => body.clone(),
+                };
+                *response.body_mut() = Body::from(body);
+                return response;
+            }
             _ => {}
         }
         match target {

@@ -47,12 +47,28 @@ impl Inner {
         }
     }
 
-    pub(super) fn challenge(&self, shared: &Shared, target: &Target, method: &Method) -> Response {
+    pub(super) fn challenge(&self, shared: &Shared, target: &Target, method: &Method, headers: &HeaderMap) -> Response {
+        if let Some(refusal) = self.refusal
+            && headers.contains_key(header::AUTHORIZATION)
+        {
+            return status(refusal);
+        }
+        let realm = format!("http://{}/token", shared.origin);
+        if let Some(challenges) = &self.challenges {
+            let mut response = status(401);
+            for challenge in challenges {
+                let challenge = challenge.replace("REALM", &realm);
+                let challenge = challenge.replace("HOST", &shared.origin.to_string());
+                response
+                    .headers_mut()
+                    .append(header::WWW_AUTHENTICATE, challenge.parse().unwrap());
+            }
+            return response;
+        }
         let challenge = match &self.auth {
             Auth::None | Auth::Basic(..) => r#"Basic realm="fault registry""#.to_owned(),
             _ => format!(
-                r#"Bearer realm="http://{}/token",service="fault registry",scope="{}""#,
-                shared.origin,
+                r#"Bearer realm="{realm}",service="fault registry",scope="{}""#,
                 scope_of(target, method)
             ),
         };
@@ -66,28 +82,42 @@ impl Inner {
             .and_then(|value| value.to_str().ok())
             .unwrap_or_default();
         let form = |name: &str| asked.form.get(name).map(String::as_str).unwrap_or_default();
-        let (good, scope) = match &self.auth {
-            Auth::Token(user, password) => (given == basic(user, password), asked.query.get("scope").cloned()),
-            Auth::IdentityToken(token) => (
-                asked.method == Method::POST
-                    && form("grant_type") == "refresh_token"
+        let by_post = *asked.method == Method::POST;
+        let good = match &self.auth {
+            Auth::Token(user, password) if by_post => {
+                form("grant_type") == "password" && form("username") == user && form("password") == password
+            }
+            Auth::Token(user, password) => given == basic(user, password),
+            Auth::IdentityToken(token) if by_post => {
+                form("grant_type") == "refresh_token"
                     && form("refresh_token") == token
-                    && form("service") == "fault registry",
-                asked.form.get("scope").cloned(),
-            ),
-            _ => (true, asked.query.get("scope").cloned()),
+                    && form("service") == "fault registry"
+            }
+            Auth::IdentityToken(token) => given == basic("", token),
+            _ => true,
         };
         if !good {
             return status(401);
         }
-        self.issued += 1;
-        let token = format!("token-{}", self.issued);
-        let lifetime = self.token_lifetime.unwrap_or(Duration::from_secs(300));
-        self.tokens
-            .insert(token.clone(), (scope.unwrap_or_default(), Instant::now() + lifetime));
+        let token = self.issue(asked);
+        let lifetime = self.lifetime();
         let answer = json!({"access_token": token, "expires_in": lifetime.as_secs_f64()});
         let response = Response::new(Body::from(answer.to_string()));
         with(response, header::CONTENT_TYPE, "application/json")
+    }
+
+    /// A new token for the scope that is asked for.
+    pub(super) fn issue(&mut self, asked: &Asked<'_>) -> String {
+        let scope = asked.query.get("scope").or(asked.form.get("scope")).cloned();
+        self.issued += 1;
+        let token = format!("token-{}", self.issued);
+        let until = Instant::now() + self.lifetime();
+        self.tokens.insert(token.clone(), (scope.unwrap_or_default(), until));
+        token
+    }
+
+    fn lifetime(&self) -> Duration {
+        self.token_lifetime.unwrap_or(Duration::from_secs(300))
     }
 }
 

@@ -62,6 +62,14 @@ pub trait Blob: Send + Sync {
     /// `0..size` is asked for as a whole (no Range header).
     fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>>;
 
+    /// As [`Blob::read`], for who can do with all of the blob: where hosts have no ranges, what comes before the range is not downloaded.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoRanges`], also in the middle of the body: read `0..size` then, soon, which goes on with what has begun to arrive.
+    fn read_part(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        self.read(range)
+    }
+
     /// Size of the blob in bytes, as its descriptor states.
     fn size(&self) -> u64;
 

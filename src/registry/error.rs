@@ -83,6 +83,14 @@ pub enum RegistryError {
         /// What is wrong.
         problem: String,
     },
+    /// The host has the blob, but no parts of it: read as a whole, it can be had.
+    #[error("{host} has no ranges of what was asked for ({what}); the blob has to be read as a whole")]
+    NoRanges {
+        /// Host and port.
+        host: String,
+        /// What was asked for.
+        what: String,
+    },
     /// The source delivered, and what it delivered is not an image that Lazuli can use.
     #[error("{what} cannot be used: {problem}")]
     Image {
@@ -105,7 +113,10 @@ impl RegistryError {
     /// Whether the same request may succeed later or elsewhere.
     pub fn retry_helps(&self) -> bool {
         match self {
-            RegistryError::Unreachable { .. } | RegistryError::Busy { .. } | RegistryError::Protocol { .. } => true,
+            RegistryError::Unreachable { .. }
+            | RegistryError::Busy { .. }
+            | RegistryError::Protocol { .. }
+            | RegistryError::NoRanges { .. } => true,
             RegistryError::Status { status, .. } => *status >= 500,
             RegistryError::InvalidReference { .. }
             | RegistryError::Denied { .. }

@@ -12,8 +12,9 @@ use futures::stream::FuturesUnordered;
 use reqwest::Response;
 use url::Url;
 
+use super::Repository;
 use super::exchange::Ask;
-use super::{Repository, lock};
+use crate::layer::Digest;
 use crate::registry::RegistryError;
 use crate::registry::attempts::{Attempts, Failure};
 use crate::registry::hosts::Endpoint;
@@ -68,10 +69,12 @@ impl Operation {
         }
         let names = endpoints.iter().map(|endpoint| endpoint.base.as_str());
         let mut order = repository.shared.health.order(names, Instant::now());
-        if ask.range.as_ref().is_some_and(|range| range.start > 0) {
+        if let (Some(_), Some(blob)) = (&ask.range, ask.blob) {
             // What lies before the range would have to be downloaded too.
-            let rangeless = lock(&repository.rangeless);
-            order.sort_by_key(|place| endpoints.get(*place).is_some_and(|e| rangeless.contains(&e.name)));
+            let now = Instant::now();
+            let rangeless =
+                |endpoint: &Arc<Endpoint>| repository.quirks.is_rangeless(endpoint.base.as_str(), blob, now);
+            order.sort_by_key(|place| endpoints.get(*place).is_some_and(rangeless));
         }
         let attempts = Attempts::new(order, repository.shared.attempts);
         Ok(Operation {
@@ -211,6 +214,24 @@ impl Operation {
     /// Address of the endpoint at `place`: its name in [`crate::registry::health::Health`].
     pub(super) fn address(&self, place: usize) -> Option<String> {
         self.endpoints.get(place).map(|endpoint| endpoint.base.to_string())
+    }
+
+    /// Place of the endpoint with this address.
+    pub(super) fn place_of(&self, address: &str) -> Option<usize> {
+        self.endpoints
+            .iter()
+            .position(|endpoint| endpoint.base.as_str() == address)
+    }
+
+    /// The registry itself, or what stands in for it, if all that may be asked are known to have no ranges of `blob`.
+    pub(super) fn all_rangeless(&self, blob: Digest) -> Option<String> {
+        let (quirks, now) = (&self.repository.quirks, Instant::now());
+        let mut endpoints = self.endpoints.iter();
+        let all = endpoints.all(|endpoint| quirks.is_rangeless(endpoint.base.as_str(), blob, now));
+        self.endpoints
+            .last()
+            .filter(|_| all)
+            .map(|endpoint| endpoint.name.clone())
     }
 
     /// Base of the endpoint at `place`.

@@ -86,7 +86,7 @@ impl Layer {
             // Nothing should be left then; a panic in a decoder could leave something.
             _ => self.disk(std::io::Error::other("the request ended without its bytes")),
         };
-        if settled && damaged.is_empty() {
+        if settled && !no_ranges && damaged.is_empty() {
             blob.verified();
         }
         self.settle_damage(&damaged, &blob.describe());

@@ -90,6 +90,9 @@ impl Layer {
         let end = self
             .receive(&*blob, Members::new(members), class, decoded, &mut damaged)
             .await;
+        if end.is_ok() && damaged.is_empty() {
+            blob.verified();
+        }
         self.settle_damage(&damaged, &blob.describe());
         end
     }

@@ -86,6 +86,7 @@ impl RemoteBlob {
             answer: None,
             part: part && !whole,
             plain: false,
+            untold: Vec::new(),
             no_ranges: None,
             served: self.served.clone(),
         };
@@ -183,6 +184,8 @@ struct Reader {
     part: bool,
     /// Whether all of the blob is asked for, as ranges were of no use.
     plain: bool,
+    /// Places whose answer to a range could not be told to be any part: once may be an accident.
+    untold: Vec<usize>,
     /// What was left alone: a host that has the blob, but no ranges of it.
     no_ranges: Option<RegistryError>,
     served: Arc<Mutex<Option<Served>>>,
@@ -196,6 +199,8 @@ enum Verdict {
     TooMuch(Response),
     /// Ranges of this blob are of no use at this host.
     NoRanges(String),
+    /// It cannot be told which part it is.
+    Untold(String),
     /// It is no answer.
     Fail(String),
 }
@@ -235,7 +240,14 @@ impl Reader {
                     self.operation.repository.quirks.park(self.digest, &base, response);
                     self.leave(place);
                 }
-                Verdict::NoRanges(problem) => {
+                Verdict::Untold(problem) if self.part && !self.untold.contains(&place) => {
+                    self.untold.push(place);
+                    // What is said if no attempt is left.
+                    self.no_ranges = Some(self.without_ranges(self.operation.endpoint(place)));
+                    let failure = Failure::new(self.operation.protocol(place, problem), "protocol");
+                    self.operation.failed(place, failure);
+                }
+                Verdict::NoRanges(problem) | Verdict::Untold(problem) => {
                     self.note_rangeless(place, &problem);
                     match self.part {
                         true => self.leave(place),
@@ -327,7 +339,7 @@ impl Reader {
         let quirks = &self.operation.repository.quirks;
         let content = match head.content(asked, self.size) {
             Ok(content) => content,
-            Err(problem) if asked.is_some() && head.partial => return Verdict::NoRanges(problem),
+            Err(problem) if asked.is_some() && head.partial => return Verdict::Untold(problem),
             Err(problem) => return Verdict::Fail(problem),
         };
         let mut served = Served {

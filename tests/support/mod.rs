@@ -11,6 +11,7 @@
 //! proxy       an HTTP proxy before the registry that counts, delays and limits
 //! tar         tar headers with every field under control
 //! image       layers, configs, manifests, OCI layouts, eStargz
+//! lazy        eStargz and zstd:chunked layers made byte by byte
 //! torture     layers as odd as containerd itself still unpacks
 //! tree        two trees compared name by name and byte by byte
 //! ```
@@ -24,6 +25,7 @@ pub mod containerd;
 pub mod fault_registry;
 pub mod image;
 pub mod lazuli;
+pub mod lazy;
 pub mod nginx;
 pub mod proxy;
 pub mod registry;

@@ -5,7 +5,6 @@
 //! follows ([`super::quirks`]).
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -32,6 +31,8 @@ const BESIDE: u64 = 256 << 10;
 /// How long a read waits for the first one to find out whether there are ranges: where there are none, all who ask at once would be sent the
 /// whole blob. No longer, as the first one may hang at a host that does not answer.
 const PROBE: Duration = Duration::from_secs(3);
+/// How long a blob of which a part was read is taken to have others: a cache does not forget it from one moment to the next.
+const PROBED: Duration = Duration::from_secs(10);
 
 /// A blob of a repository.
 pub(super) struct RemoteBlob {
@@ -44,8 +45,8 @@ pub(super) struct RemoteBlob {
     suspicion: Mutex<Option<String>>,
     /// Held by the first read of a part.
     probe: tokio::sync::Mutex<()>,
-    /// Whether a part of it has been read.
-    probed: AtomicBool,
+    /// When a part of it has been read last.
+    probed: Mutex<Option<Instant>>,
 }
 
 impl RemoteBlob {
@@ -57,7 +58,7 @@ impl RemoteBlob {
             served: Arc::default(),
             suspicion: Mutex::default(),
             probe: tokio::sync::Mutex::default(),
-            probed: AtomicBool::new(false),
+            probed: Mutex::default(),
         }
     }
 
@@ -95,14 +96,15 @@ impl RemoteBlob {
         }
         // Wait for the first good answer here, so that a blob that cannot be had fails before its body is used.
         if reader.answer.is_none() {
-            let probe = match reader.part && !self.probed.load(Ordering::Acquire) {
+            let is_probed = lock(&self.probed).is_some_and(|at| at.elapsed() < PROBED);
+            let probe = match reader.part && !is_probed {
                 true => tokio::time::timeout(PROBE, self.probe.lock()).await.ok(),
                 false => None,
             };
             reader.connect().await?;
             drop(probe);
             if !whole {
-                self.probed.store(true, Ordering::Release);
+                *lock(&self.probed) = Some(Instant::now());
             }
         }
         let body = stream::try_unfold(reader, |mut reader| async move {
@@ -251,7 +253,10 @@ impl Reader {
                     self.note_rangeless(place, &problem);
                     match self.part {
                         true => self.leave(place),
-                        false => self.plain = true,
+                        false => {
+                            self.operation.repository.retried("protocol");
+                            self.plain = true;
+                        }
                     }
                 }
                 Verdict::Fail(problem) => {
@@ -345,6 +350,7 @@ impl Reader {
         let mut served = Served {
             base,
             claimed,
+            part: content != Content::Whole,
             guessed: false,
         };
         match content {

@@ -21,6 +21,8 @@ pub(super) const RANGELESS: Duration = Duration::from_secs(30);
 const RANGELESS_MAX: Duration = Duration::from_secs(3600);
 /// How long an answer is kept for somebody: who needs it has to get a place for a stream first. Its host waits meanwhile.
 const PARKED: Duration = Duration::from_secs(20);
+/// Parts that are not what they say, until the host is taken to have none: one may be damaged on its way, or be a bad copy.
+const FALSE_PARTS: u32 = 2;
 /// Blobs that something is remembered of; more than a node has layers under way.
 const MAX_BLOBS: usize = 4096;
 
@@ -38,6 +40,8 @@ struct Quirk {
     rangeless: Option<(Instant, Duration)>,
     /// Whether the encoding that it claims is real.
     encoded: bool,
+    /// Parts of it that were not what they said.
+    false_parts: u32,
 }
 
 /// A whole blob that a host has begun to send.
@@ -55,7 +59,9 @@ pub(super) struct Served {
     pub base: String,
     /// Encodings that it claimed and that were not undone, or were.
     pub claimed: Option<Encodings>,
-    /// It was taken for a part without saying so.
+    /// It was taken for a part.
+    pub part: bool,
+    /// It did not even say so.
     pub guessed: bool,
 }
 
@@ -104,16 +110,17 @@ impl Quirks {
     /// The bytes of an answer were not the blob's. Whether there is another way to read the same host, which is taken from now on: where it
     /// claims an encoding, the claim may be true after all (or not); where it did not say which part it sent, it may have been another.
     pub(super) fn another_way(&self, served: &Served, blob: Digest, now: Instant) -> bool {
-        if served.guessed || served.claimed.is_some() {
+        let (no_parts, turned) = self.change(&served.base, blob, |quirk| {
+            quirk.false_parts += u32::from(served.part);
+            quirk.encoded ^= served.claimed.is_some() && !served.part;
+            let no_parts =
+                served.part && (served.guessed || served.claimed.is_some() || quirk.false_parts >= FALSE_PARTS);
+            (no_parts, quirk.encoded && !served.part)
+        });
+        if no_parts {
             self.no_ranges(&served.base, blob, now);
         }
-        match &served.claimed {
-            Some(_) => self.change(&served.base, blob, |quirk| {
-                quirk.encoded = !quirk.encoded;
-                quirk.encoded
-            }),
-            None => served.guessed,
-        }
+        no_parts || turned
     }
 
     fn change<T>(&self, base: &str, blob: Digest, change: impl FnOnce(&mut Quirk) -> T) -> T {
@@ -193,14 +200,35 @@ mod tests {
         let mut served = Served {
             base: BASE.to_owned(),
             claimed: None,
+            part: false,
             guessed: false,
         };
         assert!(!quirks.another_way(&served, blob, now));
-        assert!(!quirks.any_rangeless(now));
         served.claimed = Encodings::of(&headers);
         assert!(quirks.another_way(&served, blob, now));
-        assert!(quirks.is_encoded(BASE, blob) && quirks.any_rangeless(now));
+        assert!(quirks.is_encoded(BASE, blob) && !quirks.any_rangeless(now));
         assert!(!quirks.another_way(&served, blob, now), "both ways have been tried");
         assert!(!quirks.is_encoded(BASE, blob));
+        // A part of what may be encoded cannot be decoded.
+        served.part = true;
+        assert!(quirks.another_way(&served, blob, now) && quirks.any_rangeless(now));
+    }
+
+    #[test]
+    fn a_host_whose_parts_are_false_has_none() {
+        let (quirks, blob, now) = (Quirks::default(), Digest::of(b"blob"), Instant::now());
+        let mut served = Served {
+            base: BASE.to_owned(),
+            claimed: None,
+            part: true,
+            guessed: false,
+        };
+        assert!(!quirks.another_way(&served, blob, now), "one may be damaged on its way");
+        assert!(quirks.another_way(&served, blob, now));
+        assert!(quirks.is_rangeless(BASE, blob, now));
+        // What did not say which part it is is believed less.
+        let other = Digest::of(b"other");
+        served.guessed = true;
+        assert!(quirks.another_way(&served, other, now) && quirks.is_rangeless(BASE, other, now));
     }
 }

@@ -58,7 +58,8 @@ pub const MAX_MANIFEST: u64 = 8 << 20;
 ///
 /// An implementation retries, resumes, re-authenticates and changes hosts by itself; an error means that the attempts are used up.
 pub trait Blob: Send + Sync {
-    /// Bytes `range` of the blob, in order, exactly `range.end - range.start` of them unless the body ends with an error.
+    /// Bytes `range` of the blob, in order, exactly `range.end - range.start` of them unless the body ends with an error, or they are not the
+    /// blob's: then they may be fewer.
     /// `0..size` is asked for as a whole (no Range header).
     fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>>;
 

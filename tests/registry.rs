@@ -8,6 +8,8 @@ mod support;
 mod access;
 #[path = "registry/artifacts.rs"]
 mod artifacts;
+#[path = "registry/encodings.rs"]
+mod encodings;
 #[path = "registry/mirrors.rs"]
 mod mirrors;
 #[path = "registry/ranges.rs"]

@@ -37,8 +37,8 @@ pub(super) type Batch = Vec<(Member, Bytes)>;
 
 /// A chunk whose bytes are not what they should be.
 pub(super) struct Damage {
-    chunk: usize,
-    error: LayerError,
+    pub(super) chunk: usize,
+    pub(super) error: LayerError,
 }
 
 /// Why a body ended before it should.

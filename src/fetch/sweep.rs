@@ -132,15 +132,16 @@ impl Layer {
                 }
                 Ok(Some(Err(source))) => break Err(failed(source)),
                 Ok(None) => {
-                    break Err(FetchError::Corrupt {
-                        layer,
-                        from: blob.describe(),
-                        source: Box::new(LayerError::Truncated {
-                            format: "body",
-                            length: members.arrived(),
-                            what: "all of the blob".to_owned(),
-                        }),
-                    });
+                    let error = LayerError::Truncated {
+                        format: "body",
+                        length: members.arrived(),
+                        what: "all of the blob".to_owned(),
+                    };
+                    damaged.extend(members.chunks().map(|chunk| Damage {
+                        chunk,
+                        error: error.clone(),
+                    }));
+                    break Ok(());
                 }
                 Err(elapsed) => break Err(silence(elapsed)),
             }
@@ -181,6 +182,11 @@ impl Members {
 
     fn is_empty(&self) -> bool {
         self.rest.is_empty()
+    }
+
+    /// The chunks that are to come.
+    fn chunks(&self) -> impl Iterator<Item = usize> {
+        self.rest.iter().flat_map(|(member, _)| member.chunks.iter().copied())
     }
 
     /// Bytes of the blob that have come by.

@@ -222,13 +222,13 @@ async fn read_part(blob: &Arc<dyn Blob>, start: u64, end: u64) -> Result<Vec<u8>
 }
 
 /// A machine whose cache is empty.
-struct Node {
+pub struct Node {
     loader: Loader,
     _root: tempfile::TempDir,
 }
 
 impl Node {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let (metrics, root) = (Arc::new(Metrics::new()), tempfile::tempdir().unwrap());
         let cache = CacheConfig {
             min_free: ByteSize(0),
@@ -251,7 +251,7 @@ impl Node {
 }
 
 /// Files of a layer that is large enough for a few requests.
-fn files() -> Vec<(&'static str, Vec<u8>)> {
+pub fn files() -> Vec<(&'static str, Vec<u8>)> {
     ["one", "two", "three", "four", "five", "six"]
         .into_iter()
         .enumerate()
@@ -279,7 +279,7 @@ fn dialects() -> Vec<(&'static str, Lazy)> {
     ]
 }
 
-async fn load(node: &Node, registry: &FaultRegistry, layer: &Lazy) -> Loaded {
+pub async fn load(node: &Node, registry: &FaultRegistry, layer: &Lazy) -> Loaded {
     let spec = LayerSpec {
         digest: registry.add_blob(layer.blob.clone()),
         size: layer.blob.len() as u64,
@@ -294,7 +294,7 @@ async fn load(node: &Node, registry: &FaultRegistry, layer: &Lazy) -> Loaded {
 }
 
 /// Reads all files at once, by pieces, from the last to the first.
-async fn read_all(name: &str, layer: &Arc<lazuli::fetch::Layer>) {
+pub async fn read_all(name: &str, layer: &Arc<lazuli::fetch::Layer>) {
     let names = LayerData::names(&**layer).unwrap();
     let reads = files().into_iter().rev().map(|(file, content)| {
         let inode = *names.inode(names.lookup_path(file.as_bytes()).unwrap()).unwrap();

@@ -427,6 +427,13 @@ impl Reader {
                     self.answer = None;
                     continue;
                 }
+                // What ends early without a break, and without having stated a length, may be encoded after all. Then what was handed on
+                // is wrong from the beginning: its reader finds that out, and asks again.
+                Ok(None) if self.may_be_encoded() => {
+                    self.position = self.end;
+                    self.answer = None;
+                    return Ok(None);
+                }
                 Ok(None) => {
                     let problem = format!("the body ended {wanted} bytes too early");
                     Failure::new(self.operation.protocol(place, problem), "cut")
@@ -441,6 +448,15 @@ impl Reader {
             self.answer = None;
             self.operation.failed(place, failure);
         }
+    }
+
+    /// Whether the answer claims an encoding that was not undone.
+    fn may_be_encoded(&self) -> bool {
+        let served = lock(&self.served);
+        let claims = served
+            .as_ref()
+            .is_some_and(|served| served.claimed.is_some() && !served.part);
+        claims && self.answer.as_ref().is_some_and(|answer| !answer.is_decoded())
     }
 
     /// What the answer brought cannot be read as it says: other ways are left.

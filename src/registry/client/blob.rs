@@ -139,9 +139,15 @@ impl Blob for RemoteBlob {
 
     fn distrust(&self) {
         self.repository.locations.forget_all(self.digest);
-        let Some(served) = lock(&self.served).take() else {
-            return;
+        // Several parts may be under way; of a whole, each answer is judged once.
+        let served = {
+            let mut served = lock(&self.served);
+            match &*served {
+                Some(part) if part.part => served.clone(),
+                _ => served.take(),
+            }
         };
+        let Some(served) = served else { return };
         if let Some(claimed) = &served.claimed {
             let claimed = claimed.text();
             tracing::warn!(host = %served.base, blob = %self.digest, claimed, "bytes with a Content-Encoding are not the blob's");

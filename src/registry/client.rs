@@ -20,6 +20,7 @@ use super::attempts::Failure;
 use super::auth::{Credentials, Gates};
 use super::health::Health;
 use super::hosts::HostTable;
+use super::hosts::proxy::Proxies;
 use super::location::Locations;
 use super::{Blob, MAX_MANIFEST, ManifestBytes, Referrer, RegistryError, Source, SourceStats, lock};
 use crate::config::RegistryConfig;
@@ -87,10 +88,22 @@ impl Registry {
     /// # Errors
     /// None at present: files are read when they are needed, so that a mistake in one concerns its registry only.
     pub fn new(config: &RegistryConfig, metrics: Arc<Metrics>) -> Result<Arc<Self>, RegistryError> {
+        Self::through(Proxies::from_environment(), config, metrics)
+    }
+
+    /// The same, which asks hosts through `proxies`, not those of the environment.
+    ///
+    /// # Errors
+    /// As [`Registry::new`].
+    pub fn through(
+        proxies: Proxies,
+        config: &RegistryConfig,
+        metrics: Arc<Metrics>,
+    ) -> Result<Arc<Self>, RegistryError> {
         Ok(Arc::new(Registry {
             shared: Arc::new(Shared {
                 attempts: config.attempts.max(1),
-                hosts: HostTable::new(config),
+                hosts: HostTable::new(config, proxies),
                 gates: Gates::new(Credentials::new(config), metrics.clone()),
                 health: Health::default(),
                 metrics,

@@ -241,6 +241,7 @@ impl Repository {
             headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
+        let proxy = self.shared.hosts.proxy(request.url());
         let outcome = endpoint.client.execute(request).await;
         count_request(
             &self.shared.metrics,
@@ -249,6 +250,10 @@ impl Repository {
         outcome.map_err(|error| {
             // The address is left out: a signed one would be a secret in a log.
             let what = chain(&error.without_url());
+            let what = match proxy {
+                Some(proxy) => format!("{what} (through the proxy {proxy})"),
+                None => what,
+            };
             Failure::new(RegistryError::Unreachable { host, what }, "connection")
         })
     }
@@ -270,6 +275,13 @@ impl Repository {
                 what,
                 status,
                 retry_after: retry_after(answer.headers()),
+            },
+            StatusCode::PROXY_AUTHENTICATION_REQUIRED => RegistryError::Unreachable {
+                host,
+                what: format!(
+                    "the proxy {} wants a user name and a password (HTTP 407), or others than HTTP_PROXY or HTTPS_PROXY have",
+                    self.shared.hosts.proxy(url).unwrap_or_default()
+                ),
             },
             _ => RegistryError::Status { host, what, status },
         };

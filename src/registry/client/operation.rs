@@ -17,8 +17,8 @@ use super::exchange::Ask;
 use crate::layer::Digest;
 use crate::registry::RegistryError;
 use crate::registry::attempts::{Attempts, Failure};
-use crate::registry::hosts::Endpoint;
 use crate::registry::hosts::transport::chain;
+use crate::registry::hosts::{Endpoint, For};
 
 /// An operation under way.
 pub(super) struct Operation {
@@ -31,11 +31,13 @@ pub(super) struct Operation {
 impl Operation {
     /// Looks up the endpoints; sends nothing.
     pub(super) async fn new(repository: Arc<Repository>, ask: Ask) -> Result<Self, RegistryError> {
-        let all = match repository.shared.hosts.recent(&repository.host) {
+        // A blob is read by somebody who is stopped by an error; its digest proves it, whoever is asked.
+        let wanted = if ask.blob.is_some() { For::Content } else { For::Names };
+        let all = match repository.shared.hosts.recent(&repository.host, wanted) {
             Some(endpoints) => endpoints,
             None => {
                 let state = repository.clone();
-                tokio::task::spawn_blocking(move || state.shared.hosts.fresh(&state.host))
+                tokio::task::spawn_blocking(move || state.shared.hosts.fresh(&state.host, wanted))
                     .await
                     .map_err(|error| RegistryError::Unreachable {
                         host: repository.host.clone(),

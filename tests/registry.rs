@@ -10,12 +10,18 @@ mod access;
 mod artifacts;
 #[path = "registry/encodings.rs"]
 mod encodings;
+#[path = "registry/files.rs"]
+mod files;
 #[path = "registry/mirrors.rs"]
 mod mirrors;
+#[path = "registry/proxies.rs"]
+mod proxies;
 #[path = "registry/ranges.rs"]
 mod ranges;
 #[path = "registry/real.rs"]
 mod real;
+#[path = "registry/tls.rs"]
+mod tls;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

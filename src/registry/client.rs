@@ -140,6 +140,11 @@ impl Registry {
         Pusher(self.state(host, repository))
     }
 
+    /// Files of hosts that cannot be used as they are now, for people; what was read of them before is used.
+    pub fn problems(&self) -> Vec<String> {
+        self.shared.hosts.problems()
+    }
+
     /// Names with a port that `hostname` may stand for, best first; see [`HostTable::resolve_ports`]. Reads directory names.
     pub fn resolve_ports(&self, hostname: &str) -> Vec<String> {
         self.shared.hosts.resolve_ports(hostname)

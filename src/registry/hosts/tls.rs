@@ -31,7 +31,12 @@ const PROTOCOLS: [&[u8]; 2] = [b"h2", b"http/1.1"];
 /// What does the cryptography.
 pub(super) fn provider() -> Arc<CryptoProvider> {
     static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
-    Arc::clone(PROVIDER.get_or_init(|| Arc::new(nist::extend(rustls::crypto::ring::default_provider()))))
+    Arc::clone(PROVIDER.get_or_init(|| {
+        let provider = nist::extend(rustls::crypto::ring::default_provider());
+        // For whoever else makes a connection in this process; an error means that one has been chosen already.
+        drop(provider.clone().install_default());
+        Arc::new(provider)
+    }))
 }
 
 /// How connections are made: `authorities` are trusted beside the system's, and `identities` are shown to servers that ask for one.

@@ -24,8 +24,14 @@ pub(super) fn extend(mut provider: CryptoProvider) -> CryptoProvider {
     let known = provider.signature_verification_algorithms;
     // Once in the life of the process.
     let all: Vec<_> = known.all.iter().copied().chain(ALGORITHMS).collect();
-    let handshakes = (SignatureScheme::ECDSA_NISTP521_SHA512, HANDSHAKES.as_slice());
-    let mapping: Vec<_> = known.mapping.iter().copied().chain([handshakes]).collect();
+    let mut mapping = known.mapping.to_vec();
+    // Before TLS 1.3, a scheme stands for its hash, with any curve.
+    for (scheme, more) in HANDSHAKES {
+        match mapping.iter_mut().find(|(known, _)| *known == scheme) {
+            Some((_, algorithms)) => *algorithms = [*algorithms, more].concat().leak(),
+            None => mapping.push((scheme, more)),
+        }
+    }
     provider.signature_verification_algorithms = WebPkiSupportedAlgorithms {
         all: all.leak(),
         mapping: mapping.leak(),
@@ -96,8 +102,15 @@ static P256_SHA512: Ecdsa = Ecdsa {
 static ALGORITHMS: [&dyn SignatureVerificationAlgorithm; 5] =
     [&P521_SHA512, &P521_SHA384, &P521_SHA256, &P384_SHA512, &P256_SHA512];
 
-/// What the scheme ECDSA_NISTP521_SHA512 stands for; before TLS 1.3 for any curve.
-static HANDSHAKES: [&dyn SignatureVerificationAlgorithm; 3] = [&P521_SHA512, &P384_SHA512, &P256_SHA512];
+/// Schemes of handshakes, with what is added to them. The first of a scheme counts in TLS 1.3.
+static HANDSHAKES: [(SignatureScheme, &[&dyn SignatureVerificationAlgorithm]); 3] = [
+    (
+        SignatureScheme::ECDSA_NISTP521_SHA512,
+        &[&P521_SHA512, &P384_SHA512, &P256_SHA512],
+    ),
+    (SignatureScheme::ECDSA_NISTP384_SHA384, &[&P521_SHA384]),
+    (SignatureScheme::ECDSA_NISTP256_SHA256, &[&P521_SHA256]),
+];
 
 impl SignatureVerificationAlgorithm for Ecdsa {
     fn verify_signature(&self, public_key: &[u8], message: &[u8], signature: &[u8]) -> Result<(), InvalidSignature> {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::fake::{Bench, Fault, noise, ranged};
+use super::fake::{Bench, FakeBlob, Fault, ranged};
 use super::spans::{frames, gzip, streamed};
 use super::streams::{LONG, tar};
 use crate::fetch::{FetchError, LayerData};
@@ -39,7 +39,12 @@ async fn evicted_bytes_of_every_codec_come_back_in_one_pass() {
             tokio::task::yield_now().await;
         }
         let asked = blob.asked.lock().unwrap()[before..].to_vec();
-        assert_eq!(asked, [0..bytes.len() as u64], "{name}: it is read once, as a whole");
+        let whole = 0..bytes.len() as u64;
+        assert_eq!(
+            asked,
+            std::slice::from_ref(&whole),
+            "{name}: it is read once, as a whole"
+        );
         assert_eq!(bench.fetcher.memory().held(), 0, "{name}");
     }
 }
@@ -47,10 +52,11 @@ async fn evicted_bytes_of_every_codec_come_back_in_one_pass() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_pass_brings_damaged_comes_with_the_next_one() {
     let (index, data, bytes) = ranged(&[200_000, 200_000]);
-    let (bench, blob) = (Bench::new(), super::fake::FakeBlob::new(bytes));
+    let (bench, blob) = (Bench::new(), FakeBlob::new(bytes));
     let (_, layer) = bench.open("layer", index, &blob);
     blob.rangeless.store(true, Ordering::Relaxed);
-    blob.fail([Fault::Flipped(100_000), Fault::Short(300_000)]);
+    // The first one lacks the end of the second chunk, the other one brings it wrong.
+    blob.fail([Fault::Short(300_000), Fault::Flipped(300_000)]);
     let read = layer.read(0, data.len() as u32, LONG).await.unwrap();
     assert!(read[..] == data);
     assert_eq!(blob.requests(), 3);
@@ -59,7 +65,7 @@ async fn what_a_pass_brings_damaged_comes_with_the_next_one() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pass_that_fails_is_told_to_its_readers_and_does_not_stay() {
     let (index, data, bytes) = ranged(&[200_000]);
-    let (bench, blob) = (Bench::new(), super::fake::FakeBlob::new(bytes));
+    let (bench, blob) = (Bench::new(), FakeBlob::new(bytes));
     let (_, layer) = bench.open("layer", index, &blob);
     blob.rangeless.store(true, Ordering::Relaxed);
     blob.fail([Fault::Refused]);
@@ -68,9 +74,8 @@ async fn a_pass_that_fails_is_told_to_its_readers_and_does_not_stay() {
     assert_eq!(layer.read(0, 10, LONG).await.unwrap()[..], data[..10]);
     // Ranges are used again as soon as there are some.
     let (index, data, bytes) = ranged(&[5000, 3_000_000, 5000]);
-    let blob = super::fake::FakeBlob::new(bytes);
+    let blob = FakeBlob::new(bytes);
     let (_, layer) = bench.open("other", index, &blob);
     assert_eq!(layer.read(0, 10, LONG).await.unwrap()[..], data[..10]);
     assert!(layer.stats().fetched_bytes < 1 << 20);
-    assert!(noise(1, 10) == data[..10]);
 }

@@ -45,7 +45,10 @@ async fn evicted_bytes_of_every_codec_come_back_in_one_pass() {
             std::slice::from_ref(&whole),
             "{name}: it is read once, as a whole"
         );
-        assert_eq!(bench.fetcher.memory().held(), 0, "{name}");
+        // It is given back once the pass has come to its end.
+        while bench.fetcher.memory().held() > 0 {
+            tokio::task::yield_now().await;
+        }
     }
 }
 

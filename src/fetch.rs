@@ -13,7 +13,8 @@
 //!
 //! Streams (flights.rs, stream.rs, pipeline.rs) are for layers that have no index: one pass over the whole blob makes index and data. It also finds
 //! the places where decoding can begin (spans.rs), so that evicted bytes come back in ranges. Where there are none (a single zstd
-//! frame), the first read that misses an evicted byte streams the layer again (refill.rs), chunk by chunk against its index.
+//! frame), the first read that misses an evicted byte streams the layer again (refill.rs), chunk by chunk against its index. Where a source has
+//! no ranges, one pass over the blob brings all chunks that are missing (sweep.rs).
 //!
 //! # Whole layers
 //! A layer that is complete is given to the kernel as a file ([`LayerData::local_file`]). What an earlier process left of it is verified
@@ -43,6 +44,7 @@ mod request;
 pub mod schedule;
 mod spans;
 mod stream;
+mod sweep;
 #[cfg(test)]
 mod tests;
 mod verify;

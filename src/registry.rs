@@ -61,9 +61,18 @@ pub const MAX_MANIFEST: u64 = 8 << 20;
 ///
 /// An implementation retries, resumes, re-authenticates and changes hosts by itself; an error means that the attempts are used up.
 pub trait Blob: Send + Sync {
-    /// Bytes `range` of the blob, in order, exactly `range.end - range.start` of them unless the body ends with an error.
+    /// Bytes `range` of the blob, in order, exactly `range.end - range.start` of them unless the body ends with an error, or they are not the
+    /// blob's: then they may be fewer.
     /// `0..size` is asked for as a whole (no Range header).
     fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>>;
+
+    /// As [`Blob::read`], for who can do with all of the blob: where hosts have no ranges, what comes before the range is not downloaded.
+    ///
+    /// # Errors
+    /// [`RegistryError::NoRanges`], also in the middle of the body: read `0..size` then, soon, which goes on with what has begun to arrive.
+    fn read_part(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        self.read(range)
+    }
 
     /// Size of the blob in bytes, as its descriptor states.
     fn size(&self) -> u64;

@@ -10,16 +10,26 @@ mod access;
 mod artifacts;
 #[path = "registry/elsewhere.rs"]
 mod elsewhere;
+#[path = "registry/encodings.rs"]
+mod encodings;
+#[path = "registry/files.rs"]
+mod files;
 #[path = "registry/json.rs"]
 mod json;
 #[path = "registry/mirrors.rs"]
 mod mirrors;
+#[path = "registry/proxies.rs"]
+mod proxies;
+#[path = "registry/ranges.rs"]
+mod ranges;
 #[path = "registry/real.rs"]
 mod real;
 #[path = "registry/secrets.rs"]
 mod secrets;
 #[path = "registry/sources.rs"]
 mod sources;
+#[path = "registry/tls.rs"]
+mod tls;
 #[path = "registry/tokens.rs"]
 mod tokens;
 
@@ -306,12 +316,12 @@ async fn a_wrong_content_range_is_not_believed() {
     }
     f.registry.fail(On::Blob, 1, Fault::NoContentRange);
     f.good(100, 200).await;
-    assert_eq!(f.registry.seen(On::Blob).len(), 10);
+    // Of the first the whole is asked for, and of the second its last byte; the others are what was asked for, whatever else they say.
+    assert_eq!(f.registry.seen(On::Blob).len(), 7);
     f.registry
         .fail(On::Blob, 9, Fault::ContentRange("bytes 0-99/300000".to_owned()));
-    let error = f.error(100, 200).await;
-    assert!(matches!(error, RegistryError::Protocol { .. }), "{error}");
-    assert!(error.to_string().contains("Content-Range"), "{error}");
+    f.good(100, 200).await;
+    assert_eq!(f.registry.seen(On::Blob).len(), 9);
 }
 
 #[tokio::test]
@@ -327,14 +337,6 @@ async fn a_blob_of_another_size_is_an_error() {
     // Beyond its end: 416.
     let blob = f.source.blob(digest, 500_000);
     let error = read(&blob, 400_000..500_000).await.unwrap_err();
-    assert!(matches!(error, RegistryError::Protocol { .. }), "{error}");
-}
-
-#[tokio::test]
-async fn a_compressed_body_is_refused() {
-    let f = Fixture::new().await;
-    f.registry.fail(On::Blob, 9, Fault::Encoding("gzip"));
-    let error = f.error(0, 10).await;
     assert!(matches!(error, RegistryError::Protocol { .. }), "{error}");
 }
 

@@ -21,7 +21,17 @@ fuzz_target!(|input: &[u8]| {
     let _ = hosts::parse::parse_go_duration(text);
     let _ = auth::parse_challenges(text);
     let _ = auth::credentials::parse_docker_config(text);
-    let _ = range::parse_content_range(text);
+    let head = range::Head {
+        partial: text.len() % 2 == 0,
+        content_range: Some(text),
+        length: Some(text.len() as u64),
+        ..range::Head::default()
+    };
+    if let Ok(range::Content::Part { start, end, .. }) = head.content(Some(&(100..200)), 1000) {
+        assert!(start <= 100 && end.is_none_or(|end| end > 100), "it holds the first byte wanted");
+    }
+    let _ = range::parse_unsatisfied(text);
+    let _ = hosts::proxy::Proxies::new(|_| Some(text.to_owned()));
     let _ = attempts::parse_retry_after(text, std::time::SystemTime::UNIX_EPOCH);
     if let Ok(url) = text.parse() {
         let _ = location::parse_expiry(&url, std::time::SystemTime::UNIX_EPOCH.into());

@@ -104,22 +104,29 @@ impl Drop for Noted<'_> {
     }
 }
 
+impl Contact {
+    async fn hear(&self, read: BoxFuture<'_, Result<Body, RegistryError>>) -> Result<Body, RegistryError> {
+        self.note(|heard| match heard {
+            Heard::NotAsked => Heard::Asked(Instant::now()),
+            heard => heard,
+        });
+        let body = read.await;
+        // A refusal is an answer as well, unless it is that nobody was there.
+        if !matches!(body, Err(RegistryError::Unreachable { .. })) {
+            self.note(|_| Heard::Answered);
+            self.hosts.answered(&self.host, Instant::now());
+        }
+        body
+    }
+}
+
 impl Blob for Contact {
     fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
-        async move {
-            self.note(|heard| match heard {
-                Heard::NotAsked => Heard::Asked(Instant::now()),
-                heard => heard,
-            });
-            let body = self.blob.read(range).await;
-            // A refusal is an answer as well, unless it is that nobody was there.
-            if !matches!(body, Err(RegistryError::Unreachable { .. })) {
-                self.note(|_| Heard::Answered);
-                self.hosts.answered(&self.host, Instant::now());
-            }
-            body
-        }
-        .boxed()
+        self.hear(self.blob.read(range)).boxed()
+    }
+
+    fn read_part(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        self.hear(self.blob.read_part(range)).boxed()
     }
 
     fn size(&self) -> u64 {

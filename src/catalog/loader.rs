@@ -100,7 +100,7 @@ impl Refusal {
 /// Why a layer that Lazuli serves is streamed as a whole, instead of being read where it is needed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotLazy {
-    /// One word of a fixed set, for metrics: `small`, `plain`, `zstd`, `toc`, `legacy`, `external`.
+    /// One word of a fixed set, for metrics: `small`, `plain`, `zstd`, `toc`, `legacy`, `external`, `ranges`.
     pub word: &'static str,
     /// The whole reason, for people; it completes "streamed, as ...".
     pub text: String,
@@ -480,6 +480,12 @@ impl Loader {
         let read = toc::read(spec, &scheduled, kind, &self.formats, images, self.fetcher.memory());
         let table = match tokio::time::timeout(toc::DEADLINE, read).await {
             Ok(Ok(table)) => table,
+            Ok(Err(TocError::Registry(error @ RegistryError::NoRanges { .. }))) => {
+                return Ok(Err(NotLazy {
+                    word: "ranges",
+                    text: error.to_string(),
+                }));
+            }
             // The registry cannot deliver; streaming would ask the same registry for more.
             Ok(Err(TocError::Registry(error))) => return Err(Refusal::of_registry(&error)),
             Ok(Err(error)) => return Ok(Err(NotLazy::of_toc(&error))),

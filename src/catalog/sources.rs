@@ -205,13 +205,15 @@ impl Failover {
 }
 
 impl Places {
-    /// Asks for `range`, everywhere but at `except`, until one place answers. Gives its position.
-    async fn open(&self, range: Range<u64>, except: Option<usize>) -> Result<(usize, Body), RegistryError> {
+    /// Asks for `range`, everywhere but at `except`, until one place answers. Gives its position. If `part`, it is no answer that a place has
+    /// the blob, but no ranges of it; that is what is said at the end, if nobody else has any.
+    async fn open(&self, range: Range<u64>, part: bool, except: Option<usize>) -> Result<(usize, Body), RegistryError> {
         let order = self.standings.order(&self.layer, self.origins.iter());
         let mut left: Vec<usize> = order.into_iter().filter(|at| Some(*at) != except).collect();
         let mut asked: FuturesUnordered<BoxFuture<'_, (usize, Result<Body, RegistryError>)>> = FuturesUnordered::new();
         let mut busy: Vec<usize> = Vec::new();
         let mut worst: Option<RegistryError> = None;
+        let mut no_ranges: Option<(usize, RegistryError)> = None;
         loop {
             // Beside others, only a host that none of them is at.
             let is_free = |at: &usize| {
@@ -220,6 +222,10 @@ impl Places {
             };
             let next = left.iter().position(is_free);
             if busy.is_empty() && next.is_none() {
+                if let Some((at, error)) = no_ranges {
+                    self.served.store(at, Ordering::Relaxed);
+                    return Err(error);
+                }
                 return Err(worst.unwrap_or_else(|| RegistryError::NotFound {
                     host: "no other source".to_owned(),
                     what: self.blobs[except.unwrap_or_default()].describe(),
@@ -237,6 +243,10 @@ impl Places {
                     }
                     Err(error) => {
                         busy.retain(|other| *other != at);
+                        if matches!(error, RegistryError::NoRanges { .. }) {
+                            no_ranges.get_or_insert((at, error));
+                            continue;
+                        }
                         self.failed(at, &error.to_string());
                         worst = Some(more_telling(worst.take(), error));
                     }
@@ -244,7 +254,16 @@ impl Places {
                 () = sleep(patience), if next.is_some() => {
                     let at = left.remove(next.unwrap_or_default());
                     let range = range.clone();
-                    asked.push(async move { (at, self.blobs[at].read(range).await) }.boxed());
+                    let blob = &self.blobs[at];
+                    asked.push(
+                        async move {
+                            match part {
+                                true => (at, blob.read_part(range).await),
+                                false => (at, blob.read(range).await),
+                            }
+                        }
+                        .boxed(),
+                    );
                     busy.push(at);
                 }
             }
@@ -278,6 +297,8 @@ struct Going {
     body: Body,
     from: usize,
     rest: Range<u64>,
+    /// Whether places without ranges are left alone.
+    part: bool,
     can_stall: bool,
 }
 
@@ -293,7 +314,7 @@ impl Going {
             let piece = tokio::select! {
                 piece = self.body.next() => piece,
                 () = silence => {
-                    let elsewhere = self.places.open(self.rest.clone(), Some(self.from));
+                    let elsewhere = self.places.open(self.rest.clone(), self.part, Some(self.from));
                     tokio::select! {
                         piece = self.body.next() => piece,
                         Ok((at, body)) = elsewhere => {
@@ -315,8 +336,10 @@ impl Going {
                     return Some(Ok(bytes));
                 }
                 Some(Err(error)) if self.places.blobs.len() > 1 && !self.rest.is_empty() => {
-                    self.places.failed(self.from, &error.to_string());
-                    match self.places.open(self.rest.clone(), Some(self.from)).await {
+                    if !matches!(error, RegistryError::NoRanges { .. }) {
+                        self.places.failed(self.from, &error.to_string());
+                    }
+                    match self.places.open(self.rest.clone(), self.part, Some(self.from)).await {
                         Ok((at, body)) => (self.from, self.body) = (at, body),
                         Err(_) => return Some(Err(error)),
                     }
@@ -327,27 +350,35 @@ impl Going {
     }
 }
 
+impl Failover {
+    async fn body(&self, range: Range<u64>, part: bool) -> Result<Body, RegistryError> {
+        let (from, body) = self.0.open(range.clone(), part, None).await?;
+        if self.0.blobs.len() == 1 {
+            return Ok(body);
+        }
+        let going = Going {
+            places: Arc::clone(&self.0),
+            body,
+            from,
+            rest: range,
+            part,
+            can_stall: self.0.is_at_several_hosts(),
+        };
+        let pieces = stream::unfold(going, |mut going| async move {
+            let piece = going.next().await?;
+            Some((piece, going))
+        });
+        Ok(pieces.boxed())
+    }
+}
+
 impl Blob for Failover {
     fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
-        async move {
-            let (from, body) = self.0.open(range.clone(), None).await?;
-            if self.0.blobs.len() == 1 {
-                return Ok(body);
-            }
-            let going = Going {
-                places: Arc::clone(&self.0),
-                body,
-                from,
-                rest: range,
-                can_stall: self.0.is_at_several_hosts(),
-            };
-            let pieces = stream::unfold(going, |mut going| async move {
-                let piece = going.next().await?;
-                Some((piece, going))
-            });
-            Ok(pieces.boxed())
-        }
-        .boxed()
+        self.body(range, false).boxed()
+    }
+
+    fn read_part(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        self.body(range, true).boxed()
     }
 
     fn size(&self) -> u64 {

@@ -335,7 +335,10 @@ impl Catalog {
 
     /// What has to be mended by somebody: for [`Status::problems`].
     fn problems(&self) -> Vec<String> {
-        self.mount_problem().into_iter().collect()
+        self.mount_problem()
+            .into_iter()
+            .chain(self.registry.problems())
+            .collect()
     }
 
     /// What is wrong with the FUSE mount; `None` if it is where it should be, and served. It does not wait for the mount's answer.

@@ -291,7 +291,7 @@ impl Reader<'_> {
 
     /// Adds bytes `start..end` of the blob, all of them.
     async fn range(&mut self, start: u64, end: u64, to: &mut BytesMut) -> Result<(), RegistryError> {
-        let mut body = self.blob.read(start..end).await?;
+        let mut body = self.blob.read_part(start..end).await?;
         let mut received = 0;
         while let Some(part) = body.try_next().await? {
             received += part.len() as u64;

@@ -165,17 +165,33 @@ struct Scheduled {
     patience: Duration,
 }
 
+impl Scheduled {
+    async fn place(&self) -> Place {
+        let wish = document(&self.scheduler, self.blob.origin(), self.class, self.patience);
+        self.scheduler.enter(wish).await
+    }
+}
+
+/// A body that keeps its place until it is dropped.
+fn holding(place: Place, body: Body) -> Body {
+    let held = body.inspect(move |_| {
+        let _held = &place;
+    });
+    held.boxed()
+}
+
 impl Blob for Scheduled {
     fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
         Box::pin(async move {
-            let wish = document(&self.scheduler, self.blob.origin(), self.class, self.patience);
-            let place = self.scheduler.enter(wish).await;
-            let body = self.blob.read(range).await?;
-            Ok(body
-                .inspect(move |_| {
-                    let _held = &place;
-                })
-                .boxed())
+            let place = self.place().await;
+            Ok(holding(place, self.blob.read(range).await?))
+        })
+    }
+
+    fn read_part(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        Box::pin(async move {
+            let place = self.place().await;
+            Ok(holding(place, self.blob.read_part(range).await?))
         })
     }
 

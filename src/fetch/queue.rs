@@ -400,6 +400,27 @@ impl Queue {
         }
     }
 
+    /// The chunks that are left to a stream.
+    pub fn left_to_stream(&self) -> Vec<usize> {
+        let left = self
+            .chunks
+            .iter()
+            .filter(|(_, pending)| pending.place == Place::Flying(0));
+        left.map(|(&chunk, _)| chunk).collect()
+    }
+
+    /// Puts the chunks that were left to a stream back into the queue, if anyone waits for them.
+    pub fn requeue_streamed(&mut self, ranks: &Ranks) {
+        for chunk in self.left_to_stream() {
+            if !self.is_awaited(chunk) {
+                self.chunks.remove(&chunk);
+            } else if let Some(pending) = self.chunks.get_mut(&chunk) {
+                pending.place = Place::Queued(Class::Demand);
+                self.queued[Class::Demand as usize].insert(ranks.rank(chunk));
+            }
+        }
+    }
+
     /// Puts a chunk that arrived damaged back into the queue, if it has been damaged less than `limit` times and anyone waits for it.
     pub fn again(&mut self, chunk: usize, rank: usize, limit: u32) -> bool {
         let awaited = self.is_awaited(chunk);

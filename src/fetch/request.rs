@@ -21,29 +21,32 @@ use crate::layer::checkpoint;
 use crate::layer::compression::decode_member;
 use crate::layer::index::MAX_CHUNK_LEN;
 use crate::layer::{Chunk, Codec, LayerError, Verify};
+use crate::registry::RegistryError;
 
 /// Decodes so many bytes after so many others.
 type Decode<'a> = Box<dyn Fn(u32, u32) -> Result<Bytes, LayerError> + 'a>;
 
 /// A compressed member of the blob, with the chunks of the request that are in it.
-struct Member {
-    blob: Range<u64>,
-    chunks: Vec<usize>,
+pub(super) struct Member {
+    pub(super) blob: Range<u64>,
+    pub(super) chunks: Vec<usize>,
 }
 
 /// Members whose compressed bytes are complete.
-type Batch = Vec<(Member, Bytes)>;
+pub(super) type Batch = Vec<(Member, Bytes)>;
 
 /// A chunk whose bytes are not what they should be.
-struct Damage {
-    chunk: usize,
-    error: LayerError,
+pub(super) struct Damage {
+    pub(super) chunk: usize,
+    pub(super) error: LayerError,
 }
 
 /// Why a body ended before it should.
 enum Cut {
     /// The source gave up, or the layer is closed: whoever waits is told so.
     Failed(FetchError),
+    /// The source has the blob, but no ranges of it.
+    NoRanges,
     /// It just ended: the same as damage.
     Short(u64),
 }
@@ -77,18 +80,19 @@ impl Layer {
             damaged.extend(lost);
         }
         let settled = !matches!(cut, Some(Cut::Failed(_)));
+        let no_ranges = matches!(cut, Some(Cut::NoRanges));
         let error = match cut {
             Some(Cut::Failed(error)) => error,
             // Nothing should be left then; a panic in a decoder could leave something.
             _ => self.disk(std::io::Error::other("the request ended without its bytes")),
         };
-        if settled && damaged.is_empty() {
+        if settled && !no_ranges && damaged.is_empty() {
             blob.verified();
         }
         self.settle_damage(&damaged, &blob.describe());
         self.queue().landed(job.id);
-        // A request that failed fails its readers, also those that a stream could help.
-        let to_stream = self.is_streamed() && settled;
+        // A request that failed fails its readers, also those that a stream could help; but not if the blob can be had as a whole.
+        let to_stream = no_ranges || (self.is_streamed() && settled);
         for chunk in chunks {
             let mut queue = self.queue();
             if !queue.is_flying(chunk, job.id) {
@@ -101,14 +105,16 @@ impl Layer {
                 self.answer(chunk, Err(error.clone()));
             }
         }
-        if to_stream {
-            self.refill();
+        match to_stream {
+            true if self.is_streamed() => self.refill(),
+            true => self.sweep(class),
+            false => {}
         }
         self.dispatch(Class::Demand);
     }
 
     /// Chunks by the members that hold them, in order of the members' ends: the order in which they become complete.
-    fn members(&self, chunks: &[usize]) -> Vec<Member> {
+    pub(super) fn members(&self, chunks: &[usize]) -> Vec<Member> {
         let mut members: Vec<Member> = Vec::new();
         for &chunk in chunks {
             let blob = View::blob(self, chunk);
@@ -155,11 +161,12 @@ impl Layer {
         let mut damaged = Vec::new();
         let patience = self.fetcher.patience;
         let cut = async {
-            let fail = |source| {
-                Some(Cut::Failed(FetchError::Source {
+            let fail = |source| match source {
+                RegistryError::NoRanges { .. } => Some(Cut::NoRanges),
+                source => Some(Cut::Failed(FetchError::Source {
                     layer: *self.cached.digest(),
                     source,
-                }))
+                })),
             };
             let silence = || {
                 Some(Cut::Failed(FetchError::Deadline {
@@ -167,7 +174,7 @@ impl Layer {
                     after: patience,
                 }))
             };
-            let mut body = match timeout(patience, blob.read(range.clone())).await {
+            let mut body = match timeout(patience, blob.read_part(range.clone())).await {
                 Ok(Ok(body)) => body,
                 Ok(Err(source)) => return fail(source),
                 Err(_) => return silence(),
@@ -188,7 +195,7 @@ impl Layer {
                     let batch = complete(&mut members, &buf, range.start);
                     if !batch.is_empty() {
                         collect(worker.take(), &mut damaged).await;
-                        worker = Some(self.decode(batch, job));
+                        worker = Some(self.decode_for(batch, job));
                     }
                 }
             }
@@ -201,17 +208,28 @@ impl Layer {
         collect(worker.take(), &mut damaged).await;
         let batch = take_out(&mut members, buf.freeze(), range.start);
         if !batch.is_empty() {
-            collect(Some(self.decode(batch, job)), &mut damaged).await;
+            collect(Some(self.decode_for(batch, job)), &mut damaged).await;
         }
         (cut, damaged)
     }
 
-    /// Decodes, verifies and delivers a batch on a blocking thread, when it is its turn.
-    fn decode(self: &Arc<Self>, batch: Batch, job: &Job) -> JoinHandle<Vec<Damage>> {
-        let (me, id, most) = (Arc::clone(self), job.id, job.decoded);
+    /// Decodes a batch of a request.
+    fn decode_for(self: &Arc<Self>, batch: Batch, job: &Job) -> JoinHandle<Vec<Damage>> {
+        let id = job.id;
+        // Somebody may have joined since the request was made.
+        self.decode(batch, move |me| me.queue().class_of(id), job.decoded)
+    }
+
+    /// Decodes, verifies and delivers a batch on a blocking thread, when it is its turn; `most` are the bytes that may be decoded at once.
+    pub(super) fn decode(
+        self: &Arc<Self>,
+        batch: Batch,
+        class: impl FnOnce(&Layer) -> Class + Send + 'static,
+        most: u64,
+    ) -> JoinHandle<Vec<Damage>> {
+        let me = Arc::clone(self);
         self.fetcher.runtime.spawn(async move {
-            // Somebody may have joined since the request was made.
-            let class = me.queue().class_of(id);
+            let class = class(&me);
             let turn = me.fetcher.decodes.take(class).await;
             let work = move || {
                 let _turn = turn;
@@ -304,7 +322,7 @@ impl Layer {
     }
 
     /// Has damaged chunks fetched again, or tells their readers.
-    fn settle_damage(&self, damaged: &[Damage], from: &str) {
+    pub(super) fn settle_damage(&self, damaged: &[Damage], from: &str) {
         let (Some(first), Some(lowest), Some(highest)) = (
             damaged.first(),
             damaged.iter().map(|d| d.chunk).min(),
@@ -379,7 +397,7 @@ fn inside(member: &Member, start: u64) -> Range<usize> {
     member.blob.start.saturating_sub(start) as usize..member.blob.end.saturating_sub(start) as usize
 }
 
-async fn collect(worker: Option<JoinHandle<Vec<Damage>>>, damaged: &mut Vec<Damage>) {
+pub(super) async fn collect(worker: Option<JoinHandle<Vec<Damage>>>, damaged: &mut Vec<Damage>) {
     if let Some(worker) = worker {
         match worker.await {
             Ok(found) => damaged.extend(found),

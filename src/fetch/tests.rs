@@ -7,3 +7,4 @@ mod seeds;
 mod sharing;
 mod spans;
 mod streams;
+mod sweeps;

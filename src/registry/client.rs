@@ -1,12 +1,13 @@
 //! The distribution protocol's client: [`Registry`] for a daemon, a [`Source`] per repository.
 //!
 //! `exchange` sends one request to one endpoint, through authentication and redirects; `operation` repeats it over endpoints until
-//! it succeeds or the attempts are used up; `blob` turns that into a body that resumes.
+//! it succeeds or the attempts are used up; `blob` turns that into a body that resumes. What answers hold is told by [`super::range`] and
+//! `encoding`, read by `answer`, and remembered of their hosts in `quirks`.
 
-use std::collections::HashSet;
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use futures::TryStreamExt;
@@ -19,22 +20,28 @@ use super::attempts::Failure;
 use super::auth::{Credentials, Gates};
 use super::health::Health;
 use super::hosts::HostTable;
+use super::hosts::proxy::Proxies;
 use super::location::Locations;
 use super::{Blob, MAX_MANIFEST, ManifestBytes, Referrer, RegistryError, Source, SourceStats, json, lock};
 use crate::config::RegistryConfig;
 use crate::layer::Digest;
 use crate::metrics::Metrics;
 
+mod answer;
 mod blob;
+mod encoding;
 mod exchange;
 mod operation;
 mod push;
+mod quirks;
 mod referrers;
 
 use blob::RemoteBlob;
+use encoding::Encodings;
 use exchange::Ask;
 use operation::Operation;
 pub use push::Pusher;
+use quirks::Quirks;
 
 /// Repositories whose state is kept; the one unused longest is forgotten first (its handles go on working).
 const MAX_REPOSITORIES: NonZeroUsize = NonZeroUsize::new(4096).unwrap();
@@ -66,8 +73,8 @@ struct Repository {
     host: String,
     name: String,
     locations: Locations,
-    /// Endpoints that answer a range with the whole blob.
-    rangeless: Mutex<HashSet<String>>,
+    /// What its hosts do with ranges and encodings.
+    quirks: Arc<Quirks>,
     requests: AtomicU64,
     bytes: AtomicU64,
 }
@@ -81,10 +88,22 @@ impl Registry {
     /// # Errors
     /// None at present: files are read when they are needed, so that a mistake in one concerns its registry only.
     pub fn new(config: &RegistryConfig, metrics: Arc<Metrics>) -> Result<Arc<Self>, RegistryError> {
+        Self::through(Proxies::from_environment(), config, metrics)
+    }
+
+    /// The same, which asks hosts through `proxies`, not those of the environment.
+    ///
+    /// # Errors
+    /// As [`Registry::new`].
+    pub fn through(
+        proxies: Proxies,
+        config: &RegistryConfig,
+        metrics: Arc<Metrics>,
+    ) -> Result<Arc<Self>, RegistryError> {
         Ok(Arc::new(Registry {
             shared: Arc::new(Shared {
                 attempts: config.attempts.max(1),
-                hosts: HostTable::new(config),
+                hosts: HostTable::new(config, proxies),
                 gates: Gates::new(Credentials::new(config), metrics.clone()),
                 health: Health::default(),
                 metrics,
@@ -108,7 +127,7 @@ impl Registry {
                     host: host.to_owned(),
                     name: repository.to_owned(),
                     locations: Locations::default(),
-                    rangeless: Mutex::default(),
+                    quirks: Arc::default(),
                     requests: AtomicU64::new(0),
                     bytes: AtomicU64::new(0),
                 })
@@ -124,7 +143,9 @@ impl Registry {
     /// What is wrong with the files that say how registries are to be asked, as far as they were read: each with its path and what is used
     /// instead, without secrets. Empty if all is well.
     pub fn problems(&self) -> Vec<String> {
-        self.shared.gates.problems()
+        let mut problems = self.shared.gates.problems();
+        problems.extend(self.shared.hosts.problems());
+        problems
     }
 
     /// Names with a port that `hostname` may stand for, best first; see [`HostTable::resolve_ports`]. Reads directory names.
@@ -166,7 +187,7 @@ impl Source for RepositorySource {
         SourceStats {
             requests: self.0.requests.load(Ordering::Relaxed),
             bytes: self.0.bytes.load(Ordering::Relaxed),
-            ignores_ranges: !lock(&self.0.rangeless).is_empty(),
+            ignores_ranges: self.0.quirks.any_rangeless(Instant::now()),
         }
     }
 }
@@ -263,10 +284,23 @@ async fn read_document(operation: &Operation, place: usize, answer: &mut reqwest
                 }
                 body.extend_from_slice(&piece);
             }
-            Ok(None) => return Ok(body.freeze()),
+            Ok(None) => return Ok(undo(body.freeze(), answer.headers())),
             Err(error) => return Err(operation.broken(place, error)),
         }
     }
+}
+
+/// A document without the encoding that its answer claims, if it really has that: JSON begins like no encoding does.
+fn undo(body: Bytes, headers: &http::HeaderMap) -> Bytes {
+    match Encodings::of(headers).filter(|_| first(&body) != Some(b'{')) {
+        Some(claimed) => claimed.decode(&body, MAX_MANIFEST).map_or(body, Bytes::from),
+        None => body,
+    }
+}
+
+/// The first byte of a document that counts.
+fn first(body: &[u8]) -> Option<u8> {
+    body.iter().copied().find(|c| !c.is_ascii_whitespace())
 }
 
 /// The body of a manifest, checked.
@@ -286,6 +320,10 @@ async fn read_manifest(
         .filter(|value| value.starts_with("application/vnd."));
     let stated_digest = header("docker-content-digest").and_then(|value| value.parse::<Digest>().ok());
     let bytes = read_document(operation, place, &mut answer).await?;
+    if first(&bytes) == Some(b'<') {
+        let problem = "it is a page of HTML: a proxy or a login page answers in the registry's stead";
+        return Err(wrong(problem.to_owned()));
+    }
     let digest = Digest::of(&bytes);
     if let Some(expected) = wanted.or(stated_digest)
         && digest != expected

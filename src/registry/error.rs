@@ -97,6 +97,14 @@ pub enum RegistryError {
         /// What is wrong.
         problem: String,
     },
+    /// The host has the blob, but no parts of it: read as a whole, it can be had.
+    #[error("{host} has no ranges of what was asked for ({what}); the blob has to be read as a whole")]
+    NoRanges {
+        /// Host and port.
+        host: String,
+        /// What was asked for.
+        what: String,
+    },
     /// The source delivered, and what it delivered is not an image that Lazuli can use.
     #[error("{what} cannot be used: {problem}")]
     Image {
@@ -183,7 +191,8 @@ impl RegistryError {
             RegistryError::Unreachable { .. }
             | RegistryError::Unreadable { .. }
             | RegistryError::Busy { .. }
-            | RegistryError::Protocol { .. } => true,
+            | RegistryError::Protocol { .. }
+            | RegistryError::NoRanges { .. } => true,
             RegistryError::Status { status, .. } => *status >= 500,
             RegistryError::Denied { remedy, .. } => remedy.again.is_some(),
             RegistryError::InvalidReference { .. }

@@ -2,13 +2,18 @@
 //!
 //! For the registry `host:port` the directories of `config_path` are searched in order for `host_port_`, `host:port` and
 //! `_default`; the first that exists is taken. Its `hosts.toml` gives the endpoints in the order in which they are asked; without
-//! one, docker's certificate files there (`*.crt`, `*.cert` with `*.key`) apply to the registry itself. Files are read again when
-//! they change, so nothing has to be restarted. Endpoints with the same TLS identity share one connection pool.
+//! one, docker's certificate files there (`*.crt`, `*.cert` with `*.key`) apply to the registry itself. Endpoints with the same TLS identity
+//! share one connection pool.
+//!
+//! Files are read again when they change, so nothing has to be restarted. They may be in the middle of being written then: running
+//! containers go on with what was read last ([`For::Content`]), until the files can be used again, and pulls are told what is wrong
+//! ([`For::Names`]). What has become empty, or has vanished, is believed after [`REWRITTEN`] only.
 //!
 //! Two differences from containerd: a broken `hosts.toml` is an error instead of being passed over, and a loopback registry without
 //! certificates is asked with plain HTTP only, not with TLS first.
 
 use std::collections::{BTreeMap, HashMap};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
@@ -20,6 +25,10 @@ use super::{RegistryError, lock};
 use crate::config::RegistryConfig;
 
 pub mod parse;
+pub mod proxy;
+#[cfg(test)]
+mod tests;
+mod tls;
 pub(super) mod transport;
 
 pub use parse::{HostSpec, parse_hosts_toml};
@@ -27,6 +36,9 @@ use transport::Clients;
 
 /// How long an answer about files on disk is taken as still true.
 const RECHECK: Duration = Duration::from_secs(1);
+/// How long a file that has become empty, or has vanished, is taken to be about to be written again: editors and configuration management need
+/// less, and who means it waits no longer than that.
+const REWRITTEN: Duration = Duration::from_secs(10);
 /// Largest `hosts.toml` or certificate that is read, in bytes.
 const MAX_FILE: u64 = 1 << 20;
 /// File of a host's directory.
@@ -64,37 +76,70 @@ pub struct HostTable {
     looking: Mutex<()>,
 }
 
+/// What endpoints are wanted for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum For {
+    /// Content with a digest, for somebody who reads it now: what was known last is better than nothing.
+    Content,
+    /// Names, and whatever can be tried again: as the files say now.
+    Names,
+}
+
+/// What the files said when they last made sense.
 #[derive(Clone)]
 struct Cached {
     checked: Instant,
     stamps: Vec<Stamp>,
     endpoints: Arc<Vec<Arc<Endpoint>>>,
+    /// The file or directory that says it; `None` if there is none, and the registry itself is asked.
+    said_by: Option<PathBuf>,
+    /// Why they are not what the files say now.
+    problem: Option<Problem>,
+}
+
+/// What is wrong with the files now.
+#[derive(Clone)]
+struct Problem {
+    error: RegistryError,
+    since: Instant,
+    /// Nothing, but that there is nothing left: that may be meant.
+    vanished: bool,
+}
+
+/// What the files say.
+struct Read {
+    endpoints: Vec<Arc<Endpoint>>,
+    said_by: Option<PathBuf>,
 }
 
 /// A file or directory that an answer depends on, and how it looked; `None` while it does not exist.
 #[derive(Clone, PartialEq, Eq)]
 struct Stamp {
     path: PathBuf,
-    state: Option<(SystemTime, u64)>,
+    state: Option<(SystemTime, u64, u64)>,
 }
 
 impl Stamp {
     fn of(path: PathBuf) -> Self {
-        let state = std::fs::metadata(&path)
-            .ok()
-            .map(|meta| (meta.modified().unwrap_or(SystemTime::UNIX_EPOCH), meta.len()));
+        let state = std::fs::metadata(&path).ok().map(|meta| {
+            (
+                meta.modified().unwrap_or(SystemTime::UNIX_EPOCH),
+                meta.len(),
+                meta.ino(),
+            )
+        });
         Stamp { path, state }
     }
 }
 
 impl HostTable {
-    /// A table over the directories of `config`.
-    pub fn new(config: &RegistryConfig) -> Self {
+    /// A table over the directories of `config`. Hosts are asked through `proxies`.
+    pub fn new(config: &RegistryConfig, proxies: proxy::Proxies) -> Self {
         HostTable {
             config_path: config.config_path.clone(),
             plain_http: config.plain_http.clone(),
             known: config.hosts.clone(),
-            clients: Clients::new(config.connect_timeout, config.idle_timeout),
+            clients: Clients::new(config.connect_timeout, config.idle_timeout, proxies),
             cached: Mutex::new(HashMap::new()),
             looking: Mutex::new(()),
         }
@@ -104,11 +149,11 @@ impl HostTable {
     ///
     /// # Errors
     /// As [`HostTable::endpoints`].
-    pub fn fresh(&self, host: &str) -> Result<Arc<Vec<Arc<Endpoint>>>, RegistryError> {
+    pub fn fresh(&self, host: &str, wanted: For) -> Result<Arc<Vec<Arc<Endpoint>>>, RegistryError> {
         let _looking = lock(&self.looking);
-        match self.recent(host) {
+        match self.recent(host, wanted) {
             Some(endpoints) => Ok(endpoints),
-            None => self.endpoints(host),
+            None => self.endpoints(host, wanted),
         }
     }
 
@@ -117,35 +162,79 @@ impl HostTable {
     ///
     /// # Errors
     /// [`RegistryError::Config`] for a file that cannot be used, [`RegistryError::InvalidReference`] for an impossible host.
-    pub fn endpoints(&self, host: &str) -> Result<Arc<Vec<Arc<Endpoint>>>, RegistryError> {
-        let cached = lock(&self.cached).get(host).cloned();
-        if let Some(mut cached) = cached
-            && cached
-                .stamps
-                .iter()
-                .all(|stamp| Stamp::of(stamp.path.clone()) == *stamp)
+    pub fn endpoints(&self, host: &str, wanted: For) -> Result<Arc<Vec<Arc<Endpoint>>>, RegistryError> {
+        let now = Instant::now();
+        let known = lock(&self.cached).get(host).cloned();
+        if let Some(known) = &known
+            && known.problem.is_none()
+            && known.stamps.iter().all(|stamp| Stamp::of(stamp.path.clone()) == *stamp)
         {
-            cached.checked = Instant::now();
-            let endpoints = cached.endpoints.clone();
-            lock(&self.cached).insert(host.to_owned(), cached);
-            return Ok(endpoints);
+            return self.keep(host, known.clone(), now, wanted);
         }
         let mut stamps = Vec::new();
-        let endpoints = Arc::new(self.load(host, &mut stamps)?);
-        let cached = Cached {
-            checked: Instant::now(),
-            stamps,
-            endpoints: endpoints.clone(),
+        let read = self.load(host, &mut stamps);
+        let cached = match (read, known) {
+            (Err(error), None) => return Err(error),
+            (Err(error), Some(known)) => known.with_problem(host, error, false, now),
+            (Ok(read), Some(known)) if known.said_by.is_some() && read.said_by.is_none() && known.is_rewritten(now) => {
+                let said_by = known.said_by.clone().unwrap_or_default();
+                let error = RegistryError::Config {
+                    path: said_by.display().to_string(),
+                    problem: format!(
+                        "it says nothing any more; that is believed after {} s",
+                        REWRITTEN.as_secs()
+                    ),
+                };
+                known.with_problem(host, error, true, now)
+            }
+            (Ok(read), _) => Cached {
+                checked: now,
+                stamps,
+                endpoints: Arc::new(read.endpoints),
+                said_by: read.said_by,
+                problem: None,
+            },
         };
+        self.keep(host, cached, now, wanted)
+    }
+
+    /// Remembers what is known of `host`, and answers with it.
+    fn keep(
+        &self,
+        host: &str,
+        mut cached: Cached,
+        now: Instant,
+        wanted: For,
+    ) -> Result<Arc<Vec<Arc<Endpoint>>>, RegistryError> {
+        cached.checked = now;
+        let answer = cached.answer(wanted);
         lock(&self.cached).insert(host.to_owned(), cached);
-        Ok(endpoints)
+        answer
     }
 
     /// The endpoints of `host` if they were looked up within the last second.
-    pub fn recent(&self, host: &str) -> Option<Arc<Vec<Arc<Endpoint>>>> {
+    pub fn recent(&self, host: &str, wanted: For) -> Option<Arc<Vec<Arc<Endpoint>>>> {
         let cached = lock(&self.cached);
         let cached = cached.get(host)?;
-        (cached.checked.elapsed() < RECHECK).then(|| cached.endpoints.clone())
+        let fresh = cached.checked.elapsed() < RECHECK;
+        cached.answer(wanted).ok().filter(|_| fresh)
+    }
+
+    /// Files that cannot be used, while what was read of them before is: for people.
+    pub fn problems(&self) -> Vec<String> {
+        let cached = lock(&self.cached);
+        let problems = cached.iter().filter_map(|(host, cached)| {
+            let problem = cached.problem.as_ref()?;
+            Some(format!("{}; {host} is asked as before", problem.error))
+        });
+        let mut problems: Vec<String> = problems.collect();
+        problems.sort();
+        problems
+    }
+
+    /// The proxy that is asked for an address, as it may be shown; `None` if none is.
+    pub fn proxy(&self, url: &Url) -> Option<String> {
+        self.clients.proxy(url)
     }
 
     /// Names with a port that `hostname` may stand for: containerd's labels drop the port. From the configuration's table, from
@@ -167,10 +256,10 @@ impl HostTable {
         names
     }
 
-    fn load(&self, host: &str, stamps: &mut Vec<Stamp>) -> Result<Vec<Arc<Endpoint>>, RegistryError> {
-        let specs = match self.directory(host, stamps) {
+    fn load(&self, host: &str, stamps: &mut Vec<Stamp>) -> Result<Read, RegistryError> {
+        let (specs, said_by) = match self.directory(host, stamps) {
             Some(dir) => read_directory(&dir, stamps)?,
-            None => vec![all_capabilities()],
+            None => (vec![all_capabilities()], None),
         };
         let mut endpoints = Vec::with_capacity(specs.len());
         for mut spec in specs {
@@ -186,7 +275,7 @@ impl HostTable {
             };
             endpoints.push(Arc::new(self.endpoint(host, base, spec, stamps)?));
         }
-        Ok(endpoints)
+        Ok(Read { endpoints, said_by })
     }
 
     /// The first directory that exists for `host`.
@@ -251,9 +340,8 @@ impl HostTable {
                 .chain(spec.client.iter().filter_map(|(_, key)| key.as_ref()))
                 .map(|path| Stamp::of(path.clone())),
         );
-        let loopback = is_loopback(&name);
         Ok(Endpoint {
-            client: self.clients.client(&spec, loopback)?,
+            client: self.clients.client(&spec)?,
             name,
             base,
             pull: spec.pull,
@@ -318,8 +406,36 @@ pub(super) fn is_loopback(host: &str) -> bool {
             .is_ok_and(|address| address.is_loopback())
 }
 
-/// What a host's directory says.
-fn read_directory(dir: &Path, stamps: &mut Vec<Stamp>) -> Result<Vec<HostSpec>, RegistryError> {
+impl Cached {
+    fn answer(&self, wanted: For) -> Result<Arc<Vec<Arc<Endpoint>>>, RegistryError> {
+        match &self.problem {
+            Some(problem) if wanted == For::Names && !problem.vanished => Err(problem.error.clone()),
+            _ => Ok(Arc::clone(&self.endpoints)),
+        }
+    }
+
+    /// Whether what has vanished may be on its way back.
+    fn is_rewritten(&self, now: Instant) -> bool {
+        let since = self.problem.as_ref().map(|problem| problem.since);
+        since.is_none_or(|since| now.saturating_duration_since(since) < REWRITTEN)
+    }
+
+    /// The same, with what is wrong now; it is said once.
+    fn with_problem(self, host: &str, error: RegistryError, vanished: bool, now: Instant) -> Self {
+        let before = self.problem.as_ref().map(|problem| problem.error.to_string());
+        if before.as_ref() != Some(&error.to_string()) {
+            tracing::error!(%host, %error, "what was read of this file before is used");
+        }
+        let since = self.problem.as_ref().map_or(now, |problem| problem.since);
+        Cached {
+            problem: Some(Problem { error, since, vanished }),
+            ..self
+        }
+    }
+}
+
+/// What a host's directory says, and the file or directory that says it.
+fn read_directory(dir: &Path, stamps: &mut Vec<Stamp>) -> Result<(Vec<HostSpec>, Option<PathBuf>), RegistryError> {
     let file = dir.join(HOSTS_TOML);
     stamps.push(Stamp::of(file.clone()));
     match read_file(&file) {
@@ -329,7 +445,10 @@ fn read_directory(dir: &Path, stamps: &mut Vec<Stamp>) -> Result<Vec<HostSpec>, 
                 problem,
             };
             let text = std::str::from_utf8(&bytes).map_err(|_| problem("it is not UTF-8 text".to_owned()))?;
-            parse_hosts_toml(text, dir).map_err(problem)
+            let specs = parse_hosts_toml(text, dir).map_err(problem)?;
+            // What holds comments only is as good as empty.
+            let says = specs.len() > 1 || specs.iter().any(|spec| *spec != all_capabilities());
+            Ok((specs, says.then_some(file)))
         }
         Ok(_) => certificate_files(dir),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => certificate_files(dir),
@@ -338,7 +457,7 @@ fn read_directory(dir: &Path, stamps: &mut Vec<Stamp>) -> Result<Vec<HostSpec>, 
 }
 
 /// Docker's form of a host's directory: certificates only.
-fn certificate_files(dir: &Path) -> Result<Vec<HostSpec>, RegistryError> {
+fn certificate_files(dir: &Path) -> Result<(Vec<HostSpec>, Option<PathBuf>), RegistryError> {
     let mut spec = all_capabilities();
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
@@ -356,7 +475,8 @@ fn certificate_files(dir: &Path) -> Result<Vec<HostSpec>, RegistryError> {
             _ => {}
         }
     }
-    Ok(vec![spec])
+    let says = !spec.ca.is_empty() || !spec.client.is_empty();
+    Ok((vec![spec], says.then(|| dir.to_owned())))
 }
 
 fn read_file(path: &Path) -> std::io::Result<Vec<u8>> {
@@ -373,158 +493,5 @@ fn config_error(path: &Path, error: &std::io::Error) -> RegistryError {
     RegistryError::Config {
         path: path.display().to_string(),
         problem: format!("cannot be read: {error}"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use super::*;
-
-    fn table(roots: &[&Path]) -> HostTable {
-        HostTable::new(&RegistryConfig {
-            config_path: roots.iter().map(|root| root.to_path_buf()).collect(),
-            plain_http: vec!["plain.example".to_owned()],
-            hosts: [("10.0.0.1".to_owned(), vec!["10.0.0.1:5001".to_owned()])].into(),
-            ..RegistryConfig::default()
-        })
-    }
-
-    fn addresses(table: &HostTable, host: &str) -> Vec<String> {
-        let endpoints = table.endpoints(host).unwrap();
-        endpoints
-            .iter()
-            .map(|endpoint| match &endpoint.namespace {
-                Some(namespace) => format!("{} ns={namespace}", endpoint.base),
-                None => endpoint.base.to_string(),
-            })
-            .collect()
-    }
-
-    fn write(root: &Path, dir: &str, text: &str) {
-        fs::create_dir_all(root.join(dir)).unwrap();
-        fs::write(root.join(dir).join(HOSTS_TOML), text).unwrap();
-    }
-
-    #[test]
-    fn without_files_the_registry_itself_is_asked() {
-        let table = table(&[Path::new("/nonexistent")]);
-        for (host, address) in [
-            ("docker.io", "https://registry-1.docker.io/v2"),
-            ("registry.example", "https://registry.example/v2"),
-            ("registry.example:5000", "https://registry.example:5000/v2"),
-            ("localhost:5000", "http://localhost:5000/v2"),
-            ("127.0.0.1:5000", "http://127.0.0.1:5000/v2"),
-            ("[::1]:5000", "http://[::1]:5000/v2"),
-            ("plain.example", "http://plain.example/v2"),
-        ] {
-            assert_eq!(addresses(&table, host), [address], "{host}");
-        }
-        assert!(table.endpoints("a/b@c").is_err());
-        assert!(table.endpoints("").is_err());
-    }
-
-    #[test]
-    fn directories_are_searched_in_containerds_order() {
-        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let table = table(&[one.path(), two.path()]);
-        write(two.path(), "_default", r#"[host."https://default.example"]"#);
-        assert_eq!(
-            addresses(&table, "r.example:5000"),
-            [
-                "https://default.example/v2 ns=r.example:5000",
-                "https://r.example:5000/v2"
-            ]
-        );
-        write(two.path(), "r.example:5000", r#"server = "https://colon.example""#);
-        assert_eq!(
-            addresses(&table, "r.example:5000"),
-            ["https://colon.example/v2 ns=r.example:5000"]
-        );
-        write(
-            two.path(),
-            "r.example_5000_",
-            r#"server = "https://underscore.example""#,
-        );
-        assert_eq!(
-            addresses(&table, "r.example:5000"),
-            ["https://underscore.example/v2 ns=r.example:5000"]
-        );
-        // The first root wins, even with its default.
-        write(one.path(), "_default", r#"server = "https://first.example""#);
-        assert_eq!(
-            addresses(&table, "r.example:5000"),
-            ["https://first.example/v2 ns=r.example:5000"]
-        );
-    }
-
-    #[test]
-    fn a_changed_file_is_read_again_and_a_broken_one_is_an_error() {
-        let root = tempfile::tempdir().unwrap();
-        let table = table(&[root.path()]);
-        write(root.path(), "docker.io", "");
-        assert_eq!(addresses(&table, "docker.io"), ["https://registry-1.docker.io/v2"]);
-        write(root.path(), "docker.io", r#"[host."https://m.example"]"#);
-        assert_eq!(
-            addresses(&table, "docker.io"),
-            ["https://m.example/v2 ns=docker.io", "https://registry-1.docker.io/v2"]
-        );
-        write(root.path(), "docker.io", "\nserver = [");
-        let error = table.endpoints("docker.io").unwrap_err();
-        assert!(matches!(error, RegistryError::Config { .. }));
-        let text = error.to_string();
-        assert!(text.contains("hosts.toml") && text.contains("line 2"), "{text}");
-        write(
-            root.path(),
-            "docker.io",
-            "[host.\"https://m.example\"]\nca = \"missing.crt\"\n",
-        );
-        let text = table.endpoints("docker.io").unwrap_err().to_string();
-        assert!(text.contains("missing.crt"), "{text}");
-    }
-
-    #[test]
-    fn endpoints_with_the_same_identity_share_their_connections() {
-        let root = tempfile::tempdir().unwrap();
-        let table = table(&[root.path()]);
-        write(
-            root.path(),
-            "r.example",
-            "[host.\"https://a.example\"]\n[host.\"https://b.example\"]\n[host.\"https://c.example\"]\nskip_verify = true\n",
-        );
-        table.endpoints("r.example").unwrap();
-        assert_eq!(table.clients.len(), 2);
-    }
-
-    #[test]
-    fn readers_that_come_at_once_share_one_look_up() {
-        let table = table(&[Path::new("/nonexistent")]);
-        let found: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..8)
-                .map(|_| scope.spawn(|| table.fresh("r.example").unwrap()))
-                .collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-        });
-        assert!(found.iter().all(|endpoints| Arc::ptr_eq(endpoints, &found[0])));
-    }
-
-    #[test]
-    fn ports_are_found_again() {
-        let root = tempfile::tempdir().unwrap();
-        for name in [
-            "127.0.0.1:5000",
-            "127.0.0.1_6000_",
-            "127.0.0.1_backup_",
-            "127.0.0.11:7000",
-        ] {
-            fs::create_dir(root.path().join(name)).unwrap();
-        }
-        let table = table(&[root.path()]);
-        assert_eq!(
-            table.resolve_ports("127.0.0.1"),
-            ["127.0.0.1:5000", "127.0.0.1:6000", "127.0.0.1"]
-        );
-        assert_eq!(table.resolve_ports("10.0.0.1"), ["10.0.0.1:5001", "10.0.0.1"]);
     }
 }

@@ -194,8 +194,10 @@ async fn a_changed_hosts_toml_counts_without_a_restart() {
     assert_eq!(m.asked(), (1, 1));
     std::fs::write(m.dir.path().join("registry.test/hosts.toml"), "\n\nserver = 1").unwrap();
     tokio::time::sleep(Duration::from_millis(1100)).await;
-    let blob = source.blob(m.digest, 9);
-    let error = read(&blob, 0..9).await.unwrap_err();
+    // Who reads goes on; a new pull is told.
+    m.good(&source).await;
+    assert_eq!(m.asked(), (1, 2));
+    let error = source.manifest("1").await.unwrap_err();
     assert!(matches!(error, RegistryError::Config { .. }), "{error}");
     assert!(error.to_string().contains("line 3"), "{error}");
 }

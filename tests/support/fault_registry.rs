@@ -12,19 +12,21 @@
 //! CDN: /<digest>?generation=N&Expires=T good until `expire_redirects` or T
 //! ```
 //!
-//! Its faults are kept by kind: `tokens` who may ask, `content` bodies and ranges, `lists` pages, `writes` uploads; `answer` puts
+//! Its faults are kept by kind: `tokens` who may ask, `content` and `odd` bodies and ranges, `lists` pages, `writes` uploads; `answer` puts
 //! them together for a `target`.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::body::to_bytes;
+use axum::body::{Body, to_bytes};
 use axum::extract::{ConnectInfo, Request, State};
 use axum::response::Response;
 use bytes::Bytes;
+use futures::TryStreamExt as _;
 use http::{HeaderMap, Method, header};
 use lazuli::layer::Digest;
 use tokio::net::TcpListener;
@@ -33,11 +35,13 @@ use tokio::task::JoinHandle;
 mod answer;
 mod content;
 mod lists;
+mod odd;
 mod target;
 mod tokens;
 mod writes;
 
 use answer::Asked;
+pub use odd::{Odd, OddBody};
 use target::Target;
 pub use tokens::Auth;
 
@@ -94,6 +98,8 @@ pub enum Fault {
     Stall(usize),
     /// The answer begins this much later.
     Delay(Duration),
+    /// An answer to a range with another head, or another body.
+    Odd(Odd),
     /// This `Content-Encoding` is claimed.
     Encoding(&'static str),
     /// A redirect to this place.
@@ -174,6 +180,8 @@ struct Shared {
     origin: SocketAddr,
     cdn: SocketAddr,
     inner: Mutex<Inner>,
+    /// Bytes of blobs that were sent.
+    sent: Arc<AtomicU64>,
 }
 
 /// The registry. It ends when dropped.
@@ -199,6 +207,7 @@ impl FaultRegistry {
             origin: origin.local_addr().unwrap(),
             cdn: cdn.local_addr().unwrap(),
             inner: Mutex::default(),
+            sent: Arc::default(),
         });
         let mut tasks = Vec::new();
         for (listener, is_cdn) in [(origin, false), (cdn, true)] {
@@ -339,6 +348,11 @@ impl FaultRegistry {
         self.inner().log.clone()
     }
 
+    /// Bytes of blobs that were sent until now, also to those who did not read them.
+    pub fn sent(&self) -> u64 {
+        self.shared.sent.load(Ordering::Relaxed)
+    }
+
     /// What was asked of one kind until now.
     pub fn seen(&self, on: On) -> Vec<Seen> {
         self.log().into_iter().filter(|seen| seen.on == Some(on)).collect()
@@ -408,5 +422,13 @@ async fn serve(
     if let Some(delay) = delay {
         tokio::time::sleep(delay).await;
     }
-    answer
+    if !matches!(on, Some(On::Blob | On::Cdn)) {
+        return answer;
+    }
+    let count = shared.sent.clone();
+    answer.map(|body| {
+        Body::from_stream(body.into_data_stream().inspect_ok(move |piece| {
+            count.fetch_add(piece.len() as u64, Ordering::Relaxed);
+        }))
+    })
 }

@@ -8,9 +8,11 @@
 //! registry    Debian's docker-registry, and pushing to it
 //! fault_registry  a registry that fails on demand
 //! nginx       nginx before a registry, and certificates made with openssl
+//! openssl     certificates and servers of the openssl command
 //! proxy       an HTTP proxy before the registry that counts, delays and limits
 //! tar         tar headers with every field under control
 //! image       layers, configs, manifests, OCI layouts, eStargz
+//! lazy        eStargz and zstd:chunked layers made byte by byte
 //! torture     layers as odd as containerd itself still unpacks
 //! tree        two trees compared name by name and byte by byte
 //! ```
@@ -24,7 +26,9 @@ pub mod containerd;
 pub mod fault_registry;
 pub mod image;
 pub mod lazuli;
+pub mod lazy;
 pub mod nginx;
+pub mod openssl;
 pub mod proxy;
 pub mod registry;
 pub mod sandbox;

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io::Write;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -50,6 +50,8 @@ pub struct FakeBlob {
     pub faults: Mutex<VecDeque<Option<Fault>>>,
     /// What is wrong with all other answers.
     pub always: Mutex<Option<Fault>>,
+    /// Whether it has no ranges.
+    pub rangeless: AtomicBool,
     /// Pieces of bodies wait while this is false.
     pub flowing: watch::Sender<bool>,
     /// Where it says that it comes from.
@@ -71,6 +73,7 @@ impl FakeBlob {
             asked: Mutex::default(),
             faults: Mutex::default(),
             always: Mutex::default(),
+            rangeless: AtomicBool::new(false),
             flowing: watch::Sender::new(true),
             underway: Arc::default(),
             most_underway: AtomicUsize::new(0),
@@ -146,6 +149,17 @@ impl Blob for FakeBlob {
             Ok(body.boxed())
         }
         .boxed()
+    }
+
+    fn read_part(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        if !self.rangeless.load(Ordering::Relaxed) {
+            return self.read(range);
+        }
+        let error = RegistryError::NoRanges {
+            host: "fake.example".to_owned(),
+            what: "on purpose".to_owned(),
+        };
+        futures::future::ready(Err(error)).boxed()
     }
 
     fn size(&self) -> u64 {

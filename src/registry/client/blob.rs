@@ -1,8 +1,12 @@
 //! A blob behind HTTP, and the body that resumes.
+//!
+//! A host that answers a range with the whole blob costs what comes before the range. Who can do with the whole says so
+//! ([`Blob::read_part`]) and gets [`RegistryError::NoRanges`] instead: what has begun to arrive is kept for the read of the whole that
+//! follows ([`super::quirks`]).
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
@@ -10,26 +14,39 @@ use futures::stream::{self, StreamExt};
 use http::{StatusCode, header};
 use reqwest::Response;
 
+use super::answer::{Answer, Broken};
+use super::encoding::Encodings;
 use super::exchange::Ask;
 use super::operation::Operation;
+use super::quirks::Served;
 use super::{Repository, lock};
 use crate::layer::Digest;
 use crate::registry::attempts::Failure;
-use crate::registry::range::parse_content_range;
+use crate::registry::range::{Content, Head, parse_unsatisfied};
 use crate::registry::{Blob, Body, Origin, RegistryError};
 
-/// Bytes that are always worth throwing away to get at a range, if a host ignores ranges.
-const MAX_SKIP: u64 = 64 << 20;
-/// Bytes thrown away per byte wanted beyond that: resuming near the end of a large layer is still worth it.
-const SKIP_PER_BYTE: u64 = 16;
+/// Bytes beside those wanted that are downloaded in vain rather than to have the blob read as a whole: about what a request costs.
+const BESIDE: u64 = 256 << 10;
+
+/// How long a read waits for the first one to find out whether there are ranges: where there are none, all who ask at once would be sent the
+/// whole blob. No longer, as the first one may hang at a host that does not answer.
+const PROBE: Duration = Duration::from_secs(3);
+/// How long a blob of which a part was read is taken to have others: a cache does not forget it from one moment to the next.
+const PROBED: Duration = Duration::from_secs(10);
 
 /// A blob of a repository.
 pub(super) struct RemoteBlob {
     repository: Arc<Repository>,
     digest: Digest,
     size: u64,
-    /// Address of the endpoint that bytes came from last.
-    served_by: Arc<Mutex<Option<String>>>,
+    /// What bytes came from last.
+    served: Arc<Mutex<Option<Served>>>,
+    /// What the host claimed of bytes that turned out wrong, for errors.
+    suspicion: Mutex<Option<String>>,
+    /// Held by the first read of a part.
+    probe: tokio::sync::Mutex<()>,
+    /// When a part of it has been read last.
+    probed: Mutex<Option<Instant>>,
 }
 
 impl RemoteBlob {
@@ -38,11 +55,15 @@ impl RemoteBlob {
             repository,
             digest,
             size,
-            served_by: Arc::default(),
+            served: Arc::default(),
+            suspicion: Mutex::default(),
+            probe: tokio::sync::Mutex::default(),
+            probed: Mutex::default(),
         }
     }
 
-    async fn open(&self, range: Range<u64>) -> Result<Body, RegistryError> {
+    /// The body of `range`. If `part`, hosts that have no ranges are asked for none of it.
+    async fn open(&self, range: Range<u64>, part: bool) -> Result<Body, RegistryError> {
         if range.start > range.end || range.end > self.size {
             return Err(RegistryError::Image {
                 what: self.describe(),
@@ -56,6 +77,7 @@ impl RemoteBlob {
             return Ok(stream::empty().boxed());
         }
         let ask = ask(&self.repository.name, self.digest, self.size, range.clone());
+        let whole = ask.range.is_none();
         let mut reader = Reader {
             operation: Operation::new(self.repository.clone(), ask).await?,
             digest: self.digest,
@@ -63,10 +85,28 @@ impl RemoteBlob {
             position: range.start,
             end: range.end,
             answer: None,
-            served_by: self.served_by.clone(),
+            part: part && !whole,
+            plain: false,
+            untold: Vec::new(),
+            no_ranges: None,
+            served: self.served.clone(),
         };
+        if whole {
+            reader.take_parked();
+        }
         // Wait for the first good answer here, so that a blob that cannot be had fails before its body is used.
-        reader.connect().await?;
+        if reader.answer.is_none() {
+            let is_probed = lock(&self.probed).is_some_and(|at| at.elapsed() < PROBED);
+            let probe = match reader.part && !is_probed {
+                true => tokio::time::timeout(PROBE, self.probe.lock()).await.ok(),
+                false => None,
+            };
+            reader.connect().await?;
+            drop(probe);
+            if !whole {
+                *lock(&self.probed) = Some(Instant::now());
+            }
+        }
         let body = stream::try_unfold(reader, |mut reader| async move {
             let piece = reader.next().await?;
             Ok(piece.map(|piece| (piece, reader)))
@@ -77,7 +117,11 @@ impl RemoteBlob {
 
 impl Blob for RemoteBlob {
     fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
-        Box::pin(self.open(range))
+        Box::pin(self.open(range, false))
+    }
+
+    fn read_part(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        Box::pin(self.open(range, true))
     }
 
     fn size(&self) -> u64 {
@@ -85,7 +129,8 @@ impl Blob for RemoteBlob {
     }
 
     fn describe(&self) -> String {
-        format!("{}@{}", self.repository.describe(), self.digest)
+        let suspicion = lock(&self.suspicion).clone().unwrap_or_default();
+        format!("{}@{}{suspicion}", self.repository.describe(), self.digest)
     }
 
     fn origin(&self) -> Origin {
@@ -94,8 +139,23 @@ impl Blob for RemoteBlob {
 
     fn distrust(&self) {
         self.repository.locations.forget_all(self.digest);
-        if let Some(endpoint) = lock(&self.served_by).take() {
-            self.repository.shared.health.failed(&endpoint, Instant::now());
+        // Several parts may be under way; of a whole, each answer is judged once.
+        let served = {
+            let mut served = lock(&self.served);
+            match &*served {
+                Some(part) if part.part => served.clone(),
+                _ => served.take(),
+            }
+        };
+        let Some(served) = served else { return };
+        if let Some(claimed) = &served.claimed {
+            let claimed = claimed.text();
+            tracing::warn!(host = %served.base, blob = %self.digest, claimed, "bytes with a Content-Encoding are not the blob's");
+            *lock(&self.suspicion) = Some(format!(" (its host claims Content-Encoding {claimed})"));
+        }
+        let now = Instant::now();
+        if !self.repository.quirks.another_way(&served, self.digest, now) {
+            self.repository.shared.health.failed(&served.base, now);
         }
     }
 }
@@ -128,31 +188,84 @@ struct Reader {
     /// Offset after the last byte wanted.
     end: u64,
     answer: Option<Answer>,
-    served_by: Arc<Mutex<Option<String>>>,
+    /// Whether hosts without ranges are left alone.
+    part: bool,
+    /// Whether all of the blob is asked for, as ranges were of no use.
+    plain: bool,
+    /// Places whose answer to a range could not be told to be any part: once may be an accident.
+    untold: Vec<usize>,
+    /// What was left alone: a host that has the blob, but no ranges of it.
+    no_ranges: Option<RegistryError>,
+    served: Arc<Mutex<Option<Served>>>,
 }
 
-struct Answer {
-    place: usize,
-    response: Response,
-    /// Bytes still to be thrown away: those before the range, from a host that ignores ranges.
-    skip: u64,
+/// What to do with an answer.
+enum Verdict {
+    /// Read it.
+    Take(Answer, Served),
+    /// It brings all of the blob, which is too much.
+    TooMuch(Response),
+    /// Ranges of this blob are of no use at this host.
+    NoRanges(String),
+    /// It cannot be told which part it is.
+    Untold(String),
+    /// It is no answer.
+    Fail(String),
 }
 
 impl Reader {
     /// Gets an answer that begins at, or before, the next byte wanted.
     async fn connect(&mut self) -> Result<(), RegistryError> {
-        let repository = &self.operation.repository;
-        let name = repository.name.clone();
-        self.operation.ask = ask(&name, self.digest, self.size, self.position..self.end);
+        let name = self.operation.repository.name.clone();
+        if self.part
+            && let Some(host) = self.operation.all_rangeless(self.digest)
+        {
+            return Err(self.without_ranges(host));
+        }
         loop {
-            let (place, response) = self.operation.respond().await?;
-            match self.check(place, &response) {
-                Ok(skip) => {
-                    *lock(&self.served_by) = self.operation.address(place);
-                    self.answer = Some(Answer { place, response, skip });
+            let range = if self.plain {
+                0..self.size
+            } else {
+                self.position..self.end
+            };
+            self.operation.ask = ask(&name, self.digest, self.size, range);
+            let (place, response) = match self.operation.respond().await {
+                Ok(answer) => answer,
+                // Nobody has ranges; but somebody has the blob.
+                Err(error) => return Err(self.no_ranges.take().unwrap_or(error)),
+            };
+            let base = self.operation.address(place).unwrap_or_default();
+            match self.judge(place, response) {
+                Verdict::Take(answer, served) => {
+                    // Where it breaks off, its rest is not to be had by a range.
+                    self.plain |= answer.is_decoded();
+                    *lock(&self.served) = Some(served);
+                    self.answer = Some(answer);
                     return Ok(());
                 }
-                Err(problem) => {
+                Verdict::TooMuch(response) => {
+                    self.note_rangeless(place, "it answers a range with the whole blob");
+                    self.operation.repository.quirks.park(self.digest, &base, response);
+                    self.leave(place);
+                }
+                Verdict::Untold(problem) if self.part && !self.untold.contains(&place) => {
+                    self.untold.push(place);
+                    // What is said if no attempt is left.
+                    self.no_ranges = Some(self.without_ranges(self.operation.endpoint(place)));
+                    let failure = Failure::new(self.operation.protocol(place, problem), "protocol");
+                    self.operation.failed(place, failure);
+                }
+                Verdict::NoRanges(problem) | Verdict::Untold(problem) => {
+                    self.note_rangeless(place, &problem);
+                    match self.part {
+                        true => self.leave(place),
+                        false => {
+                            self.operation.repository.retried("protocol");
+                            self.plain = true;
+                        }
+                    }
+                }
+                Verdict::Fail(problem) => {
                     let failure = Failure::new(self.operation.protocol(place, problem), "protocol");
                     self.operation.failed(place, failure);
                 }
@@ -160,39 +273,134 @@ impl Reader {
         }
     }
 
-    /// Checks the head of an answer. Gives the number of bytes before the next one wanted.
-    fn check(&self, place: usize, response: &Response) -> Result<u64, String> {
-        let header = |name: header::HeaderName| response.headers().get(name).and_then(|value| value.to_str().ok());
-        match response.status() {
-            StatusCode::PARTIAL_CONTENT => {
-                let text = header(header::CONTENT_RANGE).ok_or("206 without a Content-Range")?;
-                let range = parse_content_range(text).ok_or_else(|| format!("Content-Range {text:?}"))?;
-                range.check(&(self.position..self.end), self.size)?;
-                Ok(0)
+    /// Goes on with an answer that another read did not want.
+    fn take_parked(&mut self) {
+        let Some((base, response)) = self.operation.repository.quirks.take_parked(self.digest) else {
+            return;
+        };
+        if let Some(place) = self.operation.place_of(&base)
+            && let Verdict::Take(answer, served) = self.judge(place, response)
+        {
+            self.plain |= answer.is_decoded();
+            *lock(&self.served) = Some(served);
+            self.answer = Some(answer);
+        }
+    }
+
+    fn without_ranges(&self, host: String) -> RegistryError {
+        RegistryError::NoRanges {
+            host,
+            what: self.operation.ask.what.clone(),
+        }
+    }
+
+    /// Asks the host no more; it is no fault of its own.
+    fn leave(&mut self, place: usize) {
+        let error = self.without_ranges(self.operation.endpoint(place));
+        self.no_ranges = Some(error.clone());
+        let failure = Failure {
+            passing: false,
+            ..Failure::new(error, "protocol")
+        };
+        self.operation.failed(place, failure);
+    }
+
+    fn note_rangeless(&self, place: usize, problem: &str) {
+        let base = self.operation.address(place).unwrap_or_default();
+        let quirks = &self.operation.repository.quirks;
+        if quirks.no_ranges(&base, self.digest, Instant::now()) {
+            let host = self.operation.endpoint(place);
+            tracing::warn!(%host, blob = %self.digest, problem, "ranges of this blob are of no use; it is read as a whole");
+        }
+    }
+
+    /// Judges an answer by its head.
+    fn judge(&self, place: usize, response: Response) -> Verdict {
+        let headers = response.headers();
+        let text = |name: header::HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+        let ranges = headers.get_all(header::CONTENT_RANGE);
+        let mut ranges = ranges.iter().filter_map(|value| value.to_str().ok());
+        let claimed = Encodings::of(headers);
+        let asked = self.operation.ask.range.as_ref();
+        let status = response.status();
+        match status {
+            StatusCode::PARTIAL_CONTENT | StatusCode::OK | StatusCode::NON_AUTHORITATIVE_INFORMATION => {}
+            StatusCode::RANGE_NOT_SATISFIABLE if asked.is_some() => {
+                return match ranges.find_map(parse_unsatisfied) {
+                    Some(total) if total != self.size => {
+                        Verdict::Fail(format!("the blob has {total} bytes, its descriptor says {}", self.size))
+                    }
+                    _ => Verdict::NoRanges("it answers 416 to a range that there is".to_owned()),
+                };
             }
-            StatusCode::OK => {
-                if let Some(length) = header(header::CONTENT_LENGTH).and_then(|text| text.parse::<u64>().ok())
-                    && length != self.size
-                {
-                    return Err(format!(
-                        "the blob has {length} bytes, its descriptor says {}",
-                        self.size
-                    ));
+            other => return Verdict::Fail(format!("status {other}")),
+        }
+        let head = Head {
+            partial: status == StatusCode::PARTIAL_CONTENT,
+            content_range: ranges.next(),
+            length: text(header::CONTENT_LENGTH).and_then(|text| text.trim().parse().ok()),
+            multipart: text(header::CONTENT_TYPE).is_some_and(|text| {
+                text.trim_start()
+                    .to_ascii_lowercase()
+                    .starts_with("multipart/byteranges")
+            }),
+            encoded: claimed.is_some(),
+        };
+        let base = self.operation.address(place).unwrap_or_default();
+        let quirks = &self.operation.repository.quirks;
+        let content = match head.content(asked, self.size) {
+            Ok(content) => content,
+            Err(problem) if asked.is_some() && head.partial => return Verdict::Untold(problem),
+            Err(problem) => return Verdict::Fail(problem),
+        };
+        let mut served = Served {
+            base,
+            claimed,
+            part: content != Content::Whole,
+            guessed: false,
+        };
+        match content {
+            Content::Multipart => Verdict::Take(Answer::multipart(place, response, self.position), served),
+            Content::Part { start, end, guessed } => {
+                if asked.is_some() && !guessed {
+                    quirks.has_ranges(&served.base, self.digest);
                 }
-                if self.operation.ask.range.is_none() {
-                    return Ok(0);
-                }
-                let endpoint = self.operation.endpoint(place);
-                if lock(&self.operation.repository.rangeless).insert(endpoint.clone()) {
-                    tracing::warn!(host = %endpoint, "this host answers a range with the whole blob; lazy reads will be slow");
-                }
-                let affordable = (self.end - self.position).saturating_mul(SKIP_PER_BYTE).max(MAX_SKIP);
-                if self.position > affordable {
-                    return Err(format!("it ignores ranges, and {} bytes come before", self.position));
-                }
-                Ok(self.position)
+                served.guessed = guessed;
+                Verdict::Take(Answer::new(place, response, start, self.position, end), served)
             }
-            other => Err(format!("status {other}")),
+            Content::Whole => {
+                if asked.is_some() {
+                    let beside = self.size.saturating_sub(self.end - self.position);
+                    if self.part && beside > BESIDE {
+                        return Verdict::TooMuch(response);
+                    }
+                    self.note_rangeless(place, "it answers a range with the whole blob");
+                }
+                // Encoded bytes have another length, but for a chance in millions.
+                let encoded = match head.length {
+                    Some(length) => length != self.size,
+                    None => quirks.is_encoded(&served.base, self.digest),
+                };
+                let decoder = match served.claimed.as_ref().filter(|_| encoded) {
+                    None => None,
+                    Some(claimed) => match claimed.decoder() {
+                        Ok(decoder) => Some(decoder),
+                        Err(name) => {
+                            return Verdict::Fail(format!(
+                                "the body has the Content-Encoding {name:?}, which was not asked for and is not known here"
+                            ));
+                        }
+                    },
+                };
+                let answer = Answer::new(place, response, 0, self.position, None);
+                Verdict::Take(
+                    match decoder {
+                        Some(decoder) => answer.decoded(decoder),
+                        None => answer,
+                    },
+                    served,
+                )
+            }
         }
     }
 
@@ -208,18 +416,11 @@ impl Reader {
                 continue;
             };
             let place = answer.place;
-            let failure = match answer.response.chunk().await {
+            let operation = &self.operation;
+            let failure = match answer.next(|bytes| operation.received(bytes)).await {
                 Ok(Some(mut piece)) => {
-                    self.operation.received(piece.len());
-                    self.operation.heard(place);
-                    let skipped = answer.skip.min(piece.len() as u64);
-                    answer.skip -= skipped;
-                    // `skipped` and what is kept are at most the length of the piece, which is a `usize`.
-                    let mut piece = piece.split_off(skipped as usize);
+                    operation.heard(place);
                     piece.truncate(usize::try_from(wanted).unwrap_or(usize::MAX));
-                    if piece.is_empty() {
-                        continue;
-                    }
                     self.position += piece.len() as u64;
                     self.operation.progressed(piece.len());
                     if self.position == self.end {
@@ -227,14 +428,53 @@ impl Reader {
                     }
                     return Ok(Some(piece));
                 }
+                // A part that is shorter than asked for is no fault: the rest is asked for.
+                Ok(None) if answer.is_complete() => {
+                    self.answer = None;
+                    continue;
+                }
+                // What ends early without a break, and without having stated a length, may be encoded after all. Then what was handed on
+                // is wrong from the beginning: its reader finds that out, and asks again.
+                Ok(None) if self.may_be_encoded() => {
+                    self.position = self.end;
+                    self.answer = None;
+                    return Ok(None);
+                }
                 Ok(None) => {
                     let problem = format!("the body ended {wanted} bytes too early");
                     Failure::new(self.operation.protocol(place, problem), "cut")
                 }
-                Err(error) => self.operation.broken(place, error),
+                Err(Broken::Connection(error)) => self.operation.broken(place, error),
+                Err(Broken::Content(problem)) => {
+                    // The other way of reading it is tried.
+                    self.note_wrong(place);
+                    Failure::new(self.operation.protocol(place, problem), "protocol")
+                }
             };
             self.answer = None;
             self.operation.failed(place, failure);
         }
+    }
+
+    /// Whether the answer claims an encoding that was not undone.
+    fn may_be_encoded(&self) -> bool {
+        let served = lock(&self.served);
+        let claims = served
+            .as_ref()
+            .is_some_and(|served| served.claimed.is_some() && !served.part);
+        claims && self.answer.as_ref().is_some_and(|answer| !answer.is_decoded())
+    }
+
+    /// What the answer brought cannot be read as it says: other ways are left.
+    fn note_wrong(&mut self, place: usize) {
+        let served = lock(&self.served).take();
+        let now = Instant::now();
+        match served {
+            Some(served) if served.claimed.is_some() => {
+                self.operation.repository.quirks.another_way(&served, self.digest, now);
+            }
+            _ => self.note_rangeless(place, "its ranges cannot be read"),
+        }
+        self.plain |= !self.part;
     }
 }

@@ -124,9 +124,11 @@ impl Repository {
                 url = target(&url, &answer, ask).map_err(|problem| self.protocol(endpoint, ask, problem))?;
                 continue;
             }
-            if status.is_success() {
+            // A range that is not there is judged by who asked for it.
+            if status.is_success() || (status == StatusCode::RANGE_NOT_SATISFIABLE && ask.range.is_some()) {
                 if let Some(blob) = ask.blob
                     && !home
+                    && status.is_success()
                 {
                     self.locations.put(endpoint.base.as_str(), blob, url);
                 }
@@ -297,27 +299,21 @@ impl Repository {
             headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
+        let proxy = self.shared.hosts.proxy(request.url());
         let outcome = endpoint.client.execute(request).await;
         count_request(
             &self.shared.metrics,
             outcome.as_ref().ok().map(|answer| answer.status()),
         );
-        let answer = outcome.map_err(|error| {
+        outcome.map_err(|error| {
             // The address is left out: a signed one would be a secret in a log.
             let what = chain(&error.without_url());
+            let what = match proxy {
+                Some(proxy) => format!("{what} (through the proxy {proxy})"),
+                None => what,
+            };
             Failure::new(RegistryError::Unreachable { host, what }, "connection")
-        })?;
-        if answer.status().is_success()
-            && let Some(encoding) = answer.headers().get(header::CONTENT_ENCODING)
-            && encoding != "identity"
-        {
-            return Err(self.protocol(
-                endpoint,
-                ask,
-                "the body is compressed, which was not asked for".to_owned(),
-            ));
-        }
-        Ok(answer)
+        })
     }
 
     /// What a status that is neither success nor redirect means.
@@ -340,10 +336,12 @@ impl Repository {
                 status,
                 retry_after: retry_after(answer.headers()),
             },
-            StatusCode::RANGE_NOT_SATISFIABLE => RegistryError::Protocol {
+            StatusCode::PROXY_AUTHENTICATION_REQUIRED => RegistryError::Unreachable {
                 host,
-                what,
-                problem: "it has no such range, so its blob is not the one described".to_owned(),
+                what: format!(
+                    "the proxy {} wants a user name and a password (HTTP 407), or others than HTTP_PROXY or HTTPS_PROXY have",
+                    self.shared.hosts.proxy(url).unwrap_or_default()
+                ),
             },
             _ => RegistryError::Status { host, what, status },
         };

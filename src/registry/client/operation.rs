@@ -12,12 +12,13 @@ use futures::stream::FuturesUnordered;
 use reqwest::Response;
 use url::Url;
 
+use super::Repository;
 use super::exchange::Ask;
-use super::{Repository, lock};
+use crate::layer::Digest;
 use crate::registry::RegistryError;
 use crate::registry::attempts::{Attempts, Failure};
-use crate::registry::hosts::Endpoint;
 use crate::registry::hosts::transport::chain;
+use crate::registry::hosts::{Endpoint, For};
 
 /// An operation under way.
 pub(super) struct Operation {
@@ -30,11 +31,13 @@ pub(super) struct Operation {
 impl Operation {
     /// Looks up the endpoints; sends nothing.
     pub(super) async fn new(repository: Arc<Repository>, ask: Ask) -> Result<Self, RegistryError> {
-        let all = match repository.shared.hosts.recent(&repository.host) {
+        // A blob is read by somebody who is stopped by an error; its digest proves it, whoever is asked.
+        let wanted = if ask.blob.is_some() { For::Content } else { For::Names };
+        let all = match repository.shared.hosts.recent(&repository.host, wanted) {
             Some(endpoints) => endpoints,
             None => {
                 let state = repository.clone();
-                tokio::task::spawn_blocking(move || state.shared.hosts.fresh(&state.host))
+                tokio::task::spawn_blocking(move || state.shared.hosts.fresh(&state.host, wanted))
                     .await
                     .map_err(|error| RegistryError::Unreachable {
                         host: repository.host.clone(),
@@ -68,10 +71,12 @@ impl Operation {
         }
         let names = endpoints.iter().map(|endpoint| endpoint.base.as_str());
         let mut order = repository.shared.health.order(names, Instant::now());
-        if ask.range.as_ref().is_some_and(|range| range.start > 0) {
+        if let (Some(_), Some(blob)) = (&ask.range, ask.blob) {
             // What lies before the range would have to be downloaded too.
-            let rangeless = lock(&repository.rangeless);
-            order.sort_by_key(|place| endpoints.get(*place).is_some_and(|e| rangeless.contains(&e.name)));
+            let now = Instant::now();
+            let rangeless =
+                |endpoint: &Arc<Endpoint>| repository.quirks.is_rangeless(endpoint.base.as_str(), blob, now);
+            order.sort_by_key(|place| endpoints.get(*place).is_some_and(rangeless));
         }
         let attempts = Attempts::new(order, repository.shared.attempts);
         Ok(Operation {
@@ -211,6 +216,24 @@ impl Operation {
     /// Address of the endpoint at `place`: its name in [`crate::registry::health::Health`].
     pub(super) fn address(&self, place: usize) -> Option<String> {
         self.endpoints.get(place).map(|endpoint| endpoint.base.to_string())
+    }
+
+    /// Place of the endpoint with this address.
+    pub(super) fn place_of(&self, address: &str) -> Option<usize> {
+        self.endpoints
+            .iter()
+            .position(|endpoint| endpoint.base.as_str() == address)
+    }
+
+    /// The registry itself, or what stands in for it, if all that may be asked are known to have no ranges of `blob`.
+    pub(super) fn all_rangeless(&self, blob: Digest) -> Option<String> {
+        let (quirks, now) = (&self.repository.quirks, Instant::now());
+        let mut endpoints = self.endpoints.iter();
+        let all = endpoints.all(|endpoint| quirks.is_rangeless(endpoint.base.as_str(), blob, now));
+        self.endpoints
+            .last()
+            .filter(|_| all)
+            .map(|endpoint| endpoint.name.clone())
     }
 
     /// Base of the endpoint at `place`.

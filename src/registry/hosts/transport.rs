@@ -2,10 +2,14 @@
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::{Mutex, Once};
+use std::sync::Mutex;
 use std::time::Duration;
 
-use super::{HostSpec, config_error, read_file};
+use url::Url;
+
+use super::proxy::Proxies;
+use super::tls::files::{certificates, identity};
+use super::{HostSpec, config_error, read_file, tls};
 use crate::layer::Digest;
 use crate::layer::digest::Hasher;
 use crate::registry::{RegistryError, lock};
@@ -21,6 +25,7 @@ const PING_INTERVAL: Duration = Duration::from_secs(15);
 pub(super) struct Clients {
     connect_timeout: Duration,
     idle_timeout: Duration,
+    proxies: Proxies,
     pools: Mutex<HashMap<Identity, reqwest::Client>>,
 }
 
@@ -31,23 +36,28 @@ struct Identity {
     files: Digest,
     skip_verify: bool,
     dial_timeout: Option<Duration>,
-    loopback: bool,
 }
 
 impl Clients {
-    pub(super) fn new(connect_timeout: Duration, idle_timeout: Duration) -> Self {
+    pub(super) fn new(connect_timeout: Duration, idle_timeout: Duration, proxies: Proxies) -> Self {
         Clients {
             connect_timeout,
             idle_timeout,
+            proxies,
             pools: Mutex::new(HashMap::new()),
         }
     }
 
-    /// The pool for a host. `loopback` hosts are never asked through a proxy.
+    /// The proxy that is asked for an address, as it may be shown.
+    pub(super) fn proxy(&self, url: &Url) -> Option<String> {
+        self.proxies.shown(url)
+    }
+
+    /// The pool for a host.
     ///
     /// # Errors
     /// [`RegistryError::Config`] names the certificate that cannot be used.
-    pub(super) fn client(&self, spec: &HostSpec, loopback: bool) -> Result<reqwest::Client, RegistryError> {
+    pub(super) fn client(&self, spec: &HostSpec) -> Result<reqwest::Client, RegistryError> {
         let mut files = Hasher::new();
         let mut read = |path: &Path| {
             let bytes = read_file(path).map_err(|error| config_error(path, &error))?;
@@ -57,64 +67,40 @@ impl Clients {
         };
         let mut authorities = Vec::new();
         for path in &spec.ca {
-            let certificates = reqwest::Certificate::from_pem_bundle(&read(path)?)
-                .map_err(|error| unusable(path, &format!("it holds no PEM certificates: {error}")))?;
-            authorities.extend(certificates);
+            authorities.extend(certificates(&read(path)?).map_err(|problem| unusable(path, &problem))?);
         }
-        let mut identity = None;
-        for (cert, key) in &spec.client {
-            let mut pem = read(cert)?;
-            if let Some(key) = key {
-                pem.push(b'\n');
-                pem.extend(read(key)?);
-            }
-            let parsed = reqwest::Identity::from_pem(&pem)
-                .map_err(|error| unusable(cert, &format!("it is not a client certificate with its key: {error}")))?;
-            // The TLS library takes one identity for a connection; containerd's choice among several is the first that fits.
-            if identity.is_none() {
-                identity = Some(parsed);
-            } else {
-                tracing::warn!(certificate = %cert.display(), "only the first client certificate of a host is used");
-            }
+        let mut identities = Vec::new();
+        for (certificate, key) in &spec.client {
+            let (bytes, key) = (read(certificate)?, key.as_ref().map(|key| read(key)).transpose()?);
+            identities.push(identity(&bytes, key.as_deref()).map_err(|problem| unusable(certificate, &problem))?);
         }
         let key = Identity {
             files: files.finish(),
             skip_verify: spec.skip_verify == Some(true),
             dial_timeout: spec.dial_timeout,
-            loopback,
         };
         if let Some(client) = lock(&self.pools).get(&key) {
             return Ok(client.clone());
         }
-        let build = |system_roots: bool| {
-            let mut builder = self.builder(&key).tls_certs_merge(authorities.clone());
-            if !system_roots {
-                builder = builder.tls_certs_only(authorities.clone());
-            }
-            if let Some(identity) = identity.clone() {
-                builder = builder.identity(identity);
-            }
-            builder.build()
-        };
-        // A machine without any CA certificates can still use plain HTTP.
-        let client = build(true)
-            .or_else(|error| {
-                tracing::warn!(cause = %chain(&error), "the system's CA certificates cannot be used (install ca-certificates)");
-                build(false)
-            })
-            .map_err(|error| unusable(Path::new("TLS configuration"), &chain(&error)))?;
+        let client = tls::client_config(authorities, identities, key.skip_verify)
+            .map_err(|error| unusable(Path::new("TLS configuration"), &chain(&error)))
+            .and_then(|tls| {
+                let built = self.builder(&key).tls_backend_preconfigured(tls).build();
+                built.map_err(|error| unusable(Path::new("TLS configuration"), &chain(&error)))
+            })?;
         lock(&self.pools).insert(key, client.clone());
         Ok(client)
     }
 
     fn builder(&self, key: &Identity) -> reqwest::ClientBuilder {
-        static PROVIDER: Once = Once::new();
-        // An error means that the process has chosen a provider already: then that one serves.
-        PROVIDER.call_once(|| drop(rustls::crypto::ring::default_provider().install_default()));
-        let mut builder = reqwest::Client::builder()
+        let proxies = self.proxies.clone();
+        reqwest::Client::builder()
             .user_agent(concat!("lazuli/", env!("CARGO_PKG_VERSION")))
             .redirect(reqwest::redirect::Policy::none())
             .referer(false)
+            // The environment is read by `proxy`, not by reqwest, which understands some of it otherwise.
+            .no_proxy()
+            .proxy(reqwest::Proxy::custom(move |url| proxies.of(url)))
             .connect_timeout(
                 key.dial_timeout
                     .filter(|t| !t.is_zero())
@@ -125,11 +111,6 @@ impl Clients {
             .http2_initial_connection_window_size(CONNECTION_WINDOW)
             .http2_keep_alive_interval(PING_INTERVAL)
             .http2_keep_alive_timeout(PING_INTERVAL)
-            .tls_danger_accept_invalid_certs(key.skip_verify);
-        if key.loopback {
-            builder = builder.no_proxy();
-        }
-        builder
     }
 
     /// Number of pools.

@@ -18,6 +18,11 @@ const PIECE: usize = 16 << 10;
 
 /// Bytes with 200, or a range of them with 206, and whatever goes wrong with that.
 pub(super) fn content(bytes: &Bytes, asked: &Asked<'_>, fault: Option<Fault>, ranges: bool) -> Response {
+    if let Some(Fault::Odd(odd)) = &fault
+        && let Some(response) = odd.answer(bytes, asked)
+    {
+        return response;
+    }
     let size = bytes.len();
     let range = match asked.headers.get(header::RANGE) {
         Some(value) if ranges && !matches!(fault, Some(Fault::IgnoreRange)) => {
@@ -86,14 +91,14 @@ fn faulty_body(body: Bytes, fault: Option<Fault>) -> Body {
     }
 }
 
-fn pieces(bytes: Bytes) -> Vec<Bytes> {
+pub(super) fn pieces(bytes: Bytes) -> Vec<Bytes> {
     (0..bytes.len())
         .step_by(PIECE)
         .map(|start| bytes.slice(start..bytes.len().min(start + PIECE)))
         .collect()
 }
 
-fn parse_range(text: &str, size: usize) -> Option<Range<usize>> {
+pub(super) fn parse_range(text: &str, size: usize) -> Option<Range<usize>> {
     let (start, last) = text.strip_prefix("bytes=")?.split_once('-')?;
     let start: usize = start.parse().ok()?;
     let end = match last {

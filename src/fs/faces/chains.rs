@@ -11,7 +11,7 @@ use std::sync::{Arc, PoisonError};
 use super::mounts::{Cause, Metadata, State, Trouble};
 use super::stored::{self, Part};
 use super::{Device, Face, Faces, FsError};
-use crate::layer::merge::merge;
+use crate::layer::merge::{Run, merge};
 use crate::layer::{LayerIndex, erofs};
 
 /// What a chain is shown as where it has no image.
@@ -148,7 +148,7 @@ impl Faces {
         let names = devices.iter().map(|device| device.layer.names().map_err(unread));
         let names = names.collect::<Result<Vec<_>, _>>()?;
         let indexes: Vec<&LayerIndex> = names.iter().map(|names| &**names).collect();
-        let merged = merge(&indexes).map_err(fail)?;
+        let merged = merge(&indexes, Run::Lowest).map_err(fail)?;
         let spaces: Vec<erofs::Device> = devices
             .iter()
             .zip(&merged.devices)

@@ -16,7 +16,7 @@ use lazuli::config::{ByteSize, CacheConfig, FetchConfig};
 use lazuli::fetch::{Fetcher, StreamRequest};
 use lazuli::layer::digest::Hasher;
 use lazuli::layer::erofs::{self, Addressing, Device};
-use lazuli::layer::merge::{Run, merge};
+use lazuli::layer::merge::merge;
 use lazuli::layer::{Access, Chunk, Codec, Compression, Digest, LayerIndex, TarIndexer, decoder};
 use lazuli::metrics::Metrics;
 use lazuli::registry::{Blob, Body, RegistryError};
@@ -146,7 +146,7 @@ fn chains(c: &mut Criterion) {
     ] {
         let layers = chain(path);
         let layers: Vec<&LayerIndex> = layers.iter().collect();
-        group.bench_function(name, |b| b.iter(|| merge(black_box(&layers), Run::Lowest).unwrap()));
+        group.bench_function(name, |b| b.iter(|| merge(black_box(&layers), None).unwrap()));
     }
 }
 

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use fake::{FakeLayer, Layout};
 use lazuli::fetch::LayerData as _;
 use lazuli::layer::index::mode;
-use lazuli::layer::merge::{MAX_LAYERS, Merged, Run, merge};
+use lazuli::layer::merge::{MAX_LAYERS, Merged, merge};
 use lazuli::layer::{Ino, LayerIndex, ROOT_INO};
 use lazuli::sys::mount::{Unmount, overlay, unmount};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
@@ -310,7 +310,7 @@ fn compare(what: &str, layers: &[Arc<FakeLayer>]) -> Option<usize> {
     let root = disk.overlay(&lower);
     let names: Vec<_> = layers.iter().map(|layer| layer.names().unwrap()).collect();
     let indexes: Vec<&LayerIndex> = names.iter().map(|names| &**names).collect();
-    let whole = merge(&indexes, Run::Lowest).unwrap();
+    let whole = merge(&indexes, None).unwrap();
     let (expected, ghosts) = kernel(&root);
     let mut found = merged(&whole, layers);
     for (path, seen) in &expected {

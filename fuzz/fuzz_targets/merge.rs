@@ -4,7 +4,7 @@
 #![no_main]
 
 use lazuli::layer::index::flags;
-use lazuli::layer::merge::{Merged, Run, merge};
+use lazuli::layer::merge::{Merged, merge};
 use lazuli::layer::variant::on_top_of;
 use lazuli::layer::{Access, Codec, LayerIndex, TarIndexer};
 use libfuzzer_sys::fuzz_target;
@@ -60,17 +60,18 @@ fuzz_target!(|bytes: &[u8]| {
         rest = &rest[end + SEPARATOR.len()..];
     }
     let layers: Vec<_> = chain.iter().collect();
-    let Ok(merged) = merge(&layers, Run::Lowest) else { return };
+    let Ok(merged) = merge(&layers, None) else { return };
     check(&layers, &merged);
     assert_eq!(LayerIndex::decode(&merged.index.encode()).as_ref(), Ok(&merged.index));
     assert_eq!(
-        merge(&[&merged.index], Run::Lowest).map(|again| again.index).as_ref(),
+        merge(&[&merged.index], None).map(|again| again.index).as_ref(),
         Ok(&merged.index)
     );
     // In two runs it is the same tree.
     let (low, high) = layers.split_at(layers.len() / 2);
-    if let (Ok(low), Ok(high)) = (merge(low, Run::Lowest), merge(high, Run::Upper))
-        && let Ok(stacked) = merge(&[&low.index, &high.index], Run::Lowest)
+    if let Ok(low) = merge(low, None)
+        && let Ok(high) = merge(high, Some(&low.index))
+        && let Ok(stacked) = merge(&[&low.index, &high.index], None)
     {
         assert_eq!(stacked.index.inodes().len(), merged.index.inodes().len());
         assert_eq!(stacked.index.parts().dirents.len(), merged.index.parts().dirents.len());

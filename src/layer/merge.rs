@@ -1,8 +1,8 @@
 //! A run of layers as one tree: what overlayfs shows of them.
 //!
-//! The lowest run of a chain ([`Run::Lowest`]) is a tree that stands by itself. One that lies on others ([`Run::Upper`]) keeps what it does to
-//! those below: its whiteouts, and the mark of a directory under which nothing of them is seen. Overlayfs shows runs on each other as it
-//! shows their layers on each other.
+//! The lowest run of a chain is a tree that stands by itself. One that lies on others keeps what it does to those below: its whiteouts, and the
+//! mark of a directory under which nothing of them is seen; both only where there is something to hide. Overlayfs shows runs on each other as
+//! it shows their layers on each other.
 //!
 //! The rules are the kernel's:
 //!
@@ -53,15 +53,6 @@ const ESCAPED_PREFIX: &[u8] = b"trusted.overlay.overlay.";
 /// No inode: in a map of numbers, one that has none yet.
 const NO_INO: Ino = 0;
 
-/// Where a run of layers is in its chain.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Run {
-    /// Nothing is below it.
-    Lowest,
-    /// Other layers are below it.
-    Upper,
-}
-
 /// A merged run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Merged {
@@ -72,13 +63,13 @@ pub struct Merged {
     pub devices: Vec<u64>,
 }
 
-/// The tree that overlayfs shows of `layers`, the lowest first. The same layers always give the same index.
+/// The tree that overlayfs shows of `layers`, the lowest first; `below` is the tree of all that lies below them, if anything does. The same layers always give the same index.
 ///
 /// # Errors
 /// [`LayerError::TooLarge`] when the chain exceeds what one index may have, or has more than [`MAX_LAYERS`] layers;
 /// [`LayerError::Unsupported`] for a chain of no layers, and where a mark of overlayfs would count that no parser lets through. Such a
 /// chain can only be stacked.
-pub fn merge(layers: &[&LayerIndex], run: Run) -> Result<Merged, LayerError> {
+pub fn merge(layers: &[&LayerIndex], below: Option<&LayerIndex>) -> Result<Merged, LayerError> {
     limit("number of layers", layers.len() as u64, MAX_LAYERS as u64)?;
     if layers.is_empty() {
         return Err(LayerError::Unsupported {
@@ -93,7 +84,7 @@ pub fn merge(layers: &[&LayerIndex], run: Run) -> Result<Merged, LayerError> {
         end += layer.data_size().next_multiple_of(ALIGNMENT);
         limit("uncompressed size of all layers", end, MAX_DATA_SIZE)?;
     }
-    let mut merger = Merger::new(layers, starts, run);
+    let mut merger = Merger::new(layers, starts, below);
     merger.run()?;
     let index = LayerIndex::new(IndexParts {
         access: Access::Stream,
@@ -124,8 +115,8 @@ struct Pending {
     /// Where the directories that it is made of begin in [`Merger::sources`]. They go on to the beginning of those of the one that waited
     /// before it, which is to say to the end when it is taken.
     first: usize,
-    /// Whether what is below the run is seen in it as well.
-    goes_on: bool,
+    /// The directory below the run that is seen through it, if there is one.
+    below: Option<Ino>,
 }
 
 /// A name in one of the directories that are merged.
@@ -145,7 +136,8 @@ enum Meaning {
 /// The state of a merge.
 struct Merger<'a> {
     layers: &'a [&'a LayerIndex],
-    run: Run,
+    /// What lies below the run.
+    below: Option<&'a LayerIndex>,
     /// Where the data space of each layer begins.
     starts: Vec<u64>,
     /// For each layer the merged numbers of its inodes that are no directories; empty for a layer that none was taken from.
@@ -160,7 +152,7 @@ struct Merger<'a> {
 }
 
 impl<'a> Merger<'a> {
-    fn new(layers: &'a [&'a LayerIndex], starts: Vec<u64>, run: Run) -> Self {
+    fn new(layers: &'a [&'a LayerIndex], starts: Vec<u64>, below: Option<&'a LayerIndex>) -> Self {
         let strings: usize = layers.iter().map(|layer| layer.parts().strings.len()).sum();
         let mark = OPAQUE_XATTR.0.len() + OPAQUE_XATTR.1.len();
         Merger {
@@ -172,7 +164,7 @@ impl<'a> Merger<'a> {
             inodes: Vec::new(),
             dirents: Vec::new(),
             xattrs: Vec::new(),
-            run,
+            below,
             strings: Strings::new(strings + mark),
         }
     }
@@ -189,17 +181,22 @@ impl<'a> Merger<'a> {
         self.pending.push(Pending {
             ino: ROOT_INO,
             first: 0,
-            goes_on: self.run == Run::Upper,
+            below: self.below.map(|_| ROOT_INO),
         });
         let mut here = Vec::new();
         let mut names = Vec::new();
         let mut below = Vec::new();
         let mut children = Vec::new();
-        while let Some(Pending { ino, first, goes_on }) = self.pending.pop() {
+        while let Some(Pending {
+            ino,
+            first,
+            below: through,
+        }) = self.pending.pop()
+        {
             here.clear();
             here.extend(self.sources.drain(first..));
             self.collect(&here, &mut names);
-            self.merge_names((ino, goes_on), &names, &mut children, &mut below)?;
+            self.merge_names((ino, through), &names, &mut children, &mut below)?;
             // The first child is the next to go.
             let mut end = below.len();
             for child in children.drain(..).rev() {
@@ -234,11 +231,11 @@ impl<'a> Merger<'a> {
         }
     }
 
-    /// Gives the directory `dir`, in which what is below the run is seen or not, the entries that `names` come to. Its subdirectories are
-    /// added to `children`, and what those are made of to `below`.
+    /// Gives the directory `dir`, through which one below the run may be seen, the entries that `names` come to. Its subdirectories are added to
+    /// `children`, and what those are made of to `below`.
     fn merge_names(
         &mut self,
-        (dir, goes_on): (Ino, bool),
+        (dir, through): (Ino, Option<Ino>),
         names: &[Named<'a>],
         children: &mut Vec<Pending>,
         below: &mut Vec<Source>,
@@ -246,9 +243,10 @@ impl<'a> Merger<'a> {
         let first = self.dirents.len();
         for same in names.chunk_by(|a, b| a.name == b.name) {
             let top = &same[0];
+            let hidden = through.and_then(|dir| self.entry_below(dir, top.name));
             let ino = match self.meaning(top.layer, top.ino)? {
-                // It has done its work where nothing else is below.
-                Meaning::Whiteout if !goes_on => continue,
+                // It has done its work where nothing is below; overlayfs would list it.
+                Meaning::Whiteout if hidden.is_none() => continue,
                 Meaning::Whiteout | Meaning::Other => self.add_other(top.layer, top.ino)?,
                 Meaning::Dir { opaque } => {
                     let first = below.len();
@@ -266,11 +264,16 @@ impl<'a> Merger<'a> {
                             Meaning::Whiteout | Meaning::Other => true,
                         };
                     }
-                    let ino = self.add_dir(top.layer, top.ino, dir, goes_on && ends)?;
+                    let ino = self.add_dir(top.layer, top.ino, dir, ends && hidden.is_some())?;
+                    let is_dir = |ino: &Ino| {
+                        self.below
+                            .and_then(|below| below.inode(*ino))
+                            .is_some_and(Inode::is_dir)
+                    };
                     children.push(Pending {
                         ino,
                         first,
-                        goes_on: goes_on && !ends,
+                        below: hidden.filter(|ino| !ends && is_dir(ino)),
                     });
                     ino
                 }
@@ -291,6 +294,12 @@ impl<'a> Merger<'a> {
         let merged = &mut self.inodes[dir as usize - 1];
         (merged.nlink, merged.data, merged.count) = (2 + children.len() as u32, first as u64, count);
         Ok(())
+    }
+
+    /// What a directory below the run has of that name.
+    fn entry_below(&self, dir: Ino, name: &[u8]) -> Option<Ino> {
+        let below = self.below?;
+        below.lookup(below.inode(dir)?, name)
     }
 
     /// What an inode of a layer is to overlayfs.

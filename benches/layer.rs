@@ -146,7 +146,7 @@ fn chains(c: &mut Criterion) {
     ] {
         let layers = chain(path);
         let layers: Vec<&LayerIndex> = layers.iter().collect();
-        group.bench_function(name, |b| b.iter(|| merge(black_box(&layers)).unwrap()));
+        group.bench_function(name, |b| b.iter(|| merge(black_box(&layers), None).unwrap()));
     }
 }
 

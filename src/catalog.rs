@@ -62,6 +62,7 @@ mod pace;
 mod question;
 mod records;
 mod release;
+mod segments;
 pub mod shared;
 pub mod soci;
 pub mod sources;

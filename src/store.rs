@@ -60,7 +60,7 @@ use self::writer::Writer;
 use crate::metrics::Metrics;
 use crate::sync::{may_block, wait};
 
-pub use chains::ChainRecord;
+pub use chains::{ChainRecord, ChainRole};
 pub use draft::Draft;
 pub use error::StoreError;
 pub use images::{ImageLayer, ImageRecord};

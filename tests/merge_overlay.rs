@@ -310,7 +310,7 @@ fn compare(what: &str, layers: &[Arc<FakeLayer>]) -> Option<usize> {
     let root = disk.overlay(&lower);
     let names: Vec<_> = layers.iter().map(|layer| layer.names().unwrap()).collect();
     let indexes: Vec<&LayerIndex> = names.iter().map(|names| &**names).collect();
-    let whole = merge(&indexes).unwrap();
+    let whole = merge(&indexes, None).unwrap();
     let (expected, ghosts) = kernel(&root);
     let mut found = merged(&whole, layers);
     for (path, seen) in &expected {

@@ -60,11 +60,20 @@ fuzz_target!(|bytes: &[u8]| {
         rest = &rest[end + SEPARATOR.len()..];
     }
     let layers: Vec<_> = chain.iter().collect();
-    let Ok(merged) = merge(&layers) else { return };
+    let Ok(merged) = merge(&layers, None) else { return };
     check(&layers, &merged);
     assert_eq!(LayerIndex::decode(&merged.index.encode()).as_ref(), Ok(&merged.index));
     assert_eq!(
-        merge(&[&merged.index]).map(|again| again.index).as_ref(),
+        merge(&[&merged.index], None).map(|again| again.index).as_ref(),
         Ok(&merged.index)
     );
+    // In two runs it is the same tree.
+    let (low, high) = layers.split_at(layers.len() / 2);
+    if let Ok(low) = merge(low, None)
+        && let Ok(high) = merge(high, Some(&low.index))
+        && let Ok(stacked) = merge(&[&low.index, &high.index], None)
+    {
+        assert_eq!(stacked.index.inodes().len(), merged.index.inodes().len());
+        assert_eq!(stacked.index.parts().dirents.len(), merged.index.parts().dirents.len());
+    }
 });

@@ -1,27 +1,36 @@
-//! Chains: the layers that a container is made on, shown merged, as one directory.
+//! Chains: the layers that containers are made on, shown as few merged directories.
 //!
-//! A chain is a list of live layers and variants, lowest first, each once (where it is topmost: all that it has below is hidden by
-//! itself). Its image is made by [`crate::fs::Faces`], in the background, one at a time: as soon as the topmost layer of an image is live, and when
-//! a container asked for a chain that has none. Nobody waits for it; who is faster stacks the layers.
+//! A list of live layers and variants that containers are made on, each once (where it is topmost: all that it has below is hidden by itself),
+//! is cut into segments ([`segments`]): where lists branch, so that images with the same beginning mount the same segments and cache them
+//! once. A segment of several layers has an image, a *chain* to the faces. It is made by [`crate::fs::Faces`], in the background, one at a time:
+//! as soon as the topmost layer of an image is live, for other lists when a new one branches off from them, and when a container asked for
+//! one that is missing. Nobody waits for it; who is faster gets an earlier image of all its layers if there is one, or stacks the layers.
 //!
-//! The database knows each chain by its digest before its image is made, so that no image is ever left without an owner. A chain goes when
-//! one of its layers is released, and at the start those go that hold a layer that no snapshot refers to.
+//! The database knows lists, and each chain by its digest before its image is made, so that no image is ever left without an owner. A list goes
+//! when one of its layers is released, and at the start those go that hold a layer that no snapshot refers to. A chain goes with its
+//! layers, and when neither a list is cut so any more nor a container is made on it.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
-use super::Catalog;
 use super::status::ChainStatus;
+use super::{Catalog, segments};
+use crate::fetch::LayerData;
 use crate::fs::{Face, Faces};
 use crate::layer::Digest;
-use crate::store::StoreError;
+use crate::store::{ChainRole, StoreError};
 
-/// Tells the digest of a chain from digests of other things.
-const DIGEST_DOMAIN: &[u8] = b"lazuli chain\0";
+/// Tells the digest of a chain of the lowest layers from digests of other things.
+const LOWEST_DOMAIN: &[u8] = b"lazuli chain\0";
+/// The same for a chain that lies on other layers.
+const UPPER_DOMAIN: &[u8] = b"lazuli upper chain\0";
+/// The same for a list of layers.
+const LIST_DOMAIN: &[u8] = b"lazuli list\0";
 
 /// How long an image that could not be made is not tried again: what stands in the way (a full disk, say) may pass.
 const RETRY: Duration = Duration::from_secs(300);
@@ -29,8 +38,8 @@ const RETRY: Duration = Duration::from_secs(300);
 /// Directories that show layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Lowers {
-    /// One shows all of them.
-    Merged(PathBuf),
+    /// Each shows a run of them, topmost first; and the position of the topmost layer of each among those that were asked for.
+    Segments(Vec<(usize, PathBuf)>),
     /// Each shows one, in the order in which they were asked for.
     Stacked(Vec<PathBuf>),
 }
@@ -38,12 +47,16 @@ pub enum Lowers {
 /// The chains that are known.
 pub(super) struct Chains {
     known: Mutex<HashMap<Digest, Chain>>,
+    /// What containers are made on: lists of layers, the lowest first.
+    lists: Mutex<HashMap<Digest, Vec<Digest>>>,
     /// Lets one image be made at a time.
     turn: Arc<Semaphore>,
 }
 
 struct Chain {
     layers: Vec<Digest>,
+    /// Whether it lies on others.
+    is_upper: bool,
     /// Its slot, once an image was made or tried.
     slot: Option<u32>,
     state: State,
@@ -64,6 +77,7 @@ impl Chains {
     pub(super) fn new() -> Self {
         Chains {
             known: Mutex::default(),
+            lists: Mutex::default(),
             turn: Arc::new(Semaphore::new(1)),
         }
     }
@@ -71,15 +85,40 @@ impl Chains {
     fn lock(&self) -> MutexGuard<'_, HashMap<Digest, Chain>> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn lists(&self) -> MutexGuard<'_, HashMap<Digest, Vec<Digest>>> {
+        self.lists.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-/// Digest of the chain of `layers`, the lowest first.
-fn digest_of(layers: &[Digest]) -> Digest {
-    let mut bytes = DIGEST_DOMAIN.to_vec();
+/// Digest of the chain or list of `layers`, the lowest first.
+fn digest_of(layers: &[Digest], role: ChainRole) -> Digest {
+    let domain = match role {
+        ChainRole::Lowest => LOWEST_DOMAIN,
+        ChainRole::Upper => UPPER_DOMAIN,
+        ChainRole::List => LIST_DOMAIN,
+    };
+    let mut bytes = domain.to_vec();
     for layer in layers {
         bytes.extend_from_slice(layer.as_bytes());
     }
     Digest::of(&bytes)
+}
+
+/// Digest of a segment of `list` as a chain: of its layers, and of those that it lies on, as far as what it hides depends on them.
+fn segment_of(list: &[Digest], at: &Range<usize>) -> Digest {
+    match at.start {
+        0 => digest_of(&list[..at.end], ChainRole::Lowest),
+        start => {
+            let below = digest_of(&list[..start], ChainRole::Lowest);
+            digest_of(&[&[below], &list[at.clone()]].concat(), ChainRole::Upper)
+        }
+    }
+}
+
+/// Whether `run` is somewhere in `list` as it is.
+fn is_within(run: &[Digest], list: &[Digest]) -> bool {
+    list.windows(run.len().max(1)).any(|window| window == run)
 }
 
 /// `layers`, topmost first, as a chain: the lowest first, each once.
@@ -102,8 +141,8 @@ impl Catalog {
         let slots = self.slots(layers)?;
         let faces = self.faces();
         let faces = faces.as_ref().ok_or(*last)?;
-        if let Some(path) = self.merged(faces, layers, &slots) {
-            return Ok(Lowers::Merged(path));
+        if let Some(segments) = self.segmented(faces, layers, &slots) {
+            return Ok(Lowers::Segments(segments));
         }
         let paths = layers.iter().zip(slots).map(|(layer, slot)| {
             faces.layer_path(slot).map_err(|error| {
@@ -121,13 +160,40 @@ impl Catalog {
         layers.iter().map(slot).collect()
     }
 
-    /// The directory of the chain of `layers`, topmost first as their `slots` are. If there is none, one is made for the next time.
-    fn merged(self: &Arc<Self>, faces: &Faces, layers: &[Digest], slots: &[u32]) -> Option<PathBuf> {
-        if layers.len() < 2 || faces.serving().face == Face::Tree {
+    /// The directories of the segments of `layers`, topmost first as their `slots` are: those that are right now, or else the one that shows all
+    /// of them. What is missing is made for the next time.
+    fn segmented(self: &Arc<Self>, faces: &Faces, layers: &[Digest], slots: &[u32]) -> Option<Vec<(usize, PathBuf)>> {
+        let list = chain_of(layers);
+        if list.len() < 2 || list.len() != layers.len() || faces.serving().face == Face::Tree {
             return None;
         }
-        let chain = chain_of(layers);
-        let stored = match self.chains.lock().get(&digest_of(&chain)) {
+        self.note_list(&list);
+        let slots: Vec<u32> = slots.iter().rev().copied().collect();
+        let plan = self.cut(&list);
+        let shown: Vec<Option<PathBuf>> = plan
+            .iter()
+            .map(|at| self.segment_path(faces, &list, &slots, at))
+            .collect();
+        for (at, _) in plan.iter().zip(&shown).filter(|(_, path)| path.is_none()) {
+            self.want_segment(&list, at);
+        }
+        let top = |at: &Range<usize>| list.len() - at.end;
+        match shown.into_iter().collect::<Option<Vec<_>>>() {
+            Some(paths) => Some(plan.iter().map(top).zip(paths).rev().collect()),
+            None => {
+                let all = 0..list.len();
+                Some(vec![(top(&all), self.segment_path(faces, &list, &slots, &all)?)])
+            }
+        }
+    }
+
+    /// The directory of a segment, if it has one.
+    fn segment_path(&self, faces: &Faces, list: &[Digest], slots: &[u32], at: &Range<usize>) -> Option<PathBuf> {
+        if at.len() == 1 {
+            return faces.layer_path(slots[at.start]).ok();
+        }
+        let digest = segment_of(list, at);
+        let stored = match self.chains.lock().get(&digest) {
             Some(Chain {
                 state: State::Stored,
                 slot,
@@ -135,31 +201,84 @@ impl Catalog {
             }) => *slot,
             _ => None,
         };
-        let lowest_first: Vec<u32> = slots.iter().rev().copied().collect();
-        let path = stored.and_then(|slot| faces.chain_path(slot, &lowest_first));
-        if path.is_none() {
-            self.want_chain(chain);
-        }
-        path
+        faces.chain_path(stored?, &slots[at.clone()])
     }
 
-    /// Has the image of `layers` (topmost first) made, if it is not there.
+    /// Where `list` is cut now.
+    fn cut(&self, list: &[Digest]) -> Vec<Range<usize>> {
+        let live = self.read_live();
+        let bytes = |layer: &Digest| live.get(layer).map_or(0, |live| live.layer.index().data_size());
+        let lists = self.chains.lists();
+        segments::plan(list, lists.values().map(Vec::as_slice), bytes)
+    }
+
+    /// Knows that containers are made on `list`. Others that it branches off from are cut there from now on.
+    fn note_list(self: &Arc<Self>, list: &[Digest]) {
+        let digest = digest_of(list, ChainRole::List);
+        let cut: Vec<Vec<Digest>> = {
+            let mut lists = self.chains.lists();
+            // Only the beginning of another one: something is being unpacked on it, or it has been noted long since.
+            let is_known = lists.contains_key(&digest);
+            let is_begun = |other: &Vec<Digest>| other.len() > list.len() && other.starts_with(list);
+            if is_known || lists.values().any(is_begun) {
+                return;
+            }
+            lists.insert(digest, list.to_vec());
+            let branches = |other: &&Vec<Digest>| segments::common(list, other) > 0 && other.as_slice() != list;
+            lists.values().filter(branches).cloned().collect()
+        };
+        self.keep_list(digest, list.to_vec());
+        for other in cut {
+            self.want_segments(&other);
+        }
+    }
+
+    fn keep_list(self: &Arc<Self>, digest: Digest, layers: Vec<Digest>) {
+        let catalog = Arc::clone(self);
+        self.runtime.spawn_blocking(move || {
+            if let Err(error) = catalog.store.record_chain(digest, layers, ChainRole::List) {
+                tracing::warn!(%error, list = %digest, "which layers are used together cannot be recorded");
+            }
+        });
+    }
+
+    /// Has those images for a list made of which nothing is known yet.
+    fn want_segments(self: &Arc<Self>, list: &[Digest]) {
+        let plan = self.cut(list);
+        let missing: Vec<Range<usize>> = {
+            let known = self.chains.lock();
+            let is_stored = |at: &Range<usize>| {
+                let chain = known.get(&segment_of(list, at));
+                chain.is_some_and(|chain| matches!(chain.state, State::Stored))
+            };
+            plan.into_iter().filter(|at| !is_stored(at)).collect()
+        };
+        for at in missing {
+            self.want_segment(list, &at);
+        }
+    }
+
+    /// Has the image of a segment made, if it needs one that is not there.
+    fn want_segment(self: &Arc<Self>, list: &[Digest], at: &Range<usize>) {
+        if at.len() > 1 {
+            let (below, layers) = list[..at.end].split_at(at.start);
+            self.want_chain(segment_of(list, at), layers.to_vec(), below.to_vec());
+        }
+    }
+
+    /// Has the images for `layers` (topmost first) made, as far as they are not there.
     pub(super) fn expect(self: &Arc<Self>, layers: &[Digest]) {
-        let chain = chain_of(layers);
+        let list = chain_of(layers);
         let serves = |faces: &Faces| faces.serving().face == Face::Image;
-        if chain.len() < 2 || !self.faces().as_ref().is_some_and(serves) {
+        if list.is_empty() || !self.faces().as_ref().is_some_and(serves) {
             return;
         }
-        let stored = |chain: &Chain| matches!(chain.state, State::Stored);
-        if self.chains.lock().get(&digest_of(&chain)).is_some_and(stored) {
-            return;
-        }
-        self.want_chain(chain);
+        self.note_list(&list);
+        self.want_segments(&list);
     }
 
     /// Begins to make the image of a chain, unless that is under way or was tried in vain just now.
-    fn want_chain(self: &Arc<Self>, layers: Vec<Digest>) {
-        let digest = digest_of(&layers);
+    fn want_chain(self: &Arc<Self>, digest: Digest, layers: Vec<Digest>, below: Vec<Digest>) {
         {
             let mut known = self.chains.lock();
             match known.get(&digest).map(|chain| &chain.state) {
@@ -171,6 +290,7 @@ impl Catalog {
             let slot = known.get(&digest).and_then(|chain| chain.slot);
             let chain = Chain {
                 layers: layers.clone(),
+                is_upper: !below.is_empty(),
                 slot,
                 state: State::Waiting,
             };
@@ -181,7 +301,7 @@ impl Catalog {
             // The semaphore is never closed.
             let turn = Arc::clone(&catalog.chains.turn).acquire_owned().await;
             let work = move || {
-                catalog.make_chain(digest, &layers);
+                catalog.make_chain(digest, &layers, &below);
                 drop(turn);
             };
             if let Err(error) = tokio::task::spawn_blocking(work).await {
@@ -190,9 +310,9 @@ impl Catalog {
         });
     }
 
-    fn make_chain(&self, digest: Digest, layers: &[Digest]) {
+    fn make_chain(&self, digest: Digest, layers: &[Digest], below: &[Digest]) {
         let begun = Instant::now();
-        let (slot, state) = match self.try_chain(digest, layers) {
+        let (slot, state) = match self.try_chain(digest, layers, below) {
             Ok(slot) => {
                 let seconds = begun.elapsed().as_secs_f64();
                 tracing::info!(chain = %digest, layers = layers.len(), seconds, "layers are merged into one image");
@@ -217,51 +337,102 @@ impl Catalog {
     }
 
     /// Slot of the chain whose image was made.
-    fn try_chain(&self, digest: Digest, layers: &[Digest]) -> Result<u32, String> {
-        let slots = self
-            .slots(layers)
-            .map_err(|layer| format!("layer {layer} was released"))?;
-        let recorded = self.store.record_chain(digest, layers.to_vec());
+    fn try_chain(&self, digest: Digest, layers: &[Digest], below: &[Digest]) -> Result<u32, String> {
+        let slots = |layers| {
+            self.slots(layers)
+                .map_err(|layer| format!("layer {layer} was released"))
+        };
+        let (slots, below) = (slots(layers)?, slots(below)?);
+        let role = match below.is_empty() {
+            true => ChainRole::Lowest,
+            false => ChainRole::Upper,
+        };
+        let recorded = self.store.record_chain(digest, layers.to_vec(), role);
         let slot = recorded.map_err(|error| error.to_string())?;
         match &*self.faces() {
-            Some(faces) => faces.build_chain(slot, &slots).map_err(|error| error.to_string())?,
+            Some(faces) => faces
+                .build_chain(slot, &slots, &below)
+                .map_err(|error| error.to_string())?,
             None => return Err("the daemon ends".to_owned()),
         }
         Ok(slot)
     }
 
-    /// Knows the chains of an earlier process again; those that hold a layer that is not in `referenced` are removed.
+    /// Knows the lists and chains of an earlier process again; those that hold a layer that is not in `referenced` are removed.
     pub(super) fn restore_chains(&self, referenced: &HashSet<Digest>) -> Result<(), StoreError> {
+        let (mut has_lists, mut whole) = (false, Vec::new());
         for (digest, record) in self.store.chains()? {
             match record {
-                Ok(record) if record.layers.iter().all(|layer| referenced.contains(layer)) => {
+                Ok(record) if !record.layers.iter().all(|layer| referenced.contains(layer)) => {
+                    self.remove_chain(&digest, Some(record.slot));
+                }
+                Ok(record) => {
+                    if record.role == ChainRole::List {
+                        has_lists = true;
+                        self.chains.lists().insert(digest, record.layers);
+                        continue;
+                    }
+                    let is_upper = record.role == ChainRole::Upper;
+                    whole.extend((!is_upper).then(|| record.layers.clone()));
                     let chain = Chain {
                         layers: record.layers,
+                        is_upper,
                         slot: Some(record.slot),
                         state: State::Stored,
                     };
                     self.chains.lock().insert(digest, chain);
                 }
-                Ok(record) => self.remove_chain(&digest, Some(record.slot)),
                 Err(error) => {
                     tracing::warn!(%error, "a chain is made again when it is needed");
                     self.remove_chain(&digest, self.store.slot(&digest).ok().flatten());
                 }
             }
         }
+        if !has_lists {
+            // Written before there were lists: then each chain was all that a container is made on.
+            let lists = whole
+                .into_iter()
+                .map(|layers| (digest_of(&layers, ChainRole::List), layers));
+            self.chains.lists().extend(lists);
+        }
         Ok(())
     }
 
-    /// Removes the chains of which any layer is neither live nor in `keep`.
-    pub(super) fn release_chains(&self, keep: &HashSet<Digest>) {
+    /// Removes the lists and chains of which any layer is neither live nor in `keep`, and chains that no list is cut into any more, unless a
+    /// container is made on one of `bases` (topmost first), in which they are.
+    pub(super) fn release_chains(&self, keep: &HashSet<Digest>, bases: &[Vec<Digest>]) {
+        let stays = {
+            let live: HashSet<Digest> = self.read_live().keys().copied().collect();
+            move |layer: &Digest| keep.contains(layer) || live.contains(layer)
+        };
+        let lists: Vec<Vec<Digest>> = {
+            let mut lists = self.chains.lists();
+            let left: Vec<Digest> = lists
+                .extract_if(|_, layers| !layers.iter().all(&stays))
+                .map(|(digest, _)| digest)
+                .collect();
+            let lists = lists.values().cloned().collect();
+            for list in left {
+                self.remove_chain(&list, None);
+            }
+            lists
+        };
+        let needed: HashSet<Digest> = lists
+            .iter()
+            .flat_map(|list| self.cut(list).into_iter().map(|at| segment_of(list, &at)))
+            .collect();
+        let bases: Vec<Vec<Digest>> = bases.iter().map(|base| chain_of(base)).collect();
+        let in_use = |chain: &Chain| bases.iter().any(|base| is_within(&chain.layers, base));
         let gone: Vec<Digest> = {
-            let (known, live) = (self.chains.lock(), self.read_live());
-            let stays = |layer: &Digest| keep.contains(layer) || live.contains_key(layer);
+            let known = self.chains.lock();
             known
                 .iter()
                 // One that is being made is looked at again when it is.
                 .filter(|(_, chain)| !matches!(chain.state, State::Waiting))
-                .filter(|(_, chain)| !chain.layers.iter().all(stays))
+                .filter(|(digest, chain)| {
+                    let is_needed = needed.contains(digest) || in_use(chain);
+                    !is_needed || !chain.layers.iter().all(&stays)
+                })
                 .map(|(digest, _)| *digest)
                 .collect()
         };
@@ -293,7 +464,10 @@ impl Catalog {
         let mut slots = HashSet::new();
         for base in bases {
             slots.extend(base.iter().filter_map(|layer| live.get(layer)).map(|live| live.slot));
-            slots.extend(known.get(&digest_of(&chain_of(base))).and_then(|chain| chain.slot));
+            let list = chain_of(base);
+            // Also those that it is not cut into any more: containers that were made then still have them.
+            let within = known.values().filter(|chain| is_within(&chain.layers, &list));
+            slots.extend(within.filter_map(|chain| chain.slot));
         }
         slots
     }
@@ -307,6 +481,7 @@ impl Catalog {
                 let mut status = ChainStatus {
                     digest: digest.to_string(),
                     layers: chain.layers.iter().map(Digest::to_string).collect(),
+                    is_upper: chain.is_upper,
                     ..ChainStatus::default()
                 };
                 match &chain.state {
@@ -347,7 +522,11 @@ mod tests {
     fn digests_tell_orders_and_lengths_apart() {
         let [a, b] = ["a", "b"].map(|text| Digest::of(text.as_bytes()));
         let all = [vec![a, b], vec![b, a], vec![a], vec![a, b, b], vec![]];
-        let digests: HashSet<_> = all.iter().map(|layers| digest_of(layers)).collect();
-        assert_eq!(digests.len(), all.len());
+        let roles = [ChainRole::Lowest, ChainRole::Upper, ChainRole::List];
+        let digests: HashSet<_> = all
+            .iter()
+            .flat_map(|layers| roles.map(|role| digest_of(layers, role)))
+            .collect();
+        assert_eq!(digests.len(), all.len() * roles.len());
     }
 }

@@ -21,8 +21,9 @@ pub(super) struct Going {
     variants: Vec<(Digest, Live)>,
     /// What stays.
     keep: HashSet<Digest>,
-    /// Slots of what containers are made on.
-    bases: HashSet<u32>,
+    /// What containers are made on, and the slots of that.
+    bases: Vec<Vec<Digest>>,
+    slots: HashSet<u32>,
 }
 
 impl Catalog {
@@ -50,7 +51,8 @@ impl Catalog {
         Going {
             layers,
             variants,
-            bases: self.slots_of_bases(&needed.bases),
+            slots: self.slots_of_bases(&needed.bases),
+            bases: needed.bases,
             keep,
         }
     }
@@ -63,9 +65,9 @@ impl Catalog {
         for (digest, live) in going.layers {
             self.let_layer_go(&digest, live);
         }
-        self.release_chains(&going.keep);
+        self.release_chains(&going.keep, &going.bases);
         if let Some(faces) = &*self.faces() {
-            faces.retain(&going.bases, mark);
+            faces.retain(&going.slots, mark);
         }
         if let Err(error) = self.forget_records(going.keep) {
             tracing::error!(%error, "records of what is gone cannot be forgotten");

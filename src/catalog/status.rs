@@ -77,6 +77,9 @@ pub struct ChainStatus {
     pub digest: String,
     /// Digests of its layers and variants, the lowest first.
     pub layers: Vec<String>,
+    /// Whether it lies on others: it is a segment of longer ones, and not the lowest.
+    #[serde(default)]
+    pub is_upper: bool,
     /// `waiting` while its image is made, `stored`, or `failed`.
     pub state: String,
     /// By what it is shown, or would be now: `file`, `image`, or `stack` if its layers are stacked. Empty if it is not stored.

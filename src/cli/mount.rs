@@ -193,7 +193,7 @@ fn lower_dirs(faces: &Faces, layers: Vec<Arc<dyn LayerData>>) -> Result<Vec<Path
     }
     if let [_, .., last] = slots[..] {
         let chain = last + 1;
-        match faces.build_chain(chain, &slots) {
+        match faces.build_chain(chain, &slots, &[]) {
             Ok(()) => {
                 if let Some(path) = faces.chain_path(chain, &slots) {
                     return Ok(vec![path]);

@@ -213,21 +213,21 @@ pub(super) fn describe(layer: &LayerStatus) -> String {
 
 /// One line on a chain.
 fn describe_chain(chain: &ChainStatus) -> String {
-    let layers = chain.layers.len();
+    let layers = match chain.is_upper {
+        true => format!("{} layers on others", chain.layers.len()),
+        false => format!("{} layers", chain.layers.len()),
+    };
     let reason = chain.reason.as_deref();
     match chain.state.as_str() {
         "stored" => {
             let names = ByteSize(chain.bytes);
             format!(
-                "{layers} layers, {names} of names; {}",
+                "{layers}, {names} of names; {}",
                 shown(&chain.face, chain.mounted, reason)
             )
         }
-        "failed" => format!(
-            "{layers} layers, stacked: {}",
-            reason.unwrap_or("they cannot be merged")
-        ),
-        state => format!("{layers} layers, {state}"),
+        "failed" => format!("{layers}, stacked: {}", reason.unwrap_or("they cannot be merged")),
+        state => format!("{layers}, {state}"),
     }
 }
 
@@ -257,6 +257,7 @@ mod tests {
         let chain = |c, state: &str, reason: Option<&str>| ChainStatus {
             digest: digest(c),
             layers: vec![digest('a'), digest('c')],
+            is_upper: false,
             state: state.into(),
             face: if state == "stored" {
                 "file".into()

@@ -1,11 +1,16 @@
-//! A chain of layers as one tree: what overlayfs shows of them.
+//! A run of layers as one tree: what overlayfs shows of them.
+//!
+//! The lowest run of a chain is a tree that stands by itself. One that lies on others keeps what it does to those below: its whiteouts, and the
+//! mark of a directory under which nothing of them is seen; both only where there is something to hide. Overlayfs shows runs on each other as
+//! it shows their layers on each other.
 //!
 //! The rules are the kernel's:
 //!
 //! - Of a name that several layers have, the topmost decides. A whiteout (a character device 0:0) means that there is nothing; anything
 //!   else that is no directory hides whatever is below it.
 //! - A directory is merged with those of the layers below, down to the first layer that has something else there (a whiteout, a file), or
-//!   up to and including the first directory that is marked opaque. Its attributes and extended attributes are those of the topmost.
+//!   up to and including the first directory that is marked opaque. (In an upper run, a directory that ends so is marked opaque; one that
+//!   does not may go on below.) Its attributes and extended attributes are those of the topmost.
 //!   The root is merged of all layers: overlayfs does not ask whether a root is opaque.
 //! - Names of one file of one layer stay names of one file, and its link count is the one of its layer, though names may be hidden.
 //!   For a merged directory overlayfs says 1 ("not counted"); here it is 2 plus the subdirectories that are seen, since there is one
@@ -48,23 +53,23 @@ const ESCAPED_PREFIX: &[u8] = b"trusted.overlay.overlay.";
 /// No inode: in a map of numbers, one that has none yet.
 const NO_INO: Ino = 0;
 
-/// A merged chain.
+/// A merged run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Merged {
-    /// Its tree, without whiteouts and opaque marks. Its data space is that of all layers one after the other, the lowest first, each
+    /// Its tree; of the lowest run without whiteouts and opaque marks. Its data space is that of all layers one after the other, the lowest first, each
     /// rounded up to 512 bytes. It has no chunks: the layers have them.
     pub index: LayerIndex,
     /// Bytes of the data space of each layer, the lowest first, not rounded.
     pub devices: Vec<u64>,
 }
 
-/// The tree that overlayfs shows of `layers`, the lowest first. The same layers always give the same index.
+/// The tree that overlayfs shows of `layers`, the lowest first; `below` is the tree of all that lies below them, if anything does. The same layers always give the same index.
 ///
 /// # Errors
 /// [`LayerError::TooLarge`] when the chain exceeds what one index may have, or has more than [`MAX_LAYERS`] layers;
 /// [`LayerError::Unsupported`] for a chain of no layers, and where a mark of overlayfs would count that no parser lets through. Such a
 /// chain can only be stacked.
-pub fn merge(layers: &[&LayerIndex]) -> Result<Merged, LayerError> {
+pub fn merge(layers: &[&LayerIndex], below: Option<&LayerIndex>) -> Result<Merged, LayerError> {
     limit("number of layers", layers.len() as u64, MAX_LAYERS as u64)?;
     if layers.is_empty() {
         return Err(LayerError::Unsupported {
@@ -79,7 +84,7 @@ pub fn merge(layers: &[&LayerIndex]) -> Result<Merged, LayerError> {
         end += layer.data_size().next_multiple_of(ALIGNMENT);
         limit("uncompressed size of all layers", end, MAX_DATA_SIZE)?;
     }
-    let mut merger = Merger::new(layers, starts);
+    let mut merger = Merger::new(layers, starts, below);
     merger.run()?;
     let index = LayerIndex::new(IndexParts {
         access: Access::Stream,
@@ -110,6 +115,8 @@ struct Pending {
     /// Where the directories that it is made of begin in [`Merger::sources`]. They go on to the beginning of those of the one that waited
     /// before it, which is to say to the end when it is taken.
     first: usize,
+    /// The directory below the run that is seen through it, if there is one.
+    below: Option<Ino>,
 }
 
 /// A name in one of the directories that are merged.
@@ -129,6 +136,8 @@ enum Meaning {
 /// The state of a merge.
 struct Merger<'a> {
     layers: &'a [&'a LayerIndex],
+    /// What lies below the run.
+    below: Option<&'a LayerIndex>,
     /// Where the data space of each layer begins.
     starts: Vec<u64>,
     /// For each layer the merged numbers of its inodes that are no directories; empty for a layer that none was taken from.
@@ -143,7 +152,9 @@ struct Merger<'a> {
 }
 
 impl<'a> Merger<'a> {
-    fn new(layers: &'a [&'a LayerIndex], starts: Vec<u64>) -> Self {
+    fn new(layers: &'a [&'a LayerIndex], starts: Vec<u64>, below: Option<&'a LayerIndex>) -> Self {
+        let strings: usize = layers.iter().map(|layer| layer.parts().strings.len()).sum();
+        let mark = OPAQUE_XATTR.0.len() + OPAQUE_XATTR.1.len();
         Merger {
             layers,
             starts,
@@ -153,7 +164,8 @@ impl<'a> Merger<'a> {
             inodes: Vec::new(),
             dirents: Vec::new(),
             xattrs: Vec::new(),
-            strings: Strings::new(layers.iter().map(|layer| layer.parts().strings.len()).sum()),
+            below,
+            strings: Strings::new(strings + mark),
         }
     }
 
@@ -165,27 +177,33 @@ impl<'a> Merger<'a> {
         for (layer, root) in self.sources.clone() {
             self.meaning(layer, root)?;
         }
-        self.add_dir(self.layers.len() - 1, ROOT_INO, ROOT_INO)?;
+        self.add_dir(self.layers.len() - 1, ROOT_INO, ROOT_INO, false)?;
         self.pending.push(Pending {
             ino: ROOT_INO,
             first: 0,
+            below: self.below.map(|_| ROOT_INO),
         });
         let mut here = Vec::new();
         let mut names = Vec::new();
         let mut below = Vec::new();
         let mut children = Vec::new();
-        while let Some(Pending { ino, first }) = self.pending.pop() {
+        while let Some(Pending {
+            ino,
+            first,
+            below: through,
+        }) = self.pending.pop()
+        {
             here.clear();
             here.extend(self.sources.drain(first..));
             self.collect(&here, &mut names);
-            self.merge_names(ino, &names, &mut children, &mut below)?;
+            self.merge_names((ino, through), &names, &mut children, &mut below)?;
             // The first child is the next to go.
             let mut end = below.len();
             for child in children.drain(..).rev() {
-                let Pending { ino, first } = child;
+                let first = child.first;
                 self.pending.push(Pending {
-                    ino,
                     first: self.sources.len(),
+                    ..child
                 });
                 self.sources.extend_from_slice(&below[first..end]);
                 end = first;
@@ -213,11 +231,11 @@ impl<'a> Merger<'a> {
         }
     }
 
-    /// Gives the directory `dir` the entries that `names` come to. Its subdirectories are added to `children`, and what those are
-    /// made of to `below`.
+    /// Gives the directory `dir`, through which one below the run may be seen, the entries that `names` come to. Its subdirectories are added to
+    /// `children`, and what those are made of to `below`.
     fn merge_names(
         &mut self,
-        dir: Ino,
+        (dir, through): (Ino, Option<Ino>),
         names: &[Named<'a>],
         children: &mut Vec<Pending>,
         below: &mut Vec<Source>,
@@ -225,26 +243,38 @@ impl<'a> Merger<'a> {
         let first = self.dirents.len();
         for same in names.chunk_by(|a, b| a.name == b.name) {
             let top = &same[0];
+            let hidden = through.and_then(|dir| self.entry_below(dir, top.name));
             let ino = match self.meaning(top.layer, top.ino)? {
-                Meaning::Whiteout => continue,
-                Meaning::Other => self.add_other(top.layer, top.ino)?,
-                Meaning::Dir { mut opaque } => {
-                    let ino = self.add_dir(top.layer, top.ino, dir)?;
-                    children.push(Pending {
-                        ino,
-                        first: below.len(),
-                    });
+                // It has done its work where nothing is below; overlayfs would list it.
+                Meaning::Whiteout if hidden.is_none() => continue,
+                Meaning::Whiteout | Meaning::Other => self.add_other(top.layer, top.ino)?,
+                Meaning::Dir { opaque } => {
+                    let first = below.len();
                     below.push((top.layer, top.ino));
+                    let mut ends = opaque;
                     for lower in &same[1..] {
-                        if opaque {
+                        if ends {
                             break;
                         }
-                        let Meaning::Dir { opaque: last } = self.meaning(lower.layer, lower.ino)? else {
-                            break;
+                        ends = match self.meaning(lower.layer, lower.ino)? {
+                            Meaning::Dir { opaque } => {
+                                below.push((lower.layer, lower.ino));
+                                opaque
+                            }
+                            Meaning::Whiteout | Meaning::Other => true,
                         };
-                        below.push((lower.layer, lower.ino));
-                        opaque = last;
                     }
+                    let ino = self.add_dir(top.layer, top.ino, dir, ends && hidden.is_some())?;
+                    let is_dir = |ino: &Ino| {
+                        self.below
+                            .and_then(|below| below.inode(*ino))
+                            .is_some_and(Inode::is_dir)
+                    };
+                    children.push(Pending {
+                        ino,
+                        first,
+                        below: hidden.filter(|ino| !ends && is_dir(ino)),
+                    });
                     ino
                 }
             };
@@ -264,6 +294,12 @@ impl<'a> Merger<'a> {
         let merged = &mut self.inodes[dir as usize - 1];
         (merged.nlink, merged.data, merged.count) = (2 + children.len() as u32, first as u64, count);
         Ok(())
+    }
+
+    /// What a directory below the run has of that name.
+    fn entry_below(&self, dir: Ino, name: &[u8]) -> Option<Ino> {
+        let below = self.below?;
+        below.lookup(below.inode(dir)?, name)
     }
 
     /// What an inode of a layer is to overlayfs.
@@ -293,15 +329,15 @@ impl<'a> Merger<'a> {
         })
     }
 
-    /// Adds a directory of the merged directory `parent` that looks like `ino` of a layer.
-    fn add_dir(&mut self, layer: usize, ino: Ino, parent: Ino) -> Result<Ino, LayerError> {
+    /// Adds a directory of the merged directory `parent` that looks like `ino` of a layer, and may be marked opaque.
+    fn add_dir(&mut self, layer: usize, ino: Ino, parent: Ino, opaque: bool) -> Result<Ino, LayerError> {
         let inode = Inode {
             parent,
             data: 0,
             count: 0,
             ..self.source(layer, ino)
         };
-        self.add(layer, inode)
+        self.add(layer, inode, opaque)
     }
 
     /// The merged number of something that is no directory, which is added if this is the first of its names.
@@ -320,17 +356,18 @@ impl<'a> Merger<'a> {
         } else if inode.is_symlink() {
             inode.data = self.strings.add(self.layers[layer].target(&inode))?.into();
         }
-        let number = self.add(layer, inode)?;
+        let number = self.add(layer, inode, false)?;
         self.numbers[layer][at] = number;
         Ok(number)
     }
 
-    /// Adds an inode, with the extended attributes that it has in its layer.
-    fn add(&mut self, layer: usize, inode: Inode) -> Result<Ino, LayerError> {
+    /// Adds an inode, with the extended attributes that it has in its layer, and the mark of an opaque directory if it is one.
+    fn add(&mut self, layer: usize, inode: Inode, opaque: bool) -> Result<Ino, LayerError> {
         limit("number of inodes", self.inodes.len() as u64 + 1, MAX_INODES as u64)?;
         let first = self.xattrs.len();
         let index = self.layers[layer];
-        for (name, value) in index.xattrs(&inode).filter(|(name, _)| !is_mark(name)) {
+        let own = index.xattrs(&inode).filter(|(name, _)| !is_mark(name));
+        for (name, value) in opaque.then_some(OPAQUE_XATTR).into_iter().chain(own) {
             limit(
                 "number of extended attributes",
                 self.xattrs.len() as u64 + 1,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::SnapshotsError;
-use super::dirs::{Built, Content, Dirs, Link, RootAttributes};
+use super::dirs::{Built, Content, Dirs, RootAttributes};
 use super::filters::Filters;
 use super::handover::Handover;
 use super::info::{Named, info, now};
@@ -546,21 +546,21 @@ impl Core {
                 .find(|(_, layer)| *layer == missing)
                 .map_or_else(String::new, |((key, _), _)| super::error::quoted(key)),
         })?;
-        let link = |record: &Ancestor, link, is_own: bool, path: &Path| match is_own {
-            true => self.dirs.link(record.id, link, path),
-            // Not the snapshot's own layer, but what the image of those who are made on it believes in its place.
-            false => self.dirs.other_link(record.id, link, path),
-        };
-        let is_own = |((_, record), layer): &(&Entry, Digest)| record.layer == Some(*layer);
         match shown {
-            Lowers::Merged(path) => {
-                if let Some(((_, top), _)) = remote.first() {
-                    lowers.push(link(top, Link::Chain, remote.iter().all(is_own), &path)?);
+            Lowers::Segments(segments) => {
+                for (at, path) in segments {
+                    if let Some(((_, top), _)) = remote.get(at) {
+                        lowers.push(self.dirs.segment(top.id, &path)?);
+                    }
                 }
             }
             Lowers::Stacked(paths) => {
-                for (part, path) in remote.iter().zip(&paths) {
-                    lowers.push(link(&part.0.1, Link::Layer, is_own(part), path)?);
+                for (((_, record), layer), path) in remote.iter().zip(&paths) {
+                    lowers.push(match record.layer == Some(*layer) {
+                        true => self.dirs.link(record.id, path)?,
+                        // Not the snapshot's own layer, but what the image of those who are made on it believes in its place.
+                        false => self.dirs.other_link(record.id, path)?,
+                    });
                 }
             }
         }

@@ -62,23 +62,10 @@ pub(super) enum Content {
     Remote,
 }
 
-/// A link to what is shown of layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Link {
-    /// One layer.
-    Layer,
-    /// A layer and all below it, merged.
-    Chain,
-}
-
-impl Link {
-    fn name(self) -> &'static str {
-        match self {
-            Link::Layer => "fs",
-            Link::Chain => "chain",
-        }
-    }
-}
+/// Name of the link to the layer of a remote snapshot.
+const LAYER: &str = "fs";
+/// What the names of links to segments begin with that end with the layer of a remote snapshot; the name of what shows the segment follows.
+const SEGMENT: &str = "chain";
 
 /// A snapshot's directory that has no id yet; deleted unless it is placed.
 pub(super) struct Built(TempDir);
@@ -210,9 +197,21 @@ impl Dirs {
         self.trash.empty(patience)
     }
 
-    /// Points a link of a remote snapshot at what shows it, and gives its path. Where the link points there already, nothing is written.
-    pub fn link(&self, id: u64, link: Link, target: &Path) -> Result<PathBuf, SnapshotsError> {
-        let path = self.dir(id).join(link.name());
+    /// Points the link of a remote snapshot at what shows its layer, and gives its path. Where the link points there already, nothing is
+    /// written.
+    pub fn link(&self, id: u64, target: &Path) -> Result<PathBuf, SnapshotsError> {
+        self.link_as(id, LAYER, target)
+    }
+
+    /// A link of a remote snapshot to what shows its layer together with some of those below. It never points anywhere else: containers that
+    /// are made later may see other segments, and mounts are made of links after they were given out.
+    pub fn segment(&self, id: u64, target: &Path) -> Result<PathBuf, SnapshotsError> {
+        let name = target.file_name().unwrap_or_default().to_string_lossy();
+        self.link_as(id, &format!("{SEGMENT}.{name}"), target)
+    }
+
+    fn link_as(&self, id: u64, name: &str, target: &Path) -> Result<PathBuf, SnapshotsError> {
+        let path = self.dir(id).join(name);
         if !fs::read_link(&path).is_ok_and(|now| now == target) {
             self.ensure(id)?;
             let built = self.build(&Content::Remote)?;
@@ -223,12 +222,12 @@ impl Dirs {
         Ok(path.join("."))
     }
 
-    /// A link beside that one to something else, which never points anywhere else: mounts are made of links after they were given out.
-    pub fn other_link(&self, id: u64, link: Link, target: &Path) -> Result<PathBuf, SnapshotsError> {
+    /// A link beside that to its layer to something else, which never points anywhere else: mounts are made of links after they were given out.
+    pub fn other_link(&self, id: u64, target: &Path) -> Result<PathBuf, SnapshotsError> {
         self.ensure(id)?;
         let mut path = self.dir(id);
         for number in 1..=OTHER_LINKS {
-            path = self.dir(id).join(format!("{}.{number}", link.name()));
+            path = self.dir(id).join(format!("{LAYER}.{number}"));
             match symlink(target, &path) {
                 Ok(()) => return Ok(path.join(".")),
                 Err(error) if error.kind() == ErrorKind::AlreadyExists => {}

@@ -45,7 +45,7 @@ impl Layers for OneDirectory {
 
     fn lowers(&self, layers: &[Digest]) -> Result<Lowers, Digest> {
         Ok(match layers.len() % 2 {
-            0 => Lowers::Merged(self.0.clone()),
+            0 => Lowers::Segments(vec![(0, self.0.clone())]),
             _ => Lowers::Stacked(vec![self.0.clone(); layers.len()]),
         })
     }

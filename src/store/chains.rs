@@ -15,7 +15,20 @@ pub(super) const CHAINS: TableDefinition<&[u8; Digest::LEN], &[u8]> = TableDefin
 
 table!(Chains, CHAINS, digest_key, Some, <[u8]>::to_vec);
 
-/// Layers on each other of which one merged image is, or will be, stored.
+/// What a chain's record is about.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ChainRole {
+    /// A merged image of layers that have nothing below them.
+    #[default]
+    Lowest,
+    /// A merged image of layers that lie on others.
+    Upper,
+    /// All layers that containers are made on. There is no image of them as such.
+    List,
+}
+
+/// Layers on each other of which one merged image is, or will be, stored; or that are known to be used together.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChainRecord {
     /// Digest of the chain.
@@ -24,6 +37,9 @@ pub struct ChainRecord {
     pub slot: u32,
     /// Its layers and variants, the lowest first.
     pub layers: Vec<Digest>,
+    /// What it is about.
+    #[serde(default)]
+    pub role: ChainRole,
 }
 
 pub(super) fn create_tables(transaction: &WriteTransaction) -> Result<(), StoreError> {
@@ -69,10 +85,15 @@ impl Store {
     ///
     /// # Errors
     /// As [`Store::allocate_slot`].
-    pub fn record_chain(&self, digest: Digest, layers: Vec<Digest>) -> Result<u32, StoreError> {
+    pub fn record_chain(&self, digest: Digest, layers: Vec<Digest>, role: ChainRole) -> Result<u32, StoreError> {
         self.write(move |draft| {
             let slot = draft.slot(&digest)?;
-            draft.put_chain(&ChainRecord { digest, slot, layers })?;
+            draft.put_chain(&ChainRecord {
+                digest,
+                slot,
+                layers,
+                role,
+            })?;
             Ok(slot)
         })
     }

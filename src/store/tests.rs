@@ -420,6 +420,7 @@ fn chains_come_and_go() {
         digest,
         slot: store.allocate_slot(&digest).unwrap(),
         layers: vec![Digest::of(b"low"), Digest::of(b"high")],
+        role: ChainRole::Upper,
     };
     store.put_chain(&record).unwrap();
     drop(store);

@@ -13,6 +13,7 @@
 mod support;
 
 mod commands;
+mod dense;
 mod disk;
 mod faces;
 mod faults;

@@ -83,8 +83,8 @@ fn a_chain_shows_what_its_stack_shows() {
     let slots = attach(&rig, &layers);
     assert_eq!(rig.chain_path(CHAIN, &slots), None);
     assert_eq!(rig.word(CHAIN), "image", "it can be made");
-    rig.faces.build_chain(CHAIN, &slots).unwrap();
-    rig.faces.build_chain(CHAIN, &slots).unwrap();
+    rig.faces.build_chain(CHAIN, &slots, &[]).unwrap();
+    rig.faces.build_chain(CHAIN, &slots, &[]).unwrap();
     assert_eq!((rig.chains("built"), rig.chains("failed")), (1, 0));
     let image = rig.chain_path(CHAIN, &slots).unwrap();
     assert_eq!((rig.word(CHAIN), rig.faces.shown(CHAIN).mounted), ("image", true));
@@ -128,7 +128,7 @@ fn whole_layers_and_others_go_into_one_mount() {
     let slots = attach(&rig, &layers);
     let path = layers[0].complete(&root);
     layers[3].complete(&root);
-    rig.faces.build_chain(CHAIN, &slots).unwrap();
+    rig.faces.build_chain(CHAIN, &slots, &[]).unwrap();
     let mixed = rig.chain_path(CHAIN, &slots).unwrap();
     assert_eq!(rig.word(CHAIN), "image");
     assert_eq!(
@@ -173,7 +173,7 @@ fn five_hundred_layers_are_one_mount() {
         slots.push(slot);
     }
     let chain = LAYERS + 1;
-    rig.faces.build_chain(chain, &slots).unwrap();
+    rig.faces.build_chain(chain, &slots, &[]).unwrap();
     let path = rig.chain_path(chain, &slots).unwrap();
     assert_eq!(mounts_below(&root.join("faces")).len(), 1);
     rig.within(move || {
@@ -189,7 +189,7 @@ fn five_hundred_layers_are_one_mount() {
     // One more is more than overlayfs would take.
     rig.faces.attach(1000, Layout::new().build("one too many")).unwrap();
     slots.push(1000);
-    let error = rig.faces.build_chain(2000, &slots).unwrap_err();
+    let error = rig.faces.build_chain(2000, &slots, &[]).unwrap_err();
     assert!(matches!(error, FsError::Chain { slot: 2000, .. }), "{error}");
     assert_eq!(rig.chain_path(2000, &slots), None);
     let shown = rig.faces.shown(2000);
@@ -206,7 +206,7 @@ fn a_stored_chain_is_verified_before_it_is_used_again() {
     let stored = root.join(format!("faces/{CHAIN}.chain"));
     let Some(rig) = Rig::open(&root) else { return };
     let slots = attach(&rig, &layers);
-    rig.faces.build_chain(CHAIN, &slots).unwrap();
+    rig.faces.build_chain(CHAIN, &slots, &[]).unwrap();
     rig.close();
 
     // As it was left.
@@ -226,7 +226,7 @@ fn a_stored_chain_is_verified_before_it_is_used_again() {
     attach(&rig, &layers);
     assert_eq!(rig.chain_path(CHAIN, &slots), None);
     assert!(!stored.exists());
-    rig.faces.build_chain(CHAIN, &slots).unwrap();
+    rig.faces.build_chain(CHAIN, &slots, &[]).unwrap();
     assert_eq!((rig.chains("loaded"), rig.chains("built")), (0, 1));
     assert_eq!(
         fs::read(&stored).unwrap(),
@@ -242,13 +242,13 @@ fn a_stored_chain_is_verified_before_it_is_used_again() {
     others[1] = Whole::new(Layout::new().build("chain-2"));
     attach(&rig, &others);
     assert_eq!(rig.chain_path(CHAIN, &slots), None);
-    rig.faces.build_chain(CHAIN, &slots).unwrap();
+    rig.faces.build_chain(CHAIN, &slots, &[]).unwrap();
     let path = rig.chain_path(CHAIN, &slots).unwrap();
     same_as_stacked(&rig, "others", &slots, &path);
     // An index that changes while the chain is mounted.
     rig.faces.attach(2, Arc::clone(&layers[1]) as _).unwrap();
     assert_eq!(rig.chain_path(CHAIN, &slots), None);
-    rig.faces.build_chain(CHAIN, &slots).unwrap();
+    rig.faces.build_chain(CHAIN, &slots, &[]).unwrap();
     let path = rig.chain_path(CHAIN, &slots).unwrap();
     assert!(path.join("tmp/a/only").exists() && !path.join("pipe").exists());
     // And one that goes.
@@ -256,7 +256,7 @@ fn a_stored_chain_is_verified_before_it_is_used_again() {
     rig.within(move || faces.detach(3));
     assert_eq!(rig.chain_path(CHAIN, &slots), None);
     assert!(matches!(
-        rig.faces.build_chain(CHAIN, &slots),
+        rig.faces.build_chain(CHAIN, &slots, &[]),
         Err(FsError::NotAttached { slot: 3 })
     ));
     rig.close();

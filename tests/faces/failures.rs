@@ -49,7 +49,7 @@ fn metadata_on_an_overlay_go_through_fuse() {
     let tree = rig.faces.session().path(1);
     rig.within(move || compare(&tree, &image, &Options::default()))
         .expect_equal();
-    rig.faces.build_chain(100, &slots).unwrap();
+    rig.faces.build_chain(100, &slots, &[]).unwrap();
     let path = rig.chain_path(100, &slots).unwrap();
     let again = path.join("many/again");
     assert_eq!(rig.within(move || read_file(&again)).unwrap(), content(100_000, 3));
@@ -130,7 +130,7 @@ fn a_layer_that_erofs_cannot_express_is_a_tree() {
     assert_eq!(rig.failures("index"), 1, "it would be the same for ever");
     // A chain with it is stacked.
     assert!(matches!(
-        rig.faces.build_chain(3, &[1, 2]),
+        rig.faces.build_chain(3, &[1, 2], &[]),
         Err(FsError::Chain { slot: 3, .. })
     ));
     assert_eq!(rig.chain_path(3, &[1, 2]), None);

@@ -45,10 +45,10 @@ fn set_up(root: &Path) -> Option<Rig> {
     rig.layer_path(THROUGH);
     rig.layer_path(WHOLE);
     rig.layer_path(GONE);
-    rig.faces.build_chain(CHAIN, &slots).unwrap();
+    rig.faces.build_chain(CHAIN, &slots, &[]).unwrap();
     rig.chain_path(CHAIN, &slots).unwrap();
     let mixed = [slots[0], THROUGH];
-    rig.faces.build_chain(MIXED, &mixed).unwrap();
+    rig.faces.build_chain(MIXED, &mixed, &[]).unwrap();
     rig.chain_path(MIXED, &mixed).unwrap();
     Some(rig)
 }

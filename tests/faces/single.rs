@@ -234,7 +234,7 @@ fn the_tree_serves_where_the_configuration_says_so() {
         assert_eq!(rig.layer_path(slot), rig.faces.session().path(slot));
         assert_eq!((rig.word(slot), rig.faces.shown(slot).mounted), ("tree", false));
     }
-    rig.faces.build_chain(3, &[1, 2]).unwrap();
+    rig.faces.build_chain(3, &[1, 2], &[]).unwrap();
     assert_eq!(rig.chain_path(3, &[1, 2]), None);
     assert_eq!(rig.word(3), "stack");
     rig.close();

@@ -422,7 +422,7 @@ pub const CASES: &[Case] = &[
             }
             parts.inodes[0].count = 60_000;
             let index = LayerIndex::new(parts).unwrap();
-            Box::new(move || merge::merge(&[&index]).map(drop))
+            Box::new(move || merge::merge(&[&index], None).map(drop))
         },
     },
     Case {

@@ -248,7 +248,7 @@ impl Layers for FakeLayers {
         let paths = layers.iter().map(|layer| self.path(layer).ok_or(*layer));
         let paths = paths.collect::<Result<Vec<_>, _>>()?;
         Ok(match self.merges.load(Ordering::Relaxed) && paths.len() > 1 {
-            true => Lowers::Merged(self.merged(&paths)),
+            true => Lowers::Segments(vec![(0, self.merged(&paths))]),
             false => Lowers::Stacked(paths),
         })
     }

@@ -1,4 +1,4 @@
-//! Chains: the layers of a container merged into one image, so that overlayfs has one lower directory however many layers there are.
+//! Chains: runs of layers merged into one image each, so that overlayfs has few lower directories however many layers there are.
 //!
 //! An image is made once, and stored (stored.rs): it costs time by the number of files, and nobody waits for it. It counts only together
 //! with the indexes that it was made of. It has a device for each layer, which is the layer's file in the cache if that is whole, and
@@ -18,15 +18,15 @@ use crate::layer::{LayerIndex, erofs};
 pub(super) const STACK: &str = "stack";
 
 impl Faces {
-    /// Makes and stores the image of a chain, whose `layers` are slots, the lowest first, unless it is stored already. Nothing is done where
-    /// the tree serves.
+    /// Makes and stores the image of a chain, whose `layers` are slots, the lowest first, unless it is stored already; they lie
+    /// on those in `below`. Nothing is done where the tree serves.
     ///
     /// Takes a second for a few hundred thousand files, and as much memory as the image and the indexes together; one is made at a time.
     ///
     /// # Errors
     /// [`FsError::NotAttached`], [`FsError::Chain`], [`FsError::Names`], [`FsError::Files`]. Nothing is stored then, and the layers have to
     /// be stacked.
-    pub fn build_chain(&self, slot: u32, layers: &[u32]) -> Result<(), FsError> {
+    pub fn build_chain(&self, slot: u32, layers: &[u32], below: &[u32]) -> Result<(), FsError> {
         if self.serving.face == Face::Tree {
             return Ok(());
         }
@@ -38,7 +38,7 @@ impl Faces {
             return Ok(());
         }
         // Not locked meanwhile: who asks for the chain stacks its layers.
-        let built = self.make_chain(slot, &devices, parts);
+        let built = self.make_chain(slot, &devices, parts, &self.devices(below)?);
         let outcome = if built.is_ok() { "built" } else { "failed" };
         self.metrics.face_chains_total.with_label_values(&[outcome]).inc();
         let mut state = entry.lock();
@@ -142,13 +142,30 @@ impl Faces {
         }
     }
 
-    fn make_chain(&self, slot: u32, devices: &[Device], parts: Vec<Part>) -> Result<Metadata, FsError> {
+    fn make_chain(
+        &self,
+        slot: u32,
+        devices: &[Device],
+        parts: Vec<Part>,
+        below: &[Device],
+    ) -> Result<Metadata, FsError> {
         let fail = |source| FsError::Chain { slot, source };
         let unread = |source| FsError::Names { slot, source };
-        let names = devices.iter().map(|device| device.layer.names().map_err(unread));
-        let names = names.collect::<Result<Vec<_>, _>>()?;
-        let indexes: Vec<&LayerIndex> = names.iter().map(|names| &**names).collect();
-        let merged = merge(&indexes).map_err(fail)?;
+        let names = |devices: &[Device]| {
+            let names = devices.iter().map(|device| device.layer.names().map_err(unread));
+            names.collect::<Result<Vec<_>, _>>()
+        };
+        let merge = |names: &[Arc<LayerIndex>], below: Option<&LayerIndex>| {
+            let indexes: Vec<&LayerIndex> = names.iter().map(|names| &**names).collect();
+            merge(&indexes, below).map_err(fail)
+        };
+        let below = match below.is_empty() {
+            true => None,
+            false => Some(merge(&names(below)?, None)?.index),
+        };
+        let names = names(devices)?;
+        let merged = merge(&names, below.as_ref())?;
+        drop(below);
         let spaces: Vec<erofs::Device> = devices
             .iter()
             .zip(&merged.devices)

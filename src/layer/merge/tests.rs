@@ -15,9 +15,9 @@ fn layer(fill: impl FnOnce(&mut Tar)) -> LayerIndex {
 
 /// The picture of the layers merged, the lowest first, without the line of the root.
 fn merged(layers: &[&LayerIndex]) -> String {
-    let merged = merge(layers).unwrap();
+    let merged = merge(layers, None).unwrap();
     assert_eq!(lines(&merged.index), expected(layers));
-    assert_eq!(merge(layers).unwrap(), merged);
+    assert_eq!(merge(layers, None).unwrap(), merged);
     assert_eq!(LayerIndex::decode(&merged.index.encode()), Ok(merged.index.clone()));
     let text = picture(&merged.index);
     text.split_once('\n').unwrap().1.to_owned()
@@ -79,7 +79,7 @@ fn a_directory_goes_down_to_what_ends_it() {
     });
     let aside = one("other", "x");
     let names = |layers: &[&LayerIndex]| {
-        let merged = merge(layers).unwrap().index;
+        let merged = merge(layers, None).unwrap().index;
         assert_eq!(lines(&merged), expected(layers));
         let dir = merged.inode(merged.lookup_path(b"d").unwrap()).unwrap();
         let names: Vec<_> = merged
@@ -96,7 +96,7 @@ fn a_directory_goes_down_to_what_ends_it() {
     assert_eq!(names(&[&low, &opaque, &high]), "high middle");
     assert_eq!(names(&[&low, &opaque]), "middle");
     // The mark is the one of the directory in its own layer: what is above does not keep it.
-    let merged = merge(&[&opaque]).unwrap().index;
+    let merged = merge(&[&opaque], None).unwrap().index;
     let dir = merged.inode(merged.lookup_path(b"d").unwrap()).unwrap();
     assert_eq!(dir.xattr_count, 0);
 }
@@ -133,6 +133,76 @@ fn whiteouts_go_and_other_devices_stay() {
 }
 
 #[test]
+fn an_upper_run_keeps_what_it_does_to_those_below() {
+    let first = layer(|tar| {
+        tar.dir("cleared", 0o755)
+            .file("cleared/.wh..wh..opq", b"")
+            .file(".wh.gone", b"")
+            .file("was-file", b"f")
+            .dir("goes-on", 0o755)
+            .file("goes-on/.wh.low", b"");
+    });
+    let second = layer(|tar| {
+        tar.dir("cleared", 0o755)
+            .file("cleared/.wh.first", b"")
+            .dir("was-file", 0o755)
+            .file("was-file/.wh.low", b"")
+            .dir("goes-on", 0o755)
+            .file(".wh.gone-too", b"")
+            .dir("gone", 0o755);
+    });
+    let below = layer(|tar| {
+        tar.dir("cleared", 0o755)
+            .file("cleared/first", b"")
+            .dir("was-file", 0o755)
+            .file("was-file/low", b"")
+            .dir("gone", 0o755)
+            .file("gone-too", b"")
+            .dir("goes-on", 0o755)
+            .file("goes-on/low", b"");
+    });
+    let run = merge(&[&first, &second], Some(&below)).unwrap().index;
+    let find = |path: &str| {
+        path.split('/').try_fold(ROOT_INO, |dir, name| {
+            let dir = run.inode(dir).unwrap();
+            let found = run.entries(dir).iter().find(|entry| run.name(entry) == name.as_bytes());
+            found.map(|entry| entry.ino)
+        })
+    };
+    let opaque =
+        |path: &str| run.xattr(run.inode(find(path).unwrap()).unwrap(), OPAQUE_XATTR.0) == Some(OPAQUE_XATTR.1);
+    let whiteout = |path: &str| run.inode(find(path).unwrap()).unwrap().is_whiteout();
+    // A file, and a whiteout, end what is below as a mark does.
+    assert_eq!(
+        ["cleared", "was-file", "gone", "goes-on"].map(opaque),
+        [true, true, true, false]
+    );
+    assert!(whiteout("gone-too") && whiteout("goes-on/low"));
+    // Where nothing below is seen, there is nothing to hide, and overlayfs would list it.
+    assert_eq!([find("cleared/first"), find("was-file/low")], [None, None]);
+    assert_eq!(run.xattrs(run.inode(ROOT_INO).unwrap()).count(), 0);
+    // Where there is nothing to hide, nothing is hidden.
+    let nothing = layer(|tar| {
+        tar.file("goes-on", b"");
+    });
+    let bare = merge(&[&first, &second], Some(&nothing)).unwrap().index;
+    assert!(
+        !bare
+            .inodes()
+            .iter()
+            .any(|inode| inode.is_whiteout() || inode.xattr_count > 0)
+    );
+    // By itself, as the lowest run, it has nothing of that.
+    let alone = merge(&[&run], None).unwrap().index;
+    assert!(
+        !alone
+            .inodes()
+            .iter()
+            .any(|inode| inode.is_whiteout() || inode.xattr_count > 0)
+    );
+}
+
+#[test]
 fn the_root_is_never_opaque() {
     let opaque = layer(|tar| {
         tar.file(".wh..wh..opq", b"").file("new", b"");
@@ -157,7 +227,7 @@ fn names_of_one_file_stay_together_with_the_count_of_their_layer() {
     let high = layer(|tar| {
         tar.file("b", b"").file("d", b"").hardlink("z", "b");
     });
-    let index = merge(&[&low, &high]).unwrap().index;
+    let index = merge(&[&low, &high], None).unwrap().index;
     assert_eq!(lines(&index), expected(&[&low, &high]));
     let number = |name: &[u8]| index.lookup_path(name).unwrap();
     assert_eq!(number(b"a"), number(b"c"));
@@ -166,7 +236,7 @@ fn names_of_one_file_stay_together_with_the_count_of_their_layer() {
     assert_eq!(index.inode(number(b"a")).unwrap().nlink, 4);
     assert_eq!(index.inode(number(b"b")).unwrap().nlink, 2);
     // A layer that comes twice is two layers: everything is seen of the upper one.
-    let twice = merge(&[&low, &high, &low]).unwrap();
+    let twice = merge(&[&low, &high, &low], None).unwrap();
     assert_eq!(lines(&twice.index), expected(&[&low, &high, &low]));
     let file = *twice.index.inode(twice.index.lookup_path(b"d/e").unwrap()).unwrap();
     let original = *low.inode(low.lookup_path(b"a").unwrap()).unwrap();
@@ -197,7 +267,7 @@ fn data_spaces_lie_one_after_the_other() {
     other.strings.push(b'g');
     let high = LayerIndex::new(other).unwrap();
     let empty = layer(|_| {});
-    let merged = merge(&[&low, &empty, &high]).unwrap();
+    let merged = merge(&[&low, &empty, &high], None).unwrap();
     assert_eq!(merged.devices, [1000, empty.data_size(), 77]);
     assert_eq!(
         merged.index.data_size(),
@@ -211,19 +281,19 @@ fn data_spaces_lie_one_after_the_other() {
 
 #[test]
 fn limits() {
-    assert!(matches!(merge(&[]), Err(LayerError::Unsupported { .. })));
+    assert!(matches!(merge(&[], None), Err(LayerError::Unsupported { .. })));
     let small = one("d", "x");
-    assert!(merge(&[&small; MAX_LAYERS]).is_ok());
+    assert!(merge(&[&small; MAX_LAYERS], None).is_ok());
     assert_eq!(
-        merge(&[&small; MAX_LAYERS + 1]).unwrap_err().to_string(),
+        merge(&[&small; MAX_LAYERS + 1], None).unwrap_err().to_string(),
         "number of layers is 501, over the limit of 500"
     );
     let mut large = small.parts().clone();
     large.data_size = MAX_DATA_SIZE - 511;
     let large = LayerIndex::new(large).unwrap();
-    assert_eq!(merge(&[&large]).unwrap().index.data_size(), MAX_DATA_SIZE);
+    assert_eq!(merge(&[&large], None).unwrap().index.data_size(), MAX_DATA_SIZE);
     assert_eq!(
-        merge(&[&large, &small]).unwrap_err().to_string(),
+        merge(&[&large, &small], None).unwrap_err().to_string(),
         format!(
             "uncompressed size of all layers is {}, over the limit of {MAX_DATA_SIZE}",
             MAX_DATA_SIZE + small.data_size()
@@ -260,14 +330,14 @@ fn marks_that_no_parser_lets_through_are_refused_where_they_count() {
     ] {
         let marked = with_xattr(&plain, path, name, value);
         for chain in [&[&marked, &high][..], &[&high, &marked]] {
-            let error = merge(chain).unwrap_err();
+            let error = merge(chain, None).unwrap_err();
             assert!(matches!(error, LayerError::Unsupported { .. }), "{error}");
         }
         if !path.is_empty() {
             let hidden = layer(|tar| {
                 tar.file("d", b"");
             });
-            assert!(merge(&[&marked, &hidden]).is_ok());
+            assert!(merge(&[&marked, &hidden], None).is_ok());
         }
     }
     // Not a directory: the mark means nothing.
@@ -320,7 +390,7 @@ fn deep_and_wide_trees() {
             .collect();
         LayerIndex::new(parts).unwrap()
     };
-    let index = merge(&[&deep(b"a"), &deep(b"b")]).unwrap().index;
+    let index = merge(&[&deep(b"a"), &deep(b"b")], None).unwrap().index;
     assert_eq!(index.inodes().len(), 30_002);
     // Every layer has a file of its own in one directory, and one that all have.
     let layers: Vec<_> = (0..MAX_LAYERS)
@@ -394,11 +464,11 @@ proptest! {
     #[test]
     fn merged_is_what_the_model_says(layers in prop::collection::vec(any_layer(), 1..7)) {
         let chain: Vec<_> = layers.iter().collect();
-        let whole = merge(&chain).unwrap();
+        let whole = merge(&chain, None).unwrap();
         prop_assert_eq!(lines(&whole.index), expected(&chain));
         prop_assert!(!whole.index.inodes().iter().any(|inode| inode.is_whiteout() || inode.flags != 0));
         prop_assert_eq!(&LayerIndex::decode(&whole.index.encode()).unwrap(), &whole.index);
-        let again = merge(&[&whole.index]).unwrap();
+        let again = merge(&[&whole.index], None).unwrap();
         prop_assert_eq!(&again.index, &whole.index);
     }
 
@@ -412,6 +482,46 @@ proptest! {
             chain.push(looks.unwrap_or(layer));
         }
         let chain: Vec<_> = chain.iter().collect();
-        prop_assert_eq!(lines(&merge(&chain).unwrap().index), expected(&chain));
+        prop_assert_eq!(lines(&merge(&chain, None).unwrap().index), expected(&chain));
+    }
+
+    /// However a chain is cut into runs, they show on each other what the layers show on each other.
+    #[test]
+    fn runs_on_each_other_show_what_their_layers_show(
+        layers in prop::collection::vec(any_layer(), 2..8),
+        cuts in prop::collection::vec(1..8_usize, 1..4),
+    ) {
+        let chain: Vec<_> = layers.iter().collect();
+        let whole = merge(&chain, None).unwrap();
+        let mut cuts: Vec<usize> = cuts.into_iter().filter(|cut| *cut < chain.len()).collect();
+        cuts.extend([0, chain.len()]);
+        cuts.sort_unstable();
+        cuts.dedup();
+        let below = |at: usize| (at > 0).then(|| merge(&chain[..at], None).unwrap().index);
+        let runs: Vec<LayerIndex> = cuts
+            .windows(2)
+            .map(|run| merge(&chain[run[0]..run[1]], below(run[0]).as_ref()).unwrap().index)
+            .collect();
+        let runs: Vec<_> = runs.iter().collect();
+        let stacked = merge(&runs, None).unwrap();
+        prop_assert_eq!(lines(&stacked.index), lines(&whole.index));
+        // Any neighbours may be merged, also those that lie on others.
+        for at in 1..runs.len() {
+            let below = below(cuts[at]);
+            let upper = merge(&runs[at..], below.as_ref()).unwrap().index;
+            let direct = merge(&chain[cuts[at]..], below.as_ref()).unwrap().index;
+            // Of a name that several layers take away, any of them may do it.
+            let shown = |index| {
+                let is_whiteout = |line: &String| line.contains(" 20000 ") && line.contains(" dev 0:0 ");
+                let name = |line: &String| line.split(' ').next().unwrap_or_default().to_owned();
+                let picture: Vec<String> = lines(index);
+                let reduced = picture.iter().map(|line| if is_whiteout(line) { name(line) } else { line.clone() });
+                reduced.collect::<Vec<_>>()
+            };
+            prop_assert_eq!(shown(&upper), shown(&direct));
+            // Nothing hides what is not there.
+            let whiteouts = direct.inodes().iter().filter(|inode| inode.is_whiteout()).count();
+            prop_assert!(whiteouts <= below.unwrap().inodes().len());
+        }
     }
 }

@@ -53,7 +53,9 @@ fn pull(store: &Store, name: &str, layers: &[&[u8]]) {
         parent = Some(key);
     }
     let chain = layers.iter().map(|bytes| Digest::of(bytes)).collect();
-    store.record_chain(Digest::of(name.as_bytes()), chain).unwrap();
+    store
+        .record_chain(Digest::of(name.as_bytes()), chain, crate::store::ChainRole::Lowest)
+        .unwrap();
 }
 
 fn remove(store: &Store, name: &str, layers: usize) {
@@ -196,7 +198,9 @@ fn leftovers_of_earlier_versions_go() {
     let [old, chain] = [b"old".as_slice(), b"chain"].map(Digest::of);
     store.allocate_slot(&old).unwrap();
     store.put_index(&old, &IndexRecord::Built { published: None }).unwrap();
-    let slot = store.record_chain(chain, vec![old]).unwrap();
+    let slot = store
+        .record_chain(chain, vec![old], crate::store::ChainRole::Lowest)
+        .unwrap();
     store.forget_layers(|_| false, |_| {}).unwrap();
     assert_eq!((store.slot(&old).unwrap(), store.index(&old).unwrap()), (None, None));
     assert_eq!(store.slot(&chain).unwrap(), Some(slot), "the chain is still there");

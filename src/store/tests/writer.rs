@@ -302,7 +302,13 @@ fn what_is_unchanged_costs_no_commit() {
         store
             .write_snapshots(|snapshots| snapshots.put("s", &snapshot(1, None)))
             .unwrap();
-        store.record_chain(Digest::of(b"chain"), vec![record.digest]).unwrap();
+        store
+            .record_chain(
+                Digest::of(b"chain"),
+                vec![record.digest],
+                crate::store::ChainRole::Lowest,
+            )
+            .unwrap();
     };
     let before = commits(&metrics);
     all();

@@ -298,6 +298,11 @@ async fn the_best_comes_first() {
     // The table is not known of, and may be in the cache all the same.
     assert_eq!(order(all), [proven.id, vouched[0], soci.id, cluster.id]);
     assert_eq!(loader.judge(vec![proven], &spec, &origin).proof, Some(digest("tar")));
+    // What is believed of another blob is nothing to it, whoever vouches for it.
+    for mut of_another in [cluster, soci] {
+        of_another.blob = digest("another blob");
+        assert_eq!(of_another.ground(&spec, &origin, &vouched, loader.policy()), None);
+    }
 }
 
 #[tokio::test]

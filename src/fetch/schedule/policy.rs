@@ -484,3 +484,6 @@ impl Policy {
         host.clock = start;
     }
 }
+
+#[cfg(test)]
+mod tests;

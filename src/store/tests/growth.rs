@@ -1,8 +1,8 @@
 //! Nothing only grows.
 
 use std::collections::HashSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use redb::{MultimapTableHandle as _, ReadableDatabase as _, ReadableTableMetadata as _, TableHandle as _};
 
@@ -201,7 +201,12 @@ fn leftovers_of_earlier_versions_go() {
     let slot = store
         .record_chain(chain, vec![old], crate::store::ChainRole::Lowest)
         .unwrap();
-    store.forget_layers(|_| false, |_| {}).unwrap();
+    let gone = Arc::new(Mutex::new(Vec::new()));
+    let told = Arc::clone(&gone);
+    store
+        .forget_layers(|_| false, move |digest| told.lock().unwrap().push(*digest))
+        .unwrap();
+    assert_eq!(*gone.lock().unwrap(), [old], "whoever believes something of it is told");
     assert_eq!((store.slot(&old).unwrap(), store.index(&old).unwrap()), (None, None));
     assert_eq!(store.slot(&chain).unwrap(), Some(slot), "the chain is still there");
 }

@@ -39,7 +39,7 @@
 //! that way either, everything is verified by this very process before (check.rs), and nothing of the file changes after (hold.rs).
 //!
 //! # Memory
-//! Of each layer that somebody has open, memory holds where its bytes are; its names and attributes leave it when nobody asks for them
+//! What the kernel has read of a mounted file is not kept twice (pages.rs). Of each layer that somebody has open, memory holds where its bytes are; its names and attributes leave it when nobody asks for them
 //! (names.rs).
 //!
 //! # Budget
@@ -63,6 +63,7 @@ mod map;
 mod marks;
 mod names;
 mod offline;
+mod pages;
 mod pins;
 mod staging;
 #[cfg(test)]

@@ -70,6 +70,7 @@ impl Cache {
             }
         };
         thread::Builder::new().name("lazuli-cache".to_owned()).spawn(work)?;
+        self.give_pages_back()?;
         self.wake();
         Ok(())
     }

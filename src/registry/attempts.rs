@@ -112,6 +112,12 @@ impl Attempts {
             .min_by_key(|(_, wait)| *wait)
     }
 
+    /// Whether another host than that at `place` has not failed yet.
+    pub fn has_fresh_beside(&self, place: usize) -> bool {
+        let mut others = self.hosts.iter().filter(|host| host.place != place);
+        others.any(|host| host.backoff.is_some() && host.error.is_none())
+    }
+
     /// The host at `place` failed.
     pub fn failed(&mut self, place: usize, failure: Failure, now: Instant) {
         if failure.passing {
@@ -249,12 +255,14 @@ mod tests {
         let mut attempts = Attempts::new(vec![0, 1], 9);
         assert_eq!(attempts.next_beside(&[0], now), Some((1, Duration::ZERO)));
         assert_eq!(attempts.next_beside(&[0, 1], now), None);
+        assert!(attempts.has_fresh_beside(0) && attempts.has_fresh_beside(1));
         attempts.failed(1, passing(), now);
         assert!(
             attempts
                 .next_beside(&[0], now)
                 .is_some_and(|(place, wait)| place == 1 && wait >= FIRST_DELAY)
         );
+        assert!(!attempts.has_fresh_beside(0) && attempts.has_fresh_beside(1));
     }
 
     #[test]

@@ -276,3 +276,19 @@ async fn what_a_slow_mirror_owes_is_asked_of_the_next_host() {
         .expect("the registry itself is asked");
     assert_eq!(m.asked(), (1, 1));
 }
+
+#[tokio::test]
+async fn a_body_that_stalls_goes_on_at_the_next_host() {
+    let m = Mirrored::new().await;
+    m.mirror.fail(On::Blob, 1, Fault::Stall(20_000));
+    let config = RegistryConfig {
+        config_path: vec![m.dir.path().to_owned()],
+        ..endless()
+    };
+    let source = source(&config, "registry.test");
+    tokio::time::timeout(Duration::from_secs(60), m.good(&source))
+        .await
+        .expect("the rest is asked of the registry itself");
+    assert_eq!(m.asked(), (1, 1));
+    assert_eq!(m.origin.seen(On::Blob)[0].range(), Some("bytes=20010-89999"));
+}

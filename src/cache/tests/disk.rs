@@ -368,6 +368,36 @@ fn what_nothing_refers_to_gives_way_the_oldest_first_down_to_the_low_mark() {
 }
 
 #[test]
+fn pages_of_a_file_are_given_back_and_its_bytes_stay() {
+    use rustix::io::{ReadWriteFlags, preadv2};
+
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(dir.path(), 0);
+    let cached = insert(&cache, "layer", 4);
+    fill(&cached, "layer");
+    let file = fs::File::open(cached.dir.join("data")).unwrap();
+    file.sync_all().unwrap();
+    let is_in_memory = || {
+        let mut byte = [0];
+        preadv2(
+            &file,
+            &mut [std::io::IoSliceMut::new(&mut byte)],
+            0,
+            ReadWriteFlags::NOWAIT,
+        )
+    };
+    if let Err(error @ rustix::io::Errno::OPNOTSUPP) = is_in_memory() {
+        eprintln!("skipped: this file system does not tell what is in memory: {error}");
+        return;
+    }
+    assert!((0..4).all(|chunk| holds(&cached, "layer", chunk)));
+    assert_eq!(is_in_memory(), Ok(1));
+    cached.give_pages_back();
+    assert_eq!(is_in_memory(), Err(rustix::io::Errno::AGAIN));
+    assert!((0..4).all(|chunk| holds(&cached, "layer", chunk)));
+}
+
+#[test]
 fn layers_in_use_give_nothing_to_the_mark() {
     let dir = tempfile::tempdir().unwrap();
     let cache = with_marks(dir.path());

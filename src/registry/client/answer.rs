@@ -30,6 +30,8 @@ pub(super) struct Answer {
 
 /// Why no more bytes come.
 pub(super) enum Broken {
+    /// It brings nothing, and another host may.
+    Stalled,
     /// The connection broke.
     Connection(reqwest::Error),
     /// The bytes are not what the head says.

@@ -417,7 +417,18 @@ impl Reader {
             };
             let place = answer.place;
             let operation = &self.operation;
-            let failure = match answer.next(|bytes| operation.received(bytes)).await {
+            let stall = operation.stall(place);
+            let silence = async {
+                match stall {
+                    Some(stall) => tokio::time::sleep(stall).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let next = tokio::select! {
+                next = answer.next(|bytes| operation.received(bytes)) => next,
+                () = silence => Err(Broken::Stalled),
+            };
+            let failure = match next {
                 Ok(Some(mut piece)) => {
                     operation.heard(place);
                     piece.truncate(usize::try_from(wanted).unwrap_or(usize::MAX));
@@ -443,6 +454,11 @@ impl Reader {
                 Ok(None) => {
                     let problem = format!("the body ended {wanted} bytes too early");
                     Failure::new(self.operation.protocol(place, problem), "cut")
+                }
+                Err(Broken::Stalled) => {
+                    let what = "the answer stalled".to_owned();
+                    let host = self.operation.endpoint(place);
+                    Failure::new(RegistryError::Unreachable { host, what }, "slow")
                 }
                 Err(Broken::Connection(error)) => self.operation.broken(place, error),
                 Err(Broken::Content(problem)) => {

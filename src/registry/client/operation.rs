@@ -17,6 +17,7 @@ use super::exchange::Ask;
 use crate::layer::Digest;
 use crate::registry::RegistryError;
 use crate::registry::attempts::{Attempts, Failure};
+use crate::registry::health::SLOW;
 use crate::registry::hosts::transport::chain;
 use crate::registry::hosts::{Endpoint, For};
 
@@ -154,6 +155,12 @@ impl Operation {
         for address in places.iter().filter_map(|(place, _)| self.address(*place)) {
             self.repository.shared.health.failed(&address, now);
         }
+    }
+
+    /// How long a body from the endpoint at `place` may bring nothing before it is given up for another one, if there is one that has not
+    /// failed yet. Otherwise the connection's own patience is all there is.
+    pub(super) fn stall(&self, place: usize) -> Option<Duration> {
+        self.attempts.has_fresh_beside(place).then_some(SLOW)
     }
 
     /// Something came from the endpoint at `place`.

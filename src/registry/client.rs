@@ -145,6 +145,13 @@ impl Registry {
     pub fn problems(&self) -> Vec<String> {
         let mut problems = self.shared.gates.problems();
         problems.extend(self.shared.hosts.problems());
+        let shunned = self.shared.health.shunned(Instant::now());
+        problems.extend(shunned.into_iter().map(|(host, left)| {
+            format!(
+                "{host} has failed again and again, and is asked last for another {} s",
+                left.as_secs().max(1)
+            )
+        }));
         problems
     }
 

@@ -42,6 +42,11 @@ impl Shun {
         }
     }
 
+    /// Whether it failed after such a time again.
+    pub fn is_lasting(&self) -> bool {
+        self.failures > 1
+    }
+
     /// When it ends, if it has not.
     pub fn ends(&self, now: Instant) -> Option<Instant> {
         self.until.filter(|until| *until > now)
@@ -103,12 +108,13 @@ impl Health {
         silent.min(since + SLOW).saturating_duration_since(now)
     }
 
-    /// Hosts that are asked last now, and how much longer.
+    /// Hosts that failed again and again, are asked last now, and how much longer.
     pub fn shunned(&self, now: Instant) -> Vec<(String, Duration)> {
         let known = lock(&self.0);
         let ends = |host: &Host| Some(host.shun.ends(now)?.saturating_duration_since(now));
         let mut shunned: Vec<_> = known
             .iter()
+            .filter(|(_, host)| host.shun.is_lasting())
             .filter_map(|(name, host)| Some((name.clone(), ends(host)?)))
             .collect();
         shunned.sort();
@@ -154,7 +160,13 @@ mod tests {
             for _ in 0..16 {
                 health.failed("a", now);
             }
-            let (_, time) = health.shunned(now)[0].clone();
+            let time = lock(&health.0).peek("a").unwrap().shun.ends(now).unwrap() - now;
+            // A first failure may be an accident.
+            let told = health.shunned(now);
+            assert_eq!(
+                told,
+                Vec::from_iter((!times.is_empty()).then_some(("a".to_owned(), time)))
+            );
             times.push(time.as_secs());
             now += time;
         }
@@ -162,7 +174,8 @@ mod tests {
         health.answered("a", now);
         assert!(health.shunned(now).is_empty());
         health.failed("a", now);
-        assert_eq!(health.shunned(now), [("a".to_owned(), SHUNNED)]);
+        assert_eq!(health.order(["a", "b"].into_iter(), now), [1, 0]);
+        assert_eq!(health.order(["a", "b"].into_iter(), now + SHUNNED), [0, 1]);
     }
 
     #[test]

@@ -35,6 +35,9 @@ const LIST_DOMAIN: &[u8] = b"lazuli list\0";
 /// How long an image that could not be made is not tried again: what stands in the way (a full disk, say) may pass.
 const RETRY: Duration = Duration::from_secs(300);
 
+/// Lists that are known at once: each new one is compared with all of them. What comes later is cut where those branch.
+const LISTS_MAX: usize = 4096;
+
 /// Directories that show layers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Lowers {
@@ -220,24 +223,20 @@ impl Catalog {
             // Only the beginning of another one: something is being unpacked on it, or it has been noted long since.
             let is_known = lists.contains_key(&digest);
             let is_begun = |other: &Vec<Digest>| other.len() > list.len() && other.starts_with(list);
-            if is_known || lists.values().any(is_begun) {
+            if is_known || lists.len() >= LISTS_MAX || lists.values().any(is_begun) {
                 return;
             }
             lists.insert(digest, list.to_vec());
             let branches = |other: &&Vec<Digest>| segments::common(list, other) > 0 && other.as_slice() != list;
             lists.values().filter(branches).cloned().collect()
         };
-        self.keep_list(digest, list.to_vec());
-        for other in cut {
-            self.want_segments(&other);
-        }
-    }
-
-    fn keep_list(self: &Arc<Self>, digest: Digest, layers: Vec<Digest>) {
-        let catalog = Arc::clone(self);
+        let (catalog, layers) = (Arc::clone(self), list.to_vec());
         self.runtime.spawn_blocking(move || {
             if let Err(error) = catalog.store.record_chain(digest, layers, ChainRole::List) {
                 tracing::warn!(%error, list = %digest, "which layers are used together cannot be recorded");
+            }
+            for other in cut {
+                catalog.want_segments(&other);
             }
         });
     }
@@ -411,11 +410,12 @@ impl Catalog {
                 .extract_if(|_, layers| !layers.iter().all(&stays))
                 .map(|(digest, _)| digest)
                 .collect();
-            let lists = lists.values().cloned().collect();
+            let stay = lists.values().cloned().collect();
+            drop(lists);
             for list in left {
                 self.remove_chain(&list, None);
             }
-            lists
+            stay
         };
         let needed: HashSet<Digest> = lists
             .iter()

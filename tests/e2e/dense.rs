@@ -3,12 +3,13 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use crate::stage::{Stage, generations, subject};
 use crate::support::containerd::REFERENCE;
 use crate::support::image::{Compression, Flavour, Image, Layer, base_entries};
 use crate::support::lazuli::{Lazuli, SNAPSHOTTER};
-use crate::support::sandbox::{PATIENCE, wait_until};
+use crate::support::sandbox::{PATIENCE, run_ok, wait_until};
 use crate::support::tar::{Entry, noise};
 use crate::support::tree::{Options, compare};
 
@@ -97,6 +98,32 @@ fn is_image_face(lazuli: &Lazuli) -> bool {
     lazuli.status()["face"]["face"] == "image"
 }
 
+/// Containers in containers: an overlay over the whole of what a container sees.
+fn nested(stage: &Stage, root: &Path) {
+    let [upper, work, merged] = ["upper", "work", "merged"].map(|name| {
+        let key = stage.containerd.new_id();
+        stage.sandbox.dir(format!("nested/{key}-{name}"))
+    });
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        root.display(),
+        upper.display(),
+        work.display()
+    );
+    run_ok(
+        Command::new("mount")
+            .args(["-t", "overlay", "overlay", "-o", &options])
+            .arg(&merged),
+    );
+    assert_eq!(fs::read(merged.join("data/base")).unwrap().len(), LARGE);
+    assert_eq!(fs::read_to_string(merged.join("shared/kept")).unwrap(), "kept");
+    fs::write(merged.join("shared/kept"), "changed").unwrap();
+    fs::remove_file(merged.join("data/base")).unwrap();
+    assert!(!merged.join("data/base").exists() && root.join("data/base").exists());
+    run_ok(Command::new("umount").arg(&merged));
+    assert_eq!(fs::read_to_string(upper.join("shared/kept")).unwrap(), "changed");
+}
+
 /// Three images on one base mount the base once; a fourth that branches within the base splits it for those who come then; what is seen is
 /// what overlayfs shows; and what nobody needs goes.
 #[test]
@@ -134,6 +161,8 @@ fn images_on_one_base_mount_it_once() {
             "the base and three tops: {:?}",
             mounted(lazuli)
         );
+
+        nested(&stage, &views[0].path);
 
         // It has the lower layer of the base, and another one above it.
         let mut other = base();

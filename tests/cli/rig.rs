@@ -71,7 +71,9 @@ impl Rig {
     /// A command; in its arguments REF is the image, and DIR the rig's place.
     pub fn command(&self, line: &str) -> Command {
         let mut words = line.split_whitespace();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_lazuli"));
+        // Whoever runs the tests may have signals ignored (nohup, a shell's background), and programs inherit that.
+        let mut command = Command::new("env");
+        command.args(["--default-signal", env!("CARGO_BIN_EXE_lazuli")]);
         command.arg(words.next().unwrap());
         if !line.contains("--help") {
             command.arg("--config").arg(self.path("config.toml"));

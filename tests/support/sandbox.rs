@@ -143,6 +143,8 @@ fn with_parent(command: &Command) -> Command {
     let mut bound = Command::new(require_program("setpriv"));
     bound
         .args(["--pdeathsig", "KILL", "--"])
+        // Whoever runs the tests may have signals ignored (nohup, a shell's background), and programs inherit that.
+        .args(["env", "--default-signal"])
         .arg(command.get_program())
         .args(command.get_args());
     for (name, value) in command.get_envs() {

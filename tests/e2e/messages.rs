@@ -153,7 +153,8 @@ fn the_daemon_ends_well_at_every_signal() {
         let lazuli = Lazuli::start(&sandbox, &sandbox.path("no-containerd.sock"), &[], "");
         drop(lazuli);
         // Once more, by hand: with a log that cannot be written.
-        let mut command = Command::new(lazuli::program());
+        let mut command = Command::new("env");
+        command.arg("--default-signal").arg(lazuli::program());
         command.arg("serve").arg("--config").arg(sandbox.path("lazuli.toml"));
         let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
         let mut daemon = command.stderr(full).stdout(Stdio::null()).spawn().unwrap();

@@ -512,7 +512,9 @@ proptest! {
             let direct = merge(&chain[cuts[at]..], below.as_ref()).unwrap().index;
             // Of a name that several layers take away, any of them may do it.
             let shown = |index| {
-                let is_whiteout = |line: &String| line.contains(" 20000 ") && line.contains(" dev 0:0 ");
+                // A character device, with whatever permissions, that is 0:0.
+                let is_device = |mode: &str| mode.len() == 5 && mode.starts_with("20");
+                let is_whiteout = |line: &String| line.split(' ').nth(1).is_some_and(is_device) && line.contains(" dev 0:0 ");
                 let name = |line: &String| line.split(' ').next().unwrap_or_default().to_owned();
                 let picture: Vec<String> = lines(index);
                 let reduced = picture.iter().map(|line| if is_whiteout(line) { name(line) } else { line.clone() });

@@ -170,7 +170,6 @@ impl Catalog {
         if list.len() < 2 || list.len() != layers.len() || faces.serving().face == Face::Tree {
             return None;
         }
-        self.note_list(&list);
         let slots: Vec<u32> = slots.iter().rev().copied().collect();
         let plan = self.cut(&list);
         let shown: Vec<Option<PathBuf>> = plan
@@ -220,10 +219,7 @@ impl Catalog {
         let digest = digest_of(list, ChainRole::List);
         let cut: Vec<Vec<Digest>> = {
             let mut lists = self.chains.lists();
-            // Only the beginning of another one: something is being unpacked on it, or it has been noted long since.
-            let is_known = lists.contains_key(&digest);
-            let is_begun = |other: &Vec<Digest>| other.len() > list.len() && other.starts_with(list);
-            if is_known || lists.len() >= LISTS_MAX || lists.values().any(is_begun) {
+            if lists.contains_key(&digest) || lists.len() >= LISTS_MAX {
                 return;
             }
             lists.insert(digest, list.to_vec());

@@ -182,7 +182,12 @@ impl Core {
         check_key("key", key)?;
         let chain = self.parents(parent)?;
         let own = instead.unwrap_or_default();
-        let lowers = self.lowers(&chain, &shown_by(&own, &chain))?;
+        let shown = shown_by(&own, &chain);
+        if !key.contains(EXTRACTION) {
+            // A container: containerd unpacks nothing on it.
+            self.expect_on(&chain, &shown);
+        }
+        let lowers = self.lowers(&chain, &shown)?;
         // What takes time is done before the transaction.
         let built = self.build(kind, &lowers)?;
         let (dirs, key, parent) = (Arc::clone(&self.dirs), key.to_owned(), parent.to_owned());
@@ -501,11 +506,15 @@ impl Core {
     /// Tells the layers that containers will be made on the snapshot `name`.
     pub fn expect(&self, name: &str) -> Result<(), SnapshotsError> {
         let chain = self.store.chain(name)?;
-        if let Some(Part::Remote(base)) = parts(&chain, &shown(&chain)).pop() {
+        self.expect_on(&chain, &shown(&chain));
+        Ok(())
+    }
+
+    fn expect_on(&self, chain: &Chain, shown: &[Option<Digest>]) {
+        if let Some(Part::Remote(base)) = parts(chain, shown).pop() {
             let layers: Vec<_> = base.iter().map(|(_, layer)| *layer).collect();
             self.layers.expect(&layers);
         }
-        Ok(())
     }
 
     /// The directory of a new local snapshot over `lowers`.

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use crate::faces;
 use crate::stage::{Stage, generations, subject};
 use crate::support::containerd::REFERENCE;
 use crate::support::image::{Compression, Flavour, Image, Layer, base_entries};
@@ -72,15 +73,7 @@ fn stored(lazuli: &Lazuli) -> Vec<String> {
 
 /// Names of the EROFS mounts of the daemon.
 fn mounted(lazuli: &Lazuli) -> BTreeSet<String> {
-    let faces = lazuli.root().join("faces");
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let of_daemon = mounts.lines().filter_map(|line| {
-        let mut words = line.split(' ');
-        let (target, kind) = (words.nth(1)?, words.next()?);
-        let name = Path::new(target).strip_prefix(&faces).ok()?;
-        (kind == "erofs").then(|| name.display().to_string())
-    });
-    of_daemon.collect()
+    faces::mounted(lazuli).into_iter().collect()
 }
 
 /// Waits until no segment is being made, and there are `count` of several layers.
@@ -190,6 +183,43 @@ fn images_on_one_base_mount_it_once() {
             assert_eq!(fs::read_to_string(view.path.join("app-file/inside")).unwrap(), name);
         }
     }
+}
+
+/// It does not matter which of them came first: a base that is an image itself is cut off from what was on it before.
+#[test]
+fn a_base_that_comes_after_its_image_is_shared_too() {
+    if subject() != SNAPSHOTTER {
+        return;
+    }
+    let stage = Stage::new(
+        "a_base_that_comes_after_its_image_is_shared_too",
+        generations().remove(0),
+    );
+    let lazuli = stage.lazuli.as_ref().unwrap();
+    let references = [("app", application(base(), "app")), ("base", image(base()))].map(|(name, image)| {
+        let reference = stage.push(&image, &format!("dense/{name}:1"));
+        stage.pull(&reference);
+        reference
+    });
+    if !is_image_face(lazuli) {
+        eprintln!("nothing to look at: the tree face serves");
+        return;
+    }
+    // A pull of what is there tells nobody; the first container does.
+    drop(stage.containerd.view(&references[1], SNAPSHOTTER));
+    // All of the application's, from when it was alone; the base; and what the application has above it.
+    until_merged(lazuli, 3);
+    let _application = stage.containerd.view(&references[0], SNAPSHOTTER);
+    let status = lazuli.status();
+    let is_top = |chain: &serde_json::Value| chain["is_upper"] == true && chain["mounted"] == true;
+    assert!(
+        status["chains"].as_array().unwrap().iter().any(is_top),
+        "the application is not cut: {:#}",
+        status["chains"]
+    );
+    let with_application = mounted(lazuli);
+    let _base = stage.containerd.view(&references[1], SNAPSHOTTER);
+    assert_eq!(mounted(lazuli), with_application, "the base is there");
 }
 
 /// After a restart, segments are what they were, without anything being made anew.

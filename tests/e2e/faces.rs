@@ -31,7 +31,7 @@ fn is_image(stage: &Stage) -> bool {
 }
 
 /// Ends of the names of EROFS mounts of this daemon: `7.file`, `9.image`; sorted.
-fn mounted(lazuli: &Lazuli) -> Vec<String> {
+pub fn mounted(lazuli: &Lazuli) -> Vec<String> {
     let faces = lazuli.root().join("faces");
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
     let of_daemon = mounts.lines().filter_map(|line| {

@@ -204,9 +204,10 @@ impl Fetcher {
         loop {
             let (landed, at) = {
                 let landings = seats.iter().map(|seat| seat.outcome().boxed());
+                let streams: Vec<_> = seats.iter().map(|seat| Arc::clone(&seat.flight.progress)).collect();
                 tokio::select! {
                     (outcome, at, _) = select_all(landings) => (Some(outcome), at),
-                    () = stalled(&seats), if request.is_some() => (None, 0),
+                    () = stalled(&streams), if request.is_some() => (None, 0),
                 }
             };
             let error = match landed {
@@ -333,21 +334,54 @@ impl Fetcher {
     }
 }
 
-/// Ends when none of the streams has brought anything for [`STALL`]. What waits for its place brings nothing either; what has been paused, or
-/// has all its bytes, is no stall.
-async fn stalled(seats: &[Seat]) {
-    let done = || seats.iter().map(|seat| seat.flight.progress.done()).sum::<u64>();
-    let excused = |seat: &Seat| {
-        let progress = &seat.flight.progress;
-        progress.is_paused() || progress.done() >= progress.total()
+/// Ends when none of the streams of a layer has brought anything for [`STALL`]. What waits for its place brings nothing either; what is paused,
+/// or has all its bytes, is no stall, and after a pause the source has the whole time again.
+async fn stalled(streams: &[Arc<Progress>]) {
+    let Some(mut wishes) = streams.first().map(|stream| stream.wishes()) else {
+        return;
     };
-    let mut last = done();
+    let done = || streams.iter().map(|stream| stream.done()).sum::<u64>();
     loop {
-        tokio::time::sleep(STALL).await;
-        let now = done();
-        if now == last && !seats.iter().any(excused) {
+        // The streams, and so what they share, live as long as their seats.
+        let _ = wishes.wait_for(|wishes| !wishes.pauses()).await;
+        let before = done();
+        tokio::select! {
+            () = tokio::time::sleep(STALL) => {}
+            _ = wishes.wait_for(Wishes::pauses) => continue,
+        }
+        let complete = |stream: &Arc<Progress>| stream.done() >= stream.total();
+        if done() == before && !streams.iter().any(complete) {
             return;
         }
-        last = now;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In time that stands still until everybody waits for it.
+    #[tokio::test(start_paused = true)]
+    async fn after_a_pause_a_source_has_its_whole_time_again() {
+        let stream = Progress::new(100, Arc::default());
+        let streams = [Arc::clone(&stream)];
+        let mut stall = Box::pin(stalled(&streams));
+        let within = async |stall: &mut _, time| tokio::time::timeout(time, stall).await.is_ok();
+        assert!(!within(&mut stall, STALL / 2).await);
+        let paused = Paused::new(Arc::clone(&stream));
+        assert!(!within(&mut stall, STALL * 100).await, "a pause is no stall");
+        drop(paused);
+        assert!(
+            !within(&mut stall, STALL * 3 / 4).await,
+            "it has just been told to go on"
+        );
+        stream.done.store(1, Ordering::Relaxed);
+        assert!(!within(&mut stall, STALL).await, "it moves");
+        assert!(within(&mut stall, STALL * 2).await, "it has stopped");
+        stream.done.store(100, Ordering::Relaxed);
+        assert!(
+            !within(&mut Box::pin(stalled(&streams)), STALL * 100).await,
+            "it has all its bytes"
+        );
     }
 }

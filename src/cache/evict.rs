@@ -16,7 +16,7 @@ use std::sync::{Arc, PoisonError};
 use rustix::fs::FallocateFlags;
 
 use super::CachedLayer;
-use super::hold::{file_size, unmark};
+use super::hold::file_size;
 use super::layer::GROUP;
 
 /// Name of a data file before it takes the place of the one that was mounted.
@@ -107,8 +107,7 @@ impl CachedLayer {
         fs::rename(self.dir.join(NEXT), self.dir.join("data"))?;
         self.data.store(Arc::new(next));
         self.clean.store(true, Ordering::SeqCst);
-        self.exposed.store(false, Ordering::SeqCst);
-        unmark(&self.dir)
+        self.unmark_exposed()
     }
 
     /// Removes everything but the index from the disk; the bytes that were freed.

@@ -94,20 +94,31 @@ impl CachedLayer {
     /// Notes that the file may be mounted though nobody holds it: from now on it is never changed in place.
     pub fn expose(&self) {
         let _shared = self.mutation.read().unwrap_or_else(PoisonError::into_inner);
+        // This process leaves it alone also when the next one cannot be told.
+        self.exposed.store(true, Ordering::SeqCst);
         if let Err(error) = self.mark_exposed() {
             tracing::error!(layer = %self.digest, "cannot write in {}: {error}", self.dir.display());
         }
     }
 
-    /// The caller holds `mutation`.
+    /// The caller holds `mutation`. It counts as marked only once it is: what could not be written is written by the next who wants it.
     fn mark_exposed(&self) -> io::Result<()> {
-        if self.exposed.swap(true, Ordering::SeqCst) {
-            return Ok(());
+        let mut marked = self.marked.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*marked {
+            fs::write(self.dir.join(MARKER), self.cache.boot_id())?;
+            *marked = true;
+            self.small.store(small_files(&self.dir), Ordering::Relaxed);
+            self.account_growth(0);
         }
-        fs::write(self.dir.join(MARKER), self.cache.boot_id())?;
-        self.small.store(small_files(&self.dir), Ordering::Relaxed);
-        self.account_growth(0);
+        self.exposed.store(true, Ordering::SeqCst);
         Ok(())
+    }
+
+    /// Notes that the data is another file now, which was never mounted. The caller holds `mutation` exclusively.
+    pub(super) fn unmark_exposed(&self) -> io::Result<()> {
+        self.exposed.store(false, Ordering::SeqCst);
+        *self.marked.lock().unwrap_or_else(PoisonError::into_inner) = false;
+        unmark(&self.dir)
     }
 
     /// Whether somebody holds the file.

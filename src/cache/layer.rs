@@ -86,6 +86,8 @@ pub struct CachedLayer {
     pub(super) holds: AtomicU32,
     /// Whether the file may be mounted somewhere, also after the last hold on it has gone.
     pub(super) exposed: AtomicBool,
+    /// Whether the next process will know that.
+    pub(super) marked: Mutex<bool>,
     /// Bytes on disk, shared with the cache's list of layers.
     pub(super) allocated: Arc<AtomicU64>,
     /// How many of them are in files beside the data.
@@ -153,6 +155,7 @@ impl CachedLayer {
             pins: Pins::new(),
             holds: AtomicU32::new(0),
             exposed: AtomicBool::new(files.exposed),
+            marked: Mutex::new(files.exposed),
             allocated: files.allocated,
             small: AtomicU64::new(files.small),
             index: index.blob(),

@@ -57,6 +57,30 @@ fn what_this_process_stored_is_a_file_at_once() {
 }
 
 #[test]
+fn nothing_is_mounted_of_which_the_next_process_would_not_know() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(dir.path(), 0);
+    let cached = with_gaps(&cache, "a", 3);
+    fill(&cached, "a");
+    let marker = data(dir.path(), "a").with_file_name(crate::cache::hold::MARKER);
+    // A disk that is full, say; once is as bad as always.
+    fs::create_dir(&marker).unwrap();
+    for _ in 0..2 {
+        assert_eq!(cached.hold().err(), Some(NotWhole::Disk));
+    }
+    fs::remove_dir(&marker).unwrap();
+    let (path, hold) = hold(&cached);
+    assert!(crate::cache::hold::is_exposed(path.parent().unwrap(), cache.boot_id()));
+    drop(hold);
+    // Another file takes its place when it is evicted; that one is marked when it is mounted.
+    assert!(cached.evict_all() > 0);
+    assert!(!marker.exists());
+    fill(&cached, "a");
+    let (path, _hold) = cached.hold().unwrap();
+    assert!(crate::cache::hold::is_exposed(path.parent().unwrap(), cache.boot_id()));
+}
+
+#[test]
 fn what_an_earlier_process_left_is_verified_before() {
     let dir = tempfile::tempdir().unwrap();
     for orderly in [true, false] {

@@ -16,6 +16,10 @@
 //! frame), the first read that misses an evicted byte streams the layer again (refill.rs), chunk by chunk against its index. Where a source has
 //! no ranges, one pass over the blob brings all chunks that are missing (sweep.rs).
 //!
+//! # Outages
+//! What cannot be had now, but later, fails no reader: its chunks go back into the queue, and hosts that deliver nothing are asked again
+//! and again, in turns (outage.rs), until they do or nobody waits any more.
+//!
 //! # Whole layers
 //! A layer that is complete is given to the kernel as a file ([`LayerData::local_file`]). What an earlier process left of it is verified
 //! before, in the background (verify.rs).
@@ -35,6 +39,7 @@ pub mod error;
 mod fetcher;
 mod flights;
 mod layer;
+mod outage;
 mod pieces;
 mod pipeline;
 mod queue;

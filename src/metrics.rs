@@ -44,6 +44,10 @@ pub struct Metrics {
     pub face_dropped_xattrs_total: IntCounter,
     /// Reads that wait now for bytes that have to be fetched.
     pub waiting_reads: IntGauge,
+    /// Registries that deliver nothing now while readers wait for them.
+    pub outages: IntGauge,
+    /// Requests that failed for now, and whose readers went on waiting.
+    pub outage_retries_total: IntCounter,
     /// Bytes returned to readers.
     pub read_bytes_total: IntCounter,
     /// Reads that had to wait for a fetch: their duration in seconds.
@@ -171,6 +175,16 @@ impl Metrics {
                 &r,
                 "lazuli_waiting_reads",
                 "Reads that wait now for bytes that have to be fetched.",
+            ),
+            outages: gauge(
+                &r,
+                "lazuli_outages",
+                "Registries that deliver nothing now while readers wait for them.",
+            ),
+            outage_retries_total: counter(
+                &r,
+                "lazuli_outage_retries_total",
+                "Requests that failed for now, and whose readers went on waiting.",
             ),
             read_bytes_total: counter(&r, "lazuli_read_bytes_total", "Bytes returned to readers."),
             cold_read_seconds: histogram(

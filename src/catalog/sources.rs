@@ -266,10 +266,12 @@ impl Blob for Failover {
     }
 }
 
-/// Of two failures, the one to report: a host that answered says more than one that could not be reached.
+/// Of two failures, the one to report: one that may pass, since then it pays to wait for the bytes; and of two that may, a host that answered
+/// says more than one that could not be reached.
 fn more_telling(a: Option<RegistryError>, b: RegistryError) -> RegistryError {
+    let telling = |error: &RegistryError| (error.retry_helps(), !matches!(error, RegistryError::Unreachable { .. }));
     match a {
-        Some(a) if !matches!(a, RegistryError::Unreachable { .. }) => a,
+        Some(a) if telling(&a) >= telling(&b) => a,
         _ => b,
     }
 }

@@ -21,6 +21,7 @@ use tokio::sync::Semaphore;
 
 use super::Layer;
 use super::flights::Streams;
+use super::outage::Outages;
 use super::schedule::{Class, Kind, Limits, Place, Scheduler, Turns, Wish};
 use crate::cache::{Cache, CachedLayer};
 use crate::config::FetchConfig;
@@ -35,6 +36,9 @@ const REQUESTS_PART: u64 = 2;
 const PIECES_PART: u64 = 4;
 /// Chunks decoded at once for each processor: they also write to the disk, and wait for it.
 const DECODES_PER_PROCESSOR: usize = 4;
+
+/// Longest time without any progress before a request is given up, whatever readers wait: their next request may find another connection.
+const SILENCE: Duration = Duration::from_secs(60);
 
 /// The scheduler of everything that is fetched, and what it is fetched with. There is one per daemon.
 pub struct Fetcher {
@@ -52,6 +56,8 @@ pub struct Fetcher {
     memory: Arc<Budget>,
     /// First passes under way.
     pub(super) streams: Streams,
+    /// Hosts that deliver nothing while readers wait.
+    pub(super) outages: Arc<Outages>,
     /// Lets one layer be verified at a time.
     pub(super) verifications: Arc<Semaphore>,
     /// Largest ranged request, in bytes.
@@ -85,12 +91,13 @@ impl Fetcher {
             pieces,
             memory,
             streams: Streams::default(),
+            outages: Outages::new(metrics.outages.clone()),
             cache,
             runtime,
             metrics,
             verifications: Arc::new(Semaphore::new(1)),
             max_request: config.max_request.0,
-            patience: config.read_deadline,
+            patience: config.read_deadline.min(SILENCE),
         })
     }
 

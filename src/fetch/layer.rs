@@ -9,16 +9,18 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::outage::{Outage, Turn};
 use super::queue::{Answer, Next, Queue, Ranks, Terms, View, owners};
 use super::schedule::{Class, Kind, Wish};
 use super::window::Owner;
 use super::{FetchError, Fetcher, LayerData, LocalFile};
 use crate::cache::{CacheError, CachedLayer};
 use crate::layer::{Access, BlobIndex, Digest, LayerIndex};
-use crate::registry::Blob;
+use crate::registry::{Blob, Origin};
 
 /// Times that a damaged chunk is fetched before its readers get an error: damage on the way is rare, and damage at the source stays.
 pub(super) const DAMAGE_LIMIT: u32 = 3;
@@ -34,6 +36,10 @@ pub struct Layer {
     queue: Mutex<Queue>,
     /// Whether missing bytes are had by streaming all of the layer again.
     streamed: AtomicBool,
+    /// The outage that its last request met.
+    outage: Mutex<Option<Arc<Outage>>>,
+    /// Told when the bytes come from another source.
+    moved: Notify,
     /// Ends the requests under way when the layer is closed.
     pub(super) closing: CancellationToken,
     pub(super) requests: AtomicU64,
@@ -71,6 +77,8 @@ impl Layer {
             blob: RwLock::new(blob),
             queue: Mutex::default(),
             streamed: AtomicBool::new(streamed),
+            outage: Mutex::default(),
+            moved: Notify::new(),
             closing: CancellationToken::new(),
             requests: AtomicU64::new(0),
             fetched: AtomicU64::new(0),
@@ -84,9 +92,40 @@ impl Layer {
         Arc::clone(&self.blob.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Takes the bytes from another source from the next request on.
+    /// Takes the bytes from another source from the next request on. Whoever waits for the old one to come back goes on at once.
     pub fn set_blob(&self, blob: Arc<dyn Blob>) {
         *self.blob.write().unwrap_or_else(PoisonError::into_inner) = blob;
+        *self.outage() = None;
+        self.moved.notify_waiters();
+    }
+
+    pub(super) fn outage(&self) -> MutexGuard<'_, Option<Arc<Outage>>> {
+        self.outage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// If the last request met an outage, waits until it is over (`None`), or for a turn to ask in it.
+    pub(super) async fn turn(&self) -> Option<Turn> {
+        let moved = self.moved.notified();
+        let outage = self.outage().clone()?;
+        tokio::select! {
+            turn = outage.turn() => turn,
+            () = moved => None,
+        }
+    }
+
+    /// A request to `origin` ended; `failed` says why, if it did so in a way that may pass and readers wait. `turn` is what it was made with.
+    pub(super) async fn ended(&self, origin: &Origin, failed: Option<&FetchError>, turn: Option<Turn>) {
+        let outages = &self.fetcher.outages;
+        match failed {
+            Some(error) => {
+                self.fetcher.metrics.outage_retries_total.inc();
+                *self.outage() = Some(outages.failed(origin, error));
+                if let Some(turn) = turn {
+                    turn.rest().await;
+                }
+            }
+            None => *self.outage() = None,
+        }
     }
 
     /// The layer in the cache.
@@ -183,6 +222,11 @@ impl Layer {
         };
         let Some(me) = self.me.upgrade() else { return };
         self.fetcher.runtime.spawn(async move {
+            // Before it has a place: what waits for a host takes nothing from others.
+            let turn = tokio::select! {
+                turn = me.turn() => turn,
+                () = me.closing.cancelled() => return,
+            };
             loop {
                 let wish = Wish {
                     owner: me.blob().origin(),
@@ -211,7 +255,7 @@ impl Layer {
                         place.shrink(job.memory);
                         me.dispatch(class);
                         me.dispatch(Class::ReadAhead);
-                        return me.request(job, class, place).await;
+                        return me.request(job, class, place, turn).await;
                     }
                 }
             }

@@ -436,6 +436,33 @@ impl Queue {
         again
     }
 
+    /// Puts a chunk of a request that failed for now back into the queue, if anyone waits for it; otherwise it is given up.
+    pub fn later(&mut self, chunk: usize, rank: usize) -> bool {
+        let awaited = self.is_awaited(chunk);
+        match self.chunks.get_mut(&chunk) {
+            Some(pending) if awaited => {
+                pending.place = Place::Queued(Class::Demand);
+                self.queued[Class::Demand as usize].insert(rank);
+            }
+            _ => {
+                self.chunks.remove(&chunk);
+            }
+        }
+        awaited
+    }
+
+    /// Gives up what was left to a stream and nobody waits for; whether anything is left to it still.
+    pub fn keep_awaited(&mut self) -> bool {
+        let (awaited, alone): (Vec<usize>, Vec<usize>) = self
+            .left_to_stream()
+            .into_iter()
+            .partition(|&chunk| self.is_awaited(chunk));
+        for chunk in alone {
+            self.chunks.remove(&chunk);
+        }
+        !awaited.is_empty()
+    }
+
     /// Everyone who waits for anything; the queue is empty then.
     pub fn drain(&mut self) -> Vec<Waiter> {
         self.queued.iter_mut().for_each(BTreeSet::clear);

@@ -36,11 +36,19 @@ impl Layer {
             let mut pass = 1;
             let mut known = None;
             loop {
+                let turn = tokio::select! {
+                    turn = me.turn() => turn,
+                    () = me.closing.cancelled() => None,
+                };
+                let blob = me.blob();
+                let origin = blob.origin();
                 let result = tokio::select! {
                     result = me.refill_pass(known.take()) => result,
                     () = me.closing.cancelled() => Err(Fault::Closed),
                 };
-                let blob = me.blob();
+                if result.is_ok() {
+                    me.fetcher.outages.delivered(&origin);
+                }
                 let from = blob.describe();
                 let error = match result {
                     Ok(Some(pieces)) if !me.queue().is_empty() => {
@@ -52,7 +60,15 @@ impl Layer {
                         pass += 1;
                         continue;
                     }
-                    Err(fault) => Some(fault.into_error(*me.cached.digest(), from)),
+                    Err(fault) => {
+                        let error = fault.into_error(*me.cached.digest(), from);
+                        let waits = error.may_pass() && me.queue().keep_awaited();
+                        me.ended(&origin, waits.then_some(&error), turn).await;
+                        if waits {
+                            continue;
+                        }
+                        Some(error)
+                    }
                 };
                 let waiters = {
                     let mut queue = me.queue();

@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::layer::DAMAGE_LIMIT;
+use super::outage::Turn;
 use super::queue::{COPIED, Job, View};
 use super::schedule::{Class, Place};
 use super::{FetchError, Layer};
@@ -53,7 +54,8 @@ enum Cut {
 
 impl Layer {
     /// Makes a request, and sees to it that each of its chunks is answered or queued again.
-    pub(super) async fn request(self: &Arc<Self>, job: Job, class: Class, place: Place) {
+    /// With the `turn` that it is made in, if its source has an outage.
+    pub(super) async fn request(self: &Arc<Self>, job: Job, class: Class, place: Place, turn: Option<Turn>) {
         // The place brings the right to that much, so that there is nothing to wait for.
         let share = self.fetcher.requests.take(place.bytes()).await;
         let kind = class.word();
@@ -63,6 +65,7 @@ impl Layer {
         let members = self.members(&chunks);
         tracing::debug!(layer = %self.cached.digest(), range = ?job.plan.range, chunks = chunks.len(), kind, "fetch");
         let blob = self.blob();
+        let origin = blob.origin();
         let (cut, mut damaged) = self.transfer(&*blob, &job, members, kind).await;
         drop(share);
         drop(place);
@@ -91,8 +94,13 @@ impl Layer {
         }
         self.settle_damage(&damaged, &blob.describe());
         self.queue().landed(job.id);
-        // A request that failed fails its readers, also those that a stream could help; but not if the blob can be had as a whole.
+        if settled {
+            self.fetcher.outages.delivered(&origin);
+        }
+        // A request that failed for good fails its readers, also those that a stream could help; but not if the blob can be had as a whole.
         let to_stream = no_ranges || (self.is_streamed() && settled);
+        let later = !settled && error.may_pass();
+        let mut waits = false;
         for chunk in chunks {
             let mut queue = self.queue();
             if !queue.is_flying(chunk, job.id) {
@@ -100,6 +108,8 @@ impl Layer {
             }
             if to_stream {
                 queue.leave_to_stream(chunk);
+            } else if later {
+                waits |= queue.later(chunk, self.ranks.rank(chunk));
             } else {
                 drop(queue);
                 self.answer(chunk, Err(error.clone()));
@@ -110,6 +120,7 @@ impl Layer {
             true => self.sweep(class),
             false => {}
         }
+        self.ended(&origin, waits.then_some(&error), turn).await;
         self.dispatch(Class::Demand);
     }
 

@@ -31,6 +31,7 @@ impl Layer {
         }
         let me = Arc::clone(self);
         self.fetcher.runtime.spawn(async move {
+            let origin = me.blob().origin();
             let result = tokio::select! {
                 result = me.sweep_pass(class) => result,
                 () = me.closing.cancelled() => Err(me.closed()),
@@ -48,10 +49,19 @@ impl Layer {
                     Err(_) => queue.left_to_stream(),
                 }
             };
-            if let Err(error) = result {
-                tracing::warn!(layer = %me.cached.digest(), %error, "reading the layer as a whole ended early");
-                for chunk in left {
-                    me.answer(chunk, Err(error.clone()));
+            match &result {
+                Ok(()) => me.fetcher.outages.delivered(&origin),
+                Err(error) => {
+                    tracing::warn!(layer = %me.cached.digest(), %error, "reading the layer as a whole ended early");
+                    let mut waits = false;
+                    for chunk in left {
+                        match error.may_pass() {
+                            // As ranges, which may be had then.
+                            true => waits |= me.queue().later(chunk, me.ranks.rank(chunk)),
+                            false => me.answer(chunk, Err(error.clone())),
+                        }
+                    }
+                    me.ended(&origin, waits.then_some(error), None).await;
                 }
             }
             if me.is_streamed() {

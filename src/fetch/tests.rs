@@ -2,6 +2,7 @@
 
 mod fake;
 mod flights;
+mod outages;
 mod ranges;
 mod seeds;
 mod sharing;

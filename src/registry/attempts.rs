@@ -158,13 +158,15 @@ impl Attempts {
         self.progress = self.progress.saturating_add(bytes);
     }
 
-    /// The error to report: that of the host which comes last in the configured order, the registry itself.
-    pub fn into_error(self) -> Option<RegistryError> {
-        self.hosts
+    /// The error to report: that of the host which comes last in the configured order, the registry itself; but with `patient` rather one
+    /// that may pass, as whoever waits for what a mirror has wants to wait for the mirror.
+    pub fn into_error(self, patient: bool) -> Option<RegistryError> {
+        let errors = self
+            .hosts
             .into_iter()
-            .filter(|host| host.error.is_some())
-            .max_by_key(|host| host.place)
-            .and_then(|host| host.error)
+            .filter_map(|host| Some((host.place, host.error?)));
+        let last = errors.max_by_key(|(place, error)| (patient && error.retry_helps(), *place));
+        last.map(|(_, error)| error)
     }
 }
 
@@ -238,6 +240,22 @@ mod tests {
     }
 
     #[test]
+    fn who_can_wait_is_told_of_the_host_that_may_come_back() {
+        let now = Instant::now();
+        let ended = || {
+            let mut attempts = Attempts::new(vec![0, 1], 9);
+            attempts.failed(0, passing(), now);
+            attempts.failed(1, definite("origin"), now);
+            attempts
+        };
+        assert!(matches!(ended().into_error(true), Some(RegistryError::Status { .. })));
+        assert!(matches!(
+            ended().into_error(false),
+            Some(RegistryError::NotFound { .. })
+        ));
+    }
+
+    #[test]
     fn a_definite_answer_ends_a_host_and_the_last_host_gives_the_error() {
         let now = Instant::now();
         let mut attempts = Attempts::new(vec![1, 0], 9);
@@ -245,7 +263,7 @@ mod tests {
         assert_eq!(attempts.next(now).unwrap().0, 0);
         attempts.failed(0, definite("mirror"), now);
         assert_eq!(attempts.next(now), None);
-        assert!(matches!(attempts.into_error(), Some(RegistryError::NotFound { host, .. }) if host == "origin"));
+        assert!(matches!(attempts.into_error(false), Some(RegistryError::NotFound { host, .. }) if host == "origin"));
         assert!(Attempts::new(vec![], 3).next(now).is_none());
     }
 

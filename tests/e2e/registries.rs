@@ -30,6 +30,8 @@ const FILES: usize = 8;
 const ALWAYS: usize = 1_000_000;
 /// How long a trouble lasts that somebody mends.
 const MENDED_AFTER: Duration = Duration::from_secs(5);
+/// How long a registry is away: longer than all attempts of one request. `LAZULI_OUTAGE_SECONDS` makes it another time.
+const AWAY: Duration = Duration::from_secs(10);
 
 fn content(index: usize) -> Vec<u8> {
     noise(7_000 + index as u64, LENGTH)
@@ -227,6 +229,47 @@ fn a_container_reads_on_whatever_happens_to_its_registry() {
     stage.set_mirror(Some(&other.host()));
     stage.reads("the first mirror ignores ranges", |_| {});
     println!("longest stall: {:?}", stage.longest);
+}
+
+/// A registry that is away longer than any one request of it is repeated, in each way in which registries are.
+#[test]
+fn a_container_reads_on_when_its_registry_has_been_away() {
+    if subject() != SNAPSHOTTER {
+        return;
+    }
+    let away = std::env::var("LAZULI_OUTAGE_SECONDS");
+    let away = away.map_or(AWAY, |seconds| Duration::from_secs(seconds.parse().expect("seconds")));
+    let mut stage = Reading::new("a_container_reads_on_when_its_registry_has_been_away", Auth::None);
+    // What is in the cache is read meanwhile as ever.
+    let pass = |stage: &Reading| {
+        let until = Instant::now() + away;
+        let local = stage.containerd.exec(&stage.container, "sha256sum /etc/passwd");
+        local.expect_success();
+        thread::sleep(until.saturating_duration_since(Instant::now()));
+    };
+    for fault in [
+        Fault::Status(503),
+        Fault::RetryAfter(429, "1".to_owned()),
+        Fault::Cut(1000),
+        Fault::Answer(200, "<html>we are back soon</html>".to_owned()),
+    ] {
+        stage.registry.fail(On::Blob, ALWAYS, fault.clone());
+        stage.reads(&format!("{fault:?} for {} s", away.as_secs()), |stage| {
+            pass(stage);
+            stage.registry.heal();
+        });
+    }
+    let whole = std::fs::read_to_string(stage.hosts_toml()).unwrap();
+    let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    std::fs::write(stage.hosts_toml(), format!("server = \"http://{nobody}\"\n")).unwrap();
+    thread::sleep(Duration::from_millis(1_500));
+    stage.reads("connections are refused", |stage| {
+        pass(stage);
+        std::fs::write(stage.hosts_toml(), &whole).unwrap();
+    });
+    let log = stage.lazuli.log();
+    assert!(log.contains("the host delivers again"), "{log}");
+    println!("longest stall: {:?} of {away:?}", stage.longest);
 }
 
 /// Eight other repositories name the layers of a running container, and have none of their bytes.

@@ -226,8 +226,9 @@ impl Containerd {
 
     /// Runs a shell script in a running container.
     pub fn exec(&self, id: &str, script: &str) -> Finished {
-        let output = Output::new(&self.sandbox, id);
         let (process, fifos) = (self.new_id(), self.sandbox.dir("fifos").display().to_string());
+        // Others may run in the same container.
+        let output = Output::of(&self.sandbox, id, &process);
         let flags = ["tasks", "exec", "--fifo-dir", &fifos, "--exec-id", &process];
         let mut command = self.ctr(&flags);
         command.args([id, "sh", "-c", &output.script(script)]);
@@ -429,28 +430,37 @@ impl Drop for Containerd {
 /// and so no part of the image. Not through `ctr`, which loses output of short commands when it closes its pipes before it has read them.
 struct Output {
     dir: PathBuf,
+    /// What its files are called, of those that write there.
+    process: String,
     mount: String,
 }
 
 impl Output {
     fn new(sandbox: &Sandbox, id: &str) -> Self {
-        let dir = sandbox.dir(format!("output/{id}"));
+        Self::of(sandbox, id, id)
+    }
+
+    fn of(sandbox: &Sandbox, container: &str, process: &str) -> Self {
+        let dir = sandbox.dir(format!("output/{container}"));
         let mount = format!("type=bind,src={},dst=/run/out,options=rbind:rw", dir.display());
-        Output { dir, mount }
+        let process = process.to_owned();
+        Output { dir, process, mount }
     }
 
     fn script(&self, script: &str) -> String {
-        format!("exec >/run/out/stdout 2>/run/out/stderr\n{script}")
+        let process = &self.process;
+        format!("exec >/run/out/{process}.stdout 2>/run/out/{process}.stderr\n{script}")
     }
 
     fn collect(self, mut finished: Finished) -> Finished {
-        let read = |name| std::fs::read(self.dir.join(name)).unwrap_or_default();
-        finished.stdout = read("stdout");
-        finished.stderr.push_str(&String::from_utf8_lossy(&read("stderr")));
-        for name in ["stdout", "stderr"] {
-            // The next command in the same container starts with empty ones.
-            let _ = std::fs::remove_file(self.dir.join(name));
-        }
+        let take = |name| {
+            let path = self.dir.join(format!("{}.{name}", self.process));
+            let bytes = std::fs::read(&path).unwrap_or_default();
+            let _ = std::fs::remove_file(path);
+            bytes
+        };
+        finished.stdout = take("stdout");
+        finished.stderr.push_str(&String::from_utf8_lossy(&take("stderr")));
         finished
     }
 }

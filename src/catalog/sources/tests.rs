@@ -55,6 +55,14 @@ fn unreachable_host() -> RegistryError {
     }
 }
 
+fn failing() -> RegistryError {
+    RegistryError::Status {
+        host: "b".into(),
+        what: "blob".into(),
+        status: 503,
+    }
+}
+
 fn missing() -> RegistryError {
     RegistryError::NotFound {
         host: "b".into(),
@@ -127,10 +135,17 @@ async fn the_place_that_works_is_found_and_remembered() {
 
 #[tokio::test]
 async fn the_more_telling_failure_is_reported() {
+    // One that may pass: a reader wants to wait for it.
     for errors in [[unreachable_host(), missing()], [missing(), unreachable_host()]] {
         let rig = Rig::new(&errors.map(|error| ("a", Does::Fail(error))));
         let error = rig.read(0..1).await.unwrap_err();
-        assert!(matches!(error, RegistryError::NotFound { .. }), "{error}");
+        assert!(error.retry_helps(), "{error}");
+    }
+    // Of such, that of a host which answered.
+    for errors in [[unreachable_host(), failing()], [failing(), unreachable_host()]] {
+        let rig = Rig::new(&errors.map(|error| ("a", Does::Fail(error))));
+        let error = rig.read(0..1).await.unwrap_err();
+        assert!(matches!(error, RegistryError::Status { .. }), "{error}");
     }
 }
 

@@ -30,8 +30,10 @@ pub enum Fault {
     Broken(usize),
     /// The byte at that place is another.
     Flipped(usize),
-    /// There is none.
+    /// There is none now.
     Refused,
+    /// There is none, and will be none.
+    Missing,
     /// It never comes.
     Silent,
 }
@@ -119,6 +121,12 @@ impl Blob for FakeBlob {
             match fault {
                 Some(Fault::Silent) => std::future::pending().await,
                 Some(Fault::Refused) => return Err(self.error()),
+                Some(Fault::Missing) => {
+                    return Err(RegistryError::NotFound {
+                        host: "fake.example".to_owned(),
+                        what: "on purpose".to_owned(),
+                    });
+                }
                 Some(Fault::Short(len)) => data.truncate(len),
                 Some(Fault::Broken(len)) => {
                     data.truncate(len);

@@ -256,6 +256,7 @@ async fn a_refill_that_fails_tells_its_readers_and_can_be_tried_again() {
     let cached = bench.fetcher.stream(request(&blob, &bytes, &tar)).await.unwrap();
     let layer = bench.fetcher.open(Arc::clone(&cached), blob.clone());
     cached.evict_all();
+    // A source that breaks is asked again; damage is what its readers are told of.
     blob.fail([Fault::Broken(1_500_000), Fault::Flipped(10), Fault::Flipped(2_500_000)]);
     blob.flowing.send_replace(false);
     let (mut early, mut late) = (layer.read(0, 10, LONG), layer.read(3 << 20, 10, LONG));
@@ -263,9 +264,10 @@ async fn a_refill_that_fails_tells_its_readers_and_can_be_tried_again() {
     blob.flowing.send_replace(true);
     let (early, late) = tokio::join!(early, late);
     assert_eq!(early.unwrap()[..], tar[..10], "it had passed before the source broke");
-    assert!(matches!(late, Err(FetchError::Source { .. })), "{late:?}");
-    let late = layer.read(3 << 20, 10, LONG).await;
     assert!(matches!(late, Err(FetchError::Corrupt { .. })), "{late:?}");
+    blob.fail([Fault::Missing]);
+    let late = layer.read(3 << 20, 10, LONG).await;
+    assert!(matches!(late, Err(FetchError::Source { .. })), "{late:?}");
     assert_eq!(
         layer.read(3 << 20, 10, LONG).await.unwrap()[..],
         tar[3 << 20..(3 << 20) + 10]

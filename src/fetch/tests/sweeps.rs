@@ -71,9 +71,11 @@ async fn a_pass_that_fails_is_told_to_its_readers_and_does_not_stay() {
     let (bench, blob) = (Bench::new(), FakeBlob::new(bytes));
     let (_, layer) = bench.open("layer", index, &blob);
     blob.rangeless.store(true, Ordering::Relaxed);
-    blob.fail([Fault::Refused]);
+    blob.fail([Fault::Missing]);
     let error = layer.read(0, 10, LONG).await.unwrap_err();
     assert!(matches!(error, FetchError::Source { .. }), "{error}");
+    // What may pass is waited for.
+    blob.fail([Fault::Refused, Fault::Broken(50_000)]);
     assert_eq!(layer.read(0, 10, LONG).await.unwrap()[..], data[..10]);
     // Ranges are used again as soon as there are some.
     let (index, data, bytes) = ranged(&[5000, 3_000_000, 5000]);

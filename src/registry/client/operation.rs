@@ -268,10 +268,12 @@ impl Operation {
 
     fn give_up(&mut self) -> RegistryError {
         let attempts = std::mem::replace(&mut self.attempts, Attempts::new(Vec::new(), 0));
-        let error = attempts.into_error().unwrap_or_else(|| RegistryError::Unreachable {
-            host: self.repository.host.clone(),
-            what: "no host was left to ask".to_owned(),
-        });
+        let error = attempts
+            .into_error(self.ask.blob.is_some())
+            .unwrap_or_else(|| RegistryError::Unreachable {
+                host: self.repository.host.clone(),
+                what: "no host was left to ask".to_owned(),
+            });
         if matches!(error, RegistryError::NotFound { .. }) && !self.ask.writes() {
             // Often a question rather than a fault: is there an index, is it in this repository?
             tracing::info!(%error, what = %self.ask.what, repository = %self.repository.describe(), "not found");

@@ -88,15 +88,15 @@ fn outside(ranges: &[IdRange]) -> u32 {
 }
 
 fn ranges(label: &str, text: &str) -> Result<Vec<IdRange>, SnapshotsError> {
-    let invalid = |problem: &str| {
-        SnapshotsError::invalid(format!("label {label} is {:?}: {problem}", quoted(text)))
-    };
+    let invalid = |problem: &str| SnapshotsError::invalid(format!("label {label} is {:?}: {problem}", quoted(text)));
     if text.len() > TEXT_MAX {
         return Err(invalid("it is longer than the kernel takes (4095 bytes)"));
     }
     let ranges: Option<Vec<_>> = text.split(',').map(range).collect();
     let ranges = ranges.ok_or_else(|| {
-        invalid("it has to be a list of container id:host id:length, of numbers from 0 to 4294967294, none of them empty")
+        invalid(
+            "it has to be a list of container id:host id:length, of numbers from 0 to 4294967294, none of them empty",
+        )
     })?;
     if ranges.len() > RANGES_MAX {
         return Err(invalid("the kernel takes no more than 340 ranges"));

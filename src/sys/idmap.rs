@@ -147,7 +147,11 @@ pub fn id_mapped(source: &Path, users: &UserNamespace) -> Result<DetachedMount, 
     };
     match result {
         0 => Ok(DetachedMount::from(fd)),
-        _ => Err(SysError::new("mount_setattr(idmap)", source, io::Error::last_os_error())),
+        _ => Err(SysError::new(
+            "mount_setattr(idmap)",
+            source,
+            io::Error::last_os_error(),
+        )),
     }
 }
 

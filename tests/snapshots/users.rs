@@ -241,7 +241,10 @@ async fn bad_mappings_are_refused() {
     assert_eq!(mounts(&daemon), [] as [PathBuf; 0]);
     // Annotations of an image come with the labels of what its layers are unpacked in.
     let labels = [LABELS[0], (GROUPS, "nonsense"), (REF, "sha256:unknown")];
-    let told = daemon.prepare_with("a/9/extract-1 sha256:unknown", &top, &labels).await.unwrap();
+    let told = daemon
+        .prepare_with("a/9/extract-1 sha256:unknown", &top, &labels)
+        .await
+        .unwrap();
     let mounted = daemon.mount(&told);
     assert_eq!(owner(mounted.path().join("user")), (1000, 65_535));
 }
@@ -260,7 +263,9 @@ async fn the_mapping_of_a_snapshot_does_not_change() {
         let status = update(&daemon, "a/9/container", &labels, &paths).await.unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument, "{status}");
     }
-    update(&daemon, "a/9/container", &[("l", "v")], &["labels.l"]).await.unwrap();
+    update(&daemon, "a/9/container", &[("l", "v")], &["labels.l"])
+        .await
+        .unwrap();
     assert_eq!(daemon.mounts("a/9/container").await.unwrap(), told);
     daemon.remove("a/9/container").await.unwrap();
 }
@@ -292,7 +297,10 @@ async fn owners_that_containerd_changed_are_not_mapped_again() {
     drop(mounted);
     daemon.commit("a/10/sha256:5", "a/9/sha256:5-remap").await.unwrap();
     let daemon = daemon.restart().await;
-    let told = daemon.prepare_with("a/11/container", "a/10/sha256:5", &LABELS).await.unwrap();
+    let told = daemon
+        .prepare_with("a/11/container", "a/10/sha256:5", &LABELS)
+        .await
+        .unwrap();
     assert_eq!(mounts(&daemon), [] as [PathBuf; 0]);
     let mounted = daemon.mount(&told);
     assert_eq!(owner(mounted.path()), (100_000, 200_000));

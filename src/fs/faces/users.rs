@@ -41,7 +41,9 @@ pub(super) fn probe(mounts: &Mounts, tree: Option<&Path>) -> Result<(), String> 
         })
         .and_then(|()| match fs::metadata(&target).map(|root| root.uid()) {
             Ok(owner) if owner == MAPPING.outside => Ok(()),
-            seen => Err(format!("overlayfs shows a mapped directory with another owner: {seen:?}")),
+            seen => Err(format!(
+                "overlayfs shows a mapped directory with another owner: {seen:?}"
+            )),
         });
     for path in [&target, &mapped] {
         // Where nothing was mounted there is nothing to take away.

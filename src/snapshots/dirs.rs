@@ -209,8 +209,10 @@ impl Dirs {
     }
 
     fn throw_away(&self, path: &Path, name: &str) -> Result<(), SnapshotsError> {
-        // What is mounted in it would keep it from being deleted.
-        mapped::take_away(path)?;
+        // What stays mounted in it only keeps it from being deleted.
+        if let Err(error) = mapped::take_away(path) {
+            tracing::warn!(%error, "what was mounted for a snapshot that is gone stays");
+        }
         let moved = self.trash.discard(path, name, 0).map(drop);
         moved.map_err(SnapshotsError::io("move to the trash", path))
     }

@@ -70,7 +70,7 @@ pub(super) fn take_away(dir: &Path) -> Result<(), SnapshotsError> {
     let lower = dir.join(DIRECTORY);
     let entries = match fs::read_dir(&lower) {
         Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(()),
         Err(error) => return Err(SnapshotsError::io("list", &lower)(error)),
     };
     for entry in entries {
@@ -119,6 +119,10 @@ mod tests {
     fn what_was_never_mounted_is_taken_away_at_once() {
         let dir = tempfile::tempdir().unwrap();
         take_away(dir.path()).unwrap();
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        take_away(&file).unwrap();
+        fs::remove_file(file).unwrap();
         // Left by a machine that was switched off.
         fs::create_dir_all(dir.path().join("lower/7.fs")).unwrap();
         take_away(dir.path()).unwrap();

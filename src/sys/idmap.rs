@@ -94,7 +94,8 @@ impl Zombie {
             libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), before.as_mut_ptr());
         }
         // No signal at its end (the last byte of the flags is 0): nobody else who waits for children is told of it.
-        let flags = libc::CLONE_NEWUSER | libc::CLONE_VM | libc::CLONE_VFORK;
+        // Nor is anything closed at its end, which might wait for whoever serves it: the descriptors are shared.
+        let flags = libc::CLONE_NEWUSER | libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_FILES;
         // SAFETY: the function runs on a stack of its own, which outlives it since this thread sleeps until the process has ended (VFORK); it
         // touches no memory, and calls nothing but `_exit`.
         let pid = unsafe { libc::clone(end, top.cast(), flags, ptr::null_mut()) };

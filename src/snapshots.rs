@@ -43,18 +43,21 @@ use crate::proto::snapshots::v1::snapshots_server::SnapshotsServer;
 use crate::store::Store;
 use crate::sync::Epochs;
 
+mod chain;
 mod core;
 mod dirs;
 mod error;
 mod filters;
 mod handover;
 mod info;
+mod mapped;
 #[cfg(test)]
 mod model;
 mod mounts;
 mod rpc;
 mod rules;
 mod usage;
+mod users;
 
 pub use error::SnapshotsError;
 pub use filters::{Fields, FilterError, Filters};

@@ -5,6 +5,7 @@
 pub mod erofs;
 pub mod error;
 pub mod fuse;
+pub mod idmap;
 #[allow(unsafe_code)]
 pub mod inflate;
 #[allow(unsafe_code)]

@@ -64,6 +64,9 @@ pub trait Layers: Send + Sync + 'static {
     /// Tells that containers will be made on these layers, topmost first. Waits for nothing.
     fn expect(&self, layers: &[Digest]);
 
+    /// Why directories that [`Layers::lowers`] gives cannot be mounted with mapped owners, if they cannot.
+    fn no_mapped_owners(&self) -> Option<String>;
+
     /// Bytes and inodes that a live layer uses on the local disk now.
     fn usage(&self, layer: &Digest) -> Option<(u64, u64)>;
 

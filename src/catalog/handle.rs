@@ -39,6 +39,13 @@ impl Layers for Handle {
         self.0.expect(layers);
     }
 
+    fn no_mapped_owners(&self) -> Option<String> {
+        self.0
+            .faces()
+            .as_ref()
+            .and_then(|faces| faces.serving().no_mapped_owners.clone())
+    }
+
     fn usage(&self, layer: &Digest) -> Option<(u64, u64)> {
         let live = self.0.read_live();
         let layer = &live.get(layer)?.layer;

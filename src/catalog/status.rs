@@ -57,6 +57,9 @@ pub struct FaceStatus {
     pub reason: String,
     /// Whether EROFS metadata come through FUSE, because the kernel mounts no EROFS file from the root directory's file system.
     pub metadata_through_fuse: bool,
+    /// Why layers cannot be shown with mapped owners, to containers in user namespaces; null if they can.
+    #[serde(default)]
+    pub no_mapped_owners: Option<String>,
 }
 
 /// How long reads wait for bytes that have to be fetched.
@@ -278,6 +281,7 @@ impl From<&Serving> for FaceStatus {
             face: serving.face.word().to_owned(),
             reason: serving.reason.clone(),
             metadata_through_fuse: serving.metadata_through_fuse,
+            no_mapped_owners: serving.no_mapped_owners.clone(),
         }
     }
 }

@@ -108,6 +108,12 @@ fn table(status: &Status) -> String {
         "layers are shown by the {} face: {}",
         status.face.face, status.face.reason
     );
+    if let Some(reason) = &status.face.no_mapped_owners {
+        let _ = writeln!(
+            out,
+            "no containers in user namespaces (capability only-remap-ids): {reason}"
+        );
+    }
     let kernel = match status.reads.kernel_limit_seconds {
         Some(limit) => format!("the kernel gives all images up after {limit} s"),
         None => "the kernel has no limit of its own".to_owned(),
@@ -283,6 +289,7 @@ mod tests {
                 face: "image".into(),
                 reason: "Linux 6.18 mounts EROFS from files".into(),
                 metadata_through_fuse: false,
+                no_mapped_owners: Some("FUSE cannot be mapped".into()),
             },
             reads: ReadsStatus {
                 waiting: 2,
@@ -365,6 +372,7 @@ mod tests {
         insta::assert_snapshot!(table(&status), @r"
         lazuli 1 at /r; cache 3.0 MiB (no limit)
         layers are shown by the image face: Linux 6.18 mounts EROFS from files
+        no containers in user namespaces (capability only-remap-ids): FUSE cannot be mapped
         2 reads wait, none longer than 115 s (the kernel gives all images up after 120 s)
         1.0 MiB of the cache are mounted as files, and stay while containers use them
         512.0 KiB of them are of layers that are here no more, and go when they are unmounted

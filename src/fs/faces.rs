@@ -23,6 +23,7 @@ mod mounts;
 mod places;
 mod probe;
 mod stored;
+mod users;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
@@ -79,6 +80,8 @@ pub struct Serving {
     pub reason: String,
     /// Whether EROFS metadata come through FUSE, because the kernel mounts no EROFS file from where they lie.
     pub metadata_through_fuse: bool,
+    /// Why layers cannot be shown with mapped owners, to containers in user namespaces; `None`: they can.
+    pub no_mapped_owners: Option<String>,
 }
 
 /// What is shown of a slot.
@@ -139,7 +142,7 @@ impl Faces {
             FaceChoice::Tree => Err("fuse.face is \"tree\" in the configuration".to_owned()),
             FaceChoice::Auto | FaceChoice::Image => probe::probe(&session, &mounts, addressing),
         };
-        let (serving, files) = match probed {
+        let (mut serving, files) = match probed {
             Ok(probed) => {
                 if let Some(reason) = &probed.no_files {
                     tracing::info!("layers that are wholly in the cache are shown through FUSE as well: {reason}");
@@ -152,6 +155,7 @@ impl Faces {
                     face: Face::Image,
                     reason: format!("Linux {release} mounts EROFS from files{through}"),
                     metadata_through_fuse: probed.metadata_through_fuse,
+                    no_mapped_owners: None,
                 };
                 (serving, probed.no_files.is_none())
             }
@@ -162,10 +166,16 @@ impl Faces {
                     face: Face::Tree,
                     reason,
                     metadata_through_fuse: false,
+                    no_mapped_owners: None,
                 };
                 (serving, false)
             }
         };
+        let tree = (serving.face == Face::Tree).then(|| session.mountpoint());
+        serving.no_mapped_owners = users::probe(&mounts, tree).err();
+        if let Some(reason) = &serving.no_mapped_owners {
+            tracing::warn!("containers in user namespaces cannot be served (capability only-remap-ids): {reason}");
+        }
         tracing::info!(
             face = serving.face.word(),
             "layers are shown by this face: {}",

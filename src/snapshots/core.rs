@@ -1,12 +1,13 @@
 //! The snapshotter itself, without gRPC: records and directories kept in step. Every method blocks (disk, and the
 //! database's turn).
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::SnapshotsError;
+use super::chain::{Chain, Entry, Part, parts, shown_by};
 use super::dirs::{Built, Content, Dirs, RootAttributes};
 use super::filters::Filters;
 use super::handover::Handover;
@@ -14,70 +15,16 @@ use super::info::{Named, info, now};
 use super::mounts::Overlay;
 use super::rules::{self, NewSnapshot, Published, REF_LABEL, Wish, check_key, kept_labels};
 use super::usage::usage;
+use super::users::{Mapping, is_labelled};
 use crate::catalog::{Layers, Lowers, Needed};
 use crate::layer::Digest;
 use crate::metrics::Metrics;
 use crate::proto::snapshots::v1::Info;
 use crate::proto::types::Mount;
-use crate::store::{Ancestor, Kind, SnapshotRecord, Store, StoreError, Usage, shown};
+use crate::store::{Kind, SnapshotRecord, Store, StoreError, Usage, shown};
 
 /// In the keys of snapshots in which containerd unpacks a layer: `<namespace>/<number>/extract-<time>-<random> <chain id>`.
 const EXTRACTION: &str = "/extract-";
-
-/// A snapshot with its key or name.
-type Entry = (String, Ancestor);
-
-/// A committed snapshot and its ancestors, nearest first.
-type Chain = Vec<Entry>;
-
-/// A part of a chain that is shown in one way.
-enum Part<'a> {
-    /// The directory of the local snapshot with this id.
-    Local(u64),
-    /// Layers, topmost first: all of the lowest remote snapshots, which may be shown merged, or a single one that has a local one below it:
-    /// merged layers have no whiteouts any more, and would not hide anything.
-    Remote(Vec<(&'a Entry, Digest)>),
-}
-
-/// What a chain is made of, topmost first. `shown` are the layers in the places of its snapshots, the lowest first.
-///
-/// A layer that occurs twice (empty layers often do) is shown once, where it is topmost: all that it has below is hidden by itself, and
-/// overlayfs refuses the same directory twice.
-fn parts<'a>(chain: &'a Chain, shown: &[Option<Digest>]) -> Vec<Part<'a>> {
-    let base = chain.len()
-        - chain
-            .iter()
-            .rev()
-            .take_while(|(_, record)| record.layer.is_some())
-            .count();
-    let mut seen = HashSet::new();
-    let mut parts = Vec::new();
-    let mut lowest = Vec::new();
-    for (position, entry) in chain.iter().enumerate() {
-        let layer = entry.1.layer.map(|own| {
-            let said = shown.get(chain.len() - 1 - position).copied().flatten();
-            said.unwrap_or(own)
-        });
-        match layer {
-            None => parts.push(Part::Local(entry.1.id)),
-            Some(layer) if !seen.insert(layer) => {}
-            Some(layer) if position < base => parts.push(Part::Remote(vec![(entry, layer)])),
-            Some(layer) => lowest.push((entry, layer)),
-        }
-    }
-    if !lowest.is_empty() {
-        parts.push(Part::Remote(lowest));
-    }
-    parts
-}
-
-/// What a snapshot that says `own` is shown of its ancestors: what it says itself, or what they say.
-fn shown_by(own: &[Option<Digest>], chain: &Chain) -> Vec<Option<Digest>> {
-    match own {
-        [] => shown(chain),
-        own => own.to_vec(),
-    }
-}
 
 /// What a layer's image says of it and of those below, the lowest first, as [`Resolution::Live`](crate::catalog::Resolution) has it.
 #[derive(Debug, Clone)]
@@ -115,6 +62,8 @@ pub(super) struct Core {
     store: Arc<Store>,
     layers: Arc<dyn Layers>,
     overlay: Overlay,
+    /// Held while mounts come or go that a snapshot has of its own.
+    mapping: Mutex<()>,
 }
 
 impl Core {
@@ -130,6 +79,7 @@ impl Core {
             store,
             layers,
             overlay: Overlay::detect(),
+            mapping: Mutex::default(),
         };
         core.sweep()?;
         for (key, record) in core.store.snapshots()? {
@@ -157,7 +107,8 @@ impl Core {
             None if record.kind != Kind::Committed => {
                 let chain = self.parents(record.parent.as_deref().unwrap_or_default())?;
                 let shown = shown_by(&record.chain, &chain);
-                let built = self.build(record.kind, &self.lowers(&chain, &shown)?)?;
+                let mapping = self.mapping(key, &record.labels, &chain)?;
+                let built = self.build(record.kind, &self.lowers(&chain, &shown)?, mapping.as_ref())?;
                 self.dirs.place(built, record.id)?;
                 tracing::warn!(
                     key,
@@ -180,23 +131,25 @@ impl Core {
         instead: Option<Vec<Option<Digest>>>,
     ) -> Result<Vec<Mount>, SnapshotsError> {
         check_key("key", key)?;
+        let labels = kept_labels(labels);
         let chain = self.parents(parent)?;
+        let mapping = self.mapping(key, &labels, &chain)?;
         let own = instead.unwrap_or_default();
         let shown = shown_by(&own, &chain);
         if !key.contains(EXTRACTION) {
             // A container: containerd unpacks nothing on it.
             self.expect_on(&chain, &shown);
         }
-        let lowers = self.lowers(&chain, &shown)?;
+        let mut lowers = self.lowers(&chain, &shown)?;
         // What takes time is done before the transaction.
-        let built = self.build(kind, &lowers)?;
+        let built = self.build(kind, &lowers, mapping.as_ref())?;
         let (dirs, key, parent) = (Arc::clone(&self.dirs), key.to_owned(), parent.to_owned());
         let record = self.store.write_snapshots(move |snapshots| {
             let new = NewSnapshot {
                 kind,
                 key: &key,
                 parent: &parent,
-                labels: kept_labels(labels),
+                labels,
                 layer: None,
                 chain: own,
                 vouched: false,
@@ -205,6 +158,9 @@ impl Core {
             dirs.place(built, record.id)?;
             Ok::<_, SnapshotsError>(record)
         })?;
+        if mapping.is_some() {
+            lowers = self.dirs.mapped(record.id, &lowers);
+        }
         Ok(self.show(record.id, record.kind, &lowers))
     }
 
@@ -338,8 +294,50 @@ impl Core {
                 super::error::quoted(key)
             )));
         }
-        let lowers = self.lowers(&chain, &shown_by(&record.chain, &chain))?;
+        let mut lowers = self.lowers(&chain, &shown_by(&record.chain, &chain))?;
+        if let Some(mapping) = self.mapping_of(key, record.id, &chain)? {
+            let _turn = self.turn();
+            // Whoever removes or commits it from here on comes after this, and takes the mounts away.
+            self.mapping_of(key, record.id, &chain)?;
+            self.dirs.map(record.id, &lowers, &mapping)?;
+            lowers = self.dirs.mapped(record.id, &lowers);
+        }
         Ok(self.show(record.id, record.kind, &lowers))
+    }
+
+    /// How the owners in `chain` are mapped for a snapshot with these labels; `None`: they are not.
+    fn mapping(
+        &self,
+        key: &str,
+        labels: &BTreeMap<String, String>,
+        chain: &Chain,
+    ) -> Result<Option<Mapping>, SnapshotsError> {
+        let mapping = Mapping::of(labels)?;
+        // If containerd has changed the owners by itself, they are what they should be.
+        if mapping.is_none() || chain.iter().any(|(_, record)| record.remapped) {
+            return Ok(None);
+        }
+        match self.layers.no_mapped_owners() {
+            // With nothing below it, nothing has to be mounted.
+            Some(reason) if !chain.is_empty() => Err(SnapshotsError::NoMappedOwners {
+                key: super::error::quoted(key),
+                reason,
+            }),
+            _ => Ok(mapping),
+        }
+    }
+
+    /// The same for the snapshot `key`, if it still has this id and has mounts.
+    fn mapping_of(&self, key: &str, id: u64, chain: &Chain) -> Result<Option<Mapping>, SnapshotsError> {
+        let record = self.store.snapshot(key)?;
+        match record.filter(|record| record.id == id && record.kind != Kind::Committed) {
+            Some(record) => self.mapping(key, &record.labels, chain),
+            None => Err(SnapshotsError::not_found(key)),
+        }
+    }
+
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.mapping.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn commit(
@@ -353,14 +351,23 @@ impl Core {
         check_key("key", key)?;
         let record = self.store.snapshot(key)?;
         rules::check_commit(key, record.as_ref(), parent)?;
-        let id = record.map(|record| record.id).unwrap_or_default();
+        let (id, is_mapped) = record
+            .map(|record| (record.id, is_labelled(&record.labels)))
+            .unwrap_or_default();
         // Outside of the transaction, because it may take a while.
         let usage = usage(&self.dirs.own(id))?;
         self.dirs.sync()?;
         let [name, key, parent] = [name, key, parent].map(str::to_owned);
         self.store.write_snapshots(move |snapshots| {
             rules::commit(snapshots, (&name, &key, &parent), kept_labels(labels), usage, now())
-        })
+        })?;
+        if is_mapped {
+            let _turn = self.turn();
+            if let Err(error) = self.dirs.unmap(id) {
+                tracing::warn!(%error, "what was mounted for a snapshot that is committed now stays until it is removed");
+            }
+        }
+        Ok(())
     }
 
     /// Removes the record of a snapshot. No thread waits for the disk meanwhile, however many are removed at once.
@@ -375,6 +382,7 @@ impl Core {
     /// Takes away what is left of a snapshot without a record; its directory is deleted in the background. Whether something may be needed no
     /// more now: a layer, or a mount of it.
     pub fn discard(&self, key: &str, record: &SnapshotRecord) -> bool {
+        let _turn = is_labelled(&record.labels).then(|| self.turn());
         // It is removed, whatever becomes of its directory: without a record, the next Cleanup finds it.
         if let Err(error) = self.dirs.discard(record.id) {
             tracing::warn!(key, %error, "a removed snapshot stays where it is until the next cleanup");
@@ -518,7 +526,10 @@ impl Core {
     }
 
     /// The directory of a new local snapshot over `lowers`.
-    fn build(&self, kind: Kind, lowers: &[PathBuf]) -> Result<Built, SnapshotsError> {
+    fn build(&self, kind: Kind, lowers: &[PathBuf], mapping: Option<&Mapping>) -> Result<Built, SnapshotsError> {
+        if let Some(mapping) = mapping {
+            return self.dirs.build_mapped(kind, lowers, mapping);
+        }
         let attributes = lowers.first().map(|lower| RootAttributes::of(lower)).transpose()?;
         self.dirs.build(&Content::Local(kind, attributes))
     }

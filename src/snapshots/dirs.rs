@@ -5,6 +5,7 @@
 //!   snapshots/<id>/             0700
 //!     fs/                       a local snapshot's own files: the upper directory, and later a lower one
 //!     work/                     overlayfs' work directory, of an active snapshot
+//!     lower/                    of a container in a user namespace: its lower directories with mapped owners (mapped.rs)
 //!     fs -> <layer directory>   of a remote snapshot, in place of a directory, once something was made on it
 //!     chain -> <directory>      of a remote snapshot: its layer merged with all below it, once something was made on that
 //!     fs.<n>, chain.<n>         the same for those who are shown another layer, or others below it
@@ -13,8 +14,8 @@
 //! ```
 //!
 //! Ids, not keys, are names: keys hold slashes and blanks. All lower directories are `snapshots/<id>/fs` or
-//! `snapshots/<id>/chain`, or one of those beside them (with `/.` behind it if remote), so that containerd, which changes into their common
-//! directory when the option string is too long for one page, can mount 128 of them.
+//! `snapshots/<id>/chain`, or one of those beside them (with `/.` behind it if remote), or all in `snapshots/<id>/lower`, so that containerd, which
+//! changes into their common directory when the option string is too long for one page, can mount 128 of them.
 //!
 //! The `/.` makes a program that looks at a lower directory without following symlinks, as BuildKit's overlay differ
 //! does, see a directory.
@@ -29,7 +30,8 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::SnapshotsError;
+use super::users::Mapping;
+use super::{SnapshotsError, mapped};
 use crate::metrics::Metrics;
 use crate::store::Kind;
 use crate::sync::Trash;
@@ -69,6 +71,15 @@ const SEGMENT: &str = "chain";
 
 /// A snapshot's directory that has no id yet; deleted unless it is placed.
 pub(super) struct Built(TempDir);
+
+impl Drop for Built {
+    fn drop(&mut self) {
+        // Nothing is there if it was placed: it has another name by then.
+        if let Err(error) = mapped::take_away(self.0.path()) {
+            tracing::warn!(%error, "what was mounted for a snapshot that was not made stays until the next start");
+        }
+    }
+}
 
 /// The directories below one root.
 pub(super) struct Dirs {
@@ -131,27 +142,49 @@ impl Dirs {
     pub fn build(&self, content: &Content) -> Result<Built, SnapshotsError> {
         // Its mode is 0700 whatever the umask.
         let dir = TempDir::new_in(&self.new).map_err(SnapshotsError::io("create a directory in", &self.new))?;
-        let own = dir.path().join("fs");
         match content {
             Content::Remote => {}
-            Content::Local(kind, attributes) => {
-                make(&own, attributes.map_or(ROOT_MODE, |attributes| attributes.mode))?;
-                if let Some(attributes) = attributes {
-                    lchown(&own, Some(attributes.uid), Some(attributes.gid))
-                        .map_err(SnapshotsError::io("change the owner of", &own))?;
-                    // A change of owner may clear set-user-id and set-group-id bits.
-                    set_mode(&own, attributes.mode)?;
-                }
-                if *kind == Kind::Active {
-                    make(&dir.path().join("work"), WORK_MODE)?;
-                }
-            }
+            Content::Local(kind, attributes) => fill(dir.path(), *kind, *attributes)?,
         }
         Ok(Built(dir))
     }
 
+    /// Makes the directory of a new local snapshot over `lowers`, which it sees with mapped owners.
+    pub fn build_mapped(&self, kind: Kind, lowers: &[PathBuf], mapping: &Mapping) -> Result<Built, SnapshotsError> {
+        let built = self.build(&Content::Remote)?;
+        let dir = built.0.path();
+        mapped::show(dir, lowers, mapping)?;
+        let attributes = match lowers.first() {
+            // Its owner as it is mapped.
+            Some(lower) => RootAttributes::of(&mapped::path(dir, lower))?,
+            None => {
+                let (uid, gid) = mapping.root();
+                let mode = ROOT_MODE;
+                RootAttributes { uid, gid, mode }
+            }
+        };
+        fill(dir, kind, Some(attributes))?;
+        Ok(built)
+    }
+
+    /// Shows a snapshot `lowers` with mapped owners, unless it sees them already.
+    pub fn map(&self, id: u64, lowers: &[PathBuf], mapping: &Mapping) -> Result<(), SnapshotsError> {
+        mapped::show(&self.dir(id), lowers, mapping)
+    }
+
+    /// Takes away what a snapshot sees with mapped owners.
+    pub fn unmap(&self, id: u64) -> Result<(), SnapshotsError> {
+        mapped::take_away(&self.dir(id))
+    }
+
+    /// Where a snapshot sees `lowers` with mapped owners.
+    pub fn mapped(&self, id: u64, lowers: &[PathBuf]) -> Vec<PathBuf> {
+        let dir = self.dir(id);
+        lowers.iter().map(|lower| mapped::path(&dir, lower)).collect()
+    }
+
     /// Gives a directory its id. Call it within the transaction that allocated `id`, as its last step.
-    pub fn place(&self, built: Built, id: u64) -> Result<(), SnapshotsError> {
+    pub fn place(&self, mut built: Built, id: u64) -> Result<(), SnapshotsError> {
         let path = self.dir(id);
         // Nothing can have this id, unless a commit failed after the directory was placed.
         if path.symlink_metadata().is_ok() {
@@ -159,7 +192,7 @@ impl Dirs {
         }
         fs::rename(built.0.path(), &path).map_err(SnapshotsError::io("move into place", &path))?;
         // It has another name now, under which it stays.
-        let _ = built.0.keep();
+        built.0.disable_cleanup(true);
         Ok(())
     }
 
@@ -176,6 +209,10 @@ impl Dirs {
     }
 
     fn throw_away(&self, path: &Path, name: &str) -> Result<(), SnapshotsError> {
+        // What stays mounted in it only keeps it from being deleted.
+        if let Err(error) = mapped::take_away(path) {
+            tracing::warn!(%error, "what was mounted for a snapshot that is gone stays");
+        }
         let moved = self.trash.discard(path, name, 0).map(drop);
         moved.map_err(SnapshotsError::io("move to the trash", path))
     }
@@ -273,6 +310,22 @@ impl RootAttributes {
             mode: metadata.mode() & MODE_BITS,
         })
     }
+}
+
+/// Makes the directories of a local snapshot in `dir`.
+fn fill(dir: &Path, kind: Kind, attributes: Option<RootAttributes>) -> Result<(), SnapshotsError> {
+    let own = dir.join("fs");
+    make(&own, attributes.map_or(ROOT_MODE, |attributes| attributes.mode))?;
+    if let Some(attributes) = attributes {
+        lchown(&own, Some(attributes.uid), Some(attributes.gid))
+            .map_err(SnapshotsError::io("change the owner of", &own))?;
+        // A change of owner may clear set-user-id and set-group-id bits.
+        set_mode(&own, attributes.mode)?;
+    }
+    if kind == Kind::Active {
+        make(&dir.join("work"), WORK_MODE)?;
+    }
+    Ok(())
 }
 
 fn make(path: &Path, mode: u32) -> Result<(), SnapshotsError> {

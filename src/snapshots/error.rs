@@ -10,6 +10,7 @@ use tonic::{Code, Status};
 use super::filters::FilterError;
 use crate::layer::Digest;
 use crate::store::StoreError;
+use crate::sys::SysError;
 
 /// Longest part of a key that an error repeats, in characters: a message travels in an HTTP/2 header, and keys have no
 /// limit.
@@ -79,6 +80,20 @@ pub enum SnapshotsError {
         /// Who says what.
         problem: String,
     },
+    /// The snapshot asks for mapped owners, which this machine cannot show.
+    #[error(
+        "owners cannot be mapped for snapshot {key:?}: {reason} (say capabilities = [\"only-remap-ids\"] for this snapshotter in \
+         containerd's configuration)"
+    )]
+    NoMappedOwners {
+        /// Key.
+        key: String,
+        /// Why.
+        reason: String,
+    },
+    /// The kernel failed at what showing mapped owners takes.
+    #[error("owners cannot be mapped: {0}")]
+    Mapping(#[from] SysError),
     /// The root directory cannot be used.
     #[error("root directory {path}: {problem}")]
     Root {
@@ -148,13 +163,16 @@ impl SnapshotsError {
             SnapshotsError::ParentNotCommitted { .. } | SnapshotsError::Invalid { .. } | SnapshotsError::Filter(_) => {
                 Code::InvalidArgument
             }
-            SnapshotsError::Precondition { .. } => Code::FailedPrecondition,
+            SnapshotsError::Precondition { .. } | SnapshotsError::NoMappedOwners { .. } => Code::FailedPrecondition,
             SnapshotsError::NotLive { .. } | SnapshotsError::Disagreement { .. } => Code::Unavailable,
-            SnapshotsError::Io { source, .. } if is_full(source) => Code::ResourceExhausted,
+            SnapshotsError::Io { source, .. } | SnapshotsError::Mapping(SysError { source, .. }) if is_full(source) => {
+                Code::ResourceExhausted
+            }
             SnapshotsError::Store(StoreError::Damaged { .. }) => Code::DataLoss,
             SnapshotsError::Store(StoreError::Exhausted { .. }) => Code::ResourceExhausted,
             SnapshotsError::Root { .. }
             | SnapshotsError::Io { .. }
+            | SnapshotsError::Mapping(_)
             | SnapshotsError::Store(_)
             | SnapshotsError::Abandoned(_) => Code::Internal,
         }

@@ -60,6 +60,10 @@ impl Layers for OneDirectory {
         0
     }
 
+    fn no_mapped_owners(&self) -> Option<String> {
+        None
+    }
+
     fn retain(&self, _: Needed, _: u64) -> BoxFuture<'_, Released> {
         async { Box::new(|| ()) as Released }.boxed()
     }

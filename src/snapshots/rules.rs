@@ -10,6 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::SnapshotsError;
 use super::error::quoted;
+use super::users;
 use crate::layer::Digest;
 use crate::store::{Kind, SnapshotRecord, SnapshotsWrite, Usage};
 
@@ -83,6 +84,7 @@ pub(super) fn create(
         layer: new.layer,
         chain: new.chain,
         vouched: new.vouched,
+        remapped: false,
         usage: Usage::default(),
     };
     snapshots.put(new.key, &record)?;
@@ -238,6 +240,7 @@ pub(super) fn commit(
         labels,
         created: now,
         updated: now,
+        remapped: users::is_remap(key, name),
         usage,
         ..record
     };
@@ -264,6 +267,7 @@ pub(super) fn update(
     now: i64,
 ) -> Result<SnapshotRecord, SnapshotsError> {
     let mut record = snapshots.get(key)?.ok_or_else(|| SnapshotsError::not_found(key))?;
+    let before = record.labels.clone();
     if paths.is_empty() {
         record.labels = kept_labels(labels);
     } else {
@@ -283,6 +287,13 @@ pub(super) fn update(
                 )));
             }
         }
+    }
+    // What it shows, and what was written into it, is of these owners.
+    if record.kind != Kind::Committed && !users::same_owners(&before, &record.labels) {
+        return Err(SnapshotsError::invalid(format!(
+            "the labels that say which owners snapshot {:?} sees cannot be changed after it was made",
+            quoted(key)
+        )));
     }
     record.updated = now;
     snapshots.put(key, &record)?;

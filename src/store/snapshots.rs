@@ -76,6 +76,9 @@ pub struct SnapshotRecord {
     /// Of a remote snapshot: something that it shows rests on the word of an image or of the configuration.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub vouched: bool,
+    /// Whether containerd has changed the owners of all that is in it, for containers in a user namespace.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub remapped: bool,
     /// Size at the time of its commit.
     #[serde(default)]
     pub usage: Usage,
@@ -100,6 +103,9 @@ pub struct Ancestor {
     /// [`SnapshotRecord::vouched`].
     #[serde(default)]
     pub vouched: bool,
+    /// [`SnapshotRecord::remapped`].
+    #[serde(default)]
+    pub remapped: bool,
 }
 
 impl From<&SnapshotRecord> for Ancestor {
@@ -111,6 +117,7 @@ impl From<&SnapshotRecord> for Ancestor {
             layer: record.layer,
             chain: record.chain.clone(),
             vouched: record.vouched,
+            remapped: record.remapped,
         }
     }
 }

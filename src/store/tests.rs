@@ -27,6 +27,7 @@ fn snapshot(id: u64, parent: Option<&str>) -> SnapshotRecord {
         layer: Some(Digest::of(b"layer")),
         chain: vec![None, Some(Digest::of(b"below"))],
         vouched: true,
+        remapped: true,
         usage: Usage { bytes: 1, inodes: 2 },
     }
 }

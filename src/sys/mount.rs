@@ -37,6 +37,12 @@ impl AsFd for DetachedMount {
     }
 }
 
+impl From<OwnedFd> for DetachedMount {
+    fn from(fd: OwnedFd) -> Self {
+        DetachedMount { fd }
+    }
+}
+
 impl DetachedMount {
     /// Shows the mount at the directory `target`.
     ///

@@ -32,4 +32,5 @@ mod soci;
 mod stage;
 mod tenants;
 mod trees;
+mod users;
 mod variants;

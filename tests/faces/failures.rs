@@ -40,6 +40,12 @@ fn metadata_on_an_overlay_go_through_fuse() {
     let Some(rig) = Rig::open(&below) else { return };
     assert!(rig.faces.serving().metadata_through_fuse, "{:?}", rig.faces.serving());
     assert!(rig.faces.serving().reason.contains("through FUSE"));
+    // An overlay cannot be mapped, so neither can what containerd unpacks there.
+    let reason = rig.faces.serving().no_mapped_owners.clone().unwrap_or_default();
+    assert!(
+        reason.contains("the file system of the root directory cannot be mapped"),
+        "{reason}"
+    );
     let layers = chains::layers();
     let slots = chains::attach(&rig, &layers);
     // Names would need this process in any case, so a whole layer stays on FUSE.

@@ -1,12 +1,14 @@
 //! One layer: the same in every face, and mounts that come and go.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
 use lazuli::config::FaceChoice;
 use lazuli::fs::{Face, FsError};
 use lazuli::layer::index::mode;
+use lazuli::sys::idmap::{IdRange, UserNamespace, id_mapped};
 use lazuli::sys::mount::{Unmount, unmount};
 
 use crate::fake::{FakeLayer, Layout, content};
@@ -238,4 +240,38 @@ fn the_tree_serves_where_the_configuration_says_so() {
     assert_eq!(rig.chain_path(3, &[1, 2]), None);
     assert_eq!(rig.word(3), "stack");
     rig.close();
+}
+
+/// What [`Faces::serving`](lazuli::fs::Faces::serving) says of mapped owners is what the kernel does, with both faces.
+#[test]
+fn layers_are_shown_with_mapped_owners() {
+    const RANGE: IdRange = IdRange {
+        inside: 0,
+        outside: 100_000,
+        count: 65_536,
+    };
+    let users = UserNamespace::new(&[RANGE], &[RANGE]).unwrap();
+    for choice in [FaceChoice::Auto, FaceChoice::Tree] {
+        let (_dir, root) = temporary();
+        let rig = Rig::with(&root, choice, std::time::Duration::from_secs(30)).unwrap();
+        rig.faces.attach(1, torture("mapped")).unwrap();
+        let path = rig.layer_path(1);
+        let place = root.join("place");
+        fs::create_dir(&place).unwrap();
+        let mounted = id_mapped(&path, &users).and_then(|mount| mount.attach(&place));
+        let serving = rig.faces.serving().clone();
+        let word = serving.face.word();
+        match serving.no_mapped_owners {
+            Some(reason) => assert!(mounted.is_err(), "{word}: it says that it cannot, and can: {reason}"),
+            None => {
+                mounted.unwrap();
+                let shell = place.join("bin/sh");
+                let seen = rig.within(move || fs::metadata(shell)).unwrap();
+                unmount(&place, Unmount::Detach).unwrap();
+                // The group is none of the mapping.
+                assert_eq!((seen.uid(), seen.gid()), (101_000, 65_534), "{word}");
+            }
+        }
+        rig.close();
+    }
 }

@@ -4,3 +4,4 @@ mod beliefs;
 mod local;
 mod remote;
 mod support;
+mod users;

@@ -56,6 +56,8 @@ pub struct FakeLayers {
     pub slow_mounts: Arc<Mutex<()>>,
     /// How many are asked for.
     pub mounting: AtomicUsize,
+    /// Why owners cannot be mapped, if they cannot.
+    pub no_mapped_owners: Mutex<Option<String>>,
 }
 
 #[derive(Default)]
@@ -82,6 +84,7 @@ impl FakeLayers {
             letting_go: Arc::default(),
             slow_mounts: Arc::default(),
             mounting: AtomicUsize::new(0),
+            no_mapped_owners: Mutex::default(),
         })
     }
 
@@ -160,7 +163,7 @@ impl FakeLayers {
     }
 
     /// The directory of a live layer.
-    fn path(&self, layer: &Digest) -> Option<PathBuf> {
+    pub fn path(&self, layer: &Digest) -> Option<PathBuf> {
         let state = self.state();
         let known = state.known.values().find(|(digest, _)| digest == layer);
         known
@@ -255,6 +258,10 @@ impl Layers for FakeLayers {
 
     fn expect(&self, layers: &[Digest]) {
         self.state().expected.push(layers.to_vec());
+    }
+
+    fn no_mapped_owners(&self) -> Option<String> {
+        self.no_mapped_owners.lock().unwrap().clone()
     }
 
     fn usage(&self, layer: &Digest) -> Option<(u64, u64)> {
@@ -397,9 +404,14 @@ impl Daemon {
     }
 
     pub async fn view(&self, key: &str, parent: &str) -> Result<Vec<Mount>, Status> {
+        self.view_with(key, parent, &[]).await
+    }
+
+    pub async fn view_with(&self, key: &str, parent: &str, labels: &[(&str, &str)]) -> Result<Vec<Mount>, Status> {
         let request = ViewSnapshotRequest {
             key: key.to_owned(),
             parent: parent.to_owned(),
+            labels: strings(labels),
             ..Default::default()
         };
         Ok(self.client.clone().view(request).await?.into_inner().mounts)

@@ -37,6 +37,44 @@ pub struct Options {
     pub whole_seconds: bool,
     /// Directories that no layer has an entry for: their time is the time of unpacking.
     pub implied_dirs: Vec<String>,
+    /// The right tree is seen through a mapping of the first 65536 ids to those from this one on.
+    pub mapped_to: Option<u32>,
+}
+
+/// Ids that [`Options::mapped_to`] maps.
+const MAPPED: u32 = 65_536;
+/// What owners outside of a mapping are seen as.
+const OVERFLOW: u32 = 65_534;
+
+/// What the kernel shows of an id.
+fn mapped(id: u32, first: u32, otherwise: u32) -> u32 {
+    if id < MAPPED { first + id } else { otherwise }
+}
+
+impl Node {
+    /// What it looks like through the mapping: owners, and where ids are in extended attributes, which the kernel translates as well.
+    fn mapped_to(&self, first: u32) -> Node {
+        let mut node = self.clone();
+        node.owner = (
+            mapped(self.owner.0, first, OVERFLOW),
+            mapped(self.owner.1, first, OVERFLOW),
+        );
+        for (name, value) in &mut node.xattrs {
+            if name == b"security.capability" && value.len() == 20 {
+                // `struct vfs_cap_data`, version 2: the same in version 3, which says in whose user namespace it holds.
+                value[3] = 3;
+                value.extend(first.to_le_bytes());
+            }
+            if name.starts_with(b"system.posix_acl_") {
+                // A header of 4 bytes, then entries: tag, permissions, id. 2 and 8 are named users and groups.
+                for entry in value[4..].chunks_exact_mut(8).filter(|entry| matches!(entry[0], 2 | 8)) {
+                    let id = u32::from_le_bytes([entry[4], entry[5], entry[6], entry[7]]);
+                    entry[4..].copy_from_slice(&mapped(id, first, u32::MAX).to_le_bytes());
+                }
+            }
+        }
+        node
+    }
 }
 
 /// What stands at one path.
@@ -95,6 +133,14 @@ pub fn compare(left: &Path, right: &Path, options: &Options) -> Comparison {
     let left_tree = take_errors(left_tree, "left", &mut differences);
     let right_tree = take_errors(right_tree, "right", &mut differences);
     for (path, node) in &left_tree {
+        let seen;
+        let node = match options.mapped_to {
+            Some(first) => {
+                seen = node.mapped_to(first);
+                &seen
+            }
+            None => node,
+        };
         match right_tree.get(path) {
             None => differences.push(format!("{}: only in {} ({})", show(path), left.display(), node.kind)),
             Some(other) => {

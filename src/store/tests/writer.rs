@@ -125,6 +125,7 @@ fn put_pair(snapshots: &SnapshotsWrite<'_>, name: &str, value: u64) -> Result<()
             layer: None,
             chain: Vec::new(),
             vouched: false,
+            remapped: false,
             usage: Usage::default(),
         };
         snapshots.put(&format!("{name}.{half}"), &record)?;

@@ -4,7 +4,7 @@ use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError as TryLock, Weak};
 use std::time::{Instant, SystemTime};
@@ -45,6 +45,8 @@ pub struct Cache {
     pub(super) freed: AtomicU64,
     /// Held while something is evicted.
     pub(super) evicting: Mutex<()>,
+    /// Whether the daemon ends: see [`Cache::keep_all`].
+    pub(super) keeps_all: AtomicBool,
     /// Counts up with every store: the time by which uses are ordered.
     clock: AtomicU64,
     hot: HotChunks,
@@ -124,6 +126,7 @@ impl Cache {
             used: AtomicU64::new(0),
             freed: AtomicU64::new(0),
             evicting: Mutex::new(()),
+            keeps_all: AtomicBool::new(false),
             clock: AtomicU64::new(1),
             hot: HotChunks::new(),
             boot_id: boot_id(),
@@ -235,6 +238,14 @@ impl Cache {
             path: self.layers.clone(),
         })?;
         Staging::new(me, key.into())
+    }
+
+    /// From now on nothing gives way to anything, whatever the limits say: the daemon ends, and pins go without anybody having stopped needing
+    /// the layers. Without this, an end on a disk above its mark would empty the cache of a node whose registry may be away.
+    pub fn keep_all(&self) {
+        // Under the lock: what is being evicted was chosen while the pins were there.
+        let _one = self.evicting.lock().unwrap_or_else(PoisonError::into_inner);
+        self.keeps_all.store(true, Ordering::SeqCst);
     }
 
     /// Makes everything durable, so that the next start need not verify anything. Called at the end of the daemon, when nothing is

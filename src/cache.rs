@@ -65,6 +65,7 @@ mod names;
 mod offline;
 mod pages;
 mod pins;
+mod places;
 mod staging;
 #[cfg(test)]
 mod tests;

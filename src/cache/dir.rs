@@ -1,7 +1,7 @@
 //! The directory of all layers: opening, finding, adding, closing.
 
 use std::fs::{self, DirBuilder, File, TryLockError};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -340,8 +340,11 @@ impl Cache {
         let digest = &key.id;
         let dir = self.layer_dir(digest);
         let path = dir.join("index");
-        let encoded = match fs::read(&path) {
-            Ok(bytes) => bytes,
+        let (index_file, encoded) = match File::open(&path).and_then(|mut file| {
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes).map(|_| (file, bytes))
+        }) {
+            Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(CacheError::io("read", &path)(error)),
         };
@@ -404,6 +407,7 @@ impl Cache {
         let files = Files {
             small: small_files(&dir),
             dir,
+            index: index_file,
             data,
             map: MapFile::new(map, chunks.len(), id, sealed),
             words,

@@ -20,9 +20,11 @@ use super::error::is_full;
 use super::map::MapFile;
 use super::names::Names;
 use super::pins::Pins;
+use super::places::Places;
 use super::windows::WindowFile;
 use super::{Cache, CacheError, Key};
 use crate::layer::{BlobIndex, Chunk, Digest, LayerError, LayerIndex, Verify, Windows, portable};
+use crate::sys::map::Mapping;
 
 /// Unit in which the use of a layer is noted and in which parts of it are evicted, in bytes of the data space: large enough that a
 /// hole is worth its system call, small enough that the hot part of a large layer survives.
@@ -51,6 +53,8 @@ pub struct CachedLayer {
     diff_id: OnceLock<Digest>,
     /// Where its bytes are.
     pub(super) index: BlobIndex,
+    /// The file that its chunks are read from, if they are not in memory.
+    pub(super) index_map: Option<Arc<Mapping>>,
     /// The rest of the index.
     pub(super) names: Names,
     /// Directory of the layer.
@@ -96,6 +100,7 @@ pub struct CachedLayer {
 /// The files of a layer that is being opened.
 pub(super) struct Files {
     pub dir: PathBuf,
+    pub index: File,
     pub data: File,
     pub map: MapFile,
     /// Bits of the chunks that are there.
@@ -132,6 +137,7 @@ impl CachedLayer {
             checked.set(chunk);
         }
         let groups = index.data_size().div_ceil(GROUP);
+        let Places { blob, mapping } = Places::of(&index, &files.index);
         CachedLayer {
             digest: key.id,
             blob: key.blob,
@@ -145,6 +151,7 @@ impl CachedLayer {
             suspect,
             checked,
             clean: AtomicBool::new(files.fresh),
+            index_map: mapping,
             unready: AtomicUsize::new(unready),
             present: AtomicU64::new(present),
             evictions: AtomicU64::new(0),
@@ -155,7 +162,7 @@ impl CachedLayer {
             exposed: AtomicBool::new(files.exposed),
             allocated: files.allocated,
             small: AtomicU64::new(files.small),
-            index: index.blob(),
+            index: blob,
             names: Names::new(&cache.residents, index),
             cache,
         }
@@ -264,7 +271,8 @@ impl CachedLayer {
         let end = if len == 0 { 0 } else { offset.saturating_add(len) };
         let first = chunks.partition_point(|chunk| chunk.data_end() <= offset);
         // One chunk or two, nearly always: walking is faster than a second search.
-        (first..chunks.len()).take_while(move |&at| chunks[at].data_offset < end)
+        let within = move |at: &usize| chunks.get(*at).is_some_and(|chunk| chunk.data_offset < end);
+        (first..chunks.len()).take_while(within)
     }
 
     /// Fills `buf` from `offset` if all those bytes are ready; bytes that no chunk holds are zeros, and so are bytes after the end of the
@@ -348,7 +356,7 @@ impl CachedLayer {
             if self.cache.reserve(len, Some(&self.digest)).is_err() {
                 break;
             }
-            match self.write(chunk, record, bytes) {
+            match self.write(chunk, &record, bytes) {
                 // What it takes of the disk is counted now.
                 Ok(true) => {
                     self.cache.hot().remove(self.digest, chunk);
@@ -388,7 +396,7 @@ impl CachedLayer {
     }
 
     /// Checks bytes against the digest of a chunk.
-    fn check_bytes(&self, chunk: usize, bytes: &[u8]) -> Result<&Chunk, CacheError> {
+    fn check_bytes(&self, chunk: usize, bytes: &[u8]) -> Result<Chunk, CacheError> {
         let corrupt = |error| CacheError::Corrupt {
             layer: self.digest,
             chunk,

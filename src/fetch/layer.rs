@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
+use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -19,6 +20,7 @@ use super::{FetchError, Fetcher, LayerData, LocalFile};
 use crate::cache::{CacheError, CachedLayer};
 use crate::layer::{Access, BlobIndex, Digest, LayerIndex};
 use crate::registry::Blob;
+use crate::sync::blocking;
 
 /// Times that a damaged chunk is fetched before its readers get an error: damage on the way is rare, and damage at the source stays.
 pub(super) const DAMAGE_LIMIT: u32 = 3;
@@ -28,8 +30,8 @@ pub struct Layer {
     pub(super) fetcher: Arc<Fetcher>,
     pub(super) cached: Arc<CachedLayer>,
     pub(super) ranks: Ranks,
-    /// The file of each chunk.
-    owners: Vec<Owner>,
+    /// The file of each chunk, while requests are planned: from the first until everything is there.
+    owners: ArcSwapOption<Vec<Owner>>,
     blob: RwLock<Arc<dyn Blob>>,
     queue: Mutex<Queue>,
     /// Whether missing bytes are had by streaming all of the layer again.
@@ -61,11 +63,7 @@ impl Layer {
         let streamed = cached.index().access() == Access::Stream;
         Arc::new_cyclic(|me| Layer {
             ranks: Ranks::new(cached.index().chunks()),
-            owners: match cached.index().access() {
-                // Without names, files are only read ahead less well.
-                Access::Ranges => cached.names().map_or_else(|_| Vec::new(), |names| owners(&names)),
-                Access::Stream => Vec::new(),
-            },
+            owners: ArcSwapOption::empty(),
             fetcher,
             cached,
             blob: RwLock::new(blob),
@@ -202,6 +200,7 @@ impl Layer {
                     contended: place.contended(),
                     max_request,
                 };
+                me.know_owners().await;
                 let next = me.queue().next(&me.ranks, &*me, &terms);
                 match next {
                     Next::Nothing => return,
@@ -218,13 +217,29 @@ impl Layer {
         });
     }
 
+    /// Finds out which files chunks belong to, for which it takes the names. A request that is about to cross a network waits for it; most layers
+    /// of a node ask for nothing any more, and need not know.
+    async fn know_owners(self: &Arc<Self>) {
+        if self.owners.load().is_some() {
+            return;
+        }
+        let me = Arc::clone(self);
+        // Without names, files are only read ahead less well.
+        let found = blocking(move || me.cached.names().map_or_else(|_| Vec::new(), |names| owners(&names)));
+        self.owners.store(Some(Arc::new(found.await)));
+    }
+
     /// Takes a chunk that has arrived, verifies and stores it, and answers who waits for it.
     ///
     /// # Errors
     /// What is wrong with the bytes; nobody is answered then.
     pub(super) fn deliver(&self, chunk: usize, bytes: Bytes) -> Result<(), crate::layer::LayerError> {
         match self.cached.store(chunk, &bytes) {
-            Ok(crate::cache::Stored::Cached) => {}
+            Ok(crate::cache::Stored::Cached) => {
+                if self.cached.is_complete() {
+                    self.owners.store(None);
+                }
+            }
             Ok(crate::cache::Stored::Bypassed) => self.keep_hot(chunk, &bytes),
             Err(CacheError::Corrupt { source, .. }) => return Err(*source),
             Err(error) => {
@@ -264,7 +279,9 @@ impl View for Layer {
     }
 
     fn owner(&self, chunk: usize) -> Owner {
-        self.owners.get(chunk).copied().unwrap_or_default()
+        let owners = self.owners.load();
+        let owner = owners.as_ref().and_then(|owners| owners.get(chunk).copied());
+        owner.unwrap_or_default()
     }
 
     fn is_ready(&self, chunk: usize) -> bool {

@@ -69,6 +69,7 @@ mod places;
 mod staging;
 #[cfg(test)]
 mod tests;
+mod twins;
 mod windows;
 
 pub use adopt::Key;

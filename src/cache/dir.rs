@@ -19,6 +19,7 @@ use super::layer::Files;
 use super::map::{self, MapFile};
 use super::names::Residents;
 use super::staging::{Staging, sync_dir};
+use super::twins::Twins;
 use super::windows::{RecentWindows, WindowFile};
 use super::{CacheError, CachedLayer, Key};
 use crate::config::CacheConfig;
@@ -55,6 +56,8 @@ pub struct Cache {
     /// When it was last told that the budget cannot be met.
     pub(super) told: Mutex<Option<Instant>>,
     pub(super) windows: RecentWindows,
+    /// Chunks that other layers can have: see twins.rs.
+    pub(super) twins: Twins,
     /// Names of layers in memory: see names.rs.
     pub(super) residents: Residents,
     /// What counts without being a layer: see disk.rs.
@@ -132,6 +135,7 @@ impl Cache {
             boot_id: boot_id(),
             told: Mutex::default(),
             windows: RecentWindows::new(),
+            twins: Twins::new(),
             residents: Residents::new(),
             beside: Beside::default(),
             bell: OnceLock::new(),
@@ -168,6 +172,7 @@ impl Cache {
             let layer = Arc::new(layer);
             entry.open = Arc::downgrade(&layer);
             drop(known);
+            layer.enlist();
             self.bound_names();
             return Ok(Some(layer));
         }
@@ -328,6 +333,7 @@ impl Cache {
             open: Arc::downgrade(&layer),
         };
         known.put(digest, entry);
+        layer.enlist();
         // Others need not wait for the disk: what is in the directory is durable already, and its name may be lost until this returns.
         drop(known);
         sync_dir(&self.layers)?;

@@ -55,6 +55,8 @@ pub struct CachedLayer {
     pub(super) index: BlobIndex,
     /// The file that its chunks are read from, if they are not in memory.
     pub(super) index_map: Option<Arc<Mapping>>,
+    /// What it is known by to the cache's list of chunks: see twins.rs.
+    pub(super) number: u32,
     /// The rest of the index.
     pub(super) names: Names,
     /// Directory of the layer.
@@ -152,6 +154,7 @@ impl CachedLayer {
             checked,
             clean: AtomicBool::new(files.fresh),
             index_map: mapping,
+            number: cache.twins.number(),
             unready: AtomicUsize::new(unready),
             present: AtomicU64::new(present),
             evictions: AtomicU64::new(0),
@@ -300,13 +303,18 @@ impl CachedLayer {
         self.suspect.get(chunk)
     }
 
-    /// Like [`CachedLayer::read_ready`], but takes the chunks in `arrived` from there, waits for evictions to pass, and verifies chunks
-    /// that were written before a crash. Returns the positions of the chunks that are missing; if there are any, `buf` is not filled.
+    /// Like [`CachedLayer::read_ready`], but takes the chunks in `arrived` from there, waits for evictions to pass, verifies chunks that
+    /// were written before a crash, and takes those that other layers have. Returns the positions of the chunks that are missing; if there are any, `buf` is not filled.
     ///
     /// It takes as long as hashing the suspect chunks does: not for threads that must not wait.
     pub fn read_present(&self, offset: u64, buf: &mut [u8], arrived: &BTreeMap<usize, Bytes>) -> Vec<usize> {
         let len = buf.len() as u64;
         buf.fill(0);
+        for at in self.missing(offset, len) {
+            if !self.suspect.get(at) && !arrived.contains_key(&at) {
+                self.take_from_elsewhere(at);
+            }
+        }
         let mut missing = Vec::new();
         let mut failed = None;
         let shared = self.mutation.read().unwrap_or_else(PoisonError::into_inner);
@@ -448,6 +456,7 @@ impl CachedLayer {
             self.present.fetch_add(u64::from(record.data_len), Ordering::Relaxed);
         }
         self.account_growth(bytes.len() as u64);
+        self.offer(chunk, record);
         self.cache.tick();
         self.note_use(record.data_offset, record.data_len.into());
         if let Err(error) = self.write_map(chunk..chunk + 1) {
@@ -573,6 +582,7 @@ impl std::fmt::Debug for CachedLayer {
 impl Drop for CachedLayer {
     fn drop(&mut self) {
         self.names.close(&self.cache.residents);
+        self.delist();
         // Nobody has it open any more: it may vanish.
         self.cache.wake();
     }

@@ -15,6 +15,7 @@ use crate::metrics::Metrics;
 
 mod disk;
 mod names;
+mod twins;
 mod whole;
 
 /// Bytes of a test's chunks.

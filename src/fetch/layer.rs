@@ -133,13 +133,28 @@ impl Layer {
         if self.is_streamed() {
             return;
         }
+        let missing = self.cached.missing(offset, len);
+        let (near, far): (Vec<usize>, Vec<usize>) = missing
+            .filter(|&chunk| !self.cached.is_suspect(chunk))
+            .partition(|&chunk| self.cached.is_elsewhere(chunk));
+        self.ask_for(&far, class);
+        let Some(me) = self.me.upgrade().filter(|_| !near.is_empty()) else {
+            return;
+        };
+        self.fetcher.runtime.spawn_blocking(move || {
+            let mut left = near;
+            left.retain(|&chunk| !me.closing.is_cancelled() && !me.cached.take_from_elsewhere(chunk));
+            me.ask_for(&left, class);
+        });
+    }
+
+    fn ask_for(&self, chunks: &[usize], class: Class) {
         {
             let mut queue = self.queue();
-            for chunk in self
-                .cached
-                .missing(offset, len)
-                .filter(|&chunk| !self.cached.is_suspect(chunk))
-            {
+            if queue.closed {
+                return;
+            }
+            for &chunk in chunks {
                 queue.want(chunk, self.ranks.rank(chunk), class, None);
             }
         }
@@ -285,8 +300,8 @@ impl View for Layer {
     }
 
     fn is_ready(&self, chunk: usize) -> bool {
-        // What only has to be verified is not fetched ahead either.
-        self.cached.is_chunk_ready(chunk) || self.cached.is_suspect(chunk)
+        // What only has to be verified, or copied, is not fetched ahead either.
+        self.cached.is_chunk_ready(chunk) || self.cached.is_suspect(chunk) || self.cached.is_elsewhere(chunk)
     }
 
     fn decoded(&self, chunk: usize) -> u64 {

@@ -54,14 +54,16 @@ suite:
 	@$(SETUP) build test suite
 	CARGO_TARGET_DIR='$(TARGET)' tests/suite/run
 
-## bench       micro-benchmarks, then the faces of layers, a dense node and the cold start: medians and ratios against overlayfs
-##             (RUNS=5 rounds, CREATES=20 containers of 100 layers; CHECK=1 fails if a target of the faces is missed)
+## bench       micro-benchmarks, then the faces of layers, a dense node (page cache, scale, memory) and the cold start: medians and ratios
+##             against overlayfs (RUNS=5 rounds, CREATES=20 containers of 1, 10 and 100 layers; CHECK=1 fails if a target is missed)
 bench:
 	@$(SETUP) build demo
 	$(CARGO) bench --locked
 	$(CARGO) build --release --locked --bin lazuli --examples
 	@CARGO_TARGET_DIR='$(TARGET)' benches/faces/run
 	@CARGO_TARGET_DIR='$(TARGET)' benches/dense/run
+	@CARGO_TARGET_DIR='$(TARGET)' benches/dense/scale
+	@CARGO_TARGET_DIR='$(TARGET)' benches/dense/memory
 	@CARGO_TARGET_DIR='$(TARGET)' benches/cold_start/run bench
 
 ## fmt         formats the code

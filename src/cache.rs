@@ -65,9 +65,11 @@ mod names;
 mod offline;
 mod pages;
 mod pins;
+mod places;
 mod staging;
 #[cfg(test)]
 mod tests;
+mod twins;
 mod windows;
 
 pub use adopt::Key;

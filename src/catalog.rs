@@ -313,6 +313,8 @@ impl Catalog {
 
     /// Ends everything: waiters get errors, the cache is marked clean, the FUSE mount is taken away.
     pub fn close(&self) {
+        // Before the first pin goes.
+        self.loader.cache().keep_all();
         for (_, live) in self.write_live().drain() {
             live.layer.close();
         }

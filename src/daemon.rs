@@ -110,6 +110,7 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> DaemonError {
 /// # Errors
 /// [`DaemonError`] when it cannot start, or its socket fails.
 pub fn serve(config: Config) -> Result<(), DaemonError> {
+    crate::sys::malloc::give_back_what_is_freed();
     init_logs(&config.log);
     if let Err(error) = crate::sys::limits::raise_open_files() {
         tracing::warn!(%error, "the limit of open files stays as it is");

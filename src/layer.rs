@@ -27,6 +27,8 @@ pub use checkpoint::{Checkpoint, Windows};
 pub use compression::{Compression, decode_member, decoder};
 pub use digest::Digest;
 pub use error::LayerError;
-pub use index::{Access, BlobIndex, Chunk, Codec, Dirent, IndexParts, Ino, Inode, LayerIndex, ROOT_INO, Verify};
+pub use index::{
+    Access, BlobIndex, Chunk, ChunkTable, Codec, Dirent, IndexParts, Ino, Inode, LayerIndex, ROOT_INO, Verify,
+};
 pub use tar::{Copy, TarIndexer, TarLayout};
 pub use toc::TocIndex;

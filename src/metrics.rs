@@ -78,6 +78,8 @@ pub struct Metrics {
     pub cache_replaced_bytes: IntGauge,
     /// Bytes removed from the cache to keep its budget.
     pub cache_evicted_bytes_total: IntCounter,
+    /// Bytes of chunks that were taken from another layer in the cache instead of a registry.
+    pub cache_shared_bytes_total: IntCounter,
     /// Bytes that could not be cached because the disk was full.
     pub cache_bypassed_bytes_total: IntCounter,
     /// Duration of commits of the metadata database in seconds, each of all changes that were queued.
@@ -264,6 +266,11 @@ impl Metrics {
                 &r,
                 "lazuli_cache_evicted_bytes_total",
                 "Bytes removed from the cache to keep its budget.",
+            ),
+            cache_shared_bytes_total: counter(
+                &r,
+                "lazuli_cache_shared_bytes_total",
+                "Bytes of chunks that were taken from another layer in the cache instead of a registry.",
             ),
             cache_bypassed_bytes_total: counter(
                 &r,

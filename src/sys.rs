@@ -1,4 +1,4 @@
-//! The operating system (mounts, descriptors, id-mapping), and zlib. The only room where `unsafe` may stand; it has no policy.
+//! The operating system (mounts, descriptors, id-mapping, memory), and zlib. The only room where `unsafe` may stand; it has no policy.
 //!
 //! Everything here is a thin, safe wrapper of calls: it says which call failed and on what, and decides nothing.
 
@@ -11,6 +11,10 @@ pub mod inflate;
 #[allow(unsafe_code)]
 pub mod lease;
 pub mod limits;
+#[allow(unsafe_code)]
+pub mod malloc;
+#[allow(unsafe_code)]
+pub mod map;
 pub mod mount;
 pub mod mountinfo;
 

@@ -208,7 +208,7 @@ EOF
     until_true containerd $PID "${CTR[@]}" version
 }
 
-# start_lazuli DIR [FACE]: it asks the registry by way of $LINK.
+# start_lazuli DIR [FACE [MORE]]: it asks the registry by way of $LINK. MORE are lines of its configuration.
 start_lazuli() {
     local dir=$1
     cat >"$dir/lazuli.toml" <<EOF
@@ -223,6 +223,7 @@ config_path = []
 "127.0.0.1" = ["$LINK"]
 [fuse]
 face = "${2:-auto}"
+${3:-}
 EOF
     daemon "$dir/lazuli.log" "$BIN/lazuli" serve --config "$dir/lazuli.toml"
     until_true lazuli $PID test -S "$dir/lazuli.sock"

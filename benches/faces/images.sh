@@ -10,8 +10,20 @@ LEAST_BYTES=400000000
 
 TREE=faces/tree:$FACES_RECIPE       # the cold start's image as one layer
 TEN=faces/ten:$FACES_RECIPE         # the same files in ten layers, each with all the directories
-HUNDRED=faces/hundred:$FACES_RECIPE # a hundred layers of a thousand files
 BIG=faces/big:$FACES_RECIPE         # one layer with one file of 1 GiB
+# The first layers of the ten, and one of their own.
+BRANCHES=("faces/branch-3:$FACES_RECIPE" "faces/branch-6:$FACES_RECIPE")
+LAYERS=(1 10 100)
+# As many layers of a thousand files each.
+SMALL=("faces/one:$FACES_RECIPE" "faces/small-ten:$FACES_RECIPE" "faces/hundred:$FACES_RECIPE")
+
+# layers_of COUNT: the one of SMALL with so many layers.
+layers_of() {
+    local at
+    for at in "${!LAYERS[@]}"; do
+        [ "${LAYERS[at]}" != "$1" ] || echo "${SMALL[at]}"
+    done
+}
 
 # write_image NAME:TAG TAR...: an image of these layers, the lowest first, goes to the registry. The tar files are used up.
 #
@@ -111,19 +123,36 @@ build_tree_and_ten() {
     rm -rf --one-file-system "$tree" "$WORK/dirs" "$WORK/files" "$WORK/list"
 }
 
-build_hundred() {
+# build_small COUNT: layers of a thousand files.
+build_small() {
     local dir=$WORK/thousand number files=()
     mkdir -p "$dir"
     # Empty: nobody reads them, and to remove a file with content takes a millisecond where the disk is told of each free block.
     for number in {000..999}; do
         : >"$dir/file-$number"
     done
-    for number in {00..99}; do
-        tar -C "$dir" --sort=name --transform "s,^\.,usr/share/part-$number," -cf "$WORK/hundred-$number.tar" .
-        files+=("$WORK/hundred-$number.tar")
+    for ((number = 0; number < $1; number++)); do
+        # The images have no layer in common.
+        tar -C "$dir" --sort=name --transform "s,^\.,usr/share/part-$1-$number," -cf "$WORK/small-$number.tar" .
+        files+=("$WORK/small-$number.tar")
     done
-    write_image $HUNDRED "${files[@]}"
+    write_image "$(layers_of "$1")" "${files[@]}"
     rm -rf "$dir"
+}
+
+# build_branch IMAGE COUNT: so many of the ten layers, and one of its own.
+build_branch() {
+    local base=http://$REGISTRY/v2/${TEN%:*} digest files=()
+    for digest in $(curl -fsS -H 'Accept: application/vnd.oci.image.manifest.v1+json' "$base/manifests/${TEN##*:}" |
+        jq -r --argjson count "$2" '.layers[:$count][].digest'); do
+        files+=("$WORK/branch-${#files[@]}.tar")
+        curl -fsS -o "${files[-1]}" "$base/blobs/$digest"
+    done
+    mkdir -p "$WORK/branch"
+    head -c 2M /dev/urandom >"$WORK/branch/branch-$2.bin"
+    pack "$WORK/branch" "$WORK/branch-own.tar"
+    write_image "$1" "${files[@]}" "$WORK/branch-own.tar"
+    rm -rf "$WORK/branch"
 }
 
 build_big() {
@@ -142,10 +171,17 @@ prepare_faces_images() {
         say "building the images with the file tree (once)"
         build_tree_and_ten
     fi
-    if ! has $HUNDRED; then
-        say "building the image of 100 layers (once)"
-        build_hundred
-    fi
+    local image layers
+    for image in "${BRANCHES[@]}"; do
+        layers=${image#*-}
+        has "$image" || build_branch "$image" "${layers%:*}"
+    done
+    for layers in "${LAYERS[@]}"; do
+        if ! has "$(layers_of "$layers")"; then
+            say "building an image of $layers layers (once)"
+            build_small "$layers"
+        fi
+    done
     if ! has $BIG; then
         say "building the image with a file of 1 GiB (once)"
         build_big

@@ -5,11 +5,12 @@ def median: sort | if length % 2 == 1 then .[length / 2 | floor] else (.[length 
 def target:
     if .part == "layer" and .setup == "tree" and .state == "warm" then 1.05
     elif .part == "layer" and (.setup == "fuse" or .setup == "file") and .state == "warm" then
-        {find: 0.9, tar: 0.8, python: 1.0, random: 1.0, sequential: 1.0}[.measure]
+        {find: 0.9, tar: 0.8, python: 1.0}[.measure]
+    elif .part == "big" and .state == "warm" and .setup != "memory" then (if .setup == "tree" then 1.05 else 1.0 end)
     elif .part == "layer" and .setup == "fuse" and .state == "cold" then {find: 0.7, tar: 0.9}[.measure]
     elif .part == "layer" and .setup == "file" and .state == "cold" then {find: 0.6, tar: 0.6}[.measure]
-    elif .part == "chain" and .setup == "file" then {cold: 0.35, warm: 0.75}[.state]
-    elif .part == "create" and .setup == "file" and .measure == "create" then 1.0
+    elif (.part == "chain" or .part == "split") and .setup == "file" then {cold: 0.35, warm: 0.75}[.state]
+    elif (.part | startswith("create")) and .setup == "file" and .measure == "create" then 1.0
     else null end;
 
 def rank($list): . as $it | $list | index($it) // length;
@@ -25,7 +26,7 @@ def rank($list): . as $it | $list | index($it) // length;
   })) as $rows
 | {
     machine: {kernel: $kernel, cpus: $cpus, containerd: $containerd, load: $load},
-    rounds: {layer: $runs, chain: $runs, create: $creates},
+    rounds: {layer: $runs, big: $runs, chain: $runs, split: $runs, create: $creates},
     rows: ($rows | map(
         . as $row
         | ($rows[] | select(.part == $row.part and .measure == $row.measure and .state == $row.state and .setup == "overlayfs")) as $base
@@ -36,7 +37,7 @@ def rank($list): . as $it | $list | index($it) // length;
             $target,
             met: (if $target then .seconds / $base.seconds <= $target else null end)
           }
-      ) | sort_by([(.part | rank(["layer", "chain", "create"])), (.measure | rank(["find", "tar", "python", "random", "sequential", "create"])),
+      ) | sort_by([(.part | rank(["layer", "big", "chain", "split", "create-1", "create-10", "create-100"])), (.measure | rank(["find", "tar", "python", "random", "sequential", "create"])),
         (.state | rank(["warm", "cold", "first", "again", "next"])), (.setup | rank(["overlayfs", "fuse", "file", "tree", "memory"]))])),
     measurements: $all
   }

@@ -3,7 +3,11 @@
 //! *Create* is Prepare, asked of containerd, and the mount of what it answers. *Remove* undoes that, and then has containerd collect its
 //! garbage, since containerd tells a snapshotter of a removal only then. Each command prints one JSON line.
 //!
+//! Many at once are in storm.rs.
+//!
 //! A tool of its own because a `ctr` takes longer to start than what is timed.
+
+mod storm;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -51,6 +55,10 @@ enum Command {
     Create(Create),
     /// Unmounts a snapshot and removes it, and waits until it is gone.
     Remove(Remove),
+    /// Makes and removes containers at a steady rate. Prints the seconds of each call.
+    Storm(storm::Storm),
+    /// Makes many snapshots, asks about them, or removes them. Prints the seconds of each call.
+    Crowd(storm::Crowd),
 }
 
 #[derive(Args)]
@@ -76,7 +84,7 @@ struct Remove {
     target: PathBuf,
 }
 
-#[tokio::main(flavor = "current_thread")]
+#[tokio::main(flavor = "multi_thread", worker_threads = 1)]
 async fn main() -> anyhow::Result<()> {
     let Options {
         address,
@@ -87,6 +95,8 @@ async fn main() -> anyhow::Result<()> {
     match command {
         Command::Create(create) => make(&containerd, &snapshotter, &create).await,
         Command::Remove(remove) => take_away(&containerd, &snapshotter, &remove).await,
+        Command::Storm(storm) => storm::storm(&containerd, &snapshotter, &storm).await,
+        Command::Crowd(crowd) => storm::crowd(&containerd, &snapshotter, &crowd).await,
     }
 }
 

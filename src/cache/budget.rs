@@ -125,6 +125,9 @@ impl Cache {
         // One at a time: others that wait here will mostly find that there is room.
         let before = self.freed.load(Ordering::Relaxed);
         let _one = self.evicting.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.keeps_all.load(Ordering::SeqCst) {
+            return;
+        }
         let meanwhile = self.freed.load(Ordering::Relaxed).wrapping_sub(before);
         if meanwhile >= bytes {
             return;

@@ -55,7 +55,7 @@ impl CachedLayer {
             if self.checked.get(at) || !(self.ready.get(at) || self.suspect.get(at)) {
                 continue;
             }
-            if !self.check(at, record) {
+            if !self.check(at, &record) {
                 found.damaged.push(at);
             }
             rest(record.data_len.into());
@@ -122,7 +122,7 @@ impl CachedLayer {
             return false;
         };
         let intact = match self.index.verify() {
-            Verify::Content => is_intact(&self.data.load(), record),
+            Verify::Content => is_intact(&self.data.load(), &record),
             // A torn write cannot be told from a whole one.
             Verify::Span => Ok(false),
         };
@@ -157,7 +157,7 @@ impl CachedLayer {
         let ends = ends.chain([file_size(self.index.data_size())]);
         let mut begin = 0;
         let mut starts = vec![0];
-        starts.extend(self.index.chunks().iter().map(Chunk::data_end));
+        starts.extend(self.index.chunks().iter().map(|chunk| chunk.data_end()));
         let evictions = self.evictions.load(Ordering::SeqCst);
         let mut stray = 0;
         for (start, end) in starts.into_iter().zip(ends) {

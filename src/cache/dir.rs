@@ -1,10 +1,10 @@
 //! The directory of all layers: opening, finding, adding, closing.
 
 use std::fs::{self, DirBuilder, File, TryLockError};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError as TryLock, Weak};
 use std::time::{Instant, SystemTime};
@@ -19,6 +19,7 @@ use super::layer::Files;
 use super::map::{self, MapFile};
 use super::names::Residents;
 use super::staging::{Staging, sync_dir};
+use super::twins::Twins;
 use super::windows::{RecentWindows, WindowFile};
 use super::{CacheError, CachedLayer, Key};
 use crate::config::CacheConfig;
@@ -45,6 +46,8 @@ pub struct Cache {
     pub(super) freed: AtomicU64,
     /// Held while something is evicted.
     pub(super) evicting: Mutex<()>,
+    /// Whether the daemon ends: see [`Cache::keep_all`].
+    pub(super) keeps_all: AtomicBool,
     /// Counts up with every store: the time by which uses are ordered.
     clock: AtomicU64,
     hot: HotChunks,
@@ -53,6 +56,8 @@ pub struct Cache {
     /// When it was last told that the budget cannot be met.
     pub(super) told: Mutex<Option<Instant>>,
     pub(super) windows: RecentWindows,
+    /// Chunks that other layers can have: see twins.rs.
+    pub(super) twins: Twins,
     /// Names of layers in memory: see names.rs.
     pub(super) residents: Residents,
     /// What counts without being a layer: see disk.rs.
@@ -124,11 +129,13 @@ impl Cache {
             used: AtomicU64::new(0),
             freed: AtomicU64::new(0),
             evicting: Mutex::new(()),
+            keeps_all: AtomicBool::new(false),
             clock: AtomicU64::new(1),
             hot: HotChunks::new(),
             boot_id: boot_id(),
             told: Mutex::default(),
             windows: RecentWindows::new(),
+            twins: Twins::new(),
             residents: Residents::new(),
             beside: Beside::default(),
             bell: OnceLock::new(),
@@ -165,6 +172,7 @@ impl Cache {
             let layer = Arc::new(layer);
             entry.open = Arc::downgrade(&layer);
             drop(known);
+            layer.enlist();
             self.bound_names();
             return Ok(Some(layer));
         }
@@ -235,6 +243,14 @@ impl Cache {
             path: self.layers.clone(),
         })?;
         Staging::new(me, key.into())
+    }
+
+    /// From now on nothing gives way to anything, whatever the limits say: the daemon ends, and pins go without anybody having stopped needing
+    /// the layers. Without this, an end on a disk above its mark would empty the cache of a node whose registry may be away.
+    pub fn keep_all(&self) {
+        // Under the lock: what is being evicted was chosen while the pins were there.
+        let _one = self.evicting.lock().unwrap_or_else(PoisonError::into_inner);
+        self.keeps_all.store(true, Ordering::SeqCst);
     }
 
     /// Makes everything durable, so that the next start need not verify anything. Called at the end of the daemon, when nothing is
@@ -317,6 +333,7 @@ impl Cache {
             open: Arc::downgrade(&layer),
         };
         known.put(digest, entry);
+        layer.enlist();
         // Others need not wait for the disk: what is in the directory is durable already, and its name may be lost until this returns.
         drop(known);
         sync_dir(&self.layers)?;
@@ -329,8 +346,11 @@ impl Cache {
         let digest = &key.id;
         let dir = self.layer_dir(digest);
         let path = dir.join("index");
-        let encoded = match fs::read(&path) {
-            Ok(bytes) => bytes,
+        let (index_file, encoded) = match File::open(&path).and_then(|mut file| {
+            let mut bytes = Vec::new();
+            file.read_to_end(&mut bytes).map(|_| (file, bytes))
+        }) {
+            Ok(read) => read,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(CacheError::io("read", &path)(error)),
         };
@@ -393,6 +413,7 @@ impl Cache {
         let files = Files {
             small: small_files(&dir),
             dir,
+            index: index_file,
             data,
             map: MapFile::new(map, chunks.len(), id, sealed),
             words,

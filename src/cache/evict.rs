@@ -60,8 +60,10 @@ impl CachedLayer {
                 self.unready.fetch_add(1, Ordering::SeqCst);
             }
             if self.suspect.clear(chunk) || was_ready {
-                self.present
-                    .fetch_sub(u64::from(records[chunk].data_len), Ordering::Relaxed);
+                self.present.fetch_sub(
+                    records.get(chunk).map_or(0, |record| record.data_len.into()),
+                    Ordering::Relaxed,
+                );
             }
             self.checked.clear(chunk);
         }

@@ -20,9 +20,11 @@ use super::error::is_full;
 use super::map::MapFile;
 use super::names::Names;
 use super::pins::Pins;
+use super::places::Places;
 use super::windows::WindowFile;
 use super::{Cache, CacheError, Key};
 use crate::layer::{BlobIndex, Chunk, Digest, LayerError, LayerIndex, Verify, Windows, portable};
+use crate::sys::map::Mapping;
 
 /// Unit in which the use of a layer is noted and in which parts of it are evicted, in bytes of the data space: large enough that a
 /// hole is worth its system call, small enough that the hot part of a large layer survives.
@@ -51,6 +53,10 @@ pub struct CachedLayer {
     diff_id: OnceLock<Digest>,
     /// Where its bytes are.
     pub(super) index: BlobIndex,
+    /// The file that its chunks are read from, if they are not in memory.
+    pub(super) index_map: Option<Arc<Mapping>>,
+    /// What it is known by to the cache's list of chunks: see twins.rs.
+    pub(super) number: u32,
     /// The rest of the index.
     pub(super) names: Names,
     /// Directory of the layer.
@@ -98,6 +104,7 @@ pub struct CachedLayer {
 /// The files of a layer that is being opened.
 pub(super) struct Files {
     pub dir: PathBuf,
+    pub index: File,
     pub data: File,
     pub map: MapFile,
     /// Bits of the chunks that are there.
@@ -134,6 +141,7 @@ impl CachedLayer {
             checked.set(chunk);
         }
         let groups = index.data_size().div_ceil(GROUP);
+        let Places { blob, mapping } = Places::of(&index, &files.index);
         CachedLayer {
             digest: key.id,
             blob: key.blob,
@@ -147,6 +155,8 @@ impl CachedLayer {
             suspect,
             checked,
             clean: AtomicBool::new(files.fresh),
+            index_map: mapping,
+            number: cache.twins.number(),
             unready: AtomicUsize::new(unready),
             present: AtomicU64::new(present),
             evictions: AtomicU64::new(0),
@@ -158,7 +168,7 @@ impl CachedLayer {
             marked: Mutex::new(files.exposed),
             allocated: files.allocated,
             small: AtomicU64::new(files.small),
-            index: index.blob(),
+            index: blob,
             names: Names::new(&cache.residents, index),
             cache,
         }
@@ -267,7 +277,8 @@ impl CachedLayer {
         let end = if len == 0 { 0 } else { offset.saturating_add(len) };
         let first = chunks.partition_point(|chunk| chunk.data_end() <= offset);
         // One chunk or two, nearly always: walking is faster than a second search.
-        (first..chunks.len()).take_while(move |&at| chunks[at].data_offset < end)
+        let within = move |at: &usize| chunks.get(*at).is_some_and(|chunk| chunk.data_offset < end);
+        (first..chunks.len()).take_while(within)
     }
 
     /// Fills `buf` from `offset` if all those bytes are ready; bytes that no chunk holds are zeros, and so are bytes after the end of the
@@ -295,13 +306,18 @@ impl CachedLayer {
         self.suspect.get(chunk)
     }
 
-    /// Like [`CachedLayer::read_ready`], but takes the chunks in `arrived` from there, waits for evictions to pass, and verifies chunks
-    /// that were written before a crash. Returns the positions of the chunks that are missing; if there are any, `buf` is not filled.
+    /// Like [`CachedLayer::read_ready`], but takes the chunks in `arrived` from there, waits for evictions to pass, verifies chunks that
+    /// were written before a crash, and takes those that other layers have. Returns the positions of the chunks that are missing; if there are any, `buf` is not filled.
     ///
     /// It takes as long as hashing the suspect chunks does: not for threads that must not wait.
     pub fn read_present(&self, offset: u64, buf: &mut [u8], arrived: &BTreeMap<usize, Bytes>) -> Vec<usize> {
         let len = buf.len() as u64;
         buf.fill(0);
+        for at in self.missing(offset, len) {
+            if !self.suspect.get(at) && !arrived.contains_key(&at) {
+                self.take_from_elsewhere(at);
+            }
+        }
         let mut missing = Vec::new();
         let mut failed = None;
         let shared = self.mutation.read().unwrap_or_else(PoisonError::into_inner);
@@ -351,7 +367,7 @@ impl CachedLayer {
             if self.cache.reserve(len, Some(&self.digest)).is_err() {
                 break;
             }
-            match self.write(chunk, record, bytes) {
+            match self.write(chunk, &record, bytes) {
                 // What it takes of the disk is counted now.
                 Ok(true) => {
                     self.cache.hot().remove(self.digest, chunk);
@@ -391,7 +407,7 @@ impl CachedLayer {
     }
 
     /// Checks bytes against the digest of a chunk.
-    fn check_bytes(&self, chunk: usize, bytes: &[u8]) -> Result<&Chunk, CacheError> {
+    fn check_bytes(&self, chunk: usize, bytes: &[u8]) -> Result<Chunk, CacheError> {
         let corrupt = |error| CacheError::Corrupt {
             layer: self.digest,
             chunk,
@@ -443,6 +459,7 @@ impl CachedLayer {
             self.present.fetch_add(u64::from(record.data_len), Ordering::Relaxed);
         }
         self.account_growth(bytes.len() as u64);
+        self.offer(chunk, record);
         self.cache.tick();
         self.note_use(record.data_offset, record.data_len.into());
         if let Err(error) = self.write_map(chunk..chunk + 1) {
@@ -568,6 +585,7 @@ impl std::fmt::Debug for CachedLayer {
 impl Drop for CachedLayer {
     fn drop(&mut self) {
         self.names.close(&self.cache.residents);
+        self.delist();
         // Nobody has it open any more: it may vanish.
         self.cache.wake();
     }

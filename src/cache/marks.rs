@@ -10,6 +10,7 @@
 //!
 //! It is looked at in a thread of its own: every [`PERIOD`], and when something was stored or let go.
 
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
@@ -124,6 +125,9 @@ impl Cache {
             need > 0
         };
         let one = self.evicting.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.keeps_all.load(Ordering::SeqCst) {
+            return 0;
+        }
         self.evict_unused(None, |layer| layer.gives_way(), &mut free);
         drop(one);
         if freed > 0 {

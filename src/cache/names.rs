@@ -8,7 +8,7 @@
 
 use std::fs;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,6 +16,7 @@ use arc_swap::ArcSwapOption;
 
 use super::{Cache, CacheError, CachedLayer};
 use crate::layer::{Digest, LayerIndex};
+use crate::sys::malloc;
 
 /// How long names stay that nobody asks for: longer than the pauses in what a tree face is asked.
 const IDLE: Duration = Duration::from_secs(120);
@@ -36,6 +37,8 @@ pub(super) struct Residents {
     since: Instant,
     bytes: AtomicU64,
     max: AtomicU64,
+    /// Whether any came or went since memory was given back.
+    stirred: AtomicBool,
 }
 
 impl Residents {
@@ -44,6 +47,7 @@ impl Residents {
             since: Instant::now(),
             bytes: AtomicU64::new(0),
             max: AtomicU64::new(MAX_BYTES),
+            stirred: AtomicBool::new(false),
         }
     }
 
@@ -53,10 +57,12 @@ impl Residents {
 
     fn come(&self, index: &LayerIndex) {
         self.bytes.fetch_add(index.memory(), Ordering::Relaxed);
+        self.stirred.store(true, Ordering::Relaxed);
     }
 
     fn go(&self, index: &LayerIndex) {
         self.bytes.fetch_sub(index.memory(), Ordering::Relaxed);
+        self.stirred.store(true, Ordering::Relaxed);
     }
 
     fn is_over(&self) -> bool {
@@ -157,9 +163,16 @@ impl Cache {
         }
     }
 
-    /// Forgets names that nobody has asked for in a while.
+    /// Forgets names that nobody has asked for in a while, and gives memory back if any came or went since the last time.
     pub(super) fn forget_idle_names(&self) {
         self.forget_names_idle_for(IDLE);
+        for layer in self.open_layers() {
+            layer.release_index();
+        }
+        // What is freed of an index, and of what it was made of, lies between what stays.
+        if self.residents.stirred.swap(false, Ordering::Relaxed) {
+            malloc::trim();
+        }
         let bytes = i64::try_from(self.names_bytes()).unwrap_or(i64::MAX);
         self.metrics().names_memory_bytes.set(bytes);
     }

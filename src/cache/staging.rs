@@ -146,7 +146,8 @@ impl Staging {
             .and_then(|()| self.data.set_len(file_size(index.data_size())))
             .and_then(|()| self.data.sync_all())
             .map_err(CacheError::io("write", &data_path))?;
-        write_durably(&dir.join("index"), &encoded)?;
+        let index_file = write_durably(&dir.join("index"), &encoded)?;
+        drop(encoded);
         // Where nothing is there yet, a seal would be broken by the first store, and its reader would wait for the disk.
         let map = write_durably(&dir.join("map"), &map)?;
         let windows = match windows {
@@ -162,6 +163,7 @@ impl Staging {
         let allocated = Arc::new(AtomicU64::new(disk_use(dir)));
         let files = Files {
             dir: self.cache.layer_dir(&self.digest),
+            index: index_file,
             data: self.data.try_clone().map_err(CacheError::io("open", &data_path))?,
             map: MapFile::new(map, chunks, id, complete),
             words,

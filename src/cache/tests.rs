@@ -15,6 +15,7 @@ use crate::metrics::Metrics;
 
 mod disk;
 mod names;
+mod twins;
 mod whole;
 
 /// Bytes of a test's chunks.
@@ -96,7 +97,7 @@ fn fill(cached: &CachedLayer, layer: &str) {
 /// Whether a chunk is ready; its bytes are right then.
 fn holds(cached: &CachedLayer, layer: &str, chunk: usize) -> bool {
     let mut buf = vec![0; CHUNK];
-    let offset = cached.index().chunks()[chunk].data_offset;
+    let offset = cached.index().chunks().get(chunk).unwrap().data_offset;
     let ready = cached.read_ready(offset, &mut buf).map(Result::unwrap).is_some();
     assert!(!ready || buf == bytes(layer, chunk), "chunk {chunk} is wrong");
     ready
@@ -105,7 +106,7 @@ fn holds(cached: &CachedLayer, layer: &str, chunk: usize) -> bool {
 /// Whether a chunk is there on the slow way, which verifies.
 fn restores(cached: &CachedLayer, layer: &str, chunk: usize) -> bool {
     let mut buf = vec![0; CHUNK];
-    let offset = cached.index().chunks()[chunk].data_offset;
+    let offset = cached.index().chunks().get(chunk).unwrap().data_offset;
     let missing = cached.read_present(offset, &mut buf, &BTreeMap::new());
     assert!(
         !missing.is_empty() || buf == bytes(layer, chunk),
@@ -479,7 +480,7 @@ fn readers_never_see_a_hole() {
                 let mut chunk = reader;
                 while !done.load(Ordering::Relaxed) {
                     chunk = (chunk + 5) % CHUNKS;
-                    let offset = cached.index().chunks()[chunk].data_offset;
+                    let offset = cached.index().chunks().get(chunk).unwrap().data_offset;
                     let locked = reader == 2;
                     let there = if locked {
                         cached.read_present(offset, &mut buf, &BTreeMap::new()).is_empty()

@@ -237,7 +237,7 @@ fn digest_of(layer: &Digest, encoded: &[u8]) -> Digest {
 /// Whether two indexes are of the same bytes in the same places, so that one may stand for the other.
 fn same_space(a: &LayerIndex, b: &BlobIndex) -> bool {
     let shape = (a.access(), a.codec(), a.data_size(), a.blob_size());
-    shape == (b.access(), b.codec(), b.data_size(), b.blob_size()) && a.chunks() == b.chunks()
+    shape == (b.access(), b.codec(), b.data_size(), b.blob_size()) && *b.chunks() == *a.chunks()
 }
 
 /// Layers of an image on each other, the lowest first; `None` for those that are not served.

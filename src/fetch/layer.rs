@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
+use arc_swap::ArcSwapOption;
 use bytes::Bytes;
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -21,6 +22,7 @@ use super::{FetchError, Fetcher, LayerData, LocalFile};
 use crate::cache::{CacheError, CachedLayer};
 use crate::layer::{Access, BlobIndex, Digest, LayerIndex};
 use crate::registry::{Blob, Origin};
+use crate::sync::blocking;
 
 /// Times that a damaged chunk is fetched before its readers get an error: damage on the way is rare, and damage at the source stays.
 pub(super) const DAMAGE_LIMIT: u32 = 3;
@@ -30,8 +32,8 @@ pub struct Layer {
     pub(super) fetcher: Arc<Fetcher>,
     pub(super) cached: Arc<CachedLayer>,
     pub(super) ranks: Ranks,
-    /// The file of each chunk.
-    owners: Vec<Owner>,
+    /// The file of each chunk, while requests are planned: from the first until everything is there.
+    owners: ArcSwapOption<Vec<Owner>>,
     blob: RwLock<Arc<dyn Blob>>,
     queue: Mutex<Queue>,
     /// Whether missing bytes are had by streaming all of the layer again.
@@ -67,11 +69,7 @@ impl Layer {
         let streamed = cached.index().access() == Access::Stream;
         Arc::new_cyclic(|me| Layer {
             ranks: Ranks::new(cached.index().chunks()),
-            owners: match cached.index().access() {
-                // Without names, files are only read ahead less well.
-                Access::Ranges => cached.names().map_or_else(|_| Vec::new(), |names| owners(&names)),
-                Access::Stream => Vec::new(),
-            },
+            owners: ArcSwapOption::empty(),
             fetcher,
             cached,
             blob: RwLock::new(blob),
@@ -174,13 +172,28 @@ impl Layer {
         if self.is_streamed() {
             return;
         }
+        let missing = self.cached.missing(offset, len);
+        let (near, far): (Vec<usize>, Vec<usize>) = missing
+            .filter(|&chunk| !self.cached.is_suspect(chunk))
+            .partition(|&chunk| self.cached.is_elsewhere(chunk));
+        self.ask_for(&far, class);
+        let Some(me) = self.me.upgrade().filter(|_| !near.is_empty()) else {
+            return;
+        };
+        self.fetcher.runtime.spawn_blocking(move || {
+            let mut left = near;
+            left.retain(|&chunk| !me.closing.is_cancelled() && !me.cached.take_from_elsewhere(chunk));
+            me.ask_for(&left, class);
+        });
+    }
+
+    fn ask_for(&self, chunks: &[usize], class: Class) {
         {
             let mut queue = self.queue();
-            for chunk in self
-                .cached
-                .missing(offset, len)
-                .filter(|&chunk| !self.cached.is_suspect(chunk))
-            {
+            if queue.closed {
+                return;
+            }
+            for &chunk in chunks {
                 queue.want(chunk, self.ranks.rank(chunk), class, None);
             }
         }
@@ -246,6 +259,7 @@ impl Layer {
                     contended: place.contended(),
                     max_request,
                 };
+                me.know_owners().await;
                 let next = me.queue().next(&me.ranks, &*me, &terms);
                 match next {
                     Next::Nothing => return,
@@ -262,13 +276,29 @@ impl Layer {
         });
     }
 
+    /// Finds out which files chunks belong to, for which it takes the names. A request that is about to cross a network waits for it; most layers
+    /// of a node ask for nothing any more, and need not know.
+    async fn know_owners(self: &Arc<Self>) {
+        if self.owners.load().is_some() {
+            return;
+        }
+        let me = Arc::clone(self);
+        // Without names, files are only read ahead less well.
+        let found = blocking(move || me.cached.names().map_or_else(|_| Vec::new(), |names| owners(&names)));
+        self.owners.store(Some(Arc::new(found.await)));
+    }
+
     /// Takes a chunk that has arrived, verifies and stores it, and answers who waits for it.
     ///
     /// # Errors
     /// What is wrong with the bytes; nobody is answered then.
     pub(super) fn deliver(&self, chunk: usize, bytes: Bytes) -> Result<(), crate::layer::LayerError> {
         match self.cached.store(chunk, &bytes) {
-            Ok(crate::cache::Stored::Cached) => {}
+            Ok(crate::cache::Stored::Cached) => {
+                if self.cached.is_complete() {
+                    self.owners.store(None);
+                }
+            }
             Ok(crate::cache::Stored::Bypassed) => self.keep_hot(chunk, &bytes),
             Err(CacheError::Corrupt { source, .. }) => return Err(*source),
             Err(error) => {
@@ -308,12 +338,14 @@ impl View for Layer {
     }
 
     fn owner(&self, chunk: usize) -> Owner {
-        self.owners.get(chunk).copied().unwrap_or_default()
+        let owners = self.owners.load();
+        let owner = owners.as_ref().and_then(|owners| owners.get(chunk).copied());
+        owner.unwrap_or_default()
     }
 
     fn is_ready(&self, chunk: usize) -> bool {
-        // What only has to be verified is not fetched ahead either.
-        self.cached.is_chunk_ready(chunk) || self.cached.is_suspect(chunk)
+        // What only has to be verified, or copied, is not fetched ahead either.
+        self.cached.is_chunk_ready(chunk) || self.cached.is_suspect(chunk) || self.cached.is_elsewhere(chunk)
     }
 
     fn decoded(&self, chunk: usize) -> u64 {

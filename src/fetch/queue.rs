@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use super::FetchError;
 use super::schedule::{Class, Remote};
 use super::window::{Bounds, Chunks, Owner, PART, Plan, State, Window};
-use crate::layer::{Codec, LayerIndex, ROOT_INO};
+use crate::layer::{ChunkTable, Codec, LayerIndex, ROOT_INO};
 
 /// Chunks of one layer that are queued to be read ahead: enough for a few requests. What was to be read ahead while so many wait is
 /// dropped.
@@ -104,14 +104,15 @@ pub(super) struct Ranks {
 }
 
 impl Ranks {
-    pub fn new(chunks: &[crate::layer::Chunk]) -> Self {
-        if chunks.is_sorted_by_key(|chunk| chunk.blob_offset) {
+    pub fn new(chunks: &ChunkTable) -> Self {
+        if chunks.iter().is_sorted_by_key(|chunk| chunk.blob_offset) {
             return Ranks { orders: None };
         }
         // An index has at most 8 Mi chunks.
-        let mut by_rank: Vec<u32> = (0..chunks.len() as u32).collect();
-        by_rank.sort_by_key(|&at| chunks[at as usize].blob_offset);
-        let mut by_chunk = vec![0; chunks.len()];
+        let offsets: Vec<u64> = chunks.iter().map(|chunk| chunk.blob_offset).collect();
+        let mut by_rank: Vec<u32> = (0..offsets.len() as u32).collect();
+        by_rank.sort_by_key(|&at| offsets[at as usize]);
+        let mut by_chunk = vec![0; offsets.len()];
         for (rank, &chunk) in by_rank.iter().enumerate() {
             by_chunk[chunk as usize] = rank as u32;
         }

@@ -45,7 +45,7 @@ impl Layer {
         let mut missing: Vec<usize> = self
             .cached
             .missing(offset, len.into())
-            .filter(|&chunk| !self.cached.is_suspect(chunk))
+            .filter(|&chunk| !self.cached.is_suspect(chunk) && !self.cached.is_elsewhere(chunk))
             .collect();
         loop {
             if !missing.is_empty() {

@@ -19,7 +19,7 @@ use super::pipeline::{self, Fault, Sink};
 use super::schedule::Class;
 use super::stream::PASSES;
 use crate::layer::tar::{Copy, TarIndexer, TarLayout};
-use crate::layer::{Chunk, LayerError};
+use crate::layer::{Chunk, ChunkTable, LayerError};
 
 impl Layer {
     /// Streams the layer again, unless that is happening already, or nobody waits.
@@ -149,7 +149,7 @@ struct Late {
 }
 
 impl Late {
-    fn new(pieces: Pieces, chunks: &[Chunk]) -> Self {
+    fn new(pieces: Pieces, chunks: &ChunkTable) -> Self {
         Late {
             at: 0,
             open: BTreeMap::new(),
@@ -177,8 +177,8 @@ impl Late {
 
     fn put(&mut self, layer: &Layer, place: u64, piece: &[u8]) -> Result<(), Fault> {
         let chunks = layer.cached.index().chunks();
-        for at in layer.cached.index().chunks_at(place, piece.len() as u64) {
-            let chunk = &chunks[at];
+        let positions = chunks.holding(place, piece.len() as u64);
+        for (at, chunk) in positions.clone().zip(chunks.range(positions)) {
             // Places only grow: what lies before has all its pieces.
             self.deliver(layer, at)?;
             let buffer = self.open.entry(at).or_insert_with(|| vec![0; chunk.data_len as usize]);
@@ -196,7 +196,7 @@ impl Late {
     fn deliver(&mut self, layer: &Layer, before: usize) -> Result<(), Fault> {
         let chunks = layer.cached.index().chunks();
         while self.next < before.min(chunks.len()) {
-            let zeros = || vec![0; chunks[self.next].data_len as usize];
+            let zeros = || vec![0; chunks.get(self.next).map_or(0, |chunk| chunk.data_len as usize)];
             let bytes = self.open.remove(&self.next).unwrap_or_else(zeros);
             layer.deliver(self.next, bytes.into())?;
             self.next += 1;
@@ -270,7 +270,7 @@ impl Refill {
                 if copy.to >= chunk.data_end() {
                     break;
                 }
-                if !self.expand(chunk, copy)? {
+                if !self.expand(&chunk, copy)? {
                     tracing::debug!(layer = %layer.cached.digest(), "once more, for its sparse files");
                     return Ok(Some(Pieces { copies, tar_size }));
                 }

@@ -264,7 +264,7 @@ impl Layer {
     fn deliver_member(&self, chunks: &[usize], compressed: &[u8], most: u64, damaged: &mut Vec<Damage>) {
         let index = self.cached.index();
         let record = |chunk: &usize| index.chunks().get(*chunk);
-        let records: Vec<(usize, &Chunk)> = chunks.iter().filter_map(|c| Some((*c, record(c)?))).collect();
+        let records: Vec<(usize, Chunk)> = chunks.iter().filter_map(|c| Some((*c, record(c)?))).collect();
         let decode = match self.decoder(&records, compressed) {
             Ok(Some(decode)) => decode,
             // The chunks are left to the stream.
@@ -303,7 +303,7 @@ impl Layer {
     ///
     /// # Errors
     /// When the compressed bytes are not those of the span.
-    fn decoder<'a>(&self, records: &[(usize, &Chunk)], compressed: &'a [u8]) -> Result<Option<Decode<'a>>, LayerError> {
+    fn decoder<'a>(&self, records: &[(usize, Chunk)], compressed: &'a [u8]) -> Result<Option<Decode<'a>>, LayerError> {
         let index = self.cached.index();
         let codec = index.codec();
         if codec != Codec::GzipSpans {

@@ -10,6 +10,7 @@
 
 mod blob;
 mod check;
+mod chunks;
 mod disk;
 
 #[cfg(test)]
@@ -19,6 +20,7 @@ use std::sync::OnceLock;
 
 use super::{Checkpoint, Digest, LayerError};
 pub use blob::BlobIndex;
+pub use chunks::{ChunkTable, IndexBytes};
 pub(super) use disk::{codec_byte, codec_of};
 
 /// Number of an inode within its layer. The root directory is [`ROOT_INO`].
@@ -431,6 +433,12 @@ impl LayerIndex {
     /// The part of it that says where bytes are.
     pub fn blob(&self) -> BlobIndex {
         BlobIndex::of(self)
+    }
+
+    /// The same, with chunks that are read from `bytes`, the index on disk, when they are needed, so that they take no memory of their own.
+    /// `None`: these are not the bytes of this index, as far as their length tells.
+    pub fn blob_stored(&self, bytes: IndexBytes) -> Option<BlobIndex> {
+        BlobIndex::stored(self, bytes)
     }
 
     fn string(&self, offset: u32, len: u32) -> &[u8] {

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use crate::faces;
 use crate::stage::{Stage, generations, subject};
-use crate::support::containerd::REFERENCE;
+use crate::support::containerd::{Generation, REFERENCE};
 use crate::support::image::{Compression, Flavour, Image, Layer, base_entries};
 use crate::support::lazuli::{Lazuli, SNAPSHOTTER};
 use crate::support::sandbox::{PATIENCE, run_ok, wait_until};
@@ -274,4 +274,41 @@ fn segments_survive_a_restart_and_go_with_their_images() {
     }
     stage.restart_daemon();
     assert_eq!(stored(stage.lazuli.as_ref().unwrap()), [] as [String; 0]);
+}
+
+/// Two images that install the same package in layers of their own: the second fetches of it what only the second has, whoever is restarted.
+#[test]
+fn files_that_another_layer_has_are_not_fetched_again() {
+    if subject() != SNAPSHOTTER {
+        return;
+    }
+    let mut stage = Stage::new("dense::same_files", Generation::One);
+    let package = |dir: &str, own: u64| {
+        let files = (0..10).map(|number| Entry::file(format!("{dir}/file-{number}"), noise(number, LARGE / 10)));
+        let own = Entry::file(format!("{dir}/own"), noise(own, LARGE / 10));
+        image(vec![Layer::of(
+            Compression::Gzip,
+            [Entry::dir(dir)].into_iter().chain(files).chain([own]),
+        )])
+    };
+    let (first, second) = (package("opt", 1000), package("srv", 2000));
+    let [first, second] = [("first", first), ("second", second)]
+        .map(|(name, image)| stage.push_converted(&image, &format!("same/{name}:1"), &["--estargz"]));
+    stage.pull(&first);
+    let view = stage.containerd.view(&first, &subject());
+    for number in 0..10 {
+        assert!(fs::read(view.path.join(format!("opt/file-{number}"))).unwrap() == noise(number, LARGE / 10));
+    }
+    drop(view);
+    assert!(stage.lazuli().stop());
+    stage.restart_daemon();
+    stage.pull(&second);
+    stage.proxy.take();
+    let view = stage.containerd.view(&second, &subject());
+    for number in 0..10 {
+        assert!(fs::read(view.path.join(format!("srv/file-{number}"))).unwrap() == noise(number, LARGE / 10));
+    }
+    let fetched: u64 = stage.blob_requests().iter().map(|exchange| exchange.bytes).sum();
+    assert!(fetched < LARGE as u64 / 5, "{fetched} bytes were fetched");
+    assert!(fs::read(view.path.join("srv/own")).unwrap() == noise(2000, LARGE / 10));
 }

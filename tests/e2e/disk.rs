@@ -48,3 +48,35 @@ fn removed_images_give_way() {
     let view = stage.containerd.view(&removed.1, &subject());
     assert!(fs::read(view.path.join("data/file")).unwrap() == noise(2, LENGTH));
 }
+
+/// A disk above its mark, and a daemon that ends and starts again in order: nothing of what snapshots refer to is gone, or a node whose registry
+/// is away would have no containers any more.
+#[test]
+fn an_orderly_end_empties_nothing() {
+    const LENGTH: usize = 1_000_000;
+    if subject() != lazuli::SNAPSHOTTER {
+        return;
+    }
+    let config = "[cache]\nmin_free = 0\nhigh_percent = 2\nlow_percent = 1\n";
+    let mut stage = Stage::with("an_orderly_end_empties_nothing", Generation::One, config, |_| {});
+    let layers = (1..=8).map(|seed| {
+        let files = [
+            Entry::dir("data"),
+            Entry::file(format!("data/{seed}"), noise(seed, LENGTH)),
+        ];
+        Layer::of(Compression::Gzip, files)
+    });
+    let image = Image::new(Flavour::Oci, layers.collect());
+    let reference = stage.push(&image, "disk/kept:1");
+    stage.pull(&reference);
+    stage.proxy.take();
+    for _ in 0..3 {
+        assert!(stage.lazuli().stop());
+        stage.restart_daemon();
+    }
+    let view = stage.containerd.view(&reference, &subject());
+    for seed in 1..=8 {
+        assert!(fs::read(view.path.join(format!("data/{seed}"))).unwrap() == noise(seed, LENGTH));
+    }
+    assert!(stage.blob_requests().is_empty(), "fetched again");
+}

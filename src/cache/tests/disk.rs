@@ -432,6 +432,24 @@ fn layers_in_use_give_nothing_to_the_mark() {
 }
 
 #[test]
+fn nothing_gives_way_when_the_daemon_ends_and_pins_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = with_marks(dir.path());
+    for name in ["closed", "open"] {
+        fill(&insert(&cache, name, 4), name);
+    }
+    let open = insert(&cache, "open", 4);
+    let before = cache.used_bytes();
+    drop([open.pin(), insert(&cache, "closed", 4).pin()]);
+    cache.keep_all();
+    assert_eq!(cache.give_way(full()), 0);
+    cache.make_room(before, None);
+    assert_eq!(cache.used_bytes(), before);
+    let closed = insert(&cache, "closed", 4);
+    assert!((0..4).all(|chunk| restores(&open, "open", chunk) && restores(&closed, "closed", chunk)));
+}
+
+#[test]
 fn without_a_mark_nothing_gives_way() {
     let dir = tempfile::tempdir().unwrap();
     let cache = open(dir.path(), 0);

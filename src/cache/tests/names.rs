@@ -58,6 +58,39 @@ fn names_that_nobody_asks_for_leave_memory_and_come_back() {
     assert_eq!(cache.names_bytes(), 0);
 }
 
+/// Chunks of a large layer stay on the disk: from the beginning, after a restart, and when the layer goes while somebody has it.
+#[test]
+fn chunks_of_large_layers_are_read_from_the_index_file() {
+    const COUNT: usize = 1500;
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(dir.path(), 0);
+    assert!(!named(&cache, "small", 3).has_mapped_index());
+    let made = insert(&cache, "large", COUNT);
+    let before = (*made.names().unwrap()).blob();
+    let fill_some = |layer: &CachedLayer| {
+        for chunk in [0, 700, COUNT - 1] {
+            assert_eq!(layer.store(chunk, &bytes("large", chunk)).unwrap(), Stored::Cached);
+            layer.release_index();
+            assert!(holds(layer, "large", chunk));
+        }
+        assert!(!holds(layer, "large", 701));
+    };
+    assert!(made.has_mapped_index());
+    fill_some(&made);
+    drop((made, cache));
+    let cache = open(dir.path(), 0);
+    let opened = cache.get(&digest("large")).unwrap().unwrap();
+    assert!(opened.has_mapped_index());
+    assert_eq!(opened.index(), &before);
+    assert!(
+        restores(&opened, "large", 700),
+        "verified again, since the cache was not closed"
+    );
+    assert!(opened.evict_all() > 0);
+    fs::remove_dir_all(dir.path().join("layers").join(digest("large").hex())).unwrap();
+    fill_some(&opened);
+}
+
 #[test]
 fn names_in_use_stay() {
     let dir = tempfile::tempdir().unwrap();

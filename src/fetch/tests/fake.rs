@@ -204,9 +204,14 @@ pub fn gzip(data: &[u8]) -> Vec<u8> {
 
 /// A layer that is read in ranges: `sizes` are those of its chunks, between which the data space has gaps of 100 bytes.
 pub fn ranged(sizes: &[usize]) -> (LayerIndex, Vec<u8>, Vec<u8>) {
+    ranged_from(1, sizes)
+}
+
+/// The same with other bytes for each `seed`: what layers have in common, they have of each other.
+pub fn ranged_from(seed: u64, sizes: &[usize]) -> (LayerIndex, Vec<u8>, Vec<u8>) {
     let (mut data, mut blob, mut chunks) = (Vec::new(), b"head".to_vec(), Vec::new());
-    for (seed, &size) in sizes.iter().enumerate() {
-        let bytes = noise(seed as u64 + 1, size);
+    for (seed, &size) in (seed..).zip(sizes) {
+        let bytes = noise(seed, size);
         let member = gzip(&bytes);
         chunks.push(Chunk {
             data_offset: data.len() as u64,

@@ -215,7 +215,7 @@ async fn readers_pass_before_prefetch_and_promote_it() {
     assert!(futures::poll!(&mut reader).is_pending());
     blob.flowing.send_replace(true);
     reader.await.unwrap();
-    let last = layer.index().chunks()[11].blob_offset;
+    let last = layer.index().chunks().get(11).unwrap().blob_offset;
     assert_eq!(blob.asked.lock().unwrap()[1].start, last);
     while !layer.cached().is_complete() {
         tokio::task::yield_now().await;

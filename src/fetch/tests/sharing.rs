@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 
-use super::fake::{Bench, FakeBlob, MEMORY, ranged};
+use super::fake::{Bench, FakeBlob, MEMORY, ranged, ranged_from};
 use super::flights::until;
 use super::streams::LONG;
 use crate::config::{ByteSize, FetchConfig};
@@ -41,7 +41,7 @@ async fn prefetch_leaves_a_place_to_demand_and_a_reader_who_joins_takes_none_of_
     until(|| blob.requests() == 3).await;
     assert_eq!(
         blob.asked.lock().unwrap()[2].start,
-        layer.index().chunks()[23].blob_offset
+        layer.index().chunks().get(23).unwrap().blob_offset
     );
     // Somebody waits for the first chunk now: it is fetched for demand from now on, and prefetch has a place more.
     drop(reader);
@@ -103,7 +103,7 @@ async fn a_host_or_an_image_that_hangs_holds_only_its_own_places() {
         );
     }
     blob.flowing.send_replace(true);
-    for (reader, chunk) in readers.into_iter().zip(hung.index().chunks()) {
+    for (reader, chunk) in readers.into_iter().zip(hung.index().chunks().iter()) {
         let at = chunk.data_offset as usize;
         assert_eq!(
             reader.await.unwrap().unwrap()[..],
@@ -120,8 +120,8 @@ async fn read_ahead_is_accounted_apart_and_comes_later_where_others_wait() {
         ..FetchConfig::default()
     };
     let bench = Bench::with(0, config);
-    let open = |name: &str| {
-        let (index, data, bytes) = ranged(&[40_000; 10]);
+    let open = |name: &str, seed: u64| {
+        let (index, data, bytes) = ranged_from(seed, &[40_000; 10]);
         let blob = FakeBlob::new(bytes);
         let (cached, layer) = bench.open(name, index, &blob);
         (cached, layer, data, blob)
@@ -133,13 +133,12 @@ async fn read_ahead_is_accounted_apart_and_comes_later_where_others_wait() {
             bench.metrics.fetched_bytes_total.with_label_values(&[kind]).get(),
         )
     };
-    let first = open("first");
-    let chunk = first.1.index().chunks()[0];
+    let first = open("first", 100);
     first.3.flowing.send_replace(false);
     let mut holds = first.1.read(0, 10, LONG);
     assert!(futures::poll!(&mut holds).is_pending());
     until(|| first.3.requests() == 1).await;
-    let (second, third) = (open("second"), open("third"));
+    let (second, third) = (open("second", 200), open("third", 300));
     let (mut waits, mut waits_too) = (second.1.read(0, 10, LONG), third.1.read(0, 10, LONG));
     assert!(futures::poll!(&mut waits).is_pending() && futures::poll!(&mut waits_too).is_pending());
     until(|| bench.fetcher.scheduler().counts() == (2, 1)).await;
@@ -153,18 +152,24 @@ async fn read_ahead_is_accounted_apart_and_comes_later_where_others_wait() {
     );
     until(|| [&first, &second, &third].iter().all(|layer| layer.0.is_complete())).await;
     // One of the two was let in while the other waited.
-    let wanted = chunk.blob_offset..chunk.blob_end();
+    let wanted = [&first, &second, &third].map(|layer| {
+        let chunk = layer.1.index().chunks().get(0).unwrap();
+        chunk.blob_offset..chunk.blob_end()
+    });
     let asked = [
         second.3.asked.lock().unwrap().clone(),
         third.3.asked.lock().unwrap().clone(),
     ];
     assert!(
-        asked.iter().any(|ranges| ranges[0] == wanted && ranges.len() == 2),
+        (asked.iter().zip(&wanted[1..])).any(|(ranges, wanted)| ranges[0] == *wanted && ranges.len() == 2),
         "{asked:?}"
     );
     until(|| count("readahead").0 == 1).await;
     let (demand, ahead) = (count("demand"), count("readahead"));
-    assert_eq!((demand.0, demand.1), (3, 3 * (wanted.end - wanted.start)));
+    assert_eq!(
+        (demand.0, demand.1),
+        (3, wanted.iter().map(|wanted| wanted.end - wanted.start).sum())
+    );
     assert!(ahead.1 > 20 * 40_000, "{ahead:?}");
 }
 
@@ -377,4 +382,48 @@ async fn sixteen_spans_of_64_mib_stay_within_the_budget() {
     let held = held.load(Ordering::SeqCst);
     assert!(held >= each && held <= bench.fetcher.requests.total(), "{held} bytes");
     until(|| bench.fetcher.requests.held() == 0).await;
+}
+
+/// What another layer of the node has is not fetched: neither for a reader, nor ahead, nor with what lies around it.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_layer_has_is_not_fetched_again() {
+    let sizes = [40_000, 50_000, 60_000, 70_000];
+    let bench = Bench::new();
+    let open = |name: &str, changed: Option<usize>| {
+        let (index, mut data, mut bytes) = ranged(&sizes);
+        let Some(at) = changed else {
+            let blob = FakeBlob::new(bytes);
+            return (bench.open(name, index, &blob), blob, data);
+        };
+        // The same files but for one: no member moves, as this one is only compressed anew where it compresses no better.
+        let mut parts = index.parts().clone();
+        let chunk = &mut parts.chunks[at];
+        let (start, len) = (chunk.data_offset as usize, chunk.data_len as usize);
+        data[start..start + len].copy_from_slice(&super::fake::noise(99, len));
+        let member = super::fake::gzip(&data[start..start + len]);
+        let place = bytes.len() as u64;
+        chunk.digest = Digest::of(&data[start..start + len]);
+        (chunk.blob_offset, chunk.blob_len) = (place, member.len() as u32);
+        bytes.extend_from_slice(&member);
+        parts.blob_size = bytes.len() as u64;
+        let blob = FakeBlob::new(bytes);
+        (bench.open(name, LayerIndex::new(parts).unwrap(), &blob), blob, data)
+    };
+    let ((_, first), _, data) = open("first", None);
+    first.read(0, data.len() as u32, LONG).await.unwrap();
+    let ((cached, second), blob, data) = open("second", Some(1));
+    let read = second.read(0, data.len() as u32, LONG).await.unwrap();
+    assert_eq!(read[..], data[..]);
+    assert_eq!(blob.requests(), 1);
+    let (asked, own) = (
+        blob.asked.lock().unwrap()[0].clone(),
+        cached.index().chunks().get(1).unwrap(),
+    );
+    assert_eq!((asked.start, asked.end), (own.blob_offset, own.blob_end()));
+    assert_eq!(bench.metrics.cache_shared_bytes_total.get(), 40_000 + 60_000 + 70_000);
+    // Ahead of readers as well, to the end.
+    let ((cached, third), blob, data) = open("third", None);
+    third.prefetch(0, data.len() as u64);
+    until(|| cached.is_complete()).await;
+    assert_eq!(blob.requests(), 0);
 }

@@ -257,7 +257,7 @@ async fn evictions_during_a_second_stream_harm_nobody() {
     // One chunk at a time: what a read of several waits for may be evicted again before it has all of them.
     let chunks = layer.index().chunks();
     let place = layer.index().chunks_at(inode.data, inode.size);
-    for chunk in [&chunks[1]].into_iter().chain(&chunks[place]) {
+    for chunk in chunks.range(1..2).chain(chunks.range(place)) {
         let read = layer.read(chunk.data_offset, chunk.data_len, LONG).await;
         assert_eq!(Digest::of(&read.unwrap()), chunk.digest);
     }

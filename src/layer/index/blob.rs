@@ -3,6 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::chunks::{ChunkTable, IndexBytes};
+use super::disk::first_chunk;
 use super::{Access, Chunk, Codec, LayerIndex, Verify};
 use crate::layer::{Checkpoint, Digest};
 
@@ -15,7 +17,7 @@ pub struct BlobIndex {
     data_size: u64,
     blob_size: u64,
     stored_size: u64,
-    chunks: Arc<[Chunk]>,
+    chunks: ChunkTable,
     checkpoints: Arc<[Checkpoint]>,
     inodes: u64,
     fingerprint: Digest,
@@ -23,6 +25,10 @@ pub struct BlobIndex {
 
 impl BlobIndex {
     pub(super) fn of(index: &LayerIndex) -> Self {
+        Self::of_with(index, ChunkTable::here(index.chunks()))
+    }
+
+    fn of_with(index: &LayerIndex, chunks: ChunkTable) -> Self {
         BlobIndex {
             access: index.access(),
             codec: index.codec(),
@@ -30,11 +36,19 @@ impl BlobIndex {
             data_size: index.data_size(),
             blob_size: index.blob_size(),
             stored_size: index.stored_size(),
-            chunks: index.chunks().into(),
+            chunks,
             checkpoints: index.checkpoints().into(),
             inodes: index.inodes().len() as u64,
             fingerprint: index.fingerprint(),
         }
+    }
+
+    /// As [`LayerIndex::blob`] has it, with chunks that are read from the index on disk when they are needed. `None`: these bytes are not those of
+    /// that index, as far as their length tells.
+    pub(super) fn stored(index: &LayerIndex, bytes: IndexBytes) -> Option<Self> {
+        let first = first_chunk(index.parts(), (*bytes).as_ref())?;
+        let count = index.chunks().len();
+        Some(Self::of_with(index, ChunkTable::there(bytes, first, count)))
     }
 
     /// The same bytes with the names of another index.
@@ -78,13 +92,13 @@ impl BlobIndex {
     }
 
     /// All chunks in order of their data offset.
-    pub fn chunks(&self) -> &[Chunk] {
+    pub fn chunks(&self) -> &ChunkTable {
         &self.chunks
     }
 
     /// Positions of the chunks that hold any of the `len` bytes at `offset` of the data space.
     pub fn chunks_at(&self, offset: u64, len: u64) -> Range<usize> {
-        chunks_at(&self.chunks, offset, len)
+        self.chunks.holding(offset, len)
     }
 
     /// All checkpoints in order of their offset; only [`Codec::GzipSpans`] has any.

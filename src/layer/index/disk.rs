@@ -41,7 +41,7 @@ const HEADER_LEN: usize = 64;
 const INODE_LEN: usize = 76;
 const DIRENT_LEN: usize = 12;
 const XATTR_LEN: usize = 16;
-const CHUNK_LEN: usize = 60;
+pub(super) const CHUNK_LEN: usize = 60;
 const SPAN_LEN: usize = 64;
 /// In the place of the bits: a checkpoint at the header of a member.
 const AT_MEMBER: u8 = 255;
@@ -236,10 +236,7 @@ impl LayerIndex {
                 .chunks_exact(XATTR_LEN)
                 .map(|b| decode_xattr(Reader { bytes: b }))
                 .collect(),
-            chunks: chunks
-                .chunks_exact(CHUNK_LEN)
-                .map(|b| decode_chunk(Reader { bytes: b }))
-                .collect(),
+            chunks: chunks.chunks_exact(CHUNK_LEN).map(decode_chunk).collect(),
             verify,
             checkpoints: spans
                 .chunks_exact(SPAN_LEN)
@@ -250,6 +247,22 @@ impl LayerIndex {
         let _ = index.fingerprint.set(fingerprint);
         Ok(index)
     }
+}
+
+/// Where the records of the chunks begin in the on-disk form of the index that has these parts.
+pub(super) fn first_chunk(p: &IndexParts, bytes: &[u8]) -> Option<usize> {
+    let version = Reader {
+        bytes: bytes.get(8..12)?,
+    }
+    .u32();
+    let header = match version {
+        VERSION => HEADER_LEN,
+        WITHOUT_SPANS => COMMON_LEN,
+        _ => return None,
+    };
+    let names = p.inodes.len() * INODE_LEN + p.dirents.len() * DIRENT_LEN + p.xattrs.len() * XATTR_LEN;
+    let behind = p.chunks.len() * CHUNK_LEN + p.checkpoints.len() * SPAN_LEN + p.strings.len() + Digest::LEN;
+    (header + names + behind == bytes.len()).then_some(header + names)
 }
 
 /// The codec as a byte.
@@ -354,7 +367,9 @@ fn decode_xattr(mut r: Reader<'_>) -> Xattr {
     }
 }
 
-fn decode_chunk(mut r: Reader<'_>) -> Chunk {
+/// Reads the record of a chunk, of [`CHUNK_LEN`] bytes.
+pub(super) fn decode_chunk(bytes: &[u8]) -> Chunk {
+    let mut r = Reader { bytes };
     let (data_offset, blob_offset) = (r.u64(), r.u64());
     let (data_len, blob_len, skip) = (r.u32(), r.u32(), r.u32());
     Chunk {

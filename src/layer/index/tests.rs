@@ -317,5 +317,44 @@ fn the_version_without_spans_is_still_read() {
     let new = index.encode();
     // Without the four bytes for the number of checkpoints and four zeros.
     let old = [&new[..8], &[2, 0, 0, 0], &new[12..56], &new[64..]].concat();
-    assert_eq!(LayerIndex::decode(&sealed(old)), Ok(index));
+    let old = sealed(old);
+    assert_eq!(LayerIndex::decode(&old), Ok(index.clone()));
+    let stored = index.blob_stored(std::sync::Arc::new(old)).unwrap();
+    assert_eq!(stored, index.blob(), "its chunks lie elsewhere");
+}
+
+proptest! {
+    #[test]
+    fn chunks_on_disk_are_those_in_memory(
+        lens in proptest::collection::vec((0_u32..3, 1_u32..50), 0..60),
+        places in proptest::collection::vec((0_u64..3000, 0_u64..200), 20),
+    ) {
+        let mut parts = sample_parts();
+        let chunk = parts.chunks[0];
+        parts.chunks.clear();
+        let mut end = 0;
+        for (gap, len) in lens {
+            let data_offset = end + u64::from(gap);
+            end = data_offset + u64::from(len);
+            parts.chunks.push(Chunk { data_offset, data_len: len, digest: Digest::of(&data_offset.to_le_bytes()), ..chunk });
+        }
+        parts.data_size = parts.data_size.max(end);
+        let index = LayerIndex::new(parts).unwrap();
+        let (here, bytes) = (index.blob(), index.encode());
+        let there = index.blob_stored(std::sync::Arc::new(bytes.clone())).unwrap();
+        prop_assert_eq!(&there, &here);
+        prop_assert!(*there.chunks() == *index.chunks());
+        prop_assert_eq!(there.chunks().get(index.chunks().len()), None);
+        for (offset, len) in places {
+            let expected = index.chunks_at(offset, len);
+            prop_assert_eq!(there.chunks_at(offset, len), expected.clone());
+            prop_assert_eq!(here.chunks_at(offset, len), expected.clone());
+            let found: Vec<Chunk> = there.chunks().range(expected.clone()).collect();
+            prop_assert_eq!(&found[..], &index.chunks()[expected]);
+        }
+        // Of other bytes, the places of the records are not known.
+        let shorter = bytes[..bytes.len() - 1].to_vec();
+        prop_assert!(index.blob_stored(std::sync::Arc::new(shorter)).is_none());
+        prop_assert!(index.blob_stored(std::sync::Arc::new(Vec::new())).is_none());
+    }
 }

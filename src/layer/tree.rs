@@ -8,7 +8,8 @@
 //! - Missing parents become directories 0755 root:root of the epoch (containerd leaves the time of the unpacking there), and are marked:
 //!   on top of other layers they look as in those ([`super::variant`]).
 //! - A directory over a directory keeps the children and the extended attributes, and takes the new attributes. Anything else replaces
-//!   what had the name, with its whole subtree. The content of an inode lives as long as one of its names.
+//!   what had the name, with its whole subtree. The content of an inode lives as long as one of its names. A directory that got its entry after
+//!   it was made for something in it is marked: it keeps extended attributes of the layers below.
 //! - A hard link's own attributes go to the inode it links to, and take its `security.capability` away, as chown(2) does.
 //! - The entry of the root itself sets only the root's time: the unpacker leaves a root it did not make alone.
 //! - `.wh.NAME` becomes a character device 0:0 of mode 0; `.wh..wh..opq` marks its directory with `trusted.overlay.opaque`; other AUFS
@@ -16,8 +17,11 @@
 //!   unpacker in a lowest layer, and in others it gives up.
 //! - A global PAX header makes the parents of its own name, and removes what has that name: the unpacker takes it for an entry, and only
 //!   then ignores it.
+//!   Where something is to be made below a whiteout, a directory takes its place that hides what is below; the unpacker does so in a lowest
+//!   layer, and in others gives up.
 //! - Extended attributes: `user.*` on files and directories, `security.*`, and POSIX ACLs. `trusted.*` and names that no Linux file system
-//!   takes are ignored, as the unpacker ignores them.
+//!   takes are ignored, as the unpacker ignores them. What a directory's default ACL makes of its new files is in `tree/xattrs.rs`.
+//! - No owner has the number 4294967295: chown(2) takes it as "leave it", and what had it could never be changed.
 //! - Times before 1970 or after 2262 become the epoch.
 //!
 //! Memory is arenas: about 150 bytes for an entry and its name, and no allocation of its own. What an archive may make of few bytes is
@@ -36,12 +40,14 @@ use std::hash::{BuildHasher, RandomState};
 
 use hashbrown::HashTable;
 
-use super::index::{Dirent, Ino, Inode, MAX_INODES, MAX_STRINGS, MAX_TARGET_LEN, ROOT_INO, Xattr, flags, mode};
+use super::index::{
+    Dirent, Ino, Inode, MAX_INODES, MAX_STRINGS, MAX_TARGET_LEN, NO_OWNER, ROOT_INO, Xattr, flags, mode,
+};
 use super::{IndexParts, LayerError};
 pub use allowance::memory_for_blob;
 use allowance::{Allowance, INTERNED_COST, NAME_COST, NODE_COST, TEXT_COST, XATTR_COST};
-pub(super) use path::quoted;
-use path::{clean, lexical, split};
+use path::{clean, split};
+pub(super) use path::{lexical, quoted};
 pub(super) use xattrs::{MAX_XATTR_VALUE, MAX_XATTRS, OPAQUE_XATTR};
 
 /// Prefix of a name that deletes the rest of the name from the layers below.
@@ -58,8 +64,8 @@ const SYMLINK_MODE: u32 = mode::LNK | 0o777;
 const SETGID: u32 = 0o2000;
 /// Permission, setuid, setgid and sticky bits.
 const PERMISSIONS: u32 = 0o7777;
-/// Most symlinks on the way to one name (MAXSYMLINKS of Linux).
-const MAX_LINKS: u32 = 40;
+/// Most symlinks on the way to one name, as the unpacker counts them.
+pub(super) const MAX_LINKS: u32 = 255;
 /// Largest device major and minor numbers of Linux.
 const MAX_MAJOR: u32 = (1 << 12) - 1;
 const MAX_MINOR: u32 = (1 << 20) - 1;
@@ -249,6 +255,11 @@ impl TreeBuilder {
             (root.mtime, root.mtime_nsec) = (mtime, nsec);
             return Ok(());
         }
+        for (what, id) in [("user", entry.uid), ("group", entry.gid)] {
+            if id == NO_OWNER {
+                return bad(format!("no {what} has the number {id}"));
+            }
+        }
         let Some(dir) = self.walk(parents, true)? else {
             return bad("its parent directory cannot be made");
         };
@@ -273,7 +284,11 @@ impl TreeBuilder {
                 self.drop_xattr(ino, CAPABILITY_XATTR);
                 ino
             }
-            kind => self.make_node(dir, kind)?,
+            kind => {
+                let ino = self.make_node(dir, kind)?;
+                self.hand_on_acl(dir, ino)?;
+                ino
+            }
         };
         self.set_attributes(ino, entry)?;
         self.link(dir, base, ino)
@@ -383,21 +398,16 @@ impl TreeBuilder {
                     if !make {
                         return Ok(None);
                     }
-                    if !super::index::valid_name(part) {
-                        return bad(format!("no directory can be called {}", quoted(part)));
-                    }
-                    self.allowance.imply()?;
-                    let made = self.make_node(dir, EntryKind::Dir)?;
-                    // As mkdir(2) does it in a directory that hands its group on.
-                    let parent = *self.inode(dir);
-                    let inode = self.inode_mut(made);
-                    (inode.mode, inode.flags) = (IMPLIED_DIR_MODE, flags::IMPLIED);
-                    inode.gid = if parent.mode & SETGID != 0 { parent.gid } else { 0 };
-                    self.link(dir, part, made)?;
-                    dir = made;
+                    dir = self.imply(dir, part)?;
                     continue;
                 };
                 let ino = self.names[name as usize].ino;
+                if make && self.inode(ino).flags & flags::WHITEOUT != 0 {
+                    self.remove(name);
+                    dir = self.imply(dir, part)?;
+                    self.set_opaque(dir)?;
+                    continue;
+                }
                 if self.is_dir(ino) {
                     dir = ino;
                     continue;
@@ -424,6 +434,24 @@ impl TreeBuilder {
             }
             return Ok(Some(dir));
         }
+    }
+
+    /// Makes a directory that no entry describes.
+    fn imply(&mut self, dir: Ino, name: &[u8]) -> Result<Ino, Fault> {
+        if !super::index::valid_name(name) {
+            return bad(format!("no directory can be called {}", quoted(name)));
+        }
+        self.allowance.imply()?;
+        let made = self.make_node(dir, EntryKind::Dir)?;
+        // As mkdir(2) does it in a directory that hands its group on.
+        let parent = *self.inode(dir);
+        let inode = self.inode_mut(made);
+        (inode.mode, inode.flags) = (IMPLIED_DIR_MODE, flags::IMPLIED);
+        inode.gid = if parent.mode & SETGID != 0 { parent.gid } else { 0 };
+        self.hand_on_acl(dir, made)?;
+        self.fit_acl(made)?;
+        self.link(dir, name, made)?;
+        Ok(made)
     }
 
     /// Gives `ino` a name that is free in `dir`.
@@ -502,10 +530,14 @@ impl TreeBuilder {
         if !inode.is_symlink() {
             inode.mode = inode.file_type() | (entry.mode & PERMISSIONS);
         }
-        inode.flags = 0;
+        if inode.is_implied() {
+            inode.flags = flags::LATE;
+        }
+        inode.flags &= !flags::WHITEOUT;
         (inode.uid, inode.gid) = (entry.uid, entry.gid);
         (inode.mtime, inode.mtime_nsec) = (mtime, nsec);
-        self.set_xattrs(ino, &entry.xattrs)
+        self.set_xattrs(ino, &entry.xattrs)?;
+        self.fit_acl(ino)
     }
 
     fn store(&mut self, text: &[u8]) -> Result<u32, Fault> {

@@ -103,6 +103,12 @@ pub enum SnapshotsError {
     /// The operation ended without a result: it panicked, or the daemon is stopping.
     #[error("the operation was abandoned: {0}")]
     Abandoned(#[from] tokio::task::JoinError),
+    /// A bug: the log has where.
+    #[error("{rpc} failed because of a bug in Lazuli")]
+    Panicked {
+        /// The request.
+        rpc: &'static str,
+    },
 }
 
 impl SnapshotsError {
@@ -156,7 +162,8 @@ impl SnapshotsError {
             SnapshotsError::Root { .. }
             | SnapshotsError::Io { .. }
             | SnapshotsError::Store(_)
-            | SnapshotsError::Abandoned(_) => Code::Internal,
+            | SnapshotsError::Abandoned(_)
+            | SnapshotsError::Panicked { .. } => Code::Internal,
         }
     }
 }

@@ -1,10 +1,12 @@
 //! The ten RPCs: messages in, messages out; what blocks goes to a thread where it may.
 
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use futures::stream::{self, BoxStream};
 use prost::Message as _;
 use tonic::metadata::MetadataMap;
@@ -71,14 +73,16 @@ impl Service {
         .await
     }
 
-    /// Counts and times an RPC, and turns its error into a status.
+    /// Counts and times an RPC, and turns its error into a status; a panic in it is one too, or the client would wait for an answer on a stream
+    /// that is reset without a reason.
     async fn answer<T>(
         &self,
         rpc: &'static str,
         work: impl Future<Output = Result<T, SnapshotsError>>,
     ) -> Result<Response<T>, Status> {
         let timer = self.metrics.rpc_seconds.with_label_values(&[rpc]).start_timer();
-        let result = work.await;
+        let caught = AssertUnwindSafe(work).catch_unwind().await;
+        let result = caught.unwrap_or(Err(SnapshotsError::Panicked { rpc }));
         timer.observe_duration();
         let code = result.as_ref().err().map_or(Code::Ok, SnapshotsError::code);
         self.metrics

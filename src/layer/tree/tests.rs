@@ -241,7 +241,7 @@ fn symlinks_among_parents_are_followed_inside_the_root() {
     let mut tar = Tar::default();
     tar.symlink("a", "b").symlink("b", "a").file("a/x", b"");
     assert!(
-        tar.error().contains("entry \"a/x\": more than 40 symlinks"),
+        tar.error().contains("entry \"a/x\": more than 255 symlinks"),
         "{}",
         tar.error()
     );
@@ -487,6 +487,68 @@ fn global_headers_are_nothing_and_take_its_place() {
         "/d dir 700 0:0 x2
 /d/gone char 0 0:0 x1 0:0
 /headers dir 755 0:0 x2
+"
+    );
+}
+
+/// `user::rwx user:1001:r-x group::r-x mask::MASK other::OTHER`, as PAX has it, with the owner's permissions.
+fn acl(user: u16, mask: u16, other: u16) -> Vec<u8> {
+    crate::layer::acl::tests::list(&[
+        (1, user, u32::MAX),
+        (2, 5, 1001),
+        (4, 5, u32::MAX),
+        (16, mask, u32::MAX),
+        (32, other, u32::MAX),
+    ])
+}
+
+#[test]
+fn a_default_list_is_handed_on_and_fits_the_mode() {
+    let mut tar = Tar::default();
+    tar.pax(&[("SCHILY.xattr.system.posix_acl_default", &acl(7, 7, 7))])
+        .dir("d", 0o755)
+        .dir("d/sub", 0o750)
+        .file("d/sub/made/f", b"")
+        .symlink("d/l", "f");
+    let own = crate::layer::acl::tests::list(&[(1, 7, u32::MAX), (4, 5, u32::MAX), (32, 0, u32::MAX)]);
+    tar.pax(&[("SCHILY.xattr.system.posix_acl_access", &own)])
+        .file("d/own", b"");
+    let index = tar.end().index();
+    let list = |path: &str, name: &str| {
+        let inode = index.inode(index.lookup_path(path.as_bytes()).unwrap()).unwrap();
+        index
+            .xattr(inode, format!("system.posix_acl_{name}").as_bytes())
+            .map(<[u8]>::to_vec)
+    };
+    assert_eq!(list("d", "access"), None);
+    for (path, access) in [
+        ("d/sub", acl(7, 5, 0)),
+        ("d/sub/made", acl(7, 5, 5)),
+        ("d/sub/made/f", acl(6, 4, 4)),
+    ] {
+        assert_eq!(list(path, "access"), Some(access), "{path}");
+        let default = (path != "d/sub/made/f").then(|| acl(7, 7, 7));
+        assert_eq!(list(path, "default"), default, "{path}");
+    }
+    // A symlink has none, and three entries are a mode.
+    assert_eq!([list("d/l", "access"), list("d/own", "access")], [None, None]);
+    let mut tar = Tar::default();
+    tar.pax(&[("SCHILY.xattr.system.posix_acl_access", b"\x02\0\0\0\x01")])
+        .file("f", b"");
+    assert!(tar.error().contains("is no access control list"), "{}", tar.error());
+}
+
+#[test]
+fn below_a_whiteout_everything_is_new() {
+    let mut tar = Tar::default();
+    tar.file(".wh.d", b"").file("d/sub/f", b"").file("gone/.wh.x", b"");
+    assert_eq!(
+        tree(&mut tar),
+        "/d dir 755 0:0 x3 trusted.overlay.opaque=y
+/d/sub dir 755 0:0 x2
+/d/sub/f file 644 0:0 x1 0
+/gone dir 755 0:0 x2
+/gone/x char 0 0:0 x1 0:0
 "
     );
 }

@@ -20,6 +20,7 @@ use super::schedule::Class;
 use super::stream::PASSES;
 use crate::layer::tar::{Copy, TarIndexer, TarLayout};
 use crate::layer::{Chunk, LayerError};
+use crate::sync::caught;
 
 impl Layer {
     /// Streams the layer again, unless that is happening already, or nobody waits.
@@ -37,7 +38,7 @@ impl Layer {
             let mut known = None;
             loop {
                 let result = tokio::select! {
-                    result = me.refill_pass(known.take()) => result,
+                    result = caught(me.refill_pass(known.take())) => result.unwrap_or_else(|bug| Err(Fault::Disk(bug))),
                     () = me.closing.cancelled() => Err(Fault::Closed),
                 };
                 let blob = me.blob();

@@ -2,6 +2,7 @@
 
 mod fake;
 mod flights;
+mod panics;
 mod ranges;
 mod seeds;
 mod sharing;

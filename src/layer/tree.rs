@@ -22,7 +22,7 @@
 //! - Extended attributes: `user.*` on files and directories, `security.*`, and POSIX ACLs. `trusted.*` and names that no Linux file system
 //!   takes are ignored, as the unpacker ignores them. What a directory's default ACL makes of its new files is in `tree/xattrs.rs`.
 //! - No owner has the number 4294967295: chown(2) takes it as "leave it", and what had it could never be changed.
-//! - Times before 1970 or after 2262 become the epoch.
+//! - Times before 1970 or after 2262 become the epoch. That of a directory which is replaced later goes to what then has its name.
 //!
 //! Memory is arenas: about 150 bytes for an entry and its name, and no allocation of its own. What an archive may make of few bytes is
 //! limited in `tree/allowance.rs`.
@@ -166,6 +166,17 @@ struct Node {
     inode: Inode,
     /// Of a directory: the name added last.
     last_name: u32,
+    /// Of a directory: the number of the entry that described it last; 0 without one.
+    described: u32,
+}
+
+/// The time of a directory that was described, and then replaced.
+struct Late {
+    /// Number of the entry.
+    entry: u32,
+    path: Vec<u8>,
+    mtime: i64,
+    mtime_nsec: u32,
 }
 
 /// Why an entry cannot be applied: a text that completes "entry NAME: ...", or a limit.
@@ -197,6 +208,9 @@ pub struct TreeBuilder {
     strings: Vec<u8>,
     hasher: RandomState,
     allowance: Allowance,
+    /// Number of the entry at hand, from 1.
+    entry: u32,
+    late: Vec<Late>,
 }
 
 impl TreeBuilder {
@@ -218,6 +232,7 @@ impl TreeBuilder {
             nodes: vec![Node {
                 inode: root,
                 last_name: NO_NAME,
+                described: 0,
             }],
             names: Vec::new(),
             table: HashTable::new(),
@@ -226,6 +241,8 @@ impl TreeBuilder {
             strings: Vec::new(),
             hasher: RandomState::new(),
             allowance: Allowance::new(limit),
+            entry: 0,
+            late: Vec::new(),
         }
     }
 
@@ -244,6 +261,7 @@ impl TreeBuilder {
 
     fn apply(&mut self, entry: &Entry<'_>) -> Result<(), Fault> {
         self.allowance.entry();
+        self.entry = self.entry.saturating_add(1);
         let path = clean(entry.path)?;
         let (parents, base) = split(&path);
         if base.is_empty() {
@@ -275,6 +293,7 @@ impl TreeBuilder {
             if entry.kind == EntryKind::Dir && self.is_dir(ino) {
                 return self.set_attributes(ino, entry);
             }
+            self.keep_time(ino, &path)?;
             self.remove(old);
         }
         let ino = match entry.kind {
@@ -336,6 +355,7 @@ impl TreeBuilder {
         self.nodes.push(Node {
             inode,
             last_name: NO_NAME,
+            described: 0,
         });
         Ok(self.nodes.len() as Ino)
     }
@@ -496,6 +516,57 @@ impl TreeBuilder {
         Ok(())
     }
 
+    /// Remembers the time of a directory that is to be replaced: the unpacker sets those of all directories at the end, on whatever then
+    /// has their names.
+    fn keep_time(&mut self, ino: Ino, path: &[u8]) -> Result<(), Fault> {
+        let node = &self.nodes[ino as usize - 1];
+        if node.described == 0 || !node.inode.is_dir() {
+            return Ok(());
+        }
+        self.late.push(Late {
+            entry: node.described,
+            path: path.to_vec(),
+            mtime: node.inode.mtime,
+            mtime_nsec: node.inode.mtime_nsec,
+        });
+        self.allowance.take((size_of::<Late>() * 2 + path.len()) as u64)?;
+        Ok(())
+    }
+
+    /// Sets the times of directories that were replaced, in the order of their entries.
+    fn set_late_times(&mut self) {
+        let mut late = std::mem::take(&mut self.late);
+        late.sort_by_key(|late| late.entry);
+        for Late {
+            entry,
+            path,
+            mtime,
+            mtime_nsec,
+        } in late
+        {
+            let (parents, base) = split(&path);
+            // What is not there any more, the unpacker fails at.
+            let Ok(Some(dir)) = self.walk(parents, false) else {
+                continue;
+            };
+            let Some(name) = self.find(dir, base) else { continue };
+            let mut ino = self.names[name as usize].ino;
+            if self.inode(ino).is_symlink() {
+                match self.walk(&path, false) {
+                    Ok(Some(target)) => ino = target,
+                    _ => continue,
+                }
+            }
+            let node = &mut self.nodes[ino as usize - 1];
+            if node.described < entry {
+                (node.inode.mtime, node.inode.mtime_nsec) = (mtime, mtime_nsec);
+                if node.inode.is_dir() {
+                    node.described = entry;
+                }
+            }
+        }
+    }
+
     /// Removes a name, and all that is below it.
     fn remove(&mut self, name: u32) {
         let ino = std::mem::replace(&mut self.names[name as usize].ino, NO_INO);
@@ -534,6 +605,10 @@ impl TreeBuilder {
             inode.flags = flags::LATE;
         }
         inode.flags &= !flags::WHITEOUT;
+        if inode.is_dir() {
+            self.nodes[ino as usize - 1].described = self.entry;
+        }
+        let inode = self.inode_mut(ino);
         (inode.uid, inode.gid) = (entry.uid, entry.gid);
         (inode.mtime, inode.mtime_nsec) = (mtime, nsec);
         self.set_xattrs(ino, &entry.xattrs)?;

@@ -138,9 +138,15 @@ fn look_of(inode: &Inode, described: &Inode) -> Inode {
             mode: described.mode,
             uid: described.uid,
             gid: described.gid,
-            mtime: described.mtime,
-            mtime_nsec: described.mtime_nsec,
-            ..*inode
+            ..match (inode.mtime, inode.mtime_nsec) {
+                (0, 0) => Inode {
+                    mtime: described.mtime,
+                    mtime_nsec: described.mtime_nsec,
+                    ..*inode
+                },
+                // It has the time of a directory that was replaced in its own layer.
+                _ => *inode,
+            }
         },
         false => *inode,
     }
@@ -369,10 +375,15 @@ fn step(layer: &LayerIndex, dir: Ino, name: &[u8], steps: &mut Steps) -> Result<
                     dir = ROOT_INO;
                 }
                 // As the unpacker does it: what a `..` takes away need not be there.
-                todo.extend(match lexical(target, !absolute).0 {
-                    Cow::Borrowed(target) => target.rsplit(is_slash).map(Cow::Borrowed).collect::<Vec<_>>(),
-                    Cow::Owned(target) => target.rsplit(is_slash).map(|part| Cow::Owned(part.to_vec())).collect(),
-                });
+                let before = todo.len();
+                match lexical(target, !absolute).0 {
+                    Cow::Borrowed(target) => todo.extend(target.rsplit(is_slash).map(Cow::Borrowed)),
+                    Cow::Owned(target) => todo.extend(target.rsplit(is_slash).map(|part| Cow::Owned(part.to_vec()))),
+                }
+                // What was cleaned away took its time too.
+                for _ in todo.len() - before..target.split(is_slash).count() {
+                    steps.take()?;
+                }
             }
             _ => return Ok(Place::Other),
         }

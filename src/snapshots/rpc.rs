@@ -1,12 +1,10 @@
 //! The ten RPCs: messages in, messages out; what blocks goes to a thread where it may.
 
 use std::collections::HashMap;
-use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use futures::FutureExt as _;
 use futures::stream::{self, BoxStream};
 use prost::Message as _;
 use tonic::metadata::MetadataMap;
@@ -26,6 +24,7 @@ use crate::proto::snapshots::v1::{
 };
 use crate::proto::types::Mount;
 use crate::store::Kind;
+use crate::sync::caught;
 
 /// Most snapshots in one message of a list, as containerd's own server does it.
 const LIST_BATCH: usize = 100;
@@ -81,8 +80,7 @@ impl Service {
         work: impl Future<Output = Result<T, SnapshotsError>>,
     ) -> Result<Response<T>, Status> {
         let timer = self.metrics.rpc_seconds.with_label_values(&[rpc]).start_timer();
-        let caught = AssertUnwindSafe(work).catch_unwind().await;
-        let result = caught.unwrap_or(Err(SnapshotsError::Panicked { rpc }));
+        let result = caught(work).await.unwrap_or(Err(SnapshotsError::Panicked { rpc }));
         timer.observe_duration();
         let code = result.as_ref().err().map_or(Code::Ok, SnapshotsError::code);
         self.metrics

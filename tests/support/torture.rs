@@ -196,7 +196,7 @@ pub fn duplicates() -> Case {
         Entry::file("d/to-dir/child", "child"),
         // A directory that becomes a file loses its children. (containerd fails if a directory is among them: it sets the times of
         // all directories at the end, those that are gone included.)
-        Entry::dir("d/to-file"),
+        Entry::dir("d/to-file").mtime(4711),
         Entry::file("d/to-file/lost", "lost"),
         Entry::file("d/to-file", "now a file"),
         Entry::dir("d/to-link"),

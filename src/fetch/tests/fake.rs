@@ -34,6 +34,8 @@ pub enum Fault {
     Refused,
     /// It never comes.
     Silent,
+    /// Asking for it is a bug.
+    Panic,
 }
 
 /// Memory of a fetcher, in bytes.
@@ -118,6 +120,7 @@ impl Blob for FakeBlob {
             let mut broken = false;
             match fault {
                 Some(Fault::Silent) => std::future::pending().await,
+                Some(Fault::Panic) => panic!("a bug that the test wants"),
                 Some(Fault::Refused) => return Err(self.error()),
                 Some(Fault::Short(len)) => data.truncate(len),
                 Some(Fault::Broken(len)) => {

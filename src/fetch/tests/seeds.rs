@@ -163,13 +163,13 @@ async fn seeds() {
     write("erofs", "kinds", &[&[0; 13], &kinds]);
     let sparse = tar(&[10]);
     let attributes = attributes();
-    for (name, tar) in [("kinds", &small), ("sparse", &sparse), ("attributes", &attributes)] {
+    for (name, tar) in [("kinds", &small), ("sparse", &sparse), ("headers", &attributes)] {
         indexed(tar);
         write("tar", name, &[&511_u16.to_le_bytes(), tar]);
     }
     write(
         "merge",
-        "attributes",
+        "headers",
         &[&attributes, SEPARATOR, &attributes, SEPARATOR, &small],
     );
     write("merge", "kinds", &[&small, SEPARATOR, &small]);

@@ -335,7 +335,9 @@ fn extended_attributes_that_files_take() {
         ("SCHILY.xattr.user.a", b"u"),
         ("SCHILY.xattr.security.selinux", b"s"),
         ("SCHILY.xattr.system.posix_acl_access", b"\x02\0\0\0"),
-        ("SCHILY.xattr.system.posix_acl_default", b"d"),
+        ("SCHILY.xattr.system.posix_acl_default", b""),
+        // A version that no kernel has.
+        ("SCHILY.xattr.system.posix_acl_access", b"\x03\0\0\0"),
         ("SCHILY.xattr.trusted.overlay.opaque", b"y"),
         ("SCHILY.xattr.com.apple.quarantine", b"q"),
     ];
@@ -356,10 +358,10 @@ fn extended_attributes_that_files_take() {
     );
     assert_eq!(
         tree(&mut tar),
-        "/d dir 755 0:0 x2 security.selinux=s system.posix_acl_access=\\x02\\x00\\x00\\x00 system.posix_acl_default=d user.a=u
-/f file 644 0:0 x1 0 security.selinux=s system.posix_acl_access=\\x02\\x00\\x00\\x00 user.a=u
+        "/d dir 755 0:0 x2 security.selinux=s user.a=u
+/f file 644 0:0 x1 0 security.selinux=s user.a=u
 /l link 777 0:0 x1 -> t security.selinux=s
-/p fifo 644 0:0 x1 security.selinux=s system.posix_acl_access=\\x02\\x00\\x00\\x00
+/p fifo 644 0:0 x1 security.selinux=s
 "
     );
     let value = vec![1; 65537];
@@ -551,4 +553,38 @@ fn below_a_whiteout_everything_is_new() {
 /gone/x char 0 0:0 x1 0:0
 "
     );
+}
+
+#[test]
+fn the_time_of_a_replaced_directory_goes_to_what_has_its_name() {
+    let mut tar = Tar::default();
+    let timed = |tar: &mut Tar, kind: u8, name: &[u8], link: &[u8], mtime: u64| {
+        tar.add(
+            Head {
+                kind,
+                name,
+                link,
+                mtime,
+                ..Head::default()
+            },
+            b"",
+        );
+    };
+    timed(&mut tar, b'5', b"file", b"", 1);
+    timed(&mut tar, b'0', b"file", b"", 2);
+    // The directory that the link leads to is described before, or after.
+    timed(&mut tar, b'5', b"before", b"", 3);
+    for name in [&b"to-before"[..], b"to-after"] {
+        timed(&mut tar, b'5', name, b"", 4);
+    }
+    timed(&mut tar, b'5', b"after", b"", 5);
+    timed(&mut tar, b'2', b"to-before", b"before", 6);
+    timed(&mut tar, b'2', b"to-after", b"after", 6);
+    let times = |tar: &Tar| {
+        let index = tar.index();
+        ["file", "before", "after", "to-after"]
+            .map(|name| index.inode(index.lookup_path(name.as_bytes()).unwrap()).unwrap().mtime)
+    };
+    tar.end();
+    assert_eq!(times(&tar), [1, 4, 5, 6]);
 }

@@ -68,8 +68,7 @@ struct Chain {
 }
 
 impl Chain {
-    /// Not made are: an opaque mark in a lowest layer over what is there already (containerd removes of that what has no entry); entries that
-    /// give one name several times of change (containerd sets those of directories at the end, on whatever has the name by then).
+    /// Not made is an opaque mark in a lowest layer over what is there already: containerd removes of that what has no entry.
     fn layer(&mut self, number: u64) -> Layer {
         self.files.clear();
         let mut entries = Vec::new();
@@ -120,7 +119,7 @@ impl Chain {
             6..12 => Entry::dir(&written),
             12..14 => {
                 let target = self.random.of(&TARGETS);
-                entries.push(Entry::symlink(&written, target).mtime(mtime(&path)));
+                entries.push(Entry::symlink(&written, target).mtime(self.mtime()));
                 return;
             }
             14 => {
@@ -130,19 +129,18 @@ impl Chain {
                 }) else {
                     return;
                 };
-                // The target's own time: it is one file.
-                let entry = Entry::hard_link(&written, &target).mtime(mtime(&target));
+                let entry = Entry::hard_link(&written, &target).mtime(self.mtime());
                 entries.push(entry.mode(self.random.of(&MODES)));
                 return;
             }
             15 if self.random.one_in(2) => Entry::fifo(&written),
             15 => Entry::char_device(&written, self.random.below(3) as u32, self.random.below(3) as u32),
             16..19 => {
-                entries.push(Entry::whiteout(&path).mtime(mtime(&path)));
+                entries.push(Entry::whiteout(&path).mtime(self.mtime()));
                 // Deleted and made anew.
                 if self.random.one_in(3) {
                     let below = format!("{path}/{}", self.random.of(&FILES));
-                    entries.push(Entry::file(&below, below.as_bytes()).mtime(mtime(&below)));
+                    entries.push(Entry::file(&below, below.as_bytes()).mtime(self.mtime()));
                 }
                 return;
             }
@@ -154,8 +152,14 @@ impl Chain {
             }
         };
         let (mode, uid, gid) = (self.random.of(&MODES), self.random.of(&OWNERS), self.random.of(&OWNERS));
-        let entry = self.attributes(entry.mode(mode).owner(uid, gid).mtime(mtime(&path)), kind);
+        let entry = entry.mode(mode).owner(uid, gid).mtime(self.mtime());
+        let entry = self.attributes(entry, kind);
         entries.push(entry);
+    }
+
+    /// A time of change, long past.
+    fn mtime(&mut self) -> i64 {
+        1_000_000 + self.random.below(1_000_000) as i64
     }
 
     /// One of the ways to write a path.
@@ -213,12 +217,4 @@ impl Chain {
         };
         super::acl(&entries)
     }
-}
-
-/// The time that every entry with this name has.
-fn mtime(path: &str) -> i64 {
-    let hash = path
-        .bytes()
-        .fold(17_u32, |hash, byte| hash.wrapping_mul(31).wrapping_add(byte.into()));
-    1_000_000 + i64::from(hash % 1_000_000)
 }

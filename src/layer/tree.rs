@@ -30,6 +30,8 @@
 mod allowance;
 mod finish;
 mod path;
+mod times;
+mod walk;
 mod xattrs;
 
 #[cfg(test)]
@@ -48,6 +50,7 @@ pub use allowance::memory_for_blob;
 use allowance::{Allowance, INTERNED_COST, NAME_COST, NODE_COST, TEXT_COST, XATTR_COST};
 use path::{clean, split};
 pub(super) use path::{lexical, quoted};
+use times::{Late, bounded_time};
 pub(super) use xattrs::{MAX_XATTR_VALUE, MAX_XATTRS, OPAQUE_XATTR};
 
 /// Prefix of a name that deletes the rest of the name from the layers below.
@@ -170,15 +173,6 @@ struct Node {
     described: u32,
 }
 
-/// The time of a directory that was described, and then replaced.
-struct Late {
-    /// Number of the entry.
-    entry: u32,
-    path: Vec<u8>,
-    mtime: i64,
-    mtime_nsec: u32,
-}
-
 /// Why an entry cannot be applied: a text that completes "entry NAME: ...", or a limit.
 enum Fault {
     Bad(String),
@@ -285,6 +279,9 @@ impl TreeBuilder {
             return self.set_opaque(dir);
         }
         if let Some(hidden) = base.strip_prefix(WHITEOUT_PREFIX) {
+            if let Some(old) = self.find(dir, hidden) {
+                self.keep_times(self.names[old as usize].ino, &[parents, &b"/"[..], hidden].concat())?;
+            }
             return self.whiteout(dir, hidden, entry);
         }
         let old = self.find(dir, base);
@@ -293,7 +290,7 @@ impl TreeBuilder {
             if entry.kind == EntryKind::Dir && self.is_dir(ino) {
                 return self.set_attributes(ino, entry);
             }
-            self.keep_time(ino, &path)?;
+            self.keep_times(ino, &path)?;
             self.remove(old);
         }
         let ino = match entry.kind {
@@ -360,27 +357,6 @@ impl TreeBuilder {
         Ok(self.nodes.len() as Ino)
     }
 
-    fn hardlink_target(&mut self, target: &[u8]) -> Result<Ino, Fault> {
-        let path = clean(target)?;
-        let (parents, base) = split(&path);
-        let dir = self.walk(parents, false)?;
-        let name = dir.and_then(|dir| self.find(dir, base));
-        let ino = match name {
-            Some(name) => self.names[name as usize].ino,
-            None if base.is_empty() => ROOT_INO,
-            None => {
-                return bad(format!(
-                    "it is a hard link to {}, which no entry before it made",
-                    quoted(target)
-                ));
-            }
-        };
-        if self.is_dir(ino) {
-            return bad(format!("it is a hard link to {}, a directory", quoted(target)));
-        }
-        Ok(ino)
-    }
-
     fn whiteout(&mut self, dir: Ino, hidden: &[u8], entry: &Entry<'_>) -> Result<(), Fault> {
         if matches!(hidden, b"" | b"." | b"..") {
             return bad("it is a whiteout of no name");
@@ -396,82 +372,6 @@ impl TreeBuilder {
         (inode.uid, inode.gid) = (entry.uid, entry.gid);
         (inode.mtime, inode.mtime_nsec) = (mtime, nsec);
         Ok(())
-    }
-
-    /// The directory at `path`. Symlinks are followed inside the root. What is missing is made, or is the answer `None`.
-    fn walk(&mut self, path: &[u8], make: bool) -> Result<Option<Ino>, Fault> {
-        let mut dir = ROOT_INO;
-        let mut links = 0;
-        let mut path = Cow::Borrowed(path);
-        'path: loop {
-            let mut end = 0;
-            for part in path.split(|&c| c == b'/') {
-                end += part.len() + 1;
-                if matches!(part, b"" | b".") {
-                    continue;
-                }
-                if part == b".." {
-                    dir = self.inode(dir).parent;
-                    continue;
-                }
-                let Some(name) = self.find(dir, part) else {
-                    if !make {
-                        return Ok(None);
-                    }
-                    dir = self.imply(dir, part)?;
-                    continue;
-                };
-                let ino = self.names[name as usize].ino;
-                if make && self.inode(ino).flags & flags::WHITEOUT != 0 {
-                    self.remove(name);
-                    dir = self.imply(dir, part)?;
-                    self.set_opaque(dir)?;
-                    continue;
-                }
-                if self.is_dir(ino) {
-                    dir = ino;
-                    continue;
-                }
-                if !self.inode(ino).is_symlink() {
-                    return bad(format!("{} on the way to it is not a directory", quoted(part)));
-                }
-                links += 1;
-                if links > MAX_LINKS {
-                    return bad(format!("more than {MAX_LINKS} symlinks are on the way to it"));
-                }
-                let target_len = self.target(ino).len();
-                self.allowance.walk(target_len + path.len() - path.len().min(end))?;
-                let target = self.target(ino);
-                // `dir` has no symlink on its way: what remains of `..` after cleaning goes up to true parents.
-                let mut next = lexical(target, target.first() != Some(&b'/')).0.into_owned();
-                if self.target(ino).first() == Some(&b'/') {
-                    dir = ROOT_INO;
-                }
-                next.push(b'/');
-                next.extend_from_slice(path.get(end..).unwrap_or_default());
-                path = Cow::Owned(next);
-                continue 'path;
-            }
-            return Ok(Some(dir));
-        }
-    }
-
-    /// Makes a directory that no entry describes.
-    fn imply(&mut self, dir: Ino, name: &[u8]) -> Result<Ino, Fault> {
-        if !super::index::valid_name(name) {
-            return bad(format!("no directory can be called {}", quoted(name)));
-        }
-        self.allowance.imply()?;
-        let made = self.make_node(dir, EntryKind::Dir)?;
-        // As mkdir(2) does it in a directory that hands its group on.
-        let parent = *self.inode(dir);
-        let inode = self.inode_mut(made);
-        (inode.mode, inode.flags) = (IMPLIED_DIR_MODE, flags::IMPLIED);
-        inode.gid = if parent.mode & SETGID != 0 { parent.gid } else { 0 };
-        self.hand_on_acl(dir, made)?;
-        self.fit_acl(made)?;
-        self.link(dir, name, made)?;
-        Ok(made)
     }
 
     /// Gives `ino` a name that is free in `dir`.
@@ -514,57 +414,6 @@ impl TreeBuilder {
             self.inode_mut(dir).nlink += 1;
         }
         Ok(())
-    }
-
-    /// Remembers the time of a directory that is to be replaced: the unpacker sets those of all directories at the end, on whatever then
-    /// has their names.
-    fn keep_time(&mut self, ino: Ino, path: &[u8]) -> Result<(), Fault> {
-        let node = &self.nodes[ino as usize - 1];
-        if node.described == 0 || !node.inode.is_dir() {
-            return Ok(());
-        }
-        self.late.push(Late {
-            entry: node.described,
-            path: path.to_vec(),
-            mtime: node.inode.mtime,
-            mtime_nsec: node.inode.mtime_nsec,
-        });
-        self.allowance.take((size_of::<Late>() * 2 + path.len()) as u64)?;
-        Ok(())
-    }
-
-    /// Sets the times of directories that were replaced, in the order of their entries.
-    fn set_late_times(&mut self) {
-        let mut late = std::mem::take(&mut self.late);
-        late.sort_by_key(|late| late.entry);
-        for Late {
-            entry,
-            path,
-            mtime,
-            mtime_nsec,
-        } in late
-        {
-            let (parents, base) = split(&path);
-            // What is not there any more, the unpacker fails at.
-            let Ok(Some(dir)) = self.walk(parents, false) else {
-                continue;
-            };
-            let Some(name) = self.find(dir, base) else { continue };
-            let mut ino = self.names[name as usize].ino;
-            if self.inode(ino).is_symlink() {
-                match self.walk(&path, false) {
-                    Ok(Some(target)) => ino = target,
-                    _ => continue,
-                }
-            }
-            let node = &mut self.nodes[ino as usize - 1];
-            if node.described < entry {
-                (node.inode.mtime, node.inode.mtime_nsec) = (mtime, mtime_nsec);
-                if node.inode.is_dir() {
-                    node.described = entry;
-                }
-            }
-        }
     }
 
     /// Removes a name, and all that is below it.
@@ -689,12 +538,4 @@ fn limit(what: &'static str, value: usize, limit: usize) -> Result<(), LayerErro
         });
     }
     Ok(())
-}
-
-/// An entry's time within what the unpacker sets; the epoch if it is outside.
-fn bounded_time(entry: &Entry<'_>) -> (i64, u32) {
-    match (entry.mtime, entry.mtime_nsec) {
-        (0..LAST_SECOND, nsec @ 0..1_000_000_000) => (entry.mtime, nsec),
-        _ => (0, 0),
-    }
 }

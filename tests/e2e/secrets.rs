@@ -145,5 +145,5 @@ fn secrets_are_nowhere_but_in_memory() {
     assert!(all.1.is_empty(), "{}", all.1.join("\n"));
     // The search itself: the secret is found where it has to be.
     let login = std::fs::read(sandbox.path("config.json")).unwrap();
-    assert_eq!(found("config.json", &login, &forms).len(), 1);
+    assert!(!found("config.json", &login, &forms).is_empty());
 }

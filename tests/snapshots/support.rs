@@ -384,6 +384,11 @@ impl Daemon {
         self.dir.path().join("socket")
     }
 
+    /// A client with a connection of its own.
+    pub async fn another_client(&self) -> SnapshotsClient<Channel> {
+        connect(self.socket()).await
+    }
+
     /// A connection for messages of any form.
     pub async fn raw(&self) -> tonic::client::Grpc<Channel> {
         tonic::client::Grpc::new(channel(self.socket()).await)

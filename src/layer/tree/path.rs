@@ -6,7 +6,7 @@ use super::{Fault, bad};
 use crate::layer::index::MAX_NAME_LEN;
 
 /// Longest path, in bytes (PATH_MAX of Linux, less its terminator): what an unpacker could create.
-const MAX_PATH_LEN: usize = 4095;
+pub(super) const MAX_PATH_LEN: usize = 4095;
 /// Longest part of a name that an error repeats, in bytes.
 const QUOTED_LEN: usize = 200;
 

@@ -587,4 +587,11 @@ fn the_time_of_a_replaced_directory_goes_to_what_has_its_name() {
     };
     tar.end();
     assert_eq!(times(&tar), [1, 4, 5, 6]);
+    // In a directory that goes as a whole, by a whiteout too.
+    let mut tar = Tar::default();
+    timed(&mut tar, b'5', b"d/sub", b"", 1);
+    timed(&mut tar, b'0', b".wh.d", b"", 2);
+    timed(&mut tar, b'0', b"d/sub", b"", 3);
+    let index = tar.end().index();
+    assert_eq!(index.inode(index.lookup_path(b"d/sub").unwrap()).unwrap().mtime, 1);
 }

@@ -15,7 +15,7 @@ HOST := $(shell uname -m | tr a-z A-Z)
 export CARGO_TARGET_$(HOST)_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help demo test test-slow suite bench fmt lint deny fuzz advisories build install clean-demo
+.PHONY: help demo test test-slow suite bench fmt lint deny fuzz advisories build sbom install clean-demo
 
 ## build       the release binary
 build:
@@ -104,6 +104,11 @@ fuzz:
 advisories:
 	@$(SETUP) build deny
 	$(CARGO) deny check advisories
+
+## sbom        the release binary with the list of all crates in it, which scanners read (builds cargo-auditable; no network but for that)
+sbom:
+	@$(SETUP) build audit
+	$(CARGO) auditable build --release --locked --bin lazuli
 
 ## install     the release binary, the systemd unit and a containerd drop-in, on this machine
 install: build

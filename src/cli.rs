@@ -270,6 +270,8 @@ enum IndexCommand {
 
 /// Runs the command line.
 pub fn main() -> ExitCode {
+    // Before the first secret is read. Without a log yet, and no reason not to serve.
+    let _ = crate::sys::limits::forbid_core_dumps();
     match Cli::try_parse() {
         Ok(cli) => output::end(run(cli.command)),
         Err(answer) => output::end_of_parsing(&answer),

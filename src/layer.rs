@@ -5,6 +5,7 @@
 //! it. It never does I/O, never panics on any input, and never allocates more than its input (or a stated limit) justifies:
 //! everything here is fed with bytes that an image author chose.
 
+mod acl;
 pub mod checkpoint;
 pub mod compression;
 pub mod digest;

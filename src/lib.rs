@@ -26,6 +26,10 @@ pub mod layer;
 pub mod metrics;
 pub mod proto;
 pub mod registry;
+#[cfg(test)]
+#[allow(dead_code)]
+#[path = "../tests/support/skip.rs"]
+mod skip;
 pub mod snapshots;
 pub mod store;
 pub mod sync;

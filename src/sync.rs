@@ -2,12 +2,14 @@
 
 mod blocking;
 mod budget;
+mod caught;
 mod epochs;
 mod flight;
 mod trash;
 
 pub use blocking::{blocking, may_block, wait};
 pub use budget::{Budget, Share};
+pub use caught::caught;
 pub use epochs::{Epochs, Passage};
 pub use flight::SingleFlight;
 pub use trash::Trash;

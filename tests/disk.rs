@@ -2,6 +2,10 @@
 //!
 //! Needs root, to mount.
 
+#[allow(dead_code)]
+#[path = "support/skip.rs"]
+mod skip;
+
 use std::fs::{self, File};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -196,7 +200,7 @@ fn the_kernels_mounts_are_seen_however_they_are_hidden() {
     let mount = match lazuli::sys::erofs::mount(&meta, std::slice::from_ref(&path), options) {
         Ok(mount) => mount,
         Err(error) => {
-            eprintln!("skipped: this process cannot mount EROFS from a file: {error}");
+            skip::skipped(skip::Ability::ErofsFiles, error);
             return;
         }
     };

@@ -1,6 +1,6 @@
 //! The faces of layers through the real kernel: EROFS images over FUSE and over files, merged chains, restarts, failures.
 //!
-//! Needs root, /dev/fuse, overlayfs, and EROFS that mounts files. Where the kernel cannot do it, each test says so and does nothing.
+//! Needs root, /dev/fuse, overlayfs, and EROFS that mounts files. Where the kernel cannot do it, each test says so and does nothing (`support/skip.rs`).
 
 #[path = "faces/chains.rs"]
 mod chains;
@@ -17,6 +17,9 @@ mod restart;
 mod rig;
 #[path = "faces/single.rs"]
 mod single;
+#[allow(dead_code)]
+#[path = "support/skip.rs"]
+mod skip;
 #[allow(dead_code)]
 #[path = "support/tree.rs"]
 mod tree;

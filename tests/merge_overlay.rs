@@ -11,6 +11,9 @@
 
 #[path = "tree_face/fake.rs"]
 mod fake;
+#[allow(dead_code)]
+#[path = "support/skip.rs"]
+mod skip;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, Permissions};
@@ -28,6 +31,7 @@ use lazuli::layer::{Ino, LayerIndex, ROOT_INO};
 use lazuli::sys::mount::{Unmount, overlay, unmount};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
 use rustix::mount::MountFlags;
+use skip::{Ability, skipped};
 use tempfile::TempDir;
 
 /// What the random chains begin with, so that each run tests the same ones.
@@ -48,7 +52,7 @@ impl Disk {
         let root = dir.path().join("disk");
         fs::create_dir(&root).unwrap();
         if let Err(error) = rustix::mount::mount("tmpfs", &root, "tmpfs", MountFlags::empty(), None) {
-            eprintln!("skipped: a tmpfs cannot be mounted: {error}");
+            skipped(Ability::TmpfsUserXattrs, format!("a tmpfs cannot be mounted: {error}"));
             return None;
         }
         let disk = Disk {
@@ -57,7 +61,10 @@ impl Disk {
         };
         for name in [c"user.k", c"trusted.k"] {
             if let Err(error) = rustix::fs::lsetxattr(&root, name, b"v", XattrFlags::empty()) {
-                eprintln!("skipped: tmpfs takes no attribute {name:?}: {error}");
+                skipped(
+                    Ability::TmpfsUserXattrs,
+                    format!("tmpfs takes no attribute {name:?}: {error}"),
+                );
                 return None;
             }
         }
@@ -490,10 +497,8 @@ fn as_many_layers_as_overlayfs_takes() {
 
 #[test]
 fn escaped_marks_are_shown() {
-    let version = rustix::system::uname().release().to_string_lossy().into_owned();
-    let mut numbers = version.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
-    if (numbers.next(), numbers.next()) < (Some(6), Some(7)) {
-        eprintln!("skipped: overlayfs has escaped marks since Linux 6.7, this is {version}");
+    if !skip::is_kernel(6, 7) {
+        skipped(Ability::EscapedMarks, "overlayfs has escaped marks since Linux 6.7");
         return;
     }
     let mut low = Layout::new();

@@ -10,15 +10,15 @@ use libfuzzer_sys::fuzz_target;
 /// Most uncompressed bytes that are looked at.
 const LIMIT: u64 = 1 << 20;
 
-fuzz_target!(|input: (u16, u16, Vec<u8>)| {
+fuzz_target!(|input: (u16, u16, &[u8])| {
     let (skip, len, bytes) = input;
-    let _ = Compression::sniff(&bytes);
+    let _ = Compression::sniff(bytes);
     for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
         let mut stream = Vec::new();
-        let _ = decoder(compression, Cursor::new(bytes.clone()))
+        let _ = decoder(compression, Cursor::new(bytes.to_vec()))
             .take(LIMIT)
             .read_to_end(&mut stream);
-        if let Ok(chunk) = decode_member(Codec::from(compression), &bytes, skip.into(), len.into()) {
+        if let Ok(chunk) = decode_member(Codec::from(compression), bytes, skip.into(), len.into()) {
             assert_eq!(chunk, stream[usize::from(skip)..][..usize::from(len)]);
         }
     }

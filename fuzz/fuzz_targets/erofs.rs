@@ -1,4 +1,5 @@
-//! Any bytes as a layer index on disk, with the magic number and the checksum made right, and any sizes of devices. What is written reads
+//! Any bytes as a layer index on disk, with the magic number and the checksum made right, and the data space on one device, cut into several,
+//! or on devices of any sizes. What is written reads
 //! back whole with a reader of its own, all extents inside the devices; nothing else is written.
 
 #![no_main]
@@ -15,6 +16,9 @@ mod reader;
 #[allow(dead_code)]
 mod sealed;
 
+/// Where devices begin in a data space, in bytes.
+const BLOCK: u64 = 512;
+
 fuzz_target!(|input: (u8, [u32; 3], &[u8])| {
     let (count, sizes, bytes) = input;
     let sizes = &sizes[..usize::from(count) % (sizes.len() + 1)];
@@ -30,7 +34,22 @@ fuzz_target!(|input: (u8, [u32; 3], &[u8])| {
         tag: digest,
         size: index.data_size(),
     }];
-    for devices in [whole, sizes.iter().map(device).collect()] {
+    // The data space in parts, as the layers of a chain are: each begins at a block.
+    let mut parts = Vec::new();
+    let mut left = index.data_size();
+    for size in sizes {
+        let part = (u64::from(*size).next_multiple_of(BLOCK)).min(left);
+        parts.push(Device {
+            tag: digest,
+            size: part,
+        });
+        left -= part;
+    }
+    parts.push(Device {
+        tag: digest,
+        size: left,
+    });
+    for devices in [whole, parts, sizes.iter().map(device).collect()] {
         for addressing in [Addressing::Unified, Addressing::Chunks] {
             let Ok(image) = erofs::write(&index, &devices, addressing) else {
                 continue;

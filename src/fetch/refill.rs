@@ -20,6 +20,7 @@ use super::schedule::Class;
 use super::stream::PASSES;
 use crate::layer::tar::{Copy, TarIndexer, TarLayout};
 use crate::layer::{Chunk, ChunkTable, LayerError};
+use crate::sync::caught;
 
 impl Layer {
     /// Streams the layer again, unless that is happening already, or nobody waits.
@@ -43,7 +44,7 @@ impl Layer {
                 let blob = me.blob();
                 let origin = blob.origin();
                 let result = tokio::select! {
-                    result = me.refill_pass(known.take()) => result,
+                    result = caught(me.refill_pass(known.take())) => result.unwrap_or_else(|bug| Err(Fault::Disk(bug))),
                     () = me.closing.cancelled() => Err(Fault::Closed),
                 };
                 if result.is_ok() {

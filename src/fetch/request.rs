@@ -23,6 +23,7 @@ use crate::layer::compression::decode_member;
 use crate::layer::index::MAX_CHUNK_LEN;
 use crate::layer::{Chunk, Codec, LayerError, Verify};
 use crate::registry::RegistryError;
+use crate::sync::caught;
 
 /// Decodes so many bytes after so many others.
 type Decode<'a> = Box<dyn Fn(u32, u32) -> Result<Bytes, LayerError> + 'a>;
@@ -66,7 +67,8 @@ impl Layer {
         tracing::debug!(layer = %self.cached.digest(), range = ?job.plan.range, chunks = chunks.len(), kind, "fetch");
         let blob = self.blob();
         let origin = blob.origin();
-        let (cut, mut damaged) = self.transfer(&*blob, &job, members, kind).await;
+        let transferred = caught(self.transfer(&*blob, &job, members, kind)).await;
+        let (cut, mut damaged) = transferred.unwrap_or_else(|bug| (Some(Cut::Failed(self.disk(bug))), Vec::new()));
         drop(share);
         drop(place);
         if let Some(Cut::Short(length)) = cut {

@@ -18,6 +18,7 @@ use super::request::{Batch, Damage, Member, collect};
 use super::schedule::Class;
 use super::{FetchError, Layer};
 use crate::layer::LayerError;
+use crate::sync::caught;
 
 impl Layer {
     /// Begins a pass, unless one is under way.
@@ -33,7 +34,7 @@ impl Layer {
         self.fetcher.runtime.spawn(async move {
             let origin = me.blob().origin();
             let result = tokio::select! {
-                result = me.sweep_pass(class) => result,
+                result = caught(me.sweep_pass(class)) => result.unwrap_or_else(|bug| Err(me.disk(bug))),
                 () = me.closing.cancelled() => Err(me.closed()),
             };
             let left = {

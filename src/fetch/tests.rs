@@ -3,6 +3,7 @@
 mod fake;
 mod flights;
 mod outages;
+mod panics;
 mod ranges;
 mod seeds;
 mod sharing;

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use super::{Layer, LocalFile};
 use crate::cache::NotWhole;
+use crate::sync::caught;
 
 impl Layer {
     /// The file of a layer that is whole; begins to verify it if that is all that is missing.
@@ -30,7 +31,7 @@ impl Layer {
         let Some(me) = self.me.upgrade() else { return };
         self.fetcher.runtime.spawn(async move {
             let verified = tokio::select! {
-                verified = me.verify_in_turn() => verified,
+                verified = caught(me.verify_in_turn()) => verified.ok().flatten(),
                 () = me.closing.cancelled() => None,
             };
             me.verifying.store(false, Ordering::Release);

@@ -133,12 +133,21 @@ pub struct Inode {
     pub flags: u32,
 }
 
+/// The number that no owner has: chown(2) takes it as "leave it".
+pub const NO_OWNER: u32 = u32::MAX;
+
 /// Bits of [`Inode::flags`]. Nobody who reads the layer sees them; [`on_top_of`](super::variant::on_top_of) goes by them.
 pub mod flags {
     /// A directory that no entry describes: what it looks like depends on the layers below.
     pub const IMPLIED: u32 = 1;
     /// Made of an entry `.wh.NAME`, not of one for a device 0:0.
     pub const WHITEOUT: u32 = 2;
+    /// A directory whose entry came when it was there already, for something in it: it has extended attributes of the layers below.
+    pub const LATE: u32 = 4;
+    /// An entry gave its access ACL, which is not that of its directory's default ACL.
+    pub const OWN_ACL: u32 = 8;
+    /// An entry gave its default ACL.
+    pub const OWN_DEFAULT_ACL: u32 = 16;
 }
 
 impl Inode {
@@ -172,12 +181,20 @@ impl Inode {
         self.flags & flags::IMPLIED != 0
     }
 
+    /// Whether it is a directory that takes something over from the layers below.
+    pub fn takes_over(&self) -> bool {
+        self.flags & (flags::IMPLIED | flags::LATE) != 0
+    }
+
     /// Whether its flags are known, and go with its type.
     fn has_valid_flags(&self) -> bool {
-        match self.flags {
-            0 => true,
-            flags::IMPLIED => self.is_dir(),
-            flags::WHITEOUT => self.is_whiteout(),
+        const ACLS: u32 = flags::OWN_ACL | flags::OWN_DEFAULT_ACL;
+        match self.flags & !ACLS {
+            0 => self.flags & ACLS == 0 || self.is_dir() || self.flags == flags::OWN_ACL && !self.is_symlink(),
+            // Without an entry there is none to give an ACL.
+            flags::IMPLIED => self.is_dir() && self.flags & ACLS == 0,
+            flags::LATE => self.is_dir(),
+            flags::WHITEOUT => self.is_whiteout() && self.flags & ACLS == 0,
             _ => false,
         }
     }

@@ -291,10 +291,6 @@ impl File<'_> {
         if self.records.iter().any(|(key, _)| key.starts_with(SPARSE_PREFIX)) {
             return Err(self.wrong("it is sparse, and its map is not known"));
         }
-        // The last number means "leave it" to chown(2).
-        if self.uid == u32::MAX || self.gid == u32::MAX {
-            return Err(self.wrong("no user or group has its number"));
-        }
         let (mtime, mtime_nsec) = self.time()?;
         let xattr = |(key, value): &'_ (Cow<'_, [u8]>, Cow<'_, [u8]>)| {
             let name = key.strip_prefix(XATTR_PREFIX)?;

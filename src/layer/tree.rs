@@ -8,7 +8,8 @@
 //! - Missing parents become directories 0755 root:root of the epoch (containerd leaves the time of the unpacking there), and are marked:
 //!   on top of other layers they look as in those ([`super::variant`]).
 //! - A directory over a directory keeps the children and the extended attributes, and takes the new attributes. Anything else replaces
-//!   what had the name, with its whole subtree. The content of an inode lives as long as one of its names.
+//!   what had the name, with its whole subtree. The content of an inode lives as long as one of its names. A directory that got its entry after
+//!   it was made for something in it is marked: it keeps extended attributes of the layers below.
 //! - A hard link's own attributes go to the inode it links to, and take its `security.capability` away, as chown(2) does.
 //! - The entry of the root itself sets only the root's time: the unpacker leaves a root it did not make alone.
 //! - `.wh.NAME` becomes a character device 0:0 of mode 0; `.wh..wh..opq` marks its directory with `trusted.overlay.opaque`; other AUFS
@@ -16,9 +17,12 @@
 //!   unpacker in a lowest layer, and in others it gives up.
 //! - A global PAX header makes the parents of its own name, and removes what has that name: the unpacker takes it for an entry, and only
 //!   then ignores it.
+//!   Where something is to be made below a whiteout, a directory takes its place that hides what is below; the unpacker does so in a lowest
+//!   layer, and in others gives up.
 //! - Extended attributes: `user.*` on files and directories, `security.*`, and POSIX ACLs. `trusted.*` and names that no Linux file system
-//!   takes are ignored, as the unpacker ignores them.
-//! - Times before 1970 or after 2262 become the epoch.
+//!   takes are ignored, as the unpacker ignores them. What a directory's default ACL makes of its new files is in `tree/xattrs.rs`.
+//! - No owner has the number 4294967295: chown(2) takes it as "leave it", and what had it could never be changed.
+//! - Times before 1970 or after 2262 become the epoch. That of a directory which is replaced later goes to what then has its name.
 //!
 //! Memory is arenas: about 150 bytes for an entry and its name, and no allocation of its own. What an archive may make of few bytes is
 //! limited in `tree/allowance.rs`.
@@ -26,6 +30,8 @@
 mod allowance;
 mod finish;
 mod path;
+mod times;
+mod walk;
 mod xattrs;
 
 #[cfg(test)]
@@ -36,12 +42,15 @@ use std::hash::{BuildHasher, RandomState};
 
 use hashbrown::HashTable;
 
-use super::index::{Dirent, Ino, Inode, MAX_INODES, MAX_STRINGS, MAX_TARGET_LEN, ROOT_INO, Xattr, flags, mode};
+use super::index::{
+    Dirent, Ino, Inode, MAX_INODES, MAX_STRINGS, MAX_TARGET_LEN, NO_OWNER, ROOT_INO, Xattr, flags, mode,
+};
 use super::{IndexParts, LayerError};
 pub use allowance::memory_for_blob;
 use allowance::{Allowance, INTERNED_COST, NAME_COST, NODE_COST, TEXT_COST, XATTR_COST};
-pub(super) use path::quoted;
-use path::{clean, lexical, split};
+use path::{clean, split};
+pub(super) use path::{lexical, quoted};
+use times::{Late, bounded_time};
 pub(super) use xattrs::{MAX_XATTR_VALUE, MAX_XATTRS, OPAQUE_XATTR};
 
 /// Prefix of a name that deletes the rest of the name from the layers below.
@@ -58,8 +67,8 @@ const SYMLINK_MODE: u32 = mode::LNK | 0o777;
 const SETGID: u32 = 0o2000;
 /// Permission, setuid, setgid and sticky bits.
 const PERMISSIONS: u32 = 0o7777;
-/// Most symlinks on the way to one name (MAXSYMLINKS of Linux).
-const MAX_LINKS: u32 = 40;
+/// Most symlinks on the way to one name, as the unpacker counts them.
+pub(super) const MAX_LINKS: u32 = 255;
 /// Largest device major and minor numbers of Linux.
 const MAX_MAJOR: u32 = (1 << 12) - 1;
 const MAX_MINOR: u32 = (1 << 20) - 1;
@@ -160,6 +169,8 @@ struct Node {
     inode: Inode,
     /// Of a directory: the name added last.
     last_name: u32,
+    /// Of a directory: the number of the entry that described it last; 0 without one.
+    described: u32,
 }
 
 /// Why an entry cannot be applied: a text that completes "entry NAME: ...", or a limit.
@@ -191,6 +202,9 @@ pub struct TreeBuilder {
     strings: Vec<u8>,
     hasher: RandomState,
     allowance: Allowance,
+    /// Number of the entry at hand, from 1.
+    entry: u32,
+    late: Vec<Late>,
 }
 
 impl TreeBuilder {
@@ -212,6 +226,7 @@ impl TreeBuilder {
             nodes: vec![Node {
                 inode: root,
                 last_name: NO_NAME,
+                described: 0,
             }],
             names: Vec::new(),
             table: HashTable::new(),
@@ -220,6 +235,8 @@ impl TreeBuilder {
             strings: Vec::new(),
             hasher: RandomState::new(),
             allowance: Allowance::new(limit),
+            entry: 0,
+            late: Vec::new(),
         }
     }
 
@@ -238,6 +255,7 @@ impl TreeBuilder {
 
     fn apply(&mut self, entry: &Entry<'_>) -> Result<(), Fault> {
         self.allowance.entry();
+        self.entry = self.entry.saturating_add(1);
         let path = clean(entry.path)?;
         let (parents, base) = split(&path);
         if base.is_empty() {
@@ -249,6 +267,11 @@ impl TreeBuilder {
             (root.mtime, root.mtime_nsec) = (mtime, nsec);
             return Ok(());
         }
+        for (what, id) in [("user", entry.uid), ("group", entry.gid)] {
+            if id == NO_OWNER {
+                return bad(format!("no {what} has the number {id}"));
+            }
+        }
         let Some(dir) = self.walk(parents, true)? else {
             return bad("its parent directory cannot be made");
         };
@@ -256,6 +279,9 @@ impl TreeBuilder {
             return self.set_opaque(dir);
         }
         if let Some(hidden) = base.strip_prefix(WHITEOUT_PREFIX) {
+            if let Some(old) = self.find(dir, hidden) {
+                self.keep_times(self.names[old as usize].ino, &[parents, &b"/"[..], hidden].concat())?;
+            }
             return self.whiteout(dir, hidden, entry);
         }
         let old = self.find(dir, base);
@@ -264,6 +290,7 @@ impl TreeBuilder {
             if entry.kind == EntryKind::Dir && self.is_dir(ino) {
                 return self.set_attributes(ino, entry);
             }
+            self.keep_times(ino, &path)?;
             self.remove(old);
         }
         let ino = match entry.kind {
@@ -273,7 +300,11 @@ impl TreeBuilder {
                 self.drop_xattr(ino, CAPABILITY_XATTR);
                 ino
             }
-            kind => self.make_node(dir, kind)?,
+            kind => {
+                let ino = self.make_node(dir, kind)?;
+                self.hand_on_acl(dir, ino)?;
+                ino
+            }
         };
         self.set_attributes(ino, entry)?;
         self.link(dir, base, ino)
@@ -321,29 +352,9 @@ impl TreeBuilder {
         self.nodes.push(Node {
             inode,
             last_name: NO_NAME,
+            described: 0,
         });
         Ok(self.nodes.len() as Ino)
-    }
-
-    fn hardlink_target(&mut self, target: &[u8]) -> Result<Ino, Fault> {
-        let path = clean(target)?;
-        let (parents, base) = split(&path);
-        let dir = self.walk(parents, false)?;
-        let name = dir.and_then(|dir| self.find(dir, base));
-        let ino = match name {
-            Some(name) => self.names[name as usize].ino,
-            None if base.is_empty() => ROOT_INO,
-            None => {
-                return bad(format!(
-                    "it is a hard link to {}, which no entry before it made",
-                    quoted(target)
-                ));
-            }
-        };
-        if self.is_dir(ino) {
-            return bad(format!("it is a hard link to {}, a directory", quoted(target)));
-        }
-        Ok(ino)
     }
 
     fn whiteout(&mut self, dir: Ino, hidden: &[u8], entry: &Entry<'_>) -> Result<(), Fault> {
@@ -361,69 +372,6 @@ impl TreeBuilder {
         (inode.uid, inode.gid) = (entry.uid, entry.gid);
         (inode.mtime, inode.mtime_nsec) = (mtime, nsec);
         Ok(())
-    }
-
-    /// The directory at `path`. Symlinks are followed inside the root. What is missing is made, or is the answer `None`.
-    fn walk(&mut self, path: &[u8], make: bool) -> Result<Option<Ino>, Fault> {
-        let mut dir = ROOT_INO;
-        let mut links = 0;
-        let mut path = Cow::Borrowed(path);
-        'path: loop {
-            let mut end = 0;
-            for part in path.split(|&c| c == b'/') {
-                end += part.len() + 1;
-                if matches!(part, b"" | b".") {
-                    continue;
-                }
-                if part == b".." {
-                    dir = self.inode(dir).parent;
-                    continue;
-                }
-                let Some(name) = self.find(dir, part) else {
-                    if !make {
-                        return Ok(None);
-                    }
-                    if !super::index::valid_name(part) {
-                        return bad(format!("no directory can be called {}", quoted(part)));
-                    }
-                    self.allowance.imply()?;
-                    let made = self.make_node(dir, EntryKind::Dir)?;
-                    // As mkdir(2) does it in a directory that hands its group on.
-                    let parent = *self.inode(dir);
-                    let inode = self.inode_mut(made);
-                    (inode.mode, inode.flags) = (IMPLIED_DIR_MODE, flags::IMPLIED);
-                    inode.gid = if parent.mode & SETGID != 0 { parent.gid } else { 0 };
-                    self.link(dir, part, made)?;
-                    dir = made;
-                    continue;
-                };
-                let ino = self.names[name as usize].ino;
-                if self.is_dir(ino) {
-                    dir = ino;
-                    continue;
-                }
-                if !self.inode(ino).is_symlink() {
-                    return bad(format!("{} on the way to it is not a directory", quoted(part)));
-                }
-                links += 1;
-                if links > MAX_LINKS {
-                    return bad(format!("more than {MAX_LINKS} symlinks are on the way to it"));
-                }
-                let target_len = self.target(ino).len();
-                self.allowance.walk(target_len + path.len() - path.len().min(end))?;
-                let target = self.target(ino);
-                // `dir` has no symlink on its way: what remains of `..` after cleaning goes up to true parents.
-                let mut next = lexical(target, target.first() != Some(&b'/')).0.into_owned();
-                if self.target(ino).first() == Some(&b'/') {
-                    dir = ROOT_INO;
-                }
-                next.push(b'/');
-                next.extend_from_slice(path.get(end..).unwrap_or_default());
-                path = Cow::Owned(next);
-                continue 'path;
-            }
-            return Ok(Some(dir));
-        }
     }
 
     /// Gives `ino` a name that is free in `dir`.
@@ -502,10 +450,18 @@ impl TreeBuilder {
         if !inode.is_symlink() {
             inode.mode = inode.file_type() | (entry.mode & PERMISSIONS);
         }
-        inode.flags = 0;
+        if inode.is_implied() {
+            inode.flags = flags::LATE;
+        }
+        inode.flags &= !flags::WHITEOUT;
+        if inode.is_dir() {
+            self.nodes[ino as usize - 1].described = self.entry;
+        }
+        let inode = self.inode_mut(ino);
         (inode.uid, inode.gid) = (entry.uid, entry.gid);
         (inode.mtime, inode.mtime_nsec) = (mtime, nsec);
-        self.set_xattrs(ino, &entry.xattrs)
+        self.set_xattrs(ino, &entry.xattrs)?;
+        self.fit_acl(ino)
     }
 
     fn store(&mut self, text: &[u8]) -> Result<u32, Fault> {
@@ -582,12 +538,4 @@ fn limit(what: &'static str, value: usize, limit: usize) -> Result<(), LayerErro
         });
     }
     Ok(())
-}
-
-/// An entry's time within what the unpacker sets; the epoch if it is outside.
-fn bounded_time(entry: &Entry<'_>) -> (i64, u32) {
-    match (entry.mtime, entry.mtime_nsec) {
-        (0..LAST_SECOND, nsec @ 0..1_000_000_000) => (entry.mtime, nsec),
-        _ => (0, 0),
-    }
 }

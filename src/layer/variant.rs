@@ -7,7 +7,8 @@
 //!   Each layer is asked by itself: what lies between hides nothing, and symlinks on the path are followed within the layer that has
 //!   them. Where the nearest layer that has the path has something else there (a whiteout, say), or none has it, the directory is
 //!   0755 root:root, with the group of its parent if that hands its group on (setgid). Without this a layer that mentions `tmp/x`
-//!   would take the sticky bit from everybody's `/tmp`.
+//!   would take the sticky bit from everybody's `/tmp`. A directory whose entry comes after things in it was made in the same way, and keeps
+//!   the extended attributes that its entry does not give. What is made in a directory that takes over a default ACL gets it too.
 //! - *Whiteouts in the lowest layer.* There is nothing below to hide, and the lowest layer is unpacked without overlayfs: whiteouts
 //!   leave no device, opaque markers no attribute. (What they hid of their own layer is gone from the index already, except that an
 //!   opaque marker leaves alone what the unpacker would remove: the contents of directories without an entry.)
@@ -17,14 +18,14 @@
 //! Memory: a changed layer is as large as the layer, and for each directory that it takes over, a few attributes more; while it is
 //! made, 1 byte for each inode, 32 for each directory that changes, and 8 for each directory on one path in each layer below that has it.
 
-use std::collections::HashMap;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
 
+use super::acl::{self, Acl};
 use super::index::{MAX_STRINGS, Xattr, flags};
-use super::tree::OPAQUE_XATTR;
+use super::tree::{MAX_LINKS, OPAQUE_XATTR, lexical};
 use super::{Dirent, IndexParts, Ino, Inode, LayerError, LayerIndex, ROOT_INO};
 
-/// Most symlinks on the way to one directory (MAXSYMLINKS of Linux).
-const MAX_LINKS: u32 = 40;
 /// Most steps into directories that may be taken for one layer, so that few bytes of symlinks cannot cost hours. An image of a hundred
 /// layers whose last one has a million directories without an entry takes that many.
 const MAX_STEPS: u64 = 100 << 20;
@@ -62,16 +63,13 @@ pub fn on_top_of(index: &LayerIndex, below: &[Option<&LayerIndex>]) -> Result<Op
     if looks.is_empty() {
         return Ok(None);
     }
-    let mut patch = Patch::of(index.parts().clone());
-    for (ino, look) in looks {
-        patch.apply(index, ino, look)?;
-    }
-    LayerIndex::new(patch.parts).map(Some)
+    let parts = dress(index, &looks)?;
+    LayerIndex::new(parts).map(Some)
 }
 
 /// Whether the layers below a layer make a difference to it, as long as there are any.
 pub fn depends_on_below(index: &LayerIndex) -> bool {
-    index.inodes().iter().any(Inode::is_implied)
+    index.inodes().iter().any(Inode::takes_over)
 }
 
 /// Where a path of the layer leads in one layer below.
@@ -83,7 +81,7 @@ enum Place {
     Missing,
 }
 
-/// How a directory without an entry has to look.
+/// How a directory that takes over something has to look.
 #[derive(Clone, Copy)]
 enum Look<'a> {
     /// As this directory of a layer below.
@@ -107,13 +105,77 @@ impl Look<'_> {
 
     /// Whether a directory looks like this already.
     fn is_of(&self, index: &LayerIndex, ino: Ino) -> bool {
-        let attributes = |inode: &Inode| (inode.mode, inode.uid, inode.gid, inode.mtime, inode.mtime_nsec);
         index.inode(ino).is_some_and(|inode| match self {
             Look::Of(below, ino) => below.inode(*ino).is_some_and(|described| {
-                attributes(inode) == attributes(described) && inherited(index, inode).eq(inherited(below, described))
+                let own: Attributes<'_> = attributes(index, inode);
+                head(&look_of(inode, described)) == head(inode)
+                    && taken_over(inode, own.clone(), below, described) == own
             }),
             Look::Group(gid) => inode.gid == *gid,
         })
+    }
+}
+
+/// Extended attributes by their names.
+type Attributes<'a> = BTreeMap<&'a [u8], Cow<'a, [u8]>>;
+
+fn attributes<'a>(layer: &'a LayerIndex, inode: &Inode) -> Attributes<'a> {
+    layer
+        .xattrs(inode)
+        .map(|(name, value)| (name, Cow::Borrowed(value)))
+        .collect()
+}
+
+/// What an inode says besides its extended attributes.
+fn head(inode: &Inode) -> (u32, u32, u32, i64, u32) {
+    (inode.mode, inode.uid, inode.gid, inode.mtime, inode.mtime_nsec)
+}
+
+/// A directory as it looks with `described` below it.
+fn look_of(inode: &Inode, described: &Inode) -> Inode {
+    match inode.is_implied() {
+        true => Inode {
+            mode: described.mode,
+            uid: described.uid,
+            gid: described.gid,
+            ..match (inode.mtime, inode.mtime_nsec) {
+                (0, 0) => Inode {
+                    mtime: described.mtime,
+                    mtime_nsec: described.mtime_nsec,
+                    ..*inode
+                },
+                // It has the time of a directory that was replaced in its own layer.
+                _ => *inode,
+            }
+        },
+        false => *inode,
+    }
+}
+
+/// The attributes of a directory that has its `own` and takes over those of `described` below it.
+fn taken_over<'a>(inode: &Inode, mut own: Attributes<'a>, below: &'a LayerIndex, described: &Inode) -> Attributes<'a> {
+    // What its entry gave stays; ACLs that its directory handed on do not.
+    let given = |name: &[u8], own: &Attributes<'_>| match name {
+        acl::ACCESS => inode.flags & flags::OWN_ACL != 0,
+        acl::DEFAULT => inode.flags & flags::OWN_DEFAULT_ACL != 0,
+        _ => !inode.is_implied() && own.contains_key(name),
+    };
+    for (name, value) in below.xattrs(described) {
+        // A marker may have made either opaque, which is no matter of the other.
+        if !name.starts_with(TRUSTED_PREFIX) && !given(name, &own) {
+            own.insert(name, Cow::Borrowed(value));
+        }
+    }
+    fit_acl(&mut own, look_of(inode, described).mode);
+    own
+}
+
+/// Makes the access list fit the mode.
+fn fit_acl(own: &mut Attributes<'_>, mode: u32) {
+    let Some(list) = own.remove(acl::ACCESS) else { return };
+    let list = Acl::of(&list);
+    if !list.is_minimal() {
+        own.insert(acl::ACCESS, Cow::Owned(list.with_mode(mode).value().to_vec()));
     }
 }
 
@@ -167,13 +229,13 @@ fn looks_on<'a>(index: &LayerIndex, below: &[&'a LayerIndex]) -> Result<Vec<(Ino
         if let Some((ino, places, group)) = next.take() {
             let Some(dir) = index.inode(ino) else { continue };
             for entry in index.entries(dir) {
-                let Some(inode) = index.inode(entry.ino).filter(|inode| inode.is_implied()) else {
+                let Some(inode) = index.inode(entry.ino).filter(|inode| inode.takes_over()) else {
                     continue;
                 };
                 debug_assert!(mark(entry.ino) & WANTED != 0 && inode.is_dir());
                 let nearest = nearest(below, &places, index.name(entry), &mut steps)?;
                 let look = nearest.map(|(layer, ino)| Look::Of(layer, ino));
-                if let Some(look) = look.or(group.map(Look::Group))
+                if let Some(look) = look.or(group.filter(|_| inode.is_implied()).map(Look::Group))
                     && !look.is_of(index, entry.ino)
                 {
                     found.push((entry.ino, look));
@@ -200,8 +262,8 @@ fn looks_on<'a>(index: &LayerIndex, below: &[&'a LayerIndex]) -> Result<Vec<(Ino
         frame.left = at;
         let child = &entries[at];
         let places = places_of(below, &frame.places, index.name(child), &mut steps)?;
-        let implied = index.inode(child.ino).is_some_and(Inode::is_implied);
-        let look = places.first().filter(|_| implied).and_then(|&(layer, ino)| {
+        let takes_over = index.inode(child.ino).is_some_and(Inode::takes_over);
+        let look = places.first().filter(|_| takes_over).and_then(|&(layer, ino)| {
             let layer = below.get(layer as usize)?;
             Some(Look::Of(layer, ino))
         });
@@ -248,11 +310,11 @@ fn places_of(
     Ok(own)
 }
 
-/// For every inode number: whether it is a directory without an entry, or on the way to one.
+/// For every inode number: whether it is a directory that takes something over, or on the way to one.
 fn ways_to_implied(index: &LayerIndex) -> Vec<u8> {
     let mut marks = vec![0; index.inodes().len() + 1];
     for (at, inode) in index.inodes().iter().enumerate() {
-        if !inode.is_implied() {
+        if !inode.takes_over() {
             continue;
         }
         if let Some(mark) = marks.get_mut(at + 1) {
@@ -283,21 +345,21 @@ fn step(layer: &LayerIndex, dir: Ino, name: &[u8], steps: &mut Steps) -> Result<
     let mut dir = dir;
     let mut links = 0;
     // Components still to go, the next one last.
-    let mut todo = vec![name];
+    let mut todo = vec![Cow::Borrowed(name)];
     while let Some(part) = todo.pop() {
         steps.take()?;
         let Some(here) = layer.inode(dir) else {
             return Ok(Place::Missing);
         };
-        match part {
-            b"" | b"." => continue,
+        match &part[..] {
+            b"" => continue,
             b".." => {
                 dir = here.parent;
                 continue;
             }
             _ => {}
         }
-        let Some(ino) = layer.lookup(here, part) else {
+        let Some(ino) = layer.lookup(here, &part) else {
             return Ok(Place::Missing);
         };
         match layer.inode(ino) {
@@ -308,10 +370,20 @@ fn step(layer: &LayerIndex, dir: Ino, name: &[u8], steps: &mut Steps) -> Result<
                     return Ok(Place::Other);
                 }
                 let target = layer.target(inode);
-                if target.first() == Some(&b'/') {
+                let absolute = target.first() == Some(&b'/');
+                if absolute {
                     dir = ROOT_INO;
                 }
-                todo.extend(target.rsplit(|&c| c == b'/'));
+                // As the unpacker does it: what a `..` takes away need not be there.
+                let before = todo.len();
+                match lexical(target, !absolute).0 {
+                    Cow::Borrowed(target) => todo.extend(target.rsplit(is_slash).map(Cow::Borrowed)),
+                    Cow::Owned(target) => todo.extend(target.rsplit(is_slash).map(|part| Cow::Owned(part.to_vec()))),
+                }
+                // What was cleaned away took its time too.
+                for _ in todo.len() - before..target.split(is_slash).count() {
+                    steps.take()?;
+                }
             }
             _ => return Ok(Place::Other),
         }
@@ -319,9 +391,65 @@ fn step(layer: &LayerIndex, dir: Ino, name: &[u8], steps: &mut Steps) -> Result<
     Ok(Place::Dir(dir))
 }
 
-/// The attributes of a directory that one above it takes over.
-fn inherited<'a>(layer: &'a LayerIndex, dir: &Inode) -> impl Iterator<Item = (&'a [u8], &'a [u8])> {
-    layer.xattrs(dir).filter(|(name, _)| !name.starts_with(TRUSTED_PREFIX))
+fn is_slash(c: &u8) -> bool {
+    *c == b'/'
+}
+
+/// The parts of the index with these looks, and with what directories hand on that take over a default ACL.
+fn dress(index: &LayerIndex, looks: &[(Ino, Look<'_>)]) -> Result<IndexParts, LayerError> {
+    let by_ino: HashMap<Ino, Look<'_>> = looks.iter().copied().collect();
+    let marks = ways_to_implied(index);
+    let mut patch = Patch::of(index.parts().clone());
+    // Directories to go into, and a default ACL that such a one has now and had not before.
+    let mut dirs: Vec<(Ino, Option<Vec<u8>>)> = vec![(ROOT_INO, None)];
+    while let Some((dir, handed_on)) = dirs.pop() {
+        let entries = index.inode(dir).map_or(&[][..], |dir| index.entries(dir));
+        for entry in entries {
+            let ino = entry.ino;
+            let Some(inode) = index.inode(ino) else { continue };
+            let way = marks.get(ino as usize).is_some_and(|mark| mark & INNER != 0);
+            let look = by_ino.get(&ino);
+            if handed_on.is_none() && look.is_none() {
+                if way {
+                    dirs.push((ino, None));
+                }
+                continue;
+            }
+            let old = attributes(index, inode);
+            let (mut new, mut own) = (*inode, old.clone());
+            if let Some(list) = &handed_on
+                && !inode.is_symlink()
+                && inode.flags & flags::WHITEOUT == 0
+            {
+                if inode.flags & flags::OWN_ACL == 0 {
+                    own.insert(acl::ACCESS, Cow::Owned(list.clone()));
+                }
+                if inode.is_dir() && inode.flags & flags::OWN_DEFAULT_ACL == 0 {
+                    own.insert(acl::DEFAULT, Cow::Owned(list.clone()));
+                }
+                fit_acl(&mut own, inode.mode);
+            }
+            match look {
+                Some(Look::Of(below, described)) => {
+                    if let Some(described) = below.inode(*described) {
+                        new = look_of(inode, described);
+                        own = taken_over(inode, own, below, described);
+                        patch.took_over(inode, described)?;
+                    }
+                }
+                Some(Look::Group(gid)) => new.gid = *gid,
+                None => {}
+            }
+            let default = own.get(acl::DEFAULT);
+            let changed = default != old.get(acl::DEFAULT);
+            if inode.is_dir() && (way || changed) {
+                let handed_on = default.filter(|_| changed).map(|list| list.to_vec());
+                dirs.push((ino, handed_on));
+            }
+            patch.apply(ino, new, (own != old).then_some(own))?;
+        }
+    }
+    Ok(patch.parts)
 }
 
 /// An index being changed.
@@ -344,32 +472,21 @@ impl Patch {
         }
     }
 
-    /// Gives the directory `ino` of the index a look.
-    fn apply(&mut self, index: &LayerIndex, ino: Ino, look: Look<'_>) -> Result<(), LayerError> {
-        let first = self.parts.xattrs.len();
-        let Some(old) = index.inode(ino) else { return Ok(()) };
-        let (below, described) = match look {
-            Look::Of(below, ino) => match below.inode(ino) {
-                Some(described) => (below, described),
-                None => return Ok(()),
-            },
-            Look::Group(gid) => {
-                if let Some(inode) = self.parts.inodes.get_mut(ino as usize - 1) {
-                    inode.gid = gid;
-                }
-                return Ok(());
-            }
-        };
+    /// Counts what a directory takes over.
+    fn took_over(&mut self, inode: &Inode, described: &Inode) -> Result<(), LayerError> {
         self.dirs += 1;
-        self.attributes += u64::from(old.xattr_count) + u64::from(described.xattr_count);
+        self.attributes += u64::from(inode.xattr_count) + u64::from(described.xattr_count);
         limit(
             "number of attributes taken over from the layers below",
             self.attributes,
             INHERITED_BASE + INHERITED_PER_DIR * self.dirs,
-        )?;
-        // A marker may have made it opaque, which is no matter of the layers below.
-        let own = index.xattrs(old).filter(|(name, _)| name.starts_with(TRUSTED_PREFIX));
-        for (name, value) in own.chain(inherited(below, described)) {
+        )
+    }
+
+    /// Gives the inode `ino` the attributes of `new`, and these extended ones if they changed.
+    fn apply(&mut self, ino: Ino, new: Inode, xattrs: Option<Attributes<'_>>) -> Result<(), LayerError> {
+        let first = self.parts.xattrs.len();
+        for (name, value) in xattrs.iter().flatten() {
             let xattr = Xattr {
                 name: self.text(name)?,
                 name_len: name.len() as u32,
@@ -382,10 +499,12 @@ impl Patch {
         let Some(inode) = self.parts.inodes.get_mut(ino as usize - 1) else {
             return Ok(());
         };
-        (inode.mode, inode.uid, inode.gid) = (described.mode, described.uid, described.gid);
-        (inode.mtime, inode.mtime_nsec) = (described.mtime, described.mtime_nsec);
-        // Numbers over the limits are told by the check of the whole index.
-        (inode.xattr_first, inode.xattr_count) = (first as u32, count as u32);
+        (inode.mode, inode.uid, inode.gid) = (new.mode, new.uid, new.gid);
+        (inode.mtime, inode.mtime_nsec) = (new.mtime, new.mtime_nsec);
+        if xattrs.is_some() {
+            // Numbers over the limits are told by the check of the whole index.
+            (inode.xattr_first, inode.xattr_count) = (first as u32, count as u32);
+        }
         Ok(())
     }
 

@@ -118,6 +118,12 @@ pub enum SnapshotsError {
     /// The operation ended without a result: it panicked, or the daemon is stopping.
     #[error("the operation was abandoned: {0}")]
     Abandoned(#[from] tokio::task::JoinError),
+    /// A bug: the log has where.
+    #[error("{rpc} failed because of a bug in Lazuli")]
+    Panicked {
+        /// The request.
+        rpc: &'static str,
+    },
 }
 
 impl SnapshotsError {
@@ -174,7 +180,8 @@ impl SnapshotsError {
             | SnapshotsError::Io { .. }
             | SnapshotsError::Mapping(_)
             | SnapshotsError::Store(_)
-            | SnapshotsError::Abandoned(_) => Code::Internal,
+            | SnapshotsError::Abandoned(_)
+            | SnapshotsError::Panicked { .. } => Code::Internal,
         }
     }
 }

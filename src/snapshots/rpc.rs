@@ -24,6 +24,7 @@ use crate::proto::snapshots::v1::{
 };
 use crate::proto::types::Mount;
 use crate::store::Kind;
+use crate::sync::caught;
 
 /// Most snapshots in one message of a list, as containerd's own server does it.
 const LIST_BATCH: usize = 100;
@@ -71,14 +72,15 @@ impl Service {
         .await
     }
 
-    /// Counts and times an RPC, and turns its error into a status.
+    /// Counts and times an RPC, and turns its error into a status; a panic in it is one too, or the client would wait for an answer on a stream
+    /// that is reset without a reason.
     async fn answer<T>(
         &self,
         rpc: &'static str,
         work: impl Future<Output = Result<T, SnapshotsError>>,
     ) -> Result<Response<T>, Status> {
         let timer = self.metrics.rpc_seconds.with_label_values(&[rpc]).start_timer();
-        let result = work.await;
+        let result = caught(work).await.unwrap_or(Err(SnapshotsError::Panicked { rpc }));
         timer.observe_duration();
         let code = result.as_ref().err().map_or(Code::Ok, SnapshotsError::code);
         self.metrics

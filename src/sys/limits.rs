@@ -2,7 +2,7 @@
 
 use std::io;
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 
 /// Raises the number of files the process may have open as far as it may without privileges (to its hard limit), and returns that
 /// number; `u64::MAX` means without limit.
@@ -23,9 +23,28 @@ pub fn raise_open_files() -> io::Result<u64> {
     Ok(limit.maximum.unwrap_or(u64::MAX))
 }
 
+/// Keeps the memory of this process out of core dumps, whoever would write them, and from processes of the same user without privileges: it
+/// holds passwords and tokens, in buffers of libraries too, so that single pages cannot be excepted. A limit of core files would not do: the
+/// kernel does not ask it where dumps go to a program. Programs that this one starts are dumped as ever.
+///
+/// # Errors
+/// The error of `prctl`.
+pub fn forbid_core_dumps() -> io::Result<()> {
+    Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn core_dumps_are_forbidden() {
+        forbid_core_dumps().unwrap();
+        let now = rustix::process::dumpable_behavior().unwrap();
+        assert_eq!(now, DumpableBehavior::NotDumpable);
+        // Others of this process may depend on it.
+        set_dumpable_behavior(DumpableBehavior::Dumpable).unwrap();
+    }
 
     #[test]
     fn the_soft_limit_becomes_the_hard_limit() {

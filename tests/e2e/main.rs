@@ -26,6 +26,7 @@ mod pull;
 mod refused;
 mod registries;
 mod restart;
+mod secrets;
 mod shared;
 mod slow_disk;
 mod soci;

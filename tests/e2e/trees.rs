@@ -1,8 +1,8 @@
 //! What a container sees of an image is what it sees with containerd's overlayfs snapshotter: names, types, modes, owners, sizes, times,
 //! extended attributes, link counts, contents. For every format, and for layers as odd as containerd itself unpacks.
 
-use crate::stage::Stage;
-use crate::support::containerd::Generation;
+use crate::stage::{Stage, subject};
+use crate::support::containerd::{Generation, REFERENCE};
 use crate::support::image::{Compression, Flavour, Image, Layer, application_entries, base_entries, ordinary};
 use crate::support::lazuli::Mounted;
 use crate::support::sandbox::Sandbox;
@@ -132,7 +132,7 @@ macro_rules! torture {
 }
 
 torture! {
-    names links duplicates metadata xattrs sizes sparse devices whiteouts base_whiteouts implied archives
+    names links duplicates metadata xattrs sizes sparse devices whiteouts base_whiteouts implied taken_over archives
     many_entries huge_file
 }
 
@@ -169,6 +169,65 @@ mod torture_estargz {
     fn many_entries() {
         check(&torture::many_entries());
     }
+}
+
+/// Seeds of [`random_chains`]: the first, and how many. `LAZULI_E2E_SEEDS=FIRST:COUNT` tries others.
+const SEEDS: (u64, u64) = (1, 24);
+/// Of so many chains containerd takes at least one: else nothing was compared.
+const TAKEN_OF: u64 = 4;
+
+fn seeds() -> (u64, u64) {
+    let Ok(text) = std::env::var("LAZULI_E2E_SEEDS") else {
+        return SEEDS;
+    };
+    let parsed = text
+        .split_once(':')
+        .and_then(|(first, count)| Some((first.parse().ok()?, count.parse().ok()?)));
+    parsed.expect("LAZULI_E2E_SEEDS is FIRST:COUNT")
+}
+
+/// Chains made by chance look as containerd unpacks them, where it does.
+#[test]
+fn random_chains() {
+    let stage = Stage::new("random_chains", Generation::One);
+    let (first, count) = seeds();
+    let (mut taken, mut entries, mut failed) = (0, 0, Vec::new());
+    for seed in first..first + count {
+        let reference = stage.push(&torture::chain(seed), &format!("random/chain:{seed}"));
+        let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        if !stage.containerd.pull(&reference, REFERENCE).success() {
+            continue;
+        }
+        taken += 1;
+        let pulled = stage.try_pull(&reference);
+        if !pulled.success() {
+            failed.push(format!("seed {seed}: {}", pulled.describe()));
+            continue;
+        }
+        let options = Options {
+            unpacked_since: since.ok().map(|since| since.as_secs() as i64),
+            ghosts: true,
+            ..Options::default()
+        };
+        let expected = stage.containerd.view(&reference, REFERENCE);
+        let view = stage.containerd.view(&reference, &subject());
+        let comparison = compare(&expected.path, &view.path, &options);
+        entries += comparison.entries;
+        if !comparison.differences.is_empty() {
+            failed.push(format!("seed {seed}:\n  {}", comparison.differences.join("\n  ")));
+        }
+    }
+    println!("{taken} of {count} chains were compared, {entries} entries");
+    assert!(
+        failed.is_empty(),
+        "{} of {taken} chains differ:\n{}",
+        failed.len(),
+        failed.join("\n")
+    );
+    assert!(
+        taken * TAKEN_OF >= count,
+        "containerd took only {taken} of {count} chains"
+    );
 }
 
 /// GNU tar's old sparse files, which containerd refuses: compared with GNU tar's own extraction.

@@ -15,6 +15,7 @@ use rustix::fs::{AtFlags, CWD, Mode, makedev};
 use rustix::mount::{MountFlags, UnmountFlags};
 
 use super::pure::ADDRESSINGS;
+use super::skip::{Ability, skipped};
 use super::trees::{self, Made, Trees};
 
 /// An image in files, mounted until dropped.
@@ -65,7 +66,7 @@ fn mount_with(made: &Made, addressing: Addressing) -> Option<Mounted> {
         Ok(()) => Some(mounted),
         Err(error) if can_mount() => panic!("the kernel does not mount the image: {error}"),
         Err(error) => {
-            eprintln!("skipped: this process cannot mount EROFS from a file: {error}");
+            skipped(Ability::ErofsFiles, error);
             None
         }
     }
@@ -100,7 +101,14 @@ fn can_mount() -> bool {
 
 /// Lets `fsck.erofs` check an image, if there is one that is new enough.
 fn fsck(image: &Path, devices: usize, dir: &Path) {
+    static SAID: std::sync::Once = std::sync::Once::new();
     let Some(program) = std::env::var_os("LAZULI_FSCK_EROFS") else {
+        SAID.call_once(|| {
+            skipped(
+                Ability::FsckErofs,
+                "set LAZULI_FSCK_EROFS to one of erofs-utils 1.8 or newer",
+            )
+        });
         return;
     };
     let mut command = Command::new(program);

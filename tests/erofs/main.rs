@@ -6,4 +6,7 @@
 mod kernel;
 mod pure;
 mod reader;
+#[allow(dead_code)]
+#[path = "../support/skip.rs"]
+mod skip;
 mod trees;

@@ -24,6 +24,7 @@ use tokio::runtime::Runtime;
 
 use crate::fake::FakeLayer;
 use crate::harness::{Overlay, options, runtime, within};
+use crate::skip::{Ability, skipped};
 
 /// Longest time of one mount call: longer than any takes on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -125,7 +126,7 @@ impl Rig {
         match rig.faces.serving().face {
             Face::Image => Some(rig),
             Face::Tree => {
-                eprintln!("skipped: {}", rig.faces.serving().reason);
+                skipped(Ability::ErofsFiles, &rig.faces.serving().reason);
                 None
             }
         }

@@ -203,10 +203,11 @@ async fn a_400_that_means_what_it_says_stays_what_it_is() {
 async fn a_token_that_cannot_be_renewed_ahead_is_used_until_it_ends() {
     let f = Fixture::new().await;
     f.registry.set_auth(Auth::AnonymousToken);
-    f.registry.set_token_lifetime(Duration::from_secs(2));
+    let lifetime = Duration::from_millis(200);
+    f.registry.set_token_lifetime(lifetime);
     f.good(0, 10).await;
     // It is due for renewal after three quarters of its life.
-    tokio::time::sleep(Duration::from_millis(1600)).await;
+    tokio::time::sleep(lifetime).await;
     f.registry.fail(On::Token, 1, Fault::Status(500));
     f.good(0, 10).await;
 }

@@ -269,12 +269,13 @@ async fn bad_credentials_do_not_hide_a_public_image() {
 async fn a_token_for_nobody_in_particular_is_renewed_ahead_too() {
     let (registry, blob) = private().await;
     registry.set_auth(Auth::AnonymousToken);
-    registry.set_token_lifetime(std::time::Duration::from_secs(2));
+    let lifetime = std::time::Duration::from_millis(200);
+    registry.set_token_lifetime(lifetime);
     for asked in [3, 6] {
         registry.fail(On::Token, 2, Fault::Status(401));
         assert_eq!(read(&blob, 0..7).await.unwrap(), b"content");
         assert_eq!(registry.seen(On::Token).len(), asked);
-        tokio::time::sleep(std::time::Duration::from_millis(1600)).await;
+        tokio::time::sleep(lifetime).await;
     }
     let refused = registry.seen(On::Blob).iter().filter(|seen| seen.status == 401).count();
     assert_eq!(refused, 1, "the client knew when it ended");

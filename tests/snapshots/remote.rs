@@ -36,6 +36,29 @@ async fn a_pull_finds_every_layer_and_a_container_sees_them() {
     assert_eq!(request.labels, strings(&[(REF, "sha256:2")]));
 }
 
+/// A bug in one request is an error of that request: the others, and those after it on the same connection, go on.
+#[tokio::test]
+async fn a_panic_is_an_error_of_one_request() {
+    let daemon = Daemon::start().await;
+    daemon.layers.add("sha256:1", "one");
+    daemon.layers.held.send_replace(true);
+    daemon.layers.panics.store(1, Ordering::Relaxed);
+    let asked = ["a/1/x", "a/2/x", "a/3/x"].map(|key| daemon.prepare_with(key, "", &[(REF, "sha256:1")]));
+    let answers = futures::future::join_all(asked);
+    let release = async {
+        while daemon.layers.requests().len() < 3 {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        daemon.layers.held.send_replace(false);
+    };
+    let (answers, ()) = futures::join!(answers, release);
+    let codes: Vec<Code> = answers.into_iter().map(|answer| answer.unwrap_err().code()).collect();
+    let count = |code| codes.iter().filter(|one| **one == code).count();
+    assert_eq!((count(Code::Internal), count(Code::AlreadyExists)), (1, 2), "{codes:?}");
+    let one = daemon.pull("a/4/x", "", "sha256:1").await;
+    assert_eq!(daemon.prepare("a/5/container", &one).await.unwrap().len(), 1);
+}
+
 #[tokio::test]
 async fn labels_of_the_request_stay_on_the_snapshot() {
     let daemon = Daemon::start().await;

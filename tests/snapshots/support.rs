@@ -48,6 +48,8 @@ pub struct FakeLayers {
     pub held: watch::Sender<bool>,
     /// How many of the next resolved layers are released at once, as if a release came just then.
     pub lost: AtomicUsize,
+    /// How many of the next questions for a layer end in a panic.
+    pub panics: AtomicUsize,
     /// Whether several layers are shown as one directory.
     pub merges: AtomicBool,
     /// While this is held, releases that were decided are not carried out.
@@ -80,6 +82,7 @@ impl FakeLayers {
             state: Mutex::default(),
             held: watch::channel(false).0,
             lost: AtomicUsize::new(0),
+            panics: AtomicUsize::new(0),
             merges: AtomicBool::new(false),
             letting_go: Arc::default(),
             slow_mounts: Arc::default(),
@@ -199,6 +202,10 @@ impl Layers for FakeLayers {
             self.state().resolved.push(request.clone());
             let mut held = self.held.subscribe();
             held.wait_for(|held| !held).await.unwrap();
+            let panics = self
+                .panics
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |panics| panics.checked_sub(1));
+            assert!(panics.is_err(), "a bug that the test wants");
             let mut state = self.state();
             if let Some((below, proven)) = state.said.get(&request.chain_id).cloned() {
                 let layer = state.known[&request.chain_id].0;
@@ -380,6 +387,20 @@ impl Daemon {
         (dir, layers)
     }
 
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("socket")
+    }
+
+    /// A client with a connection of its own.
+    pub async fn another_client(&self) -> SnapshotsClient<Channel> {
+        connect(self.socket()).await
+    }
+
+    /// A connection for messages of any form.
+    pub async fn raw(&self) -> tonic::client::Grpc<Channel> {
+        tonic::client::Grpc::new(channel(self.socket()).await)
+    }
+
     pub fn root(&self) -> PathBuf {
         self.dir.path().join("root")
     }
@@ -517,14 +538,17 @@ impl Daemon {
 }
 
 async fn connect(socket: PathBuf) -> SnapshotsClient<Channel> {
+    SnapshotsClient::new(channel(socket).await).max_decoding_message_size(16 << 20)
+}
+
+async fn channel(socket: PathBuf) -> Channel {
     // The address is not used, but has to be one.
     let endpoint = Endpoint::from_static("http://localhost");
     let connector = tower::service_fn(move |_| {
         let socket = socket.clone();
         async move { Ok::<_, std::io::Error>(TokioIo::new(UnixStream::connect(socket).await?)) }
     });
-    let channel = endpoint.connect_with_connector(connector).await.unwrap();
-    SnapshotsClient::new(channel).max_decoding_message_size(16 << 20)
+    endpoint.connect_with_connector(connector).await.unwrap()
 }
 
 /// A mount that ends with this value.

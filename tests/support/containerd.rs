@@ -17,6 +17,7 @@ use super::image::architecture;
 use super::sandbox::{
     COMMAND_TIMEOUT, Finished, PATIENCE, Process, Sandbox, listens_unix, require_program, run, run_ok, unmount_below,
 };
+use super::skip::{Ability, skipped};
 
 /// The variable that names the directory of a containerd 2.x.
 pub const CONTAINERD2: &str = "LAZULI_CONTAINERD2";
@@ -52,15 +53,13 @@ pub enum Generation {
 }
 
 impl Generation {
-    /// 2.x if `LAZULI_CONTAINERD2` names its directory. Without the variable it says so where nobody can miss it, past the capture of
-    /// the test runner, and returns `None`; with a wrong one it panics.
+    /// 2.x if `LAZULI_CONTAINERD2` names its directory. Without the variable it says so, and returns `None`; with a wrong one it panics.
     pub fn two() -> Option<Self> {
-        use std::io::Write as _;
         let Some(dir) = std::env::var_os(CONTAINERD2).filter(|dir| !dir.is_empty()) else {
-            let message = format!(
-                "\n*** NOT TESTED WITH containerd 2.x: run tests/support/get-containerd2 DIR and set {CONTAINERD2}=DIR ***\n"
+            skipped(
+                Ability::Containerd2,
+                format!("run tests/support/get-containerd2 DIR and set {CONTAINERD2}=DIR"),
             );
-            let _ = std::io::stderr().write_all(message.as_bytes());
             return None;
         };
         let dir = PathBuf::from(dir);

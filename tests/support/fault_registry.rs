@@ -306,7 +306,8 @@ impl FaultRegistry {
         self.inner().challenges = Some(headers);
     }
 
-    /// Lifetime of tokens handed out from now on, stated and kept.
+    /// Lifetime that tokens handed out from now on are said to have. They are good for much longer, so that a slow machine is not told by
+    /// a refusal what the client has to know by itself.
     pub fn set_token_lifetime(&self, lifetime: Duration) {
         self.inner().token_lifetime = Some(lifetime);
     }

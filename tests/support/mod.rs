@@ -9,6 +9,7 @@
 //! fault_registry  a registry that fails on demand
 //! nginx       nginx before a registry, and certificates made with openssl
 //! openssl     certificates and servers of the openssl command
+//! skip        what a test needs and a machine may lack: said, counted, and not believed
 //! proxy       an HTTP proxy before the registry that counts, delays and limits
 //! tar         tar headers with every field under control
 //! image       layers, configs, manifests, OCI layouts, eStargz
@@ -32,6 +33,7 @@ pub mod openssl;
 pub mod proxy;
 pub mod registry;
 pub mod sandbox;
+pub mod skip;
 pub mod tar;
 pub mod torture;
 pub mod tree;

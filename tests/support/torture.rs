@@ -6,10 +6,12 @@
 //! entries of their own, except where a missing entry is the subject ([`implied`]).
 
 mod forms;
+mod random;
 mod stacks;
 
 pub use forms::{archives, gnu_sparse, huge_file, many_entries, sparse};
-pub use stacks::{base_whiteouts, devices, implied, whiteouts};
+pub use random::chain;
+pub use stacks::{base_whiteouts, devices, implied, taken_over, whiteouts};
 
 use super::image::{Compression, Flavour, Image, Layer};
 use super::tar::{Dialect, Entry, noise};
@@ -194,7 +196,7 @@ pub fn duplicates() -> Case {
         Entry::file("d/to-dir/child", "child"),
         // A directory that becomes a file loses its children. (containerd fails if a directory is among them: it sets the times of
         // all directories at the end, those that are gone included.)
-        Entry::dir("d/to-file"),
+        Entry::dir("d/to-file").mtime(4711),
         Entry::file("d/to-file/lost", "lost"),
         Entry::file("d/to-file", "now a file"),
         Entry::dir("d/to-link"),
@@ -303,6 +305,17 @@ pub fn metadata() -> Case {
     case("metadata", vec![Layer::of(Compression::Gzip, entries)])
 }
 
+/// A `struct posix_acl_xattr` of these tags, permissions and numbers.
+fn acl(entries: &[(u16, u16, u32)]) -> Vec<u8> {
+    let mut bytes = 2_u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in entries {
+        bytes.extend(tag.to_le_bytes());
+        bytes.extend(permissions.to_le_bytes());
+        bytes.extend(id.to_le_bytes());
+    }
+    bytes
+}
+
 /// Extended attributes: of users, file capabilities, access control lists; on every type that can have them.
 pub fn xattrs() -> Case {
     // struct vfs_cap_data, revision 2, effective: CAP_NET_RAW and CAP_NET_BIND_SERVICE permitted.
@@ -310,16 +323,7 @@ pub fn xattrs() -> Case {
         .iter()
         .flat_map(|word| word.to_le_bytes())
         .collect();
-    // struct posix_acl_xattr: user::rw-, user:1000:rwx, group::r--, mask::rwx, other::---
-    let acl = |entries: &[(u16, u16, u32)]| -> Vec<u8> {
-        let mut bytes = 2_u32.to_le_bytes().to_vec();
-        for (tag, permissions, id) in entries {
-            bytes.extend(tag.to_le_bytes());
-            bytes.extend(permissions.to_le_bytes());
-            bytes.extend(id.to_le_bytes());
-        }
-        bytes
-    };
+    // user::rw-, user:1000:rwx, group::r--, mask::rwx, other::---
     let access = acl(&[
         (0x01, 6, !0),
         (0x02, 7, 1000),
@@ -354,6 +358,22 @@ pub fn xattrs() -> Case {
         Entry::dir("x/acl-dir")
             .mode(0o755)
             .xattr("system.posix_acl_default", &default),
+        // What is made in it gets its list, which the mode then changes; what has a list of its own keeps that.
+        Entry::file("x/acl-dir/file", "x").mode(0o640),
+        Entry::file("x/acl-dir/own", "x")
+            .mode(0o604)
+            .xattr("system.posix_acl_access", &access),
+        Entry::dir("x/acl-dir/dir").mode(0o2770),
+        Entry::fifo("x/acl-dir/dir/fifo").mode(0o600),
+        Entry::symlink("x/acl-dir/link", "file"),
+        Entry::hard_link("x/acl-dir/hard", "x/user").mode(0o644),
+        Entry::file("x/acl-dir/implied/file", "x"),
+        // No more than a mode says, and nothing.
+        Entry::file("x/minimal", "x").xattr(
+            "system.posix_acl_access",
+            acl(&[(0x01, 7, !0), (0x04, 7, !0), (0x20, 7, !0)]),
+        ),
+        Entry::file("x/acl-dir/none", "x").xattr("system.posix_acl_access", acl(&[])),
         Entry::file("x/trusted", "x").xattr("trusted.lazuli", "root only"),
         Entry::fifo("x/fifo").xattr("trusted.fifo", "1"),
         Entry::symlink("x/link", "user").xattr("trusted.link", "1"),
@@ -373,13 +393,16 @@ pub fn xattrs() -> Case {
         Entry::file("x/user", "without"),
         Entry::file("x/capability", "loses it").mode(0o755),
     ];
-    case(
-        "xattrs",
-        vec![
-            Layer::of(Compression::Gzip, entries),
-            Layer::of(Compression::Gzip, above),
-        ],
-    )
+    Case {
+        implied_dirs: vec!["x/acl-dir/implied".to_owned()],
+        ..case(
+            "xattrs",
+            vec![
+                Layer::of(Compression::Gzip, entries),
+                Layer::of(Compression::Gzip, above),
+            ],
+        )
+    }
 }
 
 /// Files around every border: blocks, pages, read sizes, chunks.

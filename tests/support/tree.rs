@@ -39,6 +39,10 @@ pub struct Options {
     pub implied_dirs: Vec<String>,
     /// The right tree is seen through a mapping of the first 65536 ids to those from this one on.
     pub mapped_to: Option<u32>,
+    /// The second in which unpacking began: directories of the left tree that are not older have the time of unpacking.
+    pub unpacked_since: Option<i64>,
+    /// Names that are listed and then not there are passed over: overlayfs shows whiteouts so in directories that only one layer has.
+    pub ghosts: bool,
 }
 
 /// Ids that [`Options::mapped_to`] maps.
@@ -75,7 +79,6 @@ impl Node {
         }
         node
     }
-}
 
 /// What stands at one path.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -181,7 +184,8 @@ fn differ(path: &[u8], left: &Node, right: &Node, options: &Options, differences
     say("mode", format!("{:04o}", left.mode), format!("{:04o}", right.mode));
     say("owner", format!("{:?}", left.owner), format!("{:?}", right.owner));
     say("size", format!("{:?}", left.size), format!("{:?}", right.size));
-    let unset = path.is_empty() || options.implied_dirs.iter().any(|dir| dir.as_bytes() == path);
+    let unpacked = options.unpacked_since.is_some_and(|since| left.mtime.0 >= since) && left.kind == "dir";
+    let unset = path.is_empty() || unpacked || options.implied_dirs.iter().any(|dir| dir.as_bytes() == path);
     if !unset {
         let time = |node: &Node| {
             if options.whole_seconds {
@@ -233,6 +237,7 @@ fn scan(root: &Path, options: &Options) -> (Tree, Vec<String>) {
         let name = relative.as_os_str().as_bytes().to_vec();
         let metadata = match fs::symlink_metadata(&path) {
             Ok(metadata) => metadata,
+            Err(error) if options.ghosts && error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => {
                 errors.push(format!("{}: lstat: {error}", show(&name)));
                 continue;

@@ -36,6 +36,8 @@ pub enum Fault {
     Missing,
     /// It never comes.
     Silent,
+    /// Asking for it is a bug.
+    Panic,
 }
 
 /// Memory of a fetcher, in bytes.
@@ -120,6 +122,7 @@ impl Blob for FakeBlob {
             let mut broken = false;
             match fault {
                 Some(Fault::Silent) => std::future::pending().await,
+                Some(Fault::Panic) => panic!("a bug that the test wants"),
                 Some(Fault::Refused) => return Err(self.error()),
                 Some(Fault::Missing) => {
                     return Err(RegistryError::NotFound {

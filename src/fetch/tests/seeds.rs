@@ -64,6 +64,49 @@ fn kinds() -> Vec<u8> {
     out
 }
 
+/// A tar with extended headers of both dialects: times, attributes, an access control list that is handed on, long names.
+fn attributes() -> Vec<u8> {
+    let extended = |kind: u8, body: &[u8]| {
+        let mut out = entry("headers", kind, body.len(), |_| {});
+        out.extend_from_slice(body);
+        out.resize(out.len().next_multiple_of(512), 0);
+        out
+    };
+    // The length counts itself, with two digits or three.
+    let record = |key: &str, value: &[u8]| {
+        let rest = key.len() + value.len() + 3;
+        let length = if rest + 2 < 100 { rest + 2 } else { rest + 3 };
+        [format!("{length} {key}=").as_bytes(), value, b"\n"].concat()
+    };
+    let list = |user: u8| {
+        [
+            &[2, 0, 0, 0][..],
+            &[1, 0, user, 0, 255, 255, 255, 255],
+            &[2, 0, 5, 0, 9, 0, 0, 0],
+            &[4, 0, 5, 0, 255, 255, 255, 255],
+            &[16, 0, 7, 0, 255, 255, 255, 255],
+            &[32, 0, 0, 0, 255, 255, 255, 255],
+        ]
+        .concat()
+    };
+    let records = [
+        record("mtime", b"1700000000.5"),
+        record("SCHILY.xattr.user.key", b"value"),
+        record("SCHILY.xattr.system.posix_acl_default", &list(7)),
+    ];
+    let mut out = extended(b'x', &records.concat());
+    out.extend(entry("dir/", b'5', 0, |_| {}));
+    out.extend(entry("dir/made/file", b'0', 0, |_| {}));
+    out.extend(entry("dir/made/", b'5', 0, |_| {}));
+    out.extend(extended(b'L', &[b"dir/".as_slice(), &[b'n'; 120], b"\0"].concat()));
+    out.extend(entry("short", b'0', 0, |_| {}));
+    out.extend(extended(b'g', &record("comment", b"for all that follows")));
+    out.extend(extended(b'x', &record("path", b"dir/of a record")));
+    out.extend(entry("short", b'0', 0, |_| {}));
+    out.resize(out.len() + 1024, 0);
+    out
+}
+
 fn body(index: &LayerIndex) -> Vec<u8> {
     let bytes = index.encode();
     bytes[INDEX_HEAD..bytes.len() - Digest::LEN].to_vec()
@@ -119,6 +162,16 @@ async fn seeds() {
     write("index_decode", "kinds", &[&kinds]);
     write("erofs", "kinds", &[&[0; 13], &kinds]);
     let sparse = tar(&[10]);
+    let attributes = attributes();
+    for (name, tar) in [("kinds", &small), ("sparse", &sparse), ("headers", &attributes)] {
+        indexed(tar);
+        write("tar", name, &[&511_u16.to_le_bytes(), tar]);
+    }
+    write(
+        "merge",
+        "headers",
+        &[&attributes, SEPARATOR, &attributes, SEPARATOR, &small],
+    );
     write("merge", "kinds", &[&small, SEPARATOR, &small]);
     write("merge", "index", &[&small, SEPARATOR, b"I", &kinds, SEPARATOR, &sparse]);
 

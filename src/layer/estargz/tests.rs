@@ -321,6 +321,14 @@ fn tables_that_cannot_be_used() {
             "no user has the number -1",
         ),
         (
+            json!([{"name": "f", "type": "reg", "uid": u32::MAX}]),
+            "no user has the number 4294967295",
+        ),
+        (
+            json!([{"name": "d", "type": "dir", "gid": u32::MAX}]),
+            "no group has the number 4294967295",
+        ),
+        (
             json!([{"name": "f", "type": "char", "devMajor": -1}]),
             "no device has the number -1",
         ),

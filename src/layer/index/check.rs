@@ -6,7 +6,7 @@
 
 use super::{
     Access, Chunk, Codec, FORMAT, IndexParts, MAX_CHUNK_LEN, MAX_CHUNKS, MAX_DATA_SIZE, MAX_INODES, MAX_NAME_LEN,
-    MAX_STRINGS, MAX_TARGET_LEN, ROOT_INO, Verify, mode, valid_name,
+    MAX_STRINGS, MAX_TARGET_LEN, NO_OWNER, ROOT_INO, Verify, mode, valid_name,
 };
 use crate::layer::checkpoint::{Entry, MAX_WINDOW};
 use crate::layer::tree::MAX_XATTR_VALUE;
@@ -63,6 +63,9 @@ pub(super) fn check(p: &IndexParts) -> Result<(), LayerError> {
         }
         if inode.mtime_nsec >= 1_000_000_000 {
             return bad(i, "an inode's nanoseconds are a second or more");
+        }
+        if inode.uid == NO_OWNER || inode.gid == NO_OWNER {
+            return bad(i, "an inode has an owner that nobody is");
         }
         if !inode.has_valid_flags() {
             return bad(i, "an inode's flags are unknown or do not go with its type");

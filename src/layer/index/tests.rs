@@ -69,7 +69,7 @@ fn chunks_of_a_range() {
 #[test]
 fn parts_that_make_no_layer_are_refused() {
     type Change = (&'static str, fn(&mut IndexParts));
-    let changes: [Change; 28] = [
+    let changes: [Change; 30] = [
         ("the first inode is not a root directory", |p| p.inodes.clear()),
         ("the first inode is not a root directory", |p| {
             p.inodes[0].mode = mode::REG
@@ -84,7 +84,9 @@ fn parts_that_make_no_layer_are_refused() {
         ("an inode's nanoseconds are a second or more", |p| {
             p.inodes[2].mtime_nsec = 1_000_000_000
         }),
-        ("an inode's flags are unknown", |p| p.inodes[1].flags = 4),
+        ("an inode's flags are unknown", |p| p.inodes[1].flags = 32),
+        ("an inode has an owner that nobody is", |p| p.inodes[2].uid = u32::MAX),
+        ("an inode has an owner that nobody is", |p| p.inodes[0].gid = u32::MAX),
         ("do not go with its type", |p| p.inodes[1].flags = flags::WHITEOUT),
         ("a directory's entries lie outside", |p| p.inodes[0].count = 99),
         ("a directory's entries lie outside", |p| p.inodes[0].data = u64::MAX),

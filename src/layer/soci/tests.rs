@@ -241,7 +241,9 @@ fn changed(change: impl FnOnce(&mut Ztoc<'_>)) -> Result<(LayerIndex, Windows), 
 #[test]
 fn lies_are_refused_or_harmless() {
     type Change = fn(&mut Ztoc<'_>);
-    let refused: [Change; 17] = [
+    let refused: [Change; 19] = [
+        |z| z.files[3].uid = u32::MAX,
+        |z| z.files[3].gid = u32::MAX,
         |z| z.compressed_size += 1,
         |z| z.uncompressed_size = u64::MAX >> 1,
         |z| z.uncompressed_size = 0,

@@ -56,9 +56,8 @@ impl Pending {
         };
         let (mtime, mtime_nsec) = pax.mtime.unwrap_or((header.mtime, 0));
         let id = |what: &str, id: i64| {
-            // The last number means "leave it" to chown(2).
-            let valid = u32::try_from(id).ok().filter(|id| *id != u32::MAX);
-            valid.ok_or_else(|| malformed(at, format!("entry {}: no {what} has the number {id}", quoted(&name))))
+            u32::try_from(id)
+                .map_err(|_| malformed(at, format!("entry {}: no {what} has the number {id}", quoted(&name))))
         };
         let member = Member {
             at,

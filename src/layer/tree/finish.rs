@@ -6,6 +6,7 @@ use crate::layer::index::{Dirent, Ino};
 impl TreeBuilder {
     /// The finished tree. Inodes are numbered in the order in which the archive first held them.
     pub fn finish(mut self) -> Tree {
+        self.set_late_times();
         // Nobody looks anything up any more, and memory is needed.
         drop(std::mem::take(&mut self.table));
         drop(std::mem::take(&mut self.interned));

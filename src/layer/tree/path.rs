@@ -6,7 +6,7 @@ use super::{Fault, bad};
 use crate::layer::index::MAX_NAME_LEN;
 
 /// Longest path, in bytes (PATH_MAX of Linux, less its terminator): what an unpacker could create.
-const MAX_PATH_LEN: usize = 4095;
+pub(super) const MAX_PATH_LEN: usize = 4095;
 /// Longest part of a name that an error repeats, in bytes.
 const QUOTED_LEN: usize = 200;
 
@@ -20,7 +20,7 @@ pub(in crate::layer) fn quoted(bytes: &[u8]) -> String {
 
 /// A path without empty, `.` and `..` components; its `..` go up lexically, and are lost where there is nothing to go up from, or are
 /// kept in front if `keep_up` says so. And its longest component.
-pub(super) fn lexical(path: &[u8], keep_up: bool) -> (Cow<'_, [u8]>, usize) {
+pub(in crate::layer) fn lexical(path: &[u8], keep_up: bool) -> (Cow<'_, [u8]>, usize) {
     let mut parts: Vec<&[u8]> = Vec::new();
     let mut plain = true;
     for part in path.split(|&c| c == b'/') {

@@ -241,7 +241,7 @@ fn symlinks_among_parents_are_followed_inside_the_root() {
     let mut tar = Tar::default();
     tar.symlink("a", "b").symlink("b", "a").file("a/x", b"");
     assert!(
-        tar.error().contains("entry \"a/x\": more than 40 symlinks"),
+        tar.error().contains("entry \"a/x\": more than 255 symlinks"),
         "{}",
         tar.error()
     );
@@ -335,7 +335,9 @@ fn extended_attributes_that_files_take() {
         ("SCHILY.xattr.user.a", b"u"),
         ("SCHILY.xattr.security.selinux", b"s"),
         ("SCHILY.xattr.system.posix_acl_access", b"\x02\0\0\0"),
-        ("SCHILY.xattr.system.posix_acl_default", b"d"),
+        ("SCHILY.xattr.system.posix_acl_default", b""),
+        // A version that no kernel has.
+        ("SCHILY.xattr.system.posix_acl_access", b"\x03\0\0\0"),
         ("SCHILY.xattr.trusted.overlay.opaque", b"y"),
         ("SCHILY.xattr.com.apple.quarantine", b"q"),
     ];
@@ -356,10 +358,10 @@ fn extended_attributes_that_files_take() {
     );
     assert_eq!(
         tree(&mut tar),
-        "/d dir 755 0:0 x2 security.selinux=s system.posix_acl_access=\\x02\\x00\\x00\\x00 system.posix_acl_default=d user.a=u
-/f file 644 0:0 x1 0 security.selinux=s system.posix_acl_access=\\x02\\x00\\x00\\x00 user.a=u
+        "/d dir 755 0:0 x2 security.selinux=s user.a=u
+/f file 644 0:0 x1 0 security.selinux=s user.a=u
 /l link 777 0:0 x1 -> t security.selinux=s
-/p fifo 644 0:0 x1 security.selinux=s system.posix_acl_access=\\x02\\x00\\x00\\x00
+/p fifo 644 0:0 x1 security.selinux=s
 "
     );
     let value = vec![1; 65537];
@@ -489,4 +491,107 @@ fn global_headers_are_nothing_and_take_its_place() {
 /headers dir 755 0:0 x2
 "
     );
+}
+
+/// `user::rwx user:1001:r-x group::r-x mask::MASK other::OTHER`, as PAX has it, with the owner's permissions.
+fn acl(user: u16, mask: u16, other: u16) -> Vec<u8> {
+    crate::layer::acl::tests::list(&[
+        (1, user, u32::MAX),
+        (2, 5, 1001),
+        (4, 5, u32::MAX),
+        (16, mask, u32::MAX),
+        (32, other, u32::MAX),
+    ])
+}
+
+#[test]
+fn a_default_list_is_handed_on_and_fits_the_mode() {
+    let mut tar = Tar::default();
+    tar.pax(&[("SCHILY.xattr.system.posix_acl_default", &acl(7, 7, 7))])
+        .dir("d", 0o755)
+        .dir("d/sub", 0o750)
+        .file("d/sub/made/f", b"")
+        .symlink("d/l", "f");
+    let own = crate::layer::acl::tests::list(&[(1, 7, u32::MAX), (4, 5, u32::MAX), (32, 0, u32::MAX)]);
+    tar.pax(&[("SCHILY.xattr.system.posix_acl_access", &own)])
+        .file("d/own", b"");
+    let index = tar.end().index();
+    let list = |path: &str, name: &str| {
+        let inode = index.inode(index.lookup_path(path.as_bytes()).unwrap()).unwrap();
+        index
+            .xattr(inode, format!("system.posix_acl_{name}").as_bytes())
+            .map(<[u8]>::to_vec)
+    };
+    assert_eq!(list("d", "access"), None);
+    for (path, access) in [
+        ("d/sub", acl(7, 5, 0)),
+        ("d/sub/made", acl(7, 5, 5)),
+        ("d/sub/made/f", acl(6, 4, 4)),
+    ] {
+        assert_eq!(list(path, "access"), Some(access), "{path}");
+        let default = (path != "d/sub/made/f").then(|| acl(7, 7, 7));
+        assert_eq!(list(path, "default"), default, "{path}");
+    }
+    // A symlink has none, and three entries are a mode.
+    assert_eq!([list("d/l", "access"), list("d/own", "access")], [None, None]);
+    let mut tar = Tar::default();
+    tar.pax(&[("SCHILY.xattr.system.posix_acl_access", b"\x02\0\0\0\x01")])
+        .file("f", b"");
+    assert!(tar.error().contains("is no access control list"), "{}", tar.error());
+}
+
+#[test]
+fn below_a_whiteout_everything_is_new() {
+    let mut tar = Tar::default();
+    tar.file(".wh.d", b"").file("d/sub/f", b"").file("gone/.wh.x", b"");
+    assert_eq!(
+        tree(&mut tar),
+        "/d dir 755 0:0 x3 trusted.overlay.opaque=y
+/d/sub dir 755 0:0 x2
+/d/sub/f file 644 0:0 x1 0
+/gone dir 755 0:0 x2
+/gone/x char 0 0:0 x1 0:0
+"
+    );
+}
+
+#[test]
+fn the_time_of_a_replaced_directory_goes_to_what_has_its_name() {
+    let mut tar = Tar::default();
+    let timed = |tar: &mut Tar, kind: u8, name: &[u8], link: &[u8], mtime: u64| {
+        tar.add(
+            Head {
+                kind,
+                name,
+                link,
+                mtime,
+                ..Head::default()
+            },
+            b"",
+        );
+    };
+    timed(&mut tar, b'5', b"file", b"", 1);
+    timed(&mut tar, b'0', b"file", b"", 2);
+    // The directory that the link leads to is described before, or after.
+    timed(&mut tar, b'5', b"before", b"", 3);
+    for name in [&b"to-before"[..], b"to-after"] {
+        timed(&mut tar, b'5', name, b"", 4);
+    }
+    timed(&mut tar, b'5', b"after", b"", 5);
+    timed(&mut tar, b'2', b"to-before", b"before", 6);
+    timed(&mut tar, b'2', b"to-after", b"after", 6);
+    let times = |tar: &Tar| {
+        let index = tar.index();
+        ["file", "before", "after", "to-after"]
+            .map(|name| index.inode(index.lookup_path(name.as_bytes()).unwrap()).unwrap().mtime)
+    };
+    tar.end();
+    assert_eq!(times(&tar), [1, 4, 5, 6]);
+    // In a directory that goes as a whole, by a whiteout too.
+    let mut tar = Tar::default();
+    timed(&mut tar, b'5', b"d/sub", b"", 1);
+    timed(&mut tar, b'0', b".wh.d", b"", 2);
+    timed(&mut tar, b'0', b"d/sub", b"", 3);
+    let index = tar.end().index();
+    assert_eq!(index.inode(index.lookup_path(b"d/sub").unwrap()).unwrap().mtime, 1);
 }

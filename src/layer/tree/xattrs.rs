@@ -1,10 +1,15 @@
-//! Extended attributes of the inodes of a tree that is being built.
+//! Extended attributes of the inodes of a tree that is being built, access control lists among them.
+//!
+//! What is made in a directory with a default ACL gets it as its access ACL, and a directory also as its default ACL; then the mode of the
+//! entry is set, which changes the access ACL ([`Acl::with_mode`]). Attributes of the entry replace these, and are marked
+//! ([`flags::OWN_ACL`], [`flags::OWN_DEFAULT_ACL`]), because a directory of a layer below may have another default ACL to hand on.
 
 use std::hash::BuildHasher;
 
 use super::path::quoted;
 use super::{EntryXattr, Fault, INTERNED_COST, TreeBuilder, XATTR_COST, bad, limit, text_at};
-use crate::layer::index::{Ino, MAX_INODES, MAX_NAME_LEN, Xattr, mode};
+use crate::layer::acl::{self, Acl, Parsed};
+use crate::layer::index::{Ino, MAX_INODES, MAX_NAME_LEN, Xattr, flags, mode};
 
 /// The attribute by which overlayfs knows an opaque directory, and its value.
 pub(in crate::layer) const OPAQUE_XATTR: (&[u8], &[u8]) = (b"trusted.overlay.opaque", b"y");
@@ -31,10 +36,65 @@ impl TreeBuilder {
                     value.len()
                 ));
             }
-            self.set_xattr(ino, name, value)?;
+            let given = match &name[..] {
+                acl::ACCESS => flags::OWN_ACL,
+                acl::DEFAULT => flags::OWN_DEFAULT_ACL,
+                _ => {
+                    self.set_xattr(ino, name, value)?;
+                    continue;
+                }
+            };
+            match Acl::parse(value) {
+                Parsed::List(list) => self.set_xattr(ino, name, list.value())?,
+                Parsed::Empty => self.drop_xattr(ino, name),
+                Parsed::Ignored => continue,
+                Parsed::Invalid => return bad(format!("{} is no access control list", quoted(name))),
+            }
+            self.inode_mut(ino).flags |= given;
         }
         Ok(())
     }
+
+    /// Gives what was made in `dir` the lists that this hands on.
+    pub(super) fn hand_on_acl(&mut self, dir: Ino, ino: Ino) -> Result<(), Fault> {
+        if self.inode(ino).is_symlink() || self.inode(dir).xattr_count == 0 {
+            return Ok(());
+        }
+        let Some(list) = self.own_xattr(dir, acl::DEFAULT).map(<[u8]>::to_vec) else {
+            return Ok(());
+        };
+        if self.is_dir(ino) {
+            self.set_xattr(ino, acl::DEFAULT, &list)?;
+        }
+        self.set_xattr(ino, acl::ACCESS, &list)
+    }
+
+    /// Makes the access list of an inode fit its mode.
+    pub(super) fn fit_acl(&mut self, ino: Ino) -> Result<(), Fault> {
+        let inode = *self.inode(ino);
+        if inode.xattr_count == 0 {
+            return Ok(());
+        }
+        let Some(list) = self.own_xattr(ino, acl::ACCESS) else {
+            return Ok(());
+        };
+        let list = Acl::of(list);
+        if list.is_minimal() {
+            self.drop_xattr(ino, acl::ACCESS);
+            return Ok(());
+        }
+        let fit = list.with_mode(inode.mode).value().to_vec();
+        self.set_xattr(ino, acl::ACCESS, &fit)
+    }
+
+    fn own_xattr(&self, ino: Ino, name: &[u8]) -> Option<&[u8]> {
+        let own = self.xattrs.get(self.own_xattrs(ino))?;
+        let same = own
+            .iter()
+            .find(|x| text_at(&self.strings, x.name, x.name_len) == name)?;
+        Some(text_at(&self.strings, same.value, same.value_len))
+    }
+
     pub(super) fn set_opaque(&mut self, dir: Ino) -> Result<(), Fault> {
         self.set_xattr(dir, OPAQUE_XATTR.0, OPAQUE_XATTR.1)
     }
@@ -119,8 +179,8 @@ impl TreeBuilder {
 /// Whether a file of this type would take an extended attribute of this name from an unpacker; the others are ignored.
 fn takes_xattr(file_type: u32, name: &[u8]) -> bool {
     match name {
-        b"system.posix_acl_access" => file_type != mode::LNK,
-        b"system.posix_acl_default" => file_type == mode::DIR,
+        acl::ACCESS => file_type != mode::LNK,
+        acl::DEFAULT => file_type == mode::DIR,
         _ if name.starts_with(b"user.") => matches!(file_type, mode::REG | mode::DIR),
         _ => name.starts_with(b"security."),
     }

@@ -292,7 +292,7 @@ fn simply(index: &LayerIndex, below: &[&LayerIndex]) -> Option<LayerIndex> {
         taken: 0,
         limit: u64::MAX,
     };
-    let mut patch = Patch::of(index.parts().clone());
+    let mut looks = Vec::new();
     let root: Vec<Place> = below.iter().map(|_| Place::Dir(ROOT_INO)).collect();
     let mut pending = vec![(ROOT_INO, root, None)];
     while let Some((dir, places, group)) = pending.pop() {
@@ -307,7 +307,8 @@ fn simply(index: &LayerIndex, below: &[&LayerIndex]) -> Option<LayerIndex> {
             };
             let own: Vec<Place> = below.iter().zip(&places).map(step).collect();
             let mut look = None;
-            if inode.is_implied() {
+            if inode.takes_over() {
+                let group = group.filter(|_| inode.is_implied());
                 look = match own.iter().position(|place| *place != Place::Missing) {
                     Some(at) => match own[at] {
                         Place::Dir(ino) => Some(Look::Of(below[at], ino)),
@@ -316,13 +317,13 @@ fn simply(index: &LayerIndex, below: &[&LayerIndex]) -> Option<LayerIndex> {
                     None => group.map(Look::Group),
                 };
                 if let Some(look) = look.filter(|look| !look.is_of(index, entry.ino)) {
-                    patch.apply(index, entry.ino, look).unwrap();
+                    looks.push((entry.ino, look));
                 }
             }
             pending.push((entry.ino, own, look.and_then(|look| look.hands_on())));
         }
     }
-    let changed = LayerIndex::new(patch.parts).unwrap();
+    let changed = LayerIndex::new(dress(index, &looks).unwrap()).unwrap();
     (changed != *index).then_some(changed)
 }
 
@@ -390,4 +391,89 @@ proptest! {
             prop_assert_eq!(on_top_of(&changed, &below).unwrap(), None);
         }
     }
+}
+
+#[test]
+fn what_a_link_leads_over_need_not_be_there() {
+    let below = layer(|tar| {
+        tar.dir("real", 0o1777).symlink("link", "gone/../real");
+        tar.symlink("absolute", "/gone/./../link");
+    });
+    for name in ["link", "absolute"] {
+        let above = layer(|tar| {
+            tar.file(&format!("{name}/x"), b"");
+        });
+        assert_eq!(
+            on(&above, &[&below]).unwrap(),
+            format!("/{name} dir 1777 0:0 x2\n/{name}/x file 644 0:0 x1 0\n")
+        );
+    }
+}
+
+#[test]
+fn a_directory_described_late_keeps_attributes_from_below() {
+    let below = layer(|tar| {
+        tar.pax(&[("SCHILY.xattr.user.a", b"below"), ("SCHILY.xattr.user.b", b"below")])
+            .dir("d", 0o1777);
+    });
+    let above = layer(|tar| {
+        tar.file("d/x", b"")
+            .pax(&[("SCHILY.xattr.user.b", b"above")])
+            .dir("d", 0o700);
+    });
+    assert_eq!(
+        on(&above, &[&below]).unwrap(),
+        "/d dir 700 0:0 x2 user.a=below user.b=above\n/d/x file 644 0:0 x1 0\n"
+    );
+    // One that was described first has only its own.
+    let first = layer(|tar| {
+        tar.dir("d", 0o700).file("d/x", b"");
+    });
+    assert_eq!(on(&first, &[&below]), None);
+}
+
+#[test]
+fn a_default_list_from_below_is_handed_on() {
+    let list = |user, mask, other| {
+        crate::layer::acl::tests::list(&[
+            (1, user, u32::MAX),
+            (2, 5, 1001),
+            (4, 5, u32::MAX),
+            (16, mask, u32::MAX),
+            (32, other, u32::MAX),
+        ])
+    };
+    let below = layer(|tar| {
+        tar.pax(&[("SCHILY.xattr.system.posix_acl_default", &list(7, 7, 7))])
+            .dir("d", 0o750);
+    });
+    let above = layer(|tar| {
+        tar.file("d/f", b"")
+            .dir("d/sub", 0o700)
+            .file("d/sub/made/deep", b"")
+            .pax(&[("SCHILY.xattr.system.posix_acl_access", &list(1, 2, 3))])
+            .file("d/sub/own", b"");
+    });
+    let changed = on_top_of(&above, &[Some(&below)]).unwrap().unwrap();
+    let own = |path: &[u8], name: &[u8]| {
+        let inode = changed.inode(changed.lookup_path(path).unwrap()).unwrap();
+        changed.xattr(inode, name).map(<[u8]>::to_vec)
+    };
+    for (path, access) in [
+        (&b"d/f"[..], list(6, 4, 4)),
+        (b"d/sub", list(7, 0, 0)),
+        (b"d/sub/made", list(7, 5, 5)),
+        (b"d/sub/made/deep", list(6, 4, 4)),
+        (b"d/sub/own", list(6, 4, 4)),
+    ] {
+        assert_eq!(own(path, acl::ACCESS), Some(access), "{}", path.escape_ascii());
+    }
+    assert_eq!(own(b"d", acl::ACCESS), None);
+    for path in [&b"d"[..], b"d/sub", b"d/sub/made"] {
+        assert_eq!(own(path, acl::DEFAULT), Some(list(7, 7, 7)));
+    }
+    assert_eq!(
+        changed.inode(changed.lookup_path(b"d").unwrap()).unwrap().mode & 0o7777,
+        0o750
+    );
 }

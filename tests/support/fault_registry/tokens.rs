@@ -12,6 +12,9 @@ use super::answer::{Asked, status, with};
 use super::target::Target;
 use super::{Inner, Shared};
 
+/// How long tokens are good, whatever is said.
+const LIFETIME: Duration = Duration::from_secs(300);
+
 /// How requests have to be authenticated.
 #[derive(Debug, Clone, Default)]
 pub enum Auth {
@@ -111,13 +114,13 @@ impl Inner {
         let scope = asked.query.get("scope").or(asked.form.get("scope")).cloned();
         self.issued += 1;
         let token = format!("token-{}", self.issued);
-        let until = Instant::now() + self.lifetime();
+        let until = Instant::now() + LIFETIME.max(self.lifetime());
         self.tokens.insert(token.clone(), (scope.unwrap_or_default(), until));
         token
     }
 
     fn lifetime(&self) -> Duration {
-        self.token_lifetime.unwrap_or(Duration::from_secs(300))
+        self.token_lifetime.unwrap_or(LIFETIME)
     }
 }
 

@@ -171,6 +171,83 @@ pub fn base_whiteouts() -> Case {
     case("base_whiteouts", vec![Layer::of(Compression::Gzip, entries)])
 }
 
+/// What a layer takes over from those below it in other ways than by having no entry: a directory described after its children keeps
+/// attributes from below, default access control lists are handed on, links in lower layers lead through names that are not there.
+pub fn taken_over() -> Case {
+    let default = super::acl(&[
+        (0x01, 7, !0),
+        (0x02, 5, 1001),
+        (0x04, 5, !0),
+        (0x10, 7, !0),
+        (0x20, 1, !0),
+    ]);
+    let below = [
+        // In a lowest layer what is below a whiteout is made anew.
+        Entry::file("deleted", "x"),
+        Entry::whiteout("deleted"),
+        Entry::file("deleted/again", "x"),
+        Entry::dir("t").mode(0o711),
+        Entry::dir("t/real").mode(0o1777).owner(3, 4),
+        Entry::symlink("t/link", "gone/../real"),
+        Entry::symlink("t/absolute", "/gone/../t/./real"),
+        Entry::dir("t/late")
+            .xattr("user.kept", "below")
+            .xattr("user.both", "below"),
+        Entry::dir("t/acl")
+            .mode(0o750)
+            .xattr("user.kept", "below")
+            .xattr("system.posix_acl_default", &default),
+        Entry::dir("t/acl-late")
+            .xattr("system.posix_acl_default", &default)
+            .xattr("system.posix_acl_access", &default),
+    ];
+    let above = [
+        Entry::file("t/link/in-link", "x"),
+        Entry::file("t/absolute/in-absolute", "x"),
+        Entry::file("t/late/child", "x"),
+        Entry::dir("t/late")
+            .mode(0o2700)
+            .owner(5, 6)
+            .xattr("user.both", "above"),
+        Entry::file("t/acl/file", "x").mode(0o4640),
+        Entry::dir("t/acl/dir").mode(0o700),
+        Entry::file("t/acl/dir/file", "x").mode(0o606),
+        Entry::file("t/acl/implied/file", "x"),
+        Entry::symlink("t/acl/link", "file"),
+        Entry::char_device("t/acl/device", 1, 3).mode(0o620),
+        Entry::file("t/acl-late/file", "x"),
+        Entry::dir("t/acl-late").mode(0o705),
+    ];
+    // Once more on top of that.
+    let top = [
+        Entry::file("t/acl/implied/deeper/file", "x"),
+        Entry::file("t/late/child-too", "x"),
+        Entry::dir("t/late").mode(0o755),
+    ];
+    Case {
+        implied_dirs: [
+            "deleted",
+            "t",
+            "t/real",
+            "t/link",
+            "t/absolute",
+            "t/acl",
+            "t/acl/implied",
+            "t/acl/implied/deeper",
+        ]
+        .map(str::to_owned)
+        .into(),
+        ..case(
+            "taken_over",
+            vec![
+                Layer::of(Compression::Gzip, below),
+                Layer::of(Compression::Zstd, above),
+                Layer::of(Compression::None, top),
+            ],
+        )
+    }
+}
+
 /// Directories that a layer uses without an entry for them: they look as in the layer below, or else like 0755 root.
 pub fn implied() -> Case {
     let below = [

@@ -105,6 +105,16 @@ impl Lazuli {
         }
     }
 
+    /// The daemon's supervisor, which is the process that was started.
+    pub fn supervisor(&self) -> u32 {
+        self.process.as_ref().map_or(0, Process::id)
+    }
+
+    /// The process that serves, which is the supervisor's child; `None` between two of them.
+    pub fn worker(&self) -> Option<u32> {
+        worker_of(self.supervisor())
+    }
+
     /// SIGTERM, and whether it ended by itself with 0.
     pub fn stop(&mut self) -> bool {
         let process = self.process.as_mut();
@@ -181,6 +191,12 @@ impl Drop for Mounted {
         self.process.terminate(Duration::from_secs(5));
         unmount_below(&self.path);
     }
+}
+
+/// The worker of a supervisor.
+pub fn worker_of(supervisor: u32) -> Option<u32> {
+    let children = std::fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children")).ok()?;
+    children.split_whitespace().next()?.parse().ok()
 }
 
 fn device(path: &Path) -> Option<u64> {

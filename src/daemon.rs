@@ -84,6 +84,8 @@ const CLOSE: Duration = Duration::from_secs(5);
 const TASKS: Duration = Duration::from_millis(500);
 /// How often in the time that the service manager gives it is told that all is well.
 const WATCHDOG_SHARE: u32 = 3;
+/// How long a start may take that goes on with what another process has left; the unit gives the first one as long.
+const START: Duration = Duration::from_secs(300);
 
 /// Why the daemon cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -201,6 +203,7 @@ async fn run(config: Config, link: Arc<Link>, found: Found) -> Result<(), Daemon
     })
     .await;
     let _lock = lock?;
+    let starting = tokio::spawn(starts(Arc::clone(&link)));
     let metrics = Arc::new(Metrics::new());
     let registry = Registry::new(&config.registry, Arc::clone(&metrics))?;
     let (root, limits, counts) = (config.root.clone(), config.cache.clone(), Arc::clone(&metrics));
@@ -272,6 +275,7 @@ async fn run(config: Config, link: Arc<Link>, found: Found) -> Result<(), Daemon
     let worker = Worker {
         config,
         link,
+        starting,
         goes_on,
         socket,
         catalog: Arc::clone(&catalog),
@@ -310,6 +314,8 @@ async fn run(config: Config, link: Arc<Link>, found: Found) -> Result<(), Daemon
 struct Worker {
     config: Config,
     link: Arc<Link>,
+    /// Tells the service manager that the start goes on.
+    starting: tokio::task::JoinHandle<()>,
     /// Whether it goes on with what an earlier worker has mounted.
     goes_on: bool,
     /// The earlier worker's socket.
@@ -334,6 +340,7 @@ impl Worker {
         let Worker {
             config,
             link,
+            starting,
             goes_on,
             socket,
             catalog,
@@ -359,6 +366,7 @@ impl Worker {
         };
         let admin = Admin::new(metrics, Arc::clone(&catalog), mountpoint);
         serve_admin(&config, &admin, &stop).await;
+        starting.abort();
         watch(&link, &admin, &catalog);
         listener.set_nonblocking(true).map_err(io_error("socket"))?;
         let listener = UnixListener::from_std(listener).map_err(io_error("socket"))?;
@@ -456,6 +464,16 @@ async fn serve_admin(config: &Config, admin: &Arc<Admin>, stop: &Stop) {
                 }
             }));
         }
+    }
+}
+
+/// Tells the service manager that all is well while the process starts: to it, the service has been up since the first start.
+async fn starts(link: Arc<Link>) {
+    let Some(limit) = link.hello.watchdog else { return };
+    let begun = std::time::Instant::now();
+    while begun.elapsed() < START {
+        link.say(&Message::Watchdog, None);
+        tokio::time::sleep(limit / WATCHDOG_SHARE).await;
     }
 }
 

@@ -29,6 +29,8 @@ const LEAST_TIMEOUT: u64 = 15;
 
 /// Least buffer that the kernel reads a request into (`FUSE_MIN_READ_BUFFER` of linux/fuse.h), in bytes.
 const READ_BUFFER: usize = 8192;
+/// The same once INIT is answered: the kernel wants room for the largest write that was agreed on, whatever it sends.
+const ANY_REQUEST: usize = (1 << 20) + READ_BUFFER;
 /// Bytes of `struct fuse_in_header` and `struct fuse_out_header`.
 const IN_HEADER: usize = 40;
 const OUT_HEADER: usize = 16;
@@ -137,16 +139,15 @@ pub fn is_connected(device: impl AsFd) -> bool {
 pub fn let_out(device: impl AsFd, threads: &[u32]) -> Result<usize, SysError> {
     resend(&device)?;
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    let mut request = vec![0; READ_BUFFER];
+    let mut request = vec![0; ANY_REQUEST];
     let mut answered = 0;
     loop {
         let mut fds = [PollFd::new(&device, PollFlags::IN)];
         if poll(&mut fds, Some(&now)).is_err() || fds[0].revents() != PollFlags::IN {
             return Ok(answered);
         }
-        let Ok(len) = rustix::io::read(&device, &mut request) else {
-            return Ok(answered);
-        };
+        let len = rustix::io::read(&device, &mut request)
+            .map_err(|error| SysError::new("read of a request", Path::new(DEVICE), error))?;
         let request = &request[..len];
         let (Some(kind), Some(unique), Some(node), Some(thread)) = (
             word(request, 4),

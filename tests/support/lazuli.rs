@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use super::sandbox::{COMMAND_TIMEOUT, Finished, PATIENCE, Process, Sandbox, listens_unix, run, unmount_below};
+use super::sandbox::{
+    COMMAND_TIMEOUT, Finished, PATIENCE, Process, Sandbox, listens_unix, run, unmount_below, wait_until,
+};
 
 /// The name under which containerd knows it.
 pub const SNAPSHOTTER: &str = "lazuli";
@@ -82,6 +84,14 @@ impl Lazuli {
     /// Starts the daemon again with the same configuration, and waits until it listens.
     pub fn restart(&mut self) {
         self.process = None;
+        // A worker whose supervisor was killed dies a moment later; until then its socket still listens.
+        let last = std::fs::read_to_string(self.root().join("lock")).unwrap_or_default();
+        let exe = || std::fs::read_link(format!("/proc/{}/exe", last.trim()));
+        let is_lazuli = || exe().is_ok_and(|path| path.to_string_lossy().contains("lazuli"));
+        let is_gone = || (!is_lazuli()).then_some(());
+        if !last.is_empty() {
+            wait_until(PATIENCE, is_gone).expect("the last worker does not end");
+        }
         let mut command = Command::new(program());
         command.arg("serve").arg("--config").arg(self.config());
         command.envs(self.env.iter().map(|(name, value)| (name, value)));

@@ -15,7 +15,7 @@ HOST := $(shell uname -m | tr a-z A-Z)
 export CARGO_TARGET_$(HOST)_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help demo test test-slow suite bench fmt lint deny fuzz advisories build sbom install clean-demo
+.PHONY: help demo test test-slow test-takeover suite bench fmt lint deny fuzz advisories build sbom install clean-demo
 
 ## build       the release binary
 build:
@@ -41,13 +41,19 @@ test:
 	    echo 'test: ATTENTION: containerd 2.x cannot be had here; its end-to-end tests are skipped' >&2; \
 	fi; \
 	$(CARGO) test --locked; \
-	LAZULI_E2E_FACE=tree $(CARGO) test --locked --test e2e -- trees:: restart:: pull::containers variants:: commands::mount node:: \
+	LAZULI_E2E_FACE=tree $(CARGO) test --locked --test e2e -- trees:: restart:: pull::containers variants:: commands::mount node:: takeover:: \
 	    --skip many_entries --skip huge_file
 
 ## test-slow   the tests that take minutes: the large torture layers
 test-slow:
 	@$(SETUP) build test
-	$(CARGO) test --locked -- --ignored
+	$(CARGO) test --locked -- --ignored --skip takeover::
+
+## test-takeover  many kills, upgrades and restarts under reading containers (LAZULI_TAKEOVERS=200, LAZULI_SEED=n repeats one)
+test-takeover:
+	@$(SETUP) build test
+	$(CARGO) test --locked --test e2e -- --ignored --nocapture --test-threads 1 takeover::
+	LAZULI_E2E_FACE=tree $(CARGO) test --locked --test e2e -- --ignored --nocapture --test-threads 1 takeover::
 
 ## suite       containerd's own snapshotter suite against the daemon
 suite:

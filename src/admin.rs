@@ -87,6 +87,13 @@ impl Admin {
             .unwrap_or_else(silent)
     }
 
+    /// Whether the session is there and the mount answers in time, wherever it is seen. For who restarts a daemon that is stuck: a mount that is out of
+    /// sight is no reason, since containers may use it.
+    pub async fn answers(self: &Arc<Self>) -> bool {
+        let in_time = tokio::time::timeout(PROBE_DEADLINE, self.probe()).await.is_ok();
+        in_time && self.catalog.with_faces(|faces| faces.session().is_alive()) == Some(true)
+    }
+
     /// The probe that is under way, or a new one.
     fn probe(self: &Arc<Self>) -> Probe {
         let mut last = self.probe.lock().unwrap_or_else(PoisonError::into_inner);

@@ -21,7 +21,7 @@
 //!
 //! # A restart
 //! The database knows every layer that a committed snapshot refers to. Those whose index is in the cache are live again before the
-//! daemon says it is ready, without a question to the network; the others are loaded again in the background.
+//! daemon says it is ready, without a question to the network; the others are loaded again in the background ([`restore`]).
 //!
 //! # Indexes
 //! Before a layer is streamed, an index of it is looked for that another machine has built ([`shared`]); one that is built here is
@@ -37,7 +37,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
-use crate::cache::{InUse, Key};
+use crate::cache::InUse;
 use crate::fetch::{Layer, LayerData};
 use crate::fs::Faces;
 use crate::layer::{Access, Digest};
@@ -62,6 +62,7 @@ mod pace;
 mod question;
 mod records;
 mod release;
+mod restore;
 mod segments;
 pub mod shared;
 pub mod soci;
@@ -98,6 +99,7 @@ const DIFF_IDS_MAX: usize = 8;
 const SOURCES_MAX: usize = 8;
 
 /// A layer that is to be loaded.
+#[derive(Clone)]
 struct Wanted {
     spec: LayerSpec,
     /// Where its blob can be had, and for which image.
@@ -242,87 +244,29 @@ impl Catalog {
         })
     }
 
-    /// Brings back the layers that committed snapshots refer to. Those whose index is stored are live when this returns; the
-    /// others are loaded again in the background, for which the network is needed. It blocks: call it on a runtime's thread that may.
-    ///
-    /// # Errors
-    /// [`StoreError`] when the database cannot be read.
-    pub fn restore(self: &Arc<Self>, referenced: &[Digest]) -> Result<(), StoreError> {
-        self.beliefs.load(&self.store)?;
-        let mut referenced: HashSet<_> = referenced.iter().copied().collect();
-        let (mut restored, mut missing) = (0_usize, 0_usize);
-        let (mut layers, mut variants) = (Vec::new(), Vec::new());
-        let mut begun = HashMap::new();
-        for (digest, record) in self.store.layers()? {
-            match record {
-                Ok(record) if record.variant_of.is_some() => variants.push(record),
-                Ok(record) => layers.push(record),
-                Err(error) => tracing::error!(%error, layer = %digest, "its record is lost; pull its image again"),
-            }
-        }
-        variants.retain(|record| referenced.contains(&record.digest) || self.forget_variant(&record.digest));
-        referenced.extend(variants.iter().filter_map(|record| record.variant_of));
-        for record in layers.into_iter().filter(|record| referenced.contains(&record.digest)) {
-            let digest = record.digest;
-            let spec = spec_of(&record);
-            let Some(blob) = self.blob(&spec, &record.sources) else {
-                tracing::error!(layer = %record.digest, "no source is recorded; pull its image again");
-                continue;
-            };
-            let key = Key {
-                id: digest,
-                blob: spec.digest,
-            };
-            let stored = match self.forget_if_false(&digest) {
-                true => Ok(None),
-                false => self.loader.stored(key, Arc::clone(&blob)),
-            };
-            // The order in the record is what is left of what was known: who comes first there came first for a reason.
-            blob.verified();
-            match stored {
-                Ok(Some(layer)) => match self.attach(&spec, digest, record.slot, layer, record.streamed) {
-                    Ok(_) => restored += 1,
-                    Err(refusal) => tracing::error!(layer = %digest, reason = %refusal, "cannot be brought back"),
-                },
-                Ok(None) => {
-                    missing += 1;
-                    tracing::warn!(layer = %record.digest, "its index is not in the cache, will be loaded again");
-                    // Nobody waits: who needs the layer joins the task.
-                    let origin = Origin {
-                        sources: record.sources,
-                        manifest: None,
-                    };
-                    let load = self.begin(Wanted {
-                        spec,
-                        origin,
-                        names: record.images,
-                        how: How::Again(digest),
-                    });
-                    begun.insert(digest, load);
-                }
-                Err(refusal) => tracing::error!(layer = %record.digest, reason = %refusal, "cannot be brought back"),
-            }
-        }
-        self.restore_variants(variants, &begun);
-        self.restore_chains(&referenced)?;
-        self.publish_the_rest();
-        self.check_shared();
-        tracing::info!(restored, missing, "layers of committed snapshots are back");
-        Ok(())
-    }
-
-    /// Ends everything: waiters get errors, the cache is marked clean, the FUSE mount is taken away.
+    /// Ends everything: waiters get errors, the FUSE mount is taken away, the cache is marked clean. In this order: who stops a daemon waits for
+    /// the first two, and the last may take long after much was written.
     pub fn close(&self) {
         // Before the first pin goes.
         self.loader.cache().keep_all();
         for (_, live) in self.write_live().drain() {
             live.layer.close();
         }
-        self.loader.cache().close();
         let faces = self.faces.write().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(Err(error)) = faces.map(Faces::close) {
             tracing::error!(%error, "the FUSE mount is left behind; the next start takes it away");
         }
+        self.loader.cache().close();
+    }
+
+    /// Whether it was not closed.
+    pub fn is_open(&self) -> bool {
+        self.faces().is_some()
+    }
+
+    /// What `use_it` makes of the faces; `None` when everything is closed.
+    pub fn with_faces<T>(&self, use_it: impl FnOnce(&Faces) -> T) -> Option<T> {
+        self.faces().as_ref().map(use_it)
     }
 
     fn faces(&self) -> RwLockReadGuard<'_, Option<Faces>> {

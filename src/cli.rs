@@ -36,9 +36,11 @@ mod progress;
 mod pull;
 mod rows;
 mod scratch;
+mod serve;
 mod soci;
 mod status;
 mod summary;
+mod upgrade;
 mod work;
 
 use names::SourceName;
@@ -59,9 +61,16 @@ struct Cli {
 enum Command {
     /// Run the daemon: serve containerd's snapshots API on a unix socket, and image layers through FUSE.
     ///
-    /// Needs root, /dev/fuse and overlayfs. Tells systemd when it is ready, and ends cleanly on SIGTERM or SIGINT. containerd finds
-    /// it through a [proxy_plugins.lazuli] entry; `deploy/containerd/` has examples for every version.
+    /// Needs root, /dev/fuse and overlayfs. Tells systemd when it is ready. containerd finds it through a [proxy_plugins.lazuli] entry;
+    /// `deploy/containerd/` has examples for every version.
+    ///
+    /// A crash leaves running containers their files: another process goes on at once. SIGTERM does so as well where systemd keeps file
+    /// descriptors (`FileDescriptorStoreMax=`); everywhere else, and at SIGINT and SIGHUP, everything is unmounted.
     Serve(ServeArgs),
+    /// Have a new program take over from the daemon that runs; running containers go on.
+    ///
+    /// If the new program does not start, the old one goes on.
+    Upgrade(UpgradeArgs),
     /// Pull an image into containerd lazily: only manifests, configurations and layer indexes are downloaded.
     ///
     /// Works with every containerd from 1.6 on. (From 2.0.1 on, plain `CONTAINERD_SNAPSHOTTER=lazuli ctr images pull REF` does the
@@ -112,6 +121,27 @@ struct ServeArgs {
     /// Log level or filter, such as debug or info,lazuli::fetch=debug (overrides `log.level`)
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<String>,
+    /// Unmount everything also at SIGTERM: running containers lose their files
+    #[arg(long)]
+    drain: bool,
+    /// This is the worker of a supervisor
+    #[arg(long, hide = true, value_name = "DESCRIPTOR", conflicts_with = "resume")]
+    worker: Option<i32>,
+    /// This is a supervisor that goes on after an upgrade
+    #[arg(long, hide = true, value_name = "WHAT")]
+    resume: Option<String>,
+}
+
+#[derive(Args)]
+struct UpgradeArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Directory of everything Lazuli keeps (overrides `root`)
+    #[arg(long, value_name = "DIR")]
+    root: Option<PathBuf>,
+    /// The new program [default: the one that runs this command]
+    #[arg(long, value_name = "FILE")]
+    binary: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -280,15 +310,8 @@ pub fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<()> {
     match command {
-        Command::Serve(args) => {
-            let mut config = args.config.load()?;
-            config.root = args.root.unwrap_or(config.root);
-            config.address = args.address.unwrap_or(config.address);
-            config.containerd_address = args.containerd_address.unwrap_or(config.containerd_address);
-            config.log.level = args.log_level.unwrap_or(config.log.level);
-            config.check()?;
-            Ok(crate::daemon::serve(config)?)
-        }
+        Command::Serve(args) => serve::run(args),
+        Command::Upgrade(args) => upgrade::run(&args),
         Command::Pull(args) => pull::run(args),
         Command::Mount(args) => mount::run(args),
         Command::Status(args) => status::run(&args),

@@ -1,13 +1,18 @@
 //! Wiring: builds every room in order, runs them, and takes them down again.
 //!
-//! Order of the start: lock the root directory, open the cache and the database, mount FUSE, try the faces, bring the layers back, and only then
-//! listen: containerd never meets a daemon that does not know its snapshots yet. Order of the end: stop listening, answer what is
-//! under way, close the cache (which marks it clean), unmount.
+//! The daemon is two processes: a supervisor ([`supervise`]), which holds what must not be lost, and a worker ([`work`]), which is the rest.
+//!
+//! Order of a worker's start: lock the root directory, open the cache and the database, mount FUSE and try the faces (or take over both from the
+//! worker before), bring the layers back, begin to answer, and only then accept: containerd never meets a daemon that does not know its
+//! snapshots yet. Order of the end: stop accepting, answer what is under way; then either leave everything as it is to the next worker, by
+//! ending without another word, or unmount and close the cache (which marks it clean).
 
 use std::collections::HashMap;
-use std::fs::{DirBuilder, File, Permissions};
+use std::fs::{DirBuilder, Permissions};
 use std::io;
+use std::os::fd::{AsFd as _, RawFd};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::net::UnixListener as StdUnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,10 +44,29 @@ use crate::registry::{Registry, RegistryError};
 use crate::snapshots::{Service, SnapshotsError};
 use crate::store::{Store, StoreError};
 use crate::sync::{Budget, blocking};
+use crate::sys::{descriptors, signals};
 
+mod legacy;
+mod link;
+mod manager;
+mod resume;
+mod root;
 mod stop;
+mod supervisor;
+mod upgrade;
+mod worker;
 
+use legacy::Found;
+use link::{Link, Message};
+
+pub use resume::RESUME_OPTION;
 pub use stop::{Stop, StopSignal, stop_signal};
+pub use supervisor::{Supervision, supervise};
+pub use upgrade::upgrade;
+pub use worker::WORKER_OPTION;
+
+/// What the processes of the daemon are called in the list of processes, however they were started.
+const PROCESS_NAME: &str = "lazuli";
 
 /// Longest time that the kernel may take for one mount; more, and something is broken. It takes a millisecond.
 pub const MOUNT_DEADLINE: Duration = Duration::from_secs(10);
@@ -50,8 +74,18 @@ pub const MOUNT_DEADLINE: Duration = Duration::from_secs(10);
 /// Directory of the faces' mount points and metadata, below the root directory.
 const FACES_DIRECTORY: &str = "faces";
 
-/// Longest wait for calls under way when the daemon is told to end.
-const DRAIN: Duration = Duration::from_secs(10);
+/// Longest wait for calls under way when the daemon is told to end. Reads are answered meanwhile.
+const DRAIN: Duration = Duration::from_secs(3);
+/// The same when another worker goes on: containerd's questions take up to 8 s, and nobody is in a hurry.
+const HAND_OVER_DRAIN: Duration = Duration::from_secs(10);
+/// Longest wait for unmounting, and for the cache to be marked clean.
+const CLOSE: Duration = Duration::from_secs(5);
+/// Longest wait for tasks when everything is closed.
+const TASKS: Duration = Duration::from_millis(500);
+/// How often in the time that the service manager gives it is told that all is well.
+const WATCHDOG_SHARE: u32 = 3;
+/// How long a start may take that goes on with what another process has left; the unit gives the first one as long.
+const START: Duration = Duration::from_secs(300);
 
 /// Why the daemon cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -105,25 +139,41 @@ fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> DaemonError {
     move |source| DaemonError::Io { what, source }
 }
 
-/// Runs the daemon until SIGTERM, SIGINT or SIGHUP.
+/// Works for the supervisor that has started this process, and has the other end of the descriptor `link`, until a signal ends it.
 ///
 /// # Errors
 /// [`DaemonError`] when it cannot start, or its socket fails.
-pub fn serve(config: Config) -> Result<(), DaemonError> {
+pub fn work(config: Config, link: RawFd) -> Result<(), DaemonError> {
     crate::sys::malloc::give_back_what_is_freed();
     init_logs(&config.log);
+    let no_supervisor = || io_error("hearing from the supervisor");
+    rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))
+        .map_err(|error| no_supervisor()(error.into()))?;
+    // Fails if the supervisor ended before that call.
+    let (link, held) = descriptors::inherited(link)
+        .and_then(Link::open)
+        .map_err(no_supervisor())?;
+    // Started as /proc/self/exe, it would be called "exe".
+    let _ = rustix::thread::set_name(&std::ffi::CString::new(PROCESS_NAME).unwrap_or_default());
     if let Err(error) = crate::sys::limits::raise_open_files() {
         tracing::warn!(%error, "the limit of open files stays as it is");
     }
+    let found = Found::new(held, &config.address);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("lazuli")
         .build()
         .map_err(io_error("starting threads"))?;
-    let result = runtime.block_on(run(config));
+    let result = runtime.block_on(run(config, Arc::new(link), found));
     // A blocking task may hang on a dead file system; the process ends regardless.
-    runtime.shutdown_timeout(DRAIN);
+    runtime.shutdown_timeout(TASKS);
     result
+}
+
+/// Ends this process at once, and leaves everything that is mounted and open to the next one. No destructor runs: one would unmount, and another
+/// would answer reads with errors that the next process answers with bytes.
+fn leave_it(code: i32) -> ! {
+    std::process::exit(code)
 }
 
 /// Sends logs to standard error, as configured.
@@ -141,10 +191,20 @@ pub fn init_logs(config: &LogConfig) {
     };
 }
 
-async fn run(config: Config) -> Result<(), DaemonError> {
+async fn run(config: Config, link: Arc<Link>, found: Found) -> Result<(), DaemonError> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), root = %config.root.display(), "starting");
-    let stop = stop_signal().map_err(io_error("listening to signals"))?;
-    let _lock = prepare_root(&config.root)?;
+    let stop = stop::workers_stop_signal().map_err(io_error("listening to signals"))?;
+    // The supervisor had blocked them.
+    signals::unblock_all();
+    let mountpoint = config.root.join("fuse");
+    let (root, at) = (config.root.clone(), mountpoint.clone());
+    let (lock, found) = blocking(move || {
+        let session = found.fuse.as_ref().map(|legacy| legacy.device.as_fd());
+        (root::lock(&root, session, &at), found)
+    })
+    .await;
+    let _lock = lock?;
+    let starting = tokio::spawn(starts(Arc::clone(&link)));
     let metrics = Arc::new(Metrics::new());
     let registry = Registry::new(&config.registry, Arc::clone(&metrics))?;
     let (root, limits, counts) = (config.root.clone(), config.cache.clone(), Arc::clone(&metrics));
@@ -174,13 +234,24 @@ async fn run(config: Config) -> Result<(), DaemonError> {
     let shared = SharedIndexes::new(&config.index, repositories, budget, counts)?;
     let (copy, finder, counts) = (Arc::clone(&registry), Arc::clone(&shared), Arc::clone(&metrics));
     let publisher = Publisher::new(&config.index, copy, finder, counts)?;
-    let mountpoint = config.root.join("fuse");
     let options = SessionOptions {
         threads: config.fuse.threads,
         read_deadline: config.fetch.read_deadline,
         source_name: "lazuli".to_owned(),
     };
-    let session = Session::mount(&mountpoint, options, runtime, Arc::clone(&metrics))?;
+    let Found { fuse, socket } = found;
+    let adopted = match fuse {
+        Some(legacy) => Session::adopt(&mountpoint, legacy, &options, runtime.clone(), Arc::clone(&metrics))?,
+        None => None,
+    };
+    let session = match adopted {
+        Some(session) => session,
+        None => {
+            link.forget_all();
+            Session::mount(&mountpoint, options, runtime, Arc::clone(&metrics))?
+        }
+    };
+    let goes_on = session.is_adopted();
     let options = FacesOptions {
         choice: config.fuse.face,
         dir: config.root.join(FACES_DIRECTORY),
@@ -202,93 +273,236 @@ async fn run(config: Config) -> Result<(), DaemonError> {
         root: config.root.clone(),
         cache_max_bytes: config.cache.max_size.0,
     });
-    let result = serve_catalog(&config, &catalog, &tended, store, metrics, mountpoint, stop).await;
+    let worker = Worker {
+        config,
+        link,
+        starting,
+        goes_on,
+        socket,
+        catalog: Arc::clone(&catalog),
+        cache: Arc::clone(&tended),
+        store,
+        metrics,
+        mountpoint,
+        stop,
+    };
+    let result = worker.serve().await;
+    match &result {
+        Ok(signal) if *signal == stop::HAND_OVER => {
+            tracing::info!("ended; the next process goes on");
+            leave_it(0);
+        }
+        Err(error) if goes_on => {
+            // Containers may use what is mounted. The next worker may have more luck.
+            tracing::error!("{error}");
+            leave_it(1);
+        }
+        _ => {}
+    }
     drop(tended);
     let closing = Arc::clone(&catalog);
-    if tokio::time::timeout(DRAIN, tokio::task::spawn_blocking(move || closing.close()))
+    if tokio::time::timeout(CLOSE, tokio::task::spawn_blocking(move || closing.close()))
         .await
         .is_err()
     {
-        tracing::warn!("the FUSE mount could not be taken away in time; the next start will do it");
+        tracing::warn!("not all could be closed in time; the next start will clear what is left");
     }
     tracing::info!("ended");
-    result
+    result.map(drop)
 }
 
-async fn serve_catalog(
-    config: &Config,
-    catalog: &Arc<Catalog>,
-    cache: &Arc<Cache>,
+/// What serves when all rooms are built.
+struct Worker {
+    config: Config,
+    link: Arc<Link>,
+    /// Tells the service manager that the start goes on.
+    starting: tokio::task::JoinHandle<()>,
+    /// Whether it goes on with what an earlier worker has mounted.
+    goes_on: bool,
+    /// The earlier worker's socket.
+    socket: Option<StdUnixListener>,
+    catalog: Arc<Catalog>,
+    cache: Arc<Cache>,
     store: Arc<Store>,
     metrics: Arc<Metrics>,
     mountpoint: PathBuf,
     stop: Stop,
-) -> Result<(), DaemonError> {
-    let (root, restored, counts) = (config.root.clone(), Arc::clone(catalog), Arc::clone(&metrics));
-    let cache = Arc::clone(cache);
-    let service = blocking(move || -> Result<_, DaemonError> {
-        restored.restore(&referenced_layers(&store)?)?;
-        // Not before: what snapshots refer to is pinned by now.
-        cache
-            .tend()
-            .map_err(io_error("starting the thread that keeps the cache"))?;
-        let layers = Arc::new(Handle(restored));
-        Ok(Service::new(&root, store, layers, counts)?)
-    });
-    let late = async {
-        stop.clone().await;
-        tokio::time::sleep(DRAIN).await;
-    };
-    let service = tokio::select! {
-        service = service => service?,
-        () = late => {
-            tracing::warn!("ended while layers were brought back; the next start will do it");
-            return Ok(());
+}
+
+impl Worker {
+    /// Serves until a signal arrives, and tells which.
+    async fn serve(self) -> Result<StopSignal, DaemonError> {
+        let Some(service) = self.restore().await? else {
+            return Ok(self.stop.await);
+        };
+        if self.goes_on {
+            self.note_takeover();
         }
-    };
-    let listener = listen(&config.address).await?;
-    let admin = Admin::new(metrics, Arc::clone(catalog), mountpoint);
-    if let Some(address) = config.admin_address {
-        let (admin, stop) = (Arc::clone(&admin), stop.clone());
-        // A port that somebody else has is no reason to leave a node without its snapshots.
-        match TcpListener::bind(address).await {
-            Err(error) => tracing::error!(%error, %address, "no metrics and no health: admin_address cannot be used"),
-            Ok(listener) => {
-                // With port 0 this is how one learns which it is.
-                let address = listener.local_addr().unwrap_or(address);
-                tracing::info!(%address, "metrics and health");
-                drop(tokio::spawn(async move {
-                    if let Err(error) = admin.serve(listener, stop.map(drop)).await {
-                        tracing::error!(%error, "the admin address serves no more");
-                    }
-                }));
+        let Worker {
+            config,
+            link,
+            starting,
+            goes_on,
+            socket,
+            catalog,
+            metrics,
+            mountpoint,
+            stop,
+            ..
+        } = self;
+        let listener = match socket {
+            // All that is held goes on as it is.
+            Some(socket) if goes_on => socket,
+            other => {
+                let listener = match other {
+                    Some(socket) => socket,
+                    None => listen(&config.address).await?,
+                };
+                let kept = catalog.with_faces(|faces| legacy::leave(&link, faces, &listener, &config.address));
+                if let Some(Err(error)) = kept {
+                    tracing::error!(%error, "if this process dies, containers lose their files");
+                }
+                listener
+            }
+        };
+        let admin = Admin::new(metrics, Arc::clone(&catalog), mountpoint);
+        serve_admin(&config, &admin, &stop).await;
+        starting.abort();
+        watch(&link, &admin, &catalog);
+        listener.set_nonblocking(true).map_err(io_error("socket"))?;
+        let listener = UnixListener::from_std(listener).map_err(io_error("socket"))?;
+        let control = ControlServer::new(ControlService(catalog)).max_encoding_message_size(MAX_MESSAGE);
+        admin.set_ready(true);
+        tracing::info!(address = %config.address.display(), "serving");
+        link.say(&Message::Ready, None);
+        let serving = tonic::transport::Server::builder()
+            .add_service(service.into_server())
+            .add_service(control)
+            .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.clone().map(drop));
+        let drained = async {
+            let stop = stop.clone().await;
+            tracing::info!(signal = stop.name, "ending");
+            admin.set_ready(false);
+            let drain = if stop == stop::HAND_OVER {
+                HAND_OVER_DRAIN
+            } else {
+                DRAIN
+            };
+            tokio::time::sleep(drain).await;
+        };
+        tokio::select! {
+            result = serving => result.map_err(|source| DaemonError::Serve { address: config.address.clone(), source })?,
+            () = drained => {}
+        }
+        let stop = stop.await;
+        if stop != stop::HAND_OVER {
+            // Somebody else's socket by now, or gone already: either way not ours to mind.
+            let _ = std::fs::remove_file(&config.address);
+        }
+        Ok(stop)
+    }
+
+    /// Brings back what snapshots refer to, and begins to answer. `None`: a signal came before that was done.
+    async fn restore(&self) -> Result<Option<Service>, DaemonError> {
+        let (root, restored, store) = (
+            self.config.root.clone(),
+            Arc::clone(&self.catalog),
+            Arc::clone(&self.store),
+        );
+        let (cache, metrics) = (Arc::clone(&self.cache), Arc::clone(&self.metrics));
+        let service = blocking(move || -> Result<_, DaemonError> {
+            restored.restore(&referenced_layers(&store)?)?;
+            restored.with_faces(Faces::begin).transpose()?;
+            // Not before: what snapshots refer to is pinned by now.
+            cache
+                .tend()
+                .map_err(io_error("starting the thread that keeps the cache"))?;
+            let layers = Arc::new(Handle(restored));
+            Ok(Service::new(&root, store, layers, metrics)?)
+        });
+        let late = async {
+            self.stop.clone().await;
+            tokio::time::sleep(DRAIN).await;
+        };
+        tokio::select! {
+            service = service => service.map(Some),
+            () = late => {
+                tracing::warn!("ended while layers were brought back; the next start will do it");
+                Ok(None)
             }
         }
     }
-    let control = ControlServer::new(ControlService(Arc::clone(catalog))).max_encoding_message_size(MAX_MESSAGE);
-    admin.set_ready(true);
-    tracing::info!(address = %config.address.display(), "serving");
-    // Absent outside systemd; then there is nobody to tell.
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    let told = stop.clone();
-    let serving = tonic::transport::Server::builder()
-        .add_service(service.into_server())
-        .add_service(control)
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.map(drop));
-    let drained = async {
-        let signal = told.await.name;
-        tracing::info!(signal, "ending");
-        admin.set_ready(false);
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-        tokio::time::sleep(DRAIN).await;
-    };
-    let result = tokio::select! {
-        result = serving => result.map_err(|source| DaemonError::Serve { address: config.address.clone(), source }),
-        () = drained => Ok(()),
-    };
-    // Somebody else's socket by now, or gone already: either way not ours to mind.
-    let _ = std::fs::remove_file(&config.address);
-    result
+
+    /// Counts that this process goes on with an earlier one's work.
+    fn note_takeover(&self) {
+        let hello = &self.link.hello;
+        self.metrics.takeovers_total.inc_by(hello.before);
+        let stall = hello.died.map(|died| link::now().saturating_sub(died));
+        let seconds = stall.unwrap_or_default().as_secs_f64();
+        self.metrics.takeover_stall_seconds.set(seconds);
+        tracing::info!(
+            seconds,
+            takeovers = hello.before,
+            "this process goes on where another ended"
+        );
+    }
+}
+
+/// Serves metrics and health, if an address for them is configured.
+async fn serve_admin(config: &Config, admin: &Arc<Admin>, stop: &Stop) {
+    let Some(address) = config.admin_address else { return };
+    let (admin, stop) = (Arc::clone(admin), stop.clone());
+    // A port that somebody else has is no reason to leave a node without its snapshots.
+    match TcpListener::bind(address).await {
+        Err(error) => tracing::error!(%error, %address, "no metrics and no health: admin_address cannot be used"),
+        Ok(listener) => {
+            // With port 0 this is how one learns which it is.
+            let address = listener.local_addr().unwrap_or(address);
+            tracing::info!(%address, "metrics and health");
+            drop(tokio::spawn(async move {
+                if let Err(error) = admin.serve(listener, stop.map(drop)).await {
+                    tracing::error!(%error, "the admin address serves no more");
+                }
+            }));
+        }
+    }
+}
+
+/// Tells the service manager that all is well while the process starts: to it, the service has been up since the first start.
+async fn starts(link: Arc<Link>) {
+    let Some(limit) = link.hello.watchdog else { return };
+    let begun = std::time::Instant::now();
+    while begun.elapsed() < START {
+        link.say(&Message::Watchdog, None);
+        tokio::time::sleep(limit / WATCHDOG_SHARE).await;
+    }
+}
+
+/// Tells the service manager that all is well, as long as it is; and notices when the FUSE session ends on its own, which is the end of all that
+/// the next process could go on with.
+fn watch(link: &Arc<Link>, admin: &Arc<Admin>, catalog: &Arc<Catalog>) {
+    if let Some(over) = catalog.with_faces(|faces| faces.session().over()) {
+        let (link, catalog) = (Arc::clone(link), Arc::clone(catalog));
+        tokio::spawn(async move {
+            over.await;
+            if catalog.is_open() {
+                tracing::error!(
+                    "the FUSE connection has ended: somebody unmounted it, or aborted it; Lazuli has to be restarted"
+                );
+                link.forget_all();
+            }
+        });
+    }
+    let Some(limit) = link.hello.watchdog else { return };
+    let (link, admin) = (Arc::clone(link), Arc::clone(admin));
+    tokio::spawn(async move {
+        loop {
+            if admin.answers().await {
+                link.say(&Message::Watchdog, None);
+            }
+            tokio::time::sleep(limit / WATCHDOG_SHARE).await;
+        }
+    });
 }
 
 /// Layers that snapshots refer to. A snapshot whose record is damaged refers to none that is known; it is reported.
@@ -317,28 +531,8 @@ fn names_of_layers(store: &Store) -> Result<HashMap<Digest, Digest>, StoreError>
         .collect())
 }
 
-/// Makes the root directory, which nobody but root may look into, and locks it against a second daemon.
-fn prepare_root(root: &Path) -> Result<File, DaemonError> {
-    let failed = || format!("root directory {}", root.display());
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(root)
-        .map_err(io_error(failed()))?;
-    std::fs::set_permissions(root, Permissions::from_mode(0o700)).map_err(io_error(failed()))?;
-    let lock = File::create(root.join("lock")).map_err(io_error(failed()))?;
-    match lock.try_lock() {
-        Ok(()) => Ok(lock),
-        Err(std::fs::TryLockError::WouldBlock) => Err(DaemonError::InUse {
-            what: root.to_owned(),
-            option: "root",
-        }),
-        Err(std::fs::TryLockError::Error(source)) => Err(DaemonError::Io { what: failed(), source }),
-    }
-}
-
 /// Listens on a unix socket that only root may use, replacing one that a dead daemon left.
-async fn listen(address: &Path) -> Result<UnixListener, DaemonError> {
+async fn listen(address: &Path) -> Result<StdUnixListener, DaemonError> {
     let what = || format!("socket {}", address.display());
     if let Some(parent) = address.parent() {
         DirBuilder::new()
@@ -362,7 +556,7 @@ async fn listen(address: &Path) -> Result<UnixListener, DaemonError> {
     hidden.push("~");
     let hidden = PathBuf::from(hidden);
     let _ = std::fs::remove_file(&hidden);
-    let listener = UnixListener::bind(&hidden).map_err(io_error(what()))?;
+    let listener = StdUnixListener::bind(&hidden).map_err(io_error(what()))?;
     std::fs::set_permissions(&hidden, Permissions::from_mode(0o600)).map_err(io_error(what()))?;
     std::fs::rename(&hidden, address).map_err(io_error(what()))?;
     Ok(listener)
@@ -383,18 +577,6 @@ impl Control for ControlService {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_root_has_one_daemon_and_no_other_reader() {
-        let dir = tempfile::tempdir().unwrap();
-        let root = dir.path().join("a/b");
-        let lock = prepare_root(&root).unwrap();
-        assert_eq!(std::fs::metadata(&root).unwrap().permissions().mode() & 0o777, 0o700);
-        let error = prepare_root(&root).unwrap_err().to_string();
-        assert!(error.contains("in use by another lazuli"), "{error}");
-        drop(lock);
-        prepare_root(&root).unwrap();
-    }
 
     #[tokio::test]
     async fn the_socket_is_private_and_replaces_a_dead_one() {

@@ -15,11 +15,13 @@
 //! Of the data files, which are read-only for root alone, the kernel's EROFS makes the *image* face.
 //!
 //! Inode numbers depend on the slot and the index alone, file handles are always 0, and the inode generation comes from the layer's
-//! digest: a later process that attaches the same layers to the same slots can take the session over.
+//! digest: a later process that attaches the same layers to the same slots takes the session over ([`Session::adopt`]).
 //!
 //! This room knows layers only as [`crate::fetch::LayerData`]. It never waits on a FUSE thread for anything but the local disk.
 
 mod attr;
+mod awaited;
+mod carried;
 mod counters;
 pub mod errno;
 pub mod error;
@@ -34,6 +36,7 @@ mod tree;
 mod waiting;
 mod warn;
 
+pub use carried::Carried;
 pub use error::FsError;
 pub use faces::{Face, Faces, FacesOptions, Serving, Shown};
-pub use session::{Deadlines, Session, SessionOptions};
+pub use session::{Deadlines, Legacy, Session, SessionOptions};

@@ -3,8 +3,8 @@
 //! Labels have few values by construction: no digest, no image name, no path.
 
 use prometheus::{
-    Encoder, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder, Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 /// Bounds of duration buckets, in seconds: from a local read to a deadline.
@@ -29,6 +29,12 @@ pub struct Metrics {
     pub fuse_requests_total: IntCounterVec,
     /// FUSE requests answered with an error other than ENOENT and ENODATA, by `errno`.
     pub fuse_errors_total: IntCounterVec,
+    /// Takeovers of the FUSE connection by a new worker since the supervisor was started.
+    pub takeovers_total: IntCounter,
+    /// Requests that an earlier worker had read and not answered, and that this one was sent once more.
+    pub fuse_resent_requests_total: IntCounter,
+    /// Seconds from the death of the worker before this one until this one answered; 0 if there was none.
+    pub takeover_stall_seconds: Gauge,
     /// EROFS mounts of layers and chains that exist now, by `kind` (`file`: over files of the cache alone, `image`: with FUSE below).
     pub face_mounts: IntGaugeVec,
     /// EROFS mounts that failed, by `cause` (`index`: EROFS cannot express the layer, `disk`: metadata could not be stored, `mount`: the
@@ -173,6 +179,23 @@ impl Metrics {
                 "lazuli_face_dropped_xattrs_total",
                 "Extended attributes left out of images, since EROFS cannot express them.",
             ),
+            takeovers_total: counter(
+                &r,
+                "lazuli_takeovers_total",
+                "Takeovers of the FUSE connection by a new worker since the supervisor was started.",
+            ),
+            fuse_resent_requests_total: counter(
+                &r,
+                "lazuli_fuse_resent_requests_total",
+                "Requests that an earlier worker had read and not answered, and that this one was sent once more.",
+            ),
+            takeover_stall_seconds: {
+                let gauge = Gauge::new(
+                    "lazuli_takeover_stall_seconds",
+                    "Seconds from the death of the worker before this one until this one answered; 0 if there was none.",
+                );
+                register(&r, gauge)
+            },
             waiting_reads: gauge(
                 &r,
                 "lazuli_waiting_reads",

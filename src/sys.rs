@@ -2,8 +2,11 @@
 //!
 //! Everything here is a thin, safe wrapper of calls: it says which call failed and on what, and decides nothing.
 
+#[allow(unsafe_code)]
+pub mod descriptors;
 pub mod erofs;
 pub mod error;
+#[allow(unsafe_code)]
 pub mod fuse;
 pub mod idmap;
 #[allow(unsafe_code)]
@@ -17,5 +20,7 @@ pub mod malloc;
 pub mod map;
 pub mod mount;
 pub mod mountinfo;
+#[allow(unsafe_code)]
+pub mod signals;
 
 pub use error::SysError;

@@ -50,7 +50,7 @@ fn config(dir: &Path, text: &str) -> String {
 fn help_names_every_command() {
     let (code, out, _) = lazuli(&["--help"]);
     assert_eq!(code, 0);
-    for command in ["serve", "pull", "mount", "status", "index", "check-config"] {
+    for command in ["serve", "upgrade", "pull", "mount", "status", "index", "check-config"] {
         assert!(out.contains(command), "{out}");
         let (code, out, _) = lazuli(&[command, "--help"]);
         assert_eq!(code, 0, "{command}");

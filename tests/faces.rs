@@ -17,6 +17,8 @@ mod restart;
 mod rig;
 #[path = "faces/single.rs"]
 mod single;
+#[path = "faces/takeover.rs"]
+mod takeover;
 #[allow(dead_code)]
 #[path = "support/skip.rs"]
 mod skip;

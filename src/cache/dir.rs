@@ -254,10 +254,11 @@ impl Cache {
     }
 
     /// Makes everything durable, so that the next start need not verify anything. Called at the end of the daemon, when nothing is
-    /// stored any more. A layer that cannot be sealed is only verified again later.
+    /// stored any more. A layer that cannot be sealed is only verified again later; one is left out of which so much was written just now
+    /// that whoever stops the daemon would wait for the disk.
     pub fn close(&self) {
         let open: Vec<_> = self.known().iter().filter_map(|(_, e)| e.open.upgrade()).collect();
-        for layer in open {
+        for layer in open.into_iter().filter(|layer| !layer.is_dirty()) {
             if let Err(error) = layer.seal() {
                 tracing::error!("{error}");
             }

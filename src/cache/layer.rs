@@ -5,10 +5,11 @@ use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use bytes::Bytes;
@@ -34,6 +35,10 @@ pub(super) const GROUP: u64 = 4 << 20;
 const NEIGHBOURS: u64 = 128 << 10;
 /// Largest small chunk, in bytes: a small file, which is likely to be read together with those beside it.
 const SMALL: u32 = 64 << 10;
+/// Bytes of a layer that are made durable without a thought: a second of a slow disk.
+const SEALED_AT_ONCE: u64 = 64 << 20;
+/// After this time the kernel has written back what was stored (`vm.dirty_expire_centisecs`, 30 s, and a round of its writer, 5 s).
+const WRITTEN_BACK_AFTER: Duration = Duration::from_secs(35);
 
 /// What became of the bytes given to [`CachedLayer::store`]. They are verified in either case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -486,6 +491,15 @@ impl CachedLayer {
     pub(super) fn group_used(&self, group: u64) -> u64 {
         let used = usize::try_from(group).ok().and_then(|group| self.used.get(group));
         used.map_or(0, |time| time.load(Ordering::Relaxed))
+    }
+
+    /// Whether much of it may be in memory alone, so that making it durable takes long.
+    pub(super) fn is_dirty(&self) -> bool {
+        let Ok(file) = self.data.load().metadata() else {
+            return false;
+        };
+        let written = file.modified().ok().and_then(|at| at.elapsed().ok());
+        file.blocks() * BLOCK > SEALED_AT_ONCE && written.is_none_or(|since| since < WRITTEN_BACK_AFTER)
     }
 
     /// Makes everything durable and believed after the next start.

@@ -18,6 +18,9 @@ pub struct Status {
     pub version: String,
     /// Its root directory.
     pub root: String,
+    /// Takeovers by a new worker since the supervisor was started.
+    #[serde(default)]
+    pub takeovers: u64,
     /// Bytes that layers take on disk, all files counted.
     pub cache_bytes: u64,
     /// Most bytes it may keep; 0 means as many as the disk allows.
@@ -324,6 +327,7 @@ impl Catalog {
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             root: self.root.display().to_string(),
+            takeovers: self.metrics.takeovers_total.get(),
             cache_bytes: self.loader.cache().used_bytes(),
             cache_max_bytes: self.cache_max_bytes,
             cache_held_bytes: self.loader.cache().held_bytes(),

@@ -9,7 +9,7 @@
 //! under a temporary name, synced and renamed, before the database has the variant's record. A file without a record is removed at
 //! start, and so are file and record of a variant that no snapshot refers to.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::num::NonZeroUsize;
@@ -511,9 +511,12 @@ impl Catalog {
         Ok(())
     }
 
-    /// Brings variants back, at once where their layers are live, and otherwise as soon as these are loaded again.
-    /// `begun` has the layers that are loaded again.
-    pub(super) fn restore_variants(self: &Arc<Self>, records: Vec<LayerRecord>, begun: &HashMap<Digest, Begun>) {
+    /// Brings variants back whose layers are live, and gives those whose layers are absent.
+    pub(super) fn restore_variants(
+        &self,
+        records: Vec<LayerRecord>,
+        is_absent: impl Fn(&LayerRecord) -> bool,
+    ) -> Vec<LayerRecord> {
         for record in &records {
             if let Some(formerly) = &record.formerly
                 && let Err(error) = self.shelf.take_over(formerly, &record.digest)
@@ -525,23 +528,14 @@ impl Catalog {
         if let Err(error) = self.shelf.keep_only(&names) {
             tracing::warn!(%error, "{} cannot be tidied up", self.shelf.dir.display());
         }
-        for record in records {
-            let Some(base) = record.variant_of else { continue };
-            let Some(load) = begun.get(&base).cloned() else {
-                self.restore_variant(&record);
-                continue;
-            };
-            let catalog = Arc::clone(self);
-            tokio::spawn(async move {
-                // The failure is told where it happens.
-                if load.wait().await.is_ok() {
-                    let _ = tokio::task::spawn_blocking(move || catalog.restore_variant(&record)).await;
-                }
-            });
+        let (later, now): (Vec<_>, Vec<_>) = records.into_iter().partition(is_absent);
+        for record in &now {
+            self.restore_variant(record);
         }
+        later
     }
 
-    fn restore_variant(&self, record: &LayerRecord) {
+    pub(super) fn restore_variant(&self, record: &LayerRecord) {
         let lost = |reason: &dyn std::fmt::Display| {
             tracing::error!(variant = %record.digest, layer = ?record.variant_of, %reason,
                 "cannot be brought back; remove its image and pull it again");

@@ -32,6 +32,21 @@ pub(super) struct Interrupted(pub(super) StopSignal);
 #[error("nobody reads standard output any more")]
 pub(super) struct ClosedPipe;
 
+/// The daemon's worker has ended with this code, after it has told why.
+#[derive(Debug, thiserror::Error)]
+#[error("the daemon has ended with code {0}")]
+pub(super) struct WorkerEnded(pub(super) u8);
+
+/// No supervisor can be asked.
+#[derive(Debug, thiserror::Error)]
+#[error("no daemon can be reached that works in {}: {source}; does `lazuli serve` run, and serve?", root.display())]
+pub(super) struct NoSupervisor {
+    /// Its root directory.
+    pub(super) root: std::path::PathBuf,
+    /// The cause.
+    pub(super) source: std::io::Error,
+}
+
 /// The whole message: what failed, and its causes, none of them twice.
 pub(super) fn text(error: &anyhow::Error) -> String {
     causes(error.as_ref())
@@ -51,7 +66,13 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(Interrupted(signal)) = cause.downcast_ref() {
         return Some(SIGNALLED + signal.number);
     }
-    if cause.is::<NoDaemon>() || matches!(cause.downcast_ref(), Some(ContainerdError::Unreachable { .. })) {
+    if let Some(WorkerEnded(code)) = cause.downcast_ref() {
+        return Some(*code);
+    }
+    if cause.is::<NoDaemon>()
+        || cause.is::<NoSupervisor>()
+        || matches!(cause.downcast_ref(), Some(ContainerdError::Unreachable { .. }))
+    {
         return Some(UNREACHABLE);
     }
     match cause.downcast_ref() {

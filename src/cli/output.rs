@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 
-use super::failure::{ClosedPipe, USAGE, exit_code, text};
+use super::failure::{ClosedPipe, USAGE, WorkerEnded, exit_code, text};
 
 /// Writes text that ends with a newline to standard output, at once.
 ///
@@ -31,7 +31,7 @@ pub(super) fn end(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            if !error.is::<ClosedPipe>() {
+            if !error.is::<ClosedPipe>() && !error.is::<WorkerEnded>() {
                 tell(&text(&error));
             }
             ExitCode::from(exit_code(&error))

@@ -123,6 +123,13 @@ fn table(status: &Status) -> String {
         "{} reads wait, none longer than {} s ({kernel})",
         status.reads.waiting, status.reads.deadline_seconds
     );
+    if status.takeovers > 0 {
+        let _ = writeln!(
+            out,
+            "it has taken over from another process {} times since `lazuli serve` was started",
+            status.takeovers
+        );
+    }
     if status.cache_held_bytes > 0 {
         let held = ByteSize(status.cache_held_bytes);
         let _ = writeln!(
@@ -282,6 +289,7 @@ mod tests {
         let status = Status {
             version: "1".into(),
             root: "/r".into(),
+            takeovers: 2,
             cache_bytes: 3 << 20,
             cache_held_bytes: 1 << 20,
             cache_replaced_bytes: 1 << 19,
@@ -374,6 +382,7 @@ mod tests {
         layers are shown by the image face: Linux 6.18 mounts EROFS from files
         no containers in user namespaces (capability only-remap-ids): FUSE cannot be mapped
         2 reads wait, none longer than 115 s (the kernel gives all images up after 120 s)
+        it has taken over from another process 2 times since `lazuli serve` was started
         1.0 MiB of the cache are mounted as files, and stay while containers use them
         512.0 KiB of them are of layers that are here no more, and go when they are unmounted
         PROBLEM: /etc/x/hosts.toml: it is half written; its last good state is used

@@ -2,6 +2,8 @@
 //!
 //! The daemon and every command end in the same way: whoever does not look at [`Stop`] goes on, and no destructor is skipped. SIGHUP is
 //! left alone where it was ignored from the beginning: that is what `nohup` is for.
+//!
+//! The daemon's worker has one more, from its supervisor: SIGUSR1 asks it to end and to leave everything to its successor.
 
 use std::io;
 
@@ -37,13 +39,33 @@ const TERMINATE: StopSignal = StopSignal {
     number: libc::SIGTERM as u8,
 };
 
+/// What a supervisor asks for when another process goes on.
+pub(super) const HAND_OVER: StopSignal = StopSignal {
+    name: "SIGUSR1",
+    number: libc::SIGUSR1 as u8,
+};
+
 /// Listens from now on. Must be called within a tokio runtime, before anything is made that has to be taken away again.
 ///
 /// # Errors
 /// When the process may not listen to signals.
 pub fn stop_signal() -> io::Result<Stop> {
+    listen(&[TERMINATE, INTERRUPT, HANGUP])
+}
+
+/// The same for a worker.
+pub(super) fn workers_stop_signal() -> io::Result<Stop> {
+    listen(&[TERMINATE, INTERRUPT, HANGUP, HAND_OVER])
+}
+
+/// Whether SIGHUP was ignored when this process was started.
+pub(super) fn is_hangup_ignored() -> bool {
+    is_ignored(HANGUP)
+}
+
+fn listen(stops: &[StopSignal]) -> io::Result<Stop> {
     let mut listening: Vec<BoxFuture<'static, StopSignal>> = Vec::new();
-    for stop in [TERMINATE, INTERRUPT, HANGUP] {
+    for &stop in stops {
         if stop == HANGUP && is_ignored(stop) {
             continue;
         }

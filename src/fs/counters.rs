@@ -31,6 +31,8 @@ pub(super) struct Counters {
     pub(super) write: IntCounter,
     /// Operations that are answered with "not implemented", most of them once per session.
     pub(super) other: IntCounter,
+    /// Requests that the kernel has sent once more.
+    pub(super) resent: IntCounter,
     metrics: Arc<Metrics>,
 }
 
@@ -54,6 +56,7 @@ impl Counters {
             statfs: op("statfs"),
             write: op("write"),
             other: op("other"),
+            resent: metrics.fuse_resent_requests_total.clone(),
             metrics,
         }
     }

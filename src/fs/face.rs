@@ -17,6 +17,7 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::ops::Deref;
 use std::os::unix::ffi::OsStrExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -32,7 +33,9 @@ use fuser::{
 };
 
 use super::attr::{self, IO_SIZE};
+use super::awaited::Awaited;
 use super::counters::Counters;
+use super::image::Entry;
 use super::read::Reads;
 use super::readdir;
 use super::tree::{self, Place, Tree};
@@ -71,22 +74,63 @@ const CAPABILITIES: InitFlags = InitFlags::FUSE_ASYNC_READ
     .union(InitFlags::FUSE_HAS_RESEND)
     .union(InitFlags::FUSE_ALLOW_IDMAP);
 
+/// Bit of a request's number that the kernel sets when it sends it once more (`FUSE_UNIQUE_RESEND` of linux/fuse.h).
+const RESENT: u64 = 1 << 63;
+
 /// Answers requests.
+#[derive(Clone)]
 pub(super) struct Face {
-    tree: Arc<Tree>,
-    reads: Reads,
-    counters: Arc<Counters>,
+    shared: Arc<Shared>,
+}
+
+/// What it takes to answer.
+pub(super) struct Shared {
+    pub(super) tree: Arc<Tree>,
+    pub(super) reads: Reads,
+    pub(super) counters: Arc<Counters>,
     /// Whether data files are opened past the page cache.
-    direct: Arc<AtomicBool>,
+    pub(super) direct: Arc<AtomicBool>,
+    pub(super) awaited: Arc<Awaited>,
+}
+
+impl Deref for Face {
+    type Target = Shared;
+
+    fn deref(&self) -> &Shared {
+        &self.shared
+    }
 }
 
 impl Face {
-    pub(super) fn new(tree: Arc<Tree>, reads: Reads, counters: Arc<Counters>, direct: Arc<AtomicBool>) -> Self {
+    pub(super) fn new(shared: Shared) -> Self {
         Face {
-            tree,
-            reads,
-            counters,
-            direct,
+            shared: Arc::new(shared),
+        }
+    }
+
+    /// Answers a request about the inode `ino` by `body`: now, or when the layer is there that it belongs to.
+    fn answer(&self, request: &Request, op: &'static str, ino: INodeNo, body: impl FnOnce(&Face) + Send + 'static) {
+        self.answer_in(request, op, tree::slot_of(ino), body);
+    }
+
+    /// The same, where the slot that it is about is known. Of the root directory itself everything is known at any time.
+    fn answer_in(
+        &self,
+        request: &Request,
+        op: &'static str,
+        slot: Option<u32>,
+        body: impl FnOnce(&Face) + Send + 'static,
+    ) {
+        if request.unique().0 & RESENT != 0 {
+            self.counters.resent.inc();
+        }
+        let Some(slot) = slot.filter(|_| self.awaited.is_any()) else {
+            return self.guard(op, || body(self));
+        };
+        let face = self.clone();
+        let answering = Box::new(move || face.guard(op, || body(&face)));
+        if let Err(answering) = self.awaited.keep(slot, answering) {
+            answering();
         }
     }
 
@@ -133,15 +177,22 @@ impl Filesystem for Face {
         Ok(())
     }
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         self.counters.lookup.inc();
-        self.guard("lookup", || match self.tree.view().lookup(parent, name.as_bytes()) {
-            Ok(Some(found)) => {
-                let ttl = if found.volatile { NEVER } else { FOREVER };
-                reply.entry_with_ttls(&FOREVER, &ttl, &found.attr, found.generation);
+        let name = name.as_bytes().to_vec();
+        let slot = match parent {
+            INodeNo::ROOT => Entry::parse(&name).map(|(slot, _)| slot),
+            _ => tree::slot_of(parent),
+        };
+        self.answer_in(req, "lookup", slot, move |face| {
+            match face.tree.view().lookup(parent, &name) {
+                Ok(Some(found)) => {
+                    let ttl = if found.volatile { NEVER } else { FOREVER };
+                    reply.entry_with_ttls(&FOREVER, &ttl, &found.attr, found.generation);
+                }
+                Ok(None) => reply.entry_with_ttls(&NEVER, &FOREVER, &attr::absent(), Generation(0)),
+                Err(errno) => reply.error(face.counters.failed(errno)),
             }
-            Ok(None) => reply.entry_with_ttls(&NEVER, &FOREVER, &attr::absent(), Generation(0)),
-            Err(errno) => reply.error(self.counters.failed(errno)),
         });
     }
 
@@ -149,21 +200,21 @@ impl Filesystem for Face {
         self.counters.forget.inc();
     }
 
-    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+    fn getattr(&self, req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         self.counters.getattr.inc();
-        self.guard("getattr", || {
+        self.answer(req, "getattr", ino, move |face| {
             let ttl = if ino == INodeNo::ROOT { NEVER } else { FOREVER };
-            match self.tree.view().attr(ino) {
+            match face.tree.view().attr(ino) {
                 Ok(attr) => reply.attr(&ttl, &attr),
-                Err(errno) => reply.error(self.counters.failed(errno)),
+                Err(errno) => reply.error(face.counters.failed(errno)),
             }
         });
     }
 
-    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+    fn readlink(&self, req: &Request, ino: INodeNo, reply: ReplyData) {
         self.counters.readlink.inc();
-        self.guard("readlink", || {
-            let view = self.tree.view();
+        self.answer(req, "readlink", ino, move |face| {
+            let view = face.tree.view();
             let target = view.place(ino).and_then(|place| match place {
                 Place::Inode(attached, ino) => {
                     let inode = attached.inode(ino)?;
@@ -176,24 +227,24 @@ impl Filesystem for Face {
             });
             match target {
                 Ok(target) => reply.data(&target),
-                Err(errno) => reply.error(self.counters.failed(errno)),
+                Err(errno) => reply.error(face.counters.failed(errno)),
             }
         });
     }
 
-    fn open(&self, _req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, req: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
         self.counters.open.inc();
         if !self.direct.load(Ordering::Relaxed) {
             return reply.error(self.counters.failed(Errno::ENOSYS));
         }
-        self.guard("open", || {
-            let flags = self.tree.view().place(ino).map(|place| match place {
+        self.answer(req, "open", ino, move |face| {
+            let flags = face.tree.view().place(ino).map(|place| match place {
                 Place::Data(_) => FopenFlags::FOPEN_DIRECT_IO,
                 _ => FopenFlags::FOPEN_KEEP_CACHE,
             });
             match flags {
                 Ok(flags) => reply.opened(FileHandle(0), flags),
-                Err(errno) => reply.error(self.counters.failed(errno)),
+                Err(errno) => reply.error(face.counters.failed(errno)),
             }
         });
     }
@@ -205,7 +256,7 @@ impl Filesystem for Face {
 
     fn read(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -214,72 +265,73 @@ impl Filesystem for Face {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.guard("read", || {
-            let view = self.tree.view();
+        self.answer(req, "read", ino, move |face| {
+            let view = face.tree.view();
             let place = view.place(ino);
             match place {
-                Ok(Place::Data(_)) => self.counters.read_data.inc(),
-                Ok(Place::Metadata(..)) => self.counters.read_metadata.inc(),
-                _ => self.counters.read.inc(),
+                Ok(Place::Data(_)) => face.counters.read_data.inc(),
+                Ok(Place::Metadata(..)) => face.counters.read_metadata.inc(),
+                _ => face.counters.read.inc(),
             }
             match place {
-                Ok(Place::Data(attached)) => self.reads.read_data(&attached.layer, offset, size, reply),
-                Ok(Place::Metadata(slot, metadata)) => self.reads.read_metadata(slot, metadata, offset, size, reply),
+                Ok(Place::Data(attached)) => face.reads.read_data(&attached.layer, offset, size, reply),
+                Ok(Place::Metadata(slot, metadata)) => face.reads.read_metadata(slot, metadata, offset, size, reply),
                 Ok(Place::Inode(attached, ino)) => match attached.inode(ino) {
                     Ok(inode) if inode.is_reg() => {
-                        self.reads.read_file(&attached.layer, ino, &inode, offset, size, reply);
+                        face.reads.read_file(&attached.layer, ino, &inode, offset, size, reply);
                     }
-                    Ok(_) => reply.error(self.counters.failed(Errno::EISDIR)),
-                    Err(errno) => reply.error(self.counters.failed(errno)),
+                    Ok(_) => reply.error(face.counters.failed(Errno::EISDIR)),
+                    Err(errno) => reply.error(face.counters.failed(errno)),
                 },
-                Ok(Place::Root) => reply.error(self.counters.failed(Errno::EISDIR)),
-                Err(errno) => reply.error(self.counters.failed(errno)),
+                Ok(Place::Root) => reply.error(face.counters.failed(Errno::EISDIR)),
+                Err(errno) => reply.error(face.counters.failed(errno)),
             }
         });
     }
 
-    fn readdir(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectory) {
+    fn readdir(&self, req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectory) {
         self.counters.readdir.inc();
-        self.guard("readdir", || {
-            if let Err((errno, reply)) = readdir::names(&self.tree.view(), ino, offset, reply) {
-                reply.error(self.counters.failed(errno));
+        self.answer(req, "readdir", ino, move |face| {
+            if let Err((errno, reply)) = readdir::names(&face.tree.view(), ino, offset, reply) {
+                reply.error(face.counters.failed(errno));
             }
         });
     }
 
-    fn readdirplus(&self, _req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectoryPlus) {
+    fn readdirplus(&self, req: &Request, ino: INodeNo, _fh: FileHandle, offset: u64, reply: ReplyDirectoryPlus) {
         self.counters.readdirplus.inc();
-        self.guard("readdirplus", || {
-            if let Err((errno, reply)) = readdir::entries(&self.tree.view(), ino, offset, reply) {
-                reply.error(self.counters.failed(errno));
+        self.answer(req, "readdirplus", ino, move |face| {
+            if let Err((errno, reply)) = readdir::entries(&face.tree.view(), ino, offset, reply) {
+                reply.error(face.counters.failed(errno));
             }
         });
     }
 
-    fn getxattr(&self, _req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+    fn getxattr(&self, req: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
         self.counters.getxattr.inc();
-        self.guard("getxattr", || {
-            let view = self.tree.view();
+        let name = name.as_bytes().to_vec();
+        self.answer(req, "getxattr", ino, move |face| {
+            let view = face.tree.view();
             let value = view.place(ino).and_then(|place| match place {
                 Place::Inode(attached, ino) => {
                     let inode = attached.inode(ino)?;
-                    tree::xattr(attached, &inode, name.as_bytes())?.ok_or(Errno::ENODATA)
+                    tree::xattr(attached, &inode, &name)?.ok_or(Errno::ENODATA)
                 }
                 _ => Err(Errno::ENODATA),
             });
-            self.answer_xattr(value.as_deref().map_err(|errno| *errno), size, reply);
+            face.answer_xattr(value.as_deref().map_err(|errno| *errno), size, reply);
         });
     }
 
-    fn listxattr(&self, _req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+    fn listxattr(&self, req: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         self.counters.listxattr.inc();
-        self.guard("listxattr", || {
-            let view = self.tree.view();
+        self.answer(req, "listxattr", ino, move |face| {
+            let view = face.tree.view();
             let names = view.place(ino).and_then(|place| match place {
                 Place::Inode(attached, ino) => tree::xattr_names(attached, &attached.inode(ino)?),
                 _ => Ok(Vec::new()),
             });
-            self.answer_xattr(names.as_deref().map_err(|errno| *errno), size, reply);
+            face.answer_xattr(names.as_deref().map_err(|errno| *errno), size, reply);
         });
     }
 

@@ -14,8 +14,10 @@
 //! its own and a deadline (calls.rs), and no lock that a FUSE request needs is held meanwhile.
 //!
 //! # After a restart
-//! Mounts over a dead session are taken away at once. Those over files of the cache alone go on, also for containers: such a mount is
-//! adopted when its layer is asked for, if it shows the very image that would be mounted now, and taken away when no snapshot needs it.
+//! Mounts over a dead session are taken away at once. Those over files of the cache alone go on, and if the session goes on
+//! ([`Session::adopt`]), those over it as well, also for containers: such a mount is adopted when its layer is asked for, if it shows the very
+//! image that would be mounted now, and taken away when no snapshot needs it. Which face serves was found out by the first process of a
+//! session; a later one has to show what is in use as it is.
 
 mod calls;
 mod chains;
@@ -27,15 +29,19 @@ mod users;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use self::mounts::{Cause, Metadata, Mounts, State, Trouble};
 use self::places::{Kind, Places};
-use self::stored::Part;
-use super::{FsError, Session};
+use self::stored::{Part, Uuid};
+use super::{Carried, FsError, Session};
 use crate::config::FaceChoice;
 use crate::fetch::{LayerData, LocalFile};
 use crate::layer::erofs::{self, Addressing};
@@ -53,7 +59,8 @@ pub struct FacesOptions {
 }
 
 /// A face.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Face {
     /// EROFS metadata over the layer's bytes.
     Image,
@@ -72,7 +79,7 @@ impl Face {
 }
 
 /// Which face serves, and why.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Serving {
     /// The face.
     pub face: Face,
@@ -114,6 +121,8 @@ pub struct Faces {
     files: bool,
     /// How images say where bytes are.
     addressing: Addressing,
+    /// Images that an earlier process has mounted and whose metadata are read through the session, by slot.
+    inherited: HashMap<u32, Uuid>,
     layers: RwLock<HashMap<u32, Arc<dyn LayerData>>>,
     /// Held while a layer comes or goes, in the session and in `layers`.
     changing: Mutex<()>,
@@ -130,8 +139,12 @@ impl Faces {
     /// # Errors
     /// [`FsError::Files`], [`FsError::Stale`], and [`FsError::NoImage`] if nothing but the image will do and that is not possible.
     pub fn open(session: Session, options: FacesOptions, metrics: Arc<Metrics>) -> Result<Faces, FsError> {
-        let places = Places::open(&options.dir)?;
-        let mounts = Mounts::open(places, options.deadline, Arc::clone(&metrics))?;
+        let goes_on = session.is_adopted();
+        let places = Places::open(&options.dir, goes_on)?;
+        let mounts = Mounts::open(places, options.deadline, goes_on, Arc::clone(&metrics))?;
+        if let Some((serving, files)) = session.inherited() {
+            return Self::go_on(session, mounts, serving, files, options.choice, metrics);
+        }
         // Read through the page cache, one large file for a whole layer would be read ahead across its files: bytes would be fetched that
         // nobody wants. The image reads ahead within each file.
         session.open_directly(options.choice != FaceChoice::Tree);
@@ -181,18 +194,84 @@ impl Faces {
             "layers are shown by this face: {}",
             serving.reason
         );
-        Ok(Faces {
+        Ok(Self::with(session, mounts, serving, files, addressing, metrics))
+    }
+
+    fn with(
+        session: Session,
+        mounts: Mounts,
+        serving: Serving,
+        files: bool,
+        addressing: Addressing,
+        metrics: Arc<Metrics>,
+    ) -> Faces {
+        Faces {
             mounts,
             session,
             serving,
             files,
             addressing,
+            inherited: HashMap::new(),
             layers: RwLock::default(),
             changing: Mutex::default(),
             given: AtomicU64::new(0),
             building: Mutex::default(),
             metrics,
-        })
+        }
+    }
+
+    /// Goes on with what an earlier process shows.
+    fn go_on(
+        session: Session,
+        mounts: Mounts,
+        serving: Serving,
+        files: bool,
+        choice: FaceChoice,
+        metrics: Arc<Metrics>,
+    ) -> Result<Faces, FsError> {
+        let wanted = match choice {
+            FaceChoice::Auto => serving.face,
+            FaceChoice::Image => Face::Image,
+            FaceChoice::Tree => Face::Tree,
+        };
+        if wanted != serving.face {
+            tracing::warn!(
+                face = serving.face.word(),
+                "fuse.face says otherwise, but containers use this face; it is chosen anew when Lazuli is stopped with --drain"
+            );
+        }
+        let addressing = probe::addressing(&rustix::system::uname().release().to_string_lossy());
+        let mut faces = Self::with(session, mounts, serving, files, addressing, metrics);
+        if !faces.serving.metadata_through_fuse {
+            return Ok(faces);
+        }
+        // These are read through the session as well.
+        for slot in faces.mounts.leftover_images() {
+            let paths = [faces.mounts.places.chain(slot), faces.mounts.places.metadata(slot)];
+            let Some((path, file)) = paths.iter().find_map(|path| Some((path, File::open(path).ok()?))) else {
+                tracing::error!(slot, "the metadata of an earlier process are gone");
+                continue;
+            };
+            let uuid = stored::uuid_of(&file).map_err(|source| places::files_error(path, source))?;
+            faces.inherited.insert(slot, uuid);
+            faces.session.attach_metadata(slot, file)?;
+        }
+        Ok(faces)
+    }
+
+    /// Begins to answer, where an earlier process has shown things: what it had in use is attached or expected by now.
+    ///
+    /// # Errors
+    /// [`FsError::Start`].
+    pub fn begin(&self) -> Result<(), FsError> {
+        self.session.begin()?;
+        self.mounts.begin();
+        Ok(())
+    }
+
+    /// What a later process has to know to go on, and the descriptor for it.
+    pub fn carry(&self) -> Option<(BorrowedFd<'_>, Carried)> {
+        self.session.carry(self.serving.clone(), self.files)
     }
 
     /// Which face serves, and why.
@@ -393,7 +472,7 @@ impl Faces {
     /// Mounts over files of the cache alone.
     fn mount_files(&self, slot: u32, state: &mut State, files: Vec<LocalFile>) -> Option<PathBuf> {
         let (paths, holds): (Vec<_>, Vec<_>) = files.into_iter().map(|file| (file.path, file.hold)).unzip();
-        let holds = match self.mounts.adopt(slot, state, holds) {
+        let holds = match self.mounts.adopt(slot, state, Kind::File, holds) {
             Ok(path) => return Some(path),
             Err(holds) => holds,
         };
@@ -424,6 +503,10 @@ impl Faces {
             }
         }
         let with_files = !holds.is_empty();
+        let holds = match self.mounts.adopt(slot, state, Kind::Image, holds) {
+            Ok(path) => return (Some(path), with_files),
+            Err(holds) => holds,
+        };
         let local = devices.iter().all(|device| device.layer.is_local());
         match self.mounts.mount(slot, state, Kind::Image, local, paths, holds) {
             Ok(path) => (Some(path), with_files),
@@ -472,6 +555,14 @@ impl Faces {
             return Ok(path);
         }
         let file = File::open(&path).map_err(|source| places::files_error(&path, source))?;
+        if let Some(inherited) = self.inherited.get(&slot) {
+            let uuid = stored::uuid_of(&file).map_err(|source| places::files_error(&path, source))?;
+            if uuid != *inherited {
+                let source =
+                    io::Error::other("an earlier version has mounted another image there, which containers may use");
+                return Err(FsError::Metadata { slot, source });
+            }
+        }
         self.session.attach_metadata(slot, file)?;
         Ok(self.session.metadata_path(slot))
     }

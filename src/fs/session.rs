@@ -1,11 +1,13 @@
-//! The FUSE session: mounting, the threads that answer, layers that come and go, and the end.
+//! The FUSE session: mounting or taking over, the threads that answer, layers that come and go, and the end.
 //!
 //! Lazuli mounts by itself (`fsopen`) and hands fuser the descriptor: the mount appears at its place only when it is answered, and
-//! the descriptor could as well come from an earlier process.
+//! the descriptor may as well come from an earlier process (carried.rs). Then nothing is read from it before [`Session::begin`]: until then
+//! the layers that are in use have to be attached or expected.
 
 use std::ffi::OsStr;
 use std::fs::{DirBuilder, File};
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,13 +17,17 @@ use std::time::Duration;
 
 use fuser::{INodeNo, Notifier, SessionACL};
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 
-use super::FsError;
+use super::awaited::Awaited;
+use super::carried::{Carried, Handshake};
 use super::counters::Counters;
-use super::face::Face;
+use super::face::{Face, Shared};
+use super::faces::Serving;
 use super::image::Entry;
 use super::read::Reads;
 use super::tree::{self, Tree};
+use super::{FsError, awaited};
 use crate::fetch::LayerData;
 use crate::metrics::Metrics;
 use crate::sys::mount::{Unmount, unmount};
@@ -55,9 +61,20 @@ pub struct SessionOptions {
     pub source_name: String,
 }
 
-/// A mounted FUSE file system with its threads. Dropped, it is unmounted.
+/// How often it is looked for requests that have waited for their layer for too long.
+const OVERDUE_EVERY: Duration = Duration::from_secs(1);
+
+/// A mounted FUSE file system with its threads. Dropped, it is unmounted, unless it was taken over and never began.
 pub struct Session {
     tree: Arc<Tree>,
+    awaited: Arc<Awaited>,
+    /// The connection to the kernel.
+    device: OwnedFd,
+    hands: Handshake,
+    /// The threads that answer, until they are started.
+    idle: Mutex<Option<Idle>>,
+    /// What an earlier process has found out, if one has opened the connection: which face serves, and whether files can be mounted.
+    inherited: Option<(Serving, bool)>,
     mountpoint: PathBuf,
     notifier: Notifier,
     runtime: Handle,
@@ -68,6 +85,23 @@ pub struct Session {
     mount: Option<Mount>,
     /// Tells when all threads have ended.
     ended: Mutex<Receiver<io::Result<()>>>,
+    over: watch::Receiver<bool>,
+}
+
+/// What becomes the threads that answer.
+struct Idle {
+    engine: fuser::Session<Face>,
+    ended: mpsc::Sender<io::Result<()>>,
+    over: watch::Sender<bool>,
+}
+
+/// A connection that an earlier process has opened, and what it said of it.
+#[derive(Debug)]
+pub struct Legacy {
+    /// The descriptor.
+    pub device: OwnedFd,
+    /// What is to be known of it.
+    pub carried: Carried,
 }
 
 impl Session {
@@ -87,12 +121,10 @@ impl Session {
         runtime: Handle,
         metrics: Arc<Metrics>,
     ) -> Result<Session, FsError> {
-        let mountpoint = prepare(mountpoint)?;
+        let mountpoint = place_of(mountpoint)?;
+        clear(&mountpoint)?;
+        make(&mountpoint)?;
         let mount_error = |source| FsError::Mount {
-            mountpoint: mountpoint.clone(),
-            source,
-        };
-        let start_error = |source| FsError::Start {
             mountpoint: mountpoint.clone(),
             source,
         };
@@ -101,8 +133,72 @@ impl Session {
             subtype: SUBTYPE,
         })
         .map_err(mount_error)?;
+        let init = sys::fuse::read_init(&device).map_err(mount_error)?;
+        let direct = Arc::new(AtomicBool::new(false));
+        let mut session = Self::with(mountpoint.clone(), device, init, direct, &options, runtime, metrics)?;
+        rustix::io::write(&session.device, &session.hands.answer).map_err(|error| session.start_error(error.into()))?;
+        // If anything fails from here on, the session is dropped, and with it the connection: the threads end by themselves.
+        session.begin()?;
+        detached.attach(&mountpoint).map_err(mount_error)?;
+        session.mount = mount_at(&mountpoint).map_err(mount_error)?;
+        if let Some(mount) = &session.mount
+            && let Err(error) = sys::fuse::set_read_ahead(mount.major, mount.minor, READ_AHEAD_KIB)
+        {
+            tracing::info!("read-ahead stays at the kernel's default: {error}");
+        }
+        Ok(session)
+    }
 
-        let tree = Arc::new(Tree::new());
+    /// Takes over a session that an earlier process has mounted at `mountpoint`, and that nobody answers any more. Nobody is answered before
+    /// [`Session::begin`].
+    ///
+    /// `None`: it cannot go on, which is logged. [`Session::mount`] takes it away.
+    ///
+    /// # Errors
+    /// [`FsError`]; then as well.
+    pub fn adopt(
+        mountpoint: &Path,
+        legacy: Legacy,
+        options: &SessionOptions,
+        runtime: Handle,
+        metrics: Arc<Metrics>,
+    ) -> Result<Option<Session>, FsError> {
+        let mountpoint = place_of(mountpoint)?;
+        let Legacy { device, carried } = legacy;
+        if let Some(obstacle) = carried.obstacle(&device, &mountpoint) {
+            tracing::error!(
+                "the FUSE connection of an earlier process is given up: {obstacle}; who uses it gets errors"
+            );
+            // It may not be what is mounted there: nobody is to wait in it. Once it has ended, its number may be somebody else's.
+            if sys::fuse::is_connected(&device) {
+                let _ = sys::fuse::abort(carried.major, carried.minor);
+            }
+            return Ok(None);
+        }
+        let direct = Arc::new(AtomicBool::new(carried.direct));
+        let mount = mount_at(&mountpoint).ok().flatten();
+        let mut session = Self::with(mountpoint, device, carried.init, direct, options, runtime, metrics)?;
+        if session.hands.answer != carried.answer {
+            tracing::info!(
+                "this version would agree with the kernel on other things; what was agreed on at first stays"
+            );
+            session.hands.answer = carried.answer;
+        }
+        session.inherited = Some((carried.serving, carried.files));
+        session.mount = mount;
+        Ok(Some(session))
+    }
+
+    /// A session on `device`, on which the kernel has sent `init`.
+    fn with(
+        mountpoint: PathBuf,
+        device: OwnedFd,
+        init: Vec<u8>,
+        direct: Arc<AtomicBool>,
+        options: &SessionOptions,
+        runtime: Handle,
+        metrics: Arc<Metrics>,
+    ) -> Result<Session, FsError> {
         let counters = Arc::new(Counters::new(Arc::clone(&metrics)));
         let deadlines = Deadlines::new(options.read_deadline, sys::fuse::request_timeout());
         if deadlines.read < options.read_deadline {
@@ -111,48 +207,136 @@ impl Session {
                 "fetch.read_deadline is shortened: this kernel aborts FUSE connections for late answers (fs.fuse.max_request_timeout)"
             );
         }
-        let reads = Reads::new(runtime.clone(), deadlines.read, Arc::clone(&counters), &metrics);
-        let direct = Arc::new(AtomicBool::new(false));
-        let face = Face::new(Arc::clone(&tree), reads, counters, Arc::clone(&direct));
+        let (tree, awaited) = (Arc::new(Tree::new()), Arc::new(Awaited::default()));
+        let face = Face::new(Shared {
+            tree: Arc::clone(&tree),
+            reads: Reads::new(runtime.clone(), deadlines.read, Arc::clone(&counters), &metrics),
+            counters,
+            direct: Arc::clone(&direct),
+            awaited: Arc::clone(&awaited),
+        });
         let mut config = fuser::Config::default();
         config.n_threads = Some(threads(options.threads));
         // One descriptor for all threads: a later process can take over one, not as many as there are threads.
         config.clone_fd = false;
         config.acl = SessionACL::All;
-        let session = fuser::Session::from_fd(face, device, config.acl, config).map_err(start_error)?;
-        let notifier = session.notifier();
-
-        let (sender, ended) = mpsc::channel();
-        std::thread::Builder::new()
-            .name("fuse-session".to_owned())
-            .spawn(move || {
-                let result = session.run();
-                if let Err(error) = &result {
-                    tracing::error!("the FUSE session ended: {error}");
-                }
-                // Nobody listens any more when the session is dropped.
-                let _ = sender.send(result);
-            })
-            .map_err(start_error)?;
-
-        // If this fails, the mount is dropped, and with it the connection: the threads end by themselves.
-        detached.attach(&mountpoint).map_err(mount_error)?;
-        let mount = mount_at(&mountpoint).map_err(mount_error)?;
-        if let Some(mount) = &mount
-            && let Err(error) = sys::fuse::set_read_ahead(mount.major, mount.minor, READ_AHEAD_KIB)
-        {
-            tracing::info!("read-ahead stays at the kernel's default: {error}");
-        }
+        let (hands, engine) = Handshake::had(face, config, init).map_err(|source| FsError::Start {
+            mountpoint: mountpoint.clone(),
+            source,
+        })?;
+        let notifier = engine.notifier();
+        let ((ended, receiver), (over, is_over)) = (mpsc::channel(), watch::channel(false));
         Ok(Session {
             tree,
+            awaited,
+            device,
+            hands,
+            idle: Mutex::new(Some(Idle { engine, ended, over })),
+            inherited: None,
             mountpoint,
             notifier,
             runtime,
             direct,
             deadlines,
-            mount,
-            ended: Mutex::new(ended),
+            mount: None,
+            ended: Mutex::new(receiver),
+            over: is_over,
         })
+    }
+
+    /// Begins to answer, if it does not yet. What an earlier process has read and not answered is answered as well.
+    ///
+    /// # Errors
+    /// [`FsError::Start`].
+    pub fn begin(&self) -> Result<(), FsError> {
+        let Some(idle) = self.idle.lock().unwrap_or_else(PoisonError::into_inner).take() else {
+            return Ok(());
+        };
+        let Idle { engine, ended, over } = idle;
+        sys::fuse::replace(&engine, &self.device).map_err(|error| self.start_error(error.source))?;
+        if self.is_adopted() && sys::fuse::can_resend(&self.hands.init) {
+            sys::fuse::resend(&self.device).map_err(|error| self.start_error(error.source))?;
+        }
+        if self.awaited.is_any() {
+            self.watch_overdue();
+        }
+        let work = move || {
+            let result = engine.run();
+            match &result {
+                Ok(()) => tracing::info!("the FUSE session has ended"),
+                Err(error) => tracing::error!("the FUSE session ended: {error}"),
+            }
+            // Nobody listens any more when the session is dropped.
+            let _ = ended.send(result);
+            over.send_replace(true);
+        };
+        let thread = std::thread::Builder::new().name("fuse-session".to_owned());
+        thread.spawn(work).map_err(|error| self.start_error(error))?;
+        Ok(())
+    }
+
+    fn start_error(&self, source: io::Error) -> FsError {
+        FsError::Start {
+            mountpoint: self.mountpoint.clone(),
+            source,
+        }
+    }
+
+    /// Whether an earlier process has opened the connection, and it goes on.
+    pub fn is_adopted(&self) -> bool {
+        self.inherited.is_some()
+    }
+
+    /// What that process has found out: which face serves, and whether files of the cache can be mounted.
+    pub(super) fn inherited(&self) -> Option<(Serving, bool)> {
+        self.inherited.clone()
+    }
+
+    /// What a later process has to know to go on with this session, and the descriptor for it. `None`: it cannot, as it is not mounted.
+    pub(super) fn carry(&self, serving: Serving, files: bool) -> Option<(BorrowedFd<'_>, Carried)> {
+        let mount = self.mount.as_ref()?;
+        let direct = self.direct.load(Ordering::Relaxed);
+        let carried = Carried::new(&self.hands, mount, direct, serving, files);
+        Some((self.device.as_fd(), carried))
+    }
+
+    /// Ends when the session does, whoever ends it.
+    pub fn over(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut over = self.over.clone();
+        async move {
+            // The sender says so before it goes.
+            let _ = over.wait_for(|over| *over).await;
+        }
+    }
+
+    /// From now on, requests for `slot` wait until a layer is attached to it, or [`Session::give_up`].
+    pub fn expect(&self, slot: u32) {
+        self.awaited.expect(slot);
+    }
+
+    /// No layer will come to `slot`.
+    pub fn give_up(&self, slot: u32) {
+        self.settle(slot);
+    }
+
+    /// Answers what has waited for `slot`.
+    fn settle(&self, slot: u32) {
+        let requests = self.awaited.settle(slot);
+        if !requests.is_empty() {
+            tracing::info!(slot, requests = requests.len(), "requests waited for this layer");
+            answer_all(&self.runtime, requests);
+        }
+    }
+
+    /// Answers requests that have waited for their layer for as long as a read may wait; until no layer is awaited.
+    fn watch_overdue(&self) {
+        let (awaited, limit, runtime) = (Arc::clone(&self.awaited), self.deadlines.read, self.runtime.clone());
+        self.runtime.spawn(async move {
+            while awaited.is_any() {
+                tokio::time::sleep(OVERDUE_EVERY).await;
+                answer_all(&runtime, awaited.overdue(limit));
+            }
+        });
     }
 
     /// Whether data files are opened past the page cache (FOPEN_DIRECT_IO) from now on; if nothing is said, they are not.
@@ -170,6 +354,7 @@ impl Session {
     /// [`FsError::SlotZero`], [`FsError::SlotTaken`].
     pub fn attach(&self, slot: u32, layer: Arc<dyn LayerData>) -> Result<(), FsError> {
         self.tree.attach(slot, layer)?;
+        self.settle(slot);
         self.forget(None, slot, &[]);
         Ok(())
     }
@@ -271,6 +456,16 @@ impl Session {
             return Ok(());
         };
         let mountpoint = self.mountpoint.clone();
+        if self
+            .idle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+            .is_some()
+        {
+            // Nobody has begun to answer.
+            let _ = sys::fuse::abort(mount.major, mount.minor);
+        }
         // Somebody may have unmounted it, or mounted something else over it; that is not ours to remove.
         let ours = matches!(mount_at(&mountpoint), Ok(Some(there)) if there == mount);
         let unmounted = match ours {
@@ -297,6 +492,10 @@ impl Session {
     /// waits for an answer of this session. Correctness does not depend on it, since names in the root are asked for each time, and a
     /// slot has the same content for ever.
     fn forget(&self, content: Option<Entry>, slot: u32, gone: &'static [Entry]) {
+        if self.idle.lock().unwrap_or_else(PoisonError::into_inner).is_some() {
+            // What the kernel knows of this slot is right.
+            return;
+        }
         let notifier = self.notifier.clone();
         self.runtime.spawn_blocking(move || {
             let mut result = notifier.inval_inode(INodeNo::ROOT, 0, 0);
@@ -340,14 +539,26 @@ impl Deadlines {
 
 impl Drop for Session {
     fn drop(&mut self) {
+        let is_idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).is_some();
+        if self.is_adopted() && is_idle {
+            // This process could not go on with it. The next one may.
+            return;
+        }
         if let Err(error) = self.close() {
             tracing::error!("{error}");
         }
     }
 }
 
-/// Makes the mount point if it is missing, takes stale mounts away, and gives its path without symbolic links.
-fn prepare(mountpoint: &Path) -> Result<PathBuf, FsError> {
+/// Answers requests that have waited, where threads may block.
+fn answer_all(runtime: &Handle, requests: Vec<awaited::Answering>) {
+    for request in requests {
+        runtime.spawn_blocking(request);
+    }
+}
+
+/// The path of a mount point without symbolic links.
+fn place_of(mountpoint: &Path) -> Result<PathBuf, FsError> {
     let fail = |source| FsError::Mountpoint {
         mountpoint: mountpoint.to_owned(),
         source,
@@ -361,14 +572,21 @@ fn prepare(mountpoint: &Path) -> Result<PathBuf, FsError> {
         false => parent,
     };
     // The parent, not the mount point itself: a dead server's mount answers no question about itself.
-    let mountpoint = parent.canonicalize().map_err(fail)?.join(name);
-    clear(&mountpoint)?;
-    match DirBuilder::new().mode(0o700).create(&mountpoint) {
+    Ok(parent.canonicalize().map_err(fail)?.join(name))
+}
+
+/// Makes the mount point if it is missing.
+fn make(mountpoint: &Path) -> Result<(), FsError> {
+    let fail = |source| FsError::Mountpoint {
+        mountpoint: mountpoint.to_owned(),
+        source,
+    };
+    match DirBuilder::new().mode(0o700).create(mountpoint) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(fail(error)),
         _ if !mountpoint.symlink_metadata().map_err(fail)?.is_dir() => {
             Err(fail(io::Error::from(io::ErrorKind::NotADirectory)))
         }
-        _ => Ok(mountpoint),
+        _ => Ok(()),
     }
 }
 

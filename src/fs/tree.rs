@@ -358,6 +358,11 @@ fn generation(digest: &Digest) -> Generation {
     Generation(u32::from_le_bytes([a, b, c, d]).into())
 }
 
+/// The slot that an inode of FUSE belongs to; `None`: it is the root directory.
+pub(super) fn slot_of(number: INodeNo) -> Option<u32> {
+    (number.0 != FUSE_ROOT).then_some((number.0 >> SLOT_SHIFT) as u32)
+}
+
 /// Inode number in FUSE of what has the number `ino` in the slot `slot`.
 pub(super) fn number(slot: u32, ino: Ino) -> u64 {
     u64::from(slot) << SLOT_SHIFT | u64::from(ino)

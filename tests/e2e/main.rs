@@ -31,6 +31,7 @@ mod shared;
 mod slow_disk;
 mod soci;
 mod stage;
+mod takeover;
 mod tenants;
 mod trees;
 mod users;

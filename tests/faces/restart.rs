@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use lazuli::sys::mount::{Unmount, unmount};
@@ -17,14 +17,14 @@ use crate::skip::{Ability, skipped};
 /// Tells a child process of these tests where to show faces until it is killed.
 const SERVE_AT: &str = "LAZULI_TEST_FACES_AT";
 /// Slots beside those of [`layers`], which are 1 to 4: a layer through FUSE, a whole layer, a chain of whole layers, one of mixed ones.
-const THROUGH: u32 = 10;
-const WHOLE: u32 = 11;
-const CHAIN: u32 = 12;
-const MIXED: u32 = 13;
+pub const THROUGH: u32 = 10;
+pub const WHOLE: u32 = 11;
+pub const CHAIN: u32 = 12;
+pub const MIXED: u32 = 13;
 /// One that nobody attaches again.
-const GONE: u32 = 14;
+pub const GONE: u32 = 14;
 
-fn whole_layer() -> Arc<Whole> {
+pub fn whole_layer() -> Arc<Whole> {
     Whole::new(torture("whole"))
 }
 
@@ -61,17 +61,23 @@ fn serving_process() {
         return;
     };
     let rig = set_up(&root);
+    if let Some((device, carried)) = rig.as_ref().and_then(|rig| rig.faces.carry()) {
+        // Somebody who waits for it there (takeover.rs); else it is no socket.
+        let text = serde_json::to_vec(&carried).unwrap();
+        let _ = lazuli::sys::descriptors::send(std::io::stdin(), &text, &[device]);
+    }
     println!("{}", if rig.is_some() { "mounted" } else { "impossible" });
     loop {
         std::thread::park();
     }
 }
 
-/// Leaves the mounts of a killed process below `root`. `false`: the kernel has no image face.
-fn killed(root: &Path) -> bool {
+/// Starts a process that serves below `root`. Without the process: the kernel has no image face.
+pub fn serving(root: &Path, stdin: Stdio) -> Option<Child> {
     let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "restart::serving_process", "--nocapture"])
         .env(SERVE_AT, root)
+        .stdin(stdin)
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
@@ -79,16 +85,26 @@ fn killed(root: &Path) -> bool {
     let said = lines
         .map(Result::unwrap)
         .find(|line| line.contains("mounted") || line.contains("impossible"));
+    if said.expect("the child says how it went").contains("mounted") {
+        return Some(child);
+    }
     child.kill().unwrap();
     child.wait().unwrap();
-    let mounted = said.expect("the child says how it went").contains("mounted");
-    if !mounted {
-        skipped(
-            Ability::ErofsFiles,
-            "the process that was to be killed has no image face",
-        );
-    }
-    mounted
+    skipped(
+        Ability::ErofsFiles,
+        "the process that was to be killed has no image face",
+    );
+    None
+}
+
+/// Leaves the mounts of a killed process below `root`. `false`: the kernel has no image face.
+fn killed(root: &Path) -> bool {
+    let Some(mut child) = serving(root, Stdio::null()) else {
+        return false;
+    };
+    child.kill().unwrap();
+    child.wait().unwrap();
+    true
 }
 
 #[test]

@@ -14,7 +14,7 @@ use futures::future::BoxFuture;
 use lazuli::cache::Hold;
 use lazuli::config::FaceChoice;
 use lazuli::fetch::{FetchError, LayerData, LocalFile};
-use lazuli::fs::{Face, Faces, FacesOptions, FsError, Session};
+use lazuli::fs::{Face, Faces, FacesOptions, FsError, Legacy, Session};
 use lazuli::layer::{BlobIndex, Digest, LayerIndex};
 use lazuli::metrics::Metrics;
 use lazuli::sys::mount::overlay;
@@ -141,6 +141,32 @@ impl Rig {
             runtime.handle().clone(),
             Arc::clone(&metrics),
         )?;
+        Self::on(session, root, choice, deadline, metrics, runtime)
+    }
+
+    /// Goes on with a session of another process; it does not answer yet.
+    pub fn adopt(root: &Path, legacy: Legacy) -> Rig {
+        let metrics = Arc::new(Metrics::new());
+        let runtime = runtime();
+        let session = Session::adopt(
+            &root.join("fuse"),
+            legacy,
+            &options(2, Duration::from_secs(30)),
+            runtime.handle().clone(),
+            Arc::clone(&metrics),
+        );
+        let session = session.unwrap().expect("the session can go on");
+        Self::on(session, root, FaceChoice::Auto, DEADLINE, metrics, runtime).unwrap()
+    }
+
+    fn on(
+        session: Session,
+        root: &Path,
+        choice: FaceChoice,
+        deadline: Duration,
+        metrics: Arc<Metrics>,
+        runtime: Runtime,
+    ) -> Result<Rig, FsError> {
         let options = FacesOptions {
             choice,
             dir: root.join("faces"),

@@ -268,6 +268,18 @@ impl Containerd {
         output.collect(run(&mut command, COMMAND_TIMEOUT))
     }
 
+    /// What a container that was started by [`Containerd::start_container`] sees as `/run/out`.
+    pub fn output(&self, id: &str) -> PathBuf {
+        self.sandbox.dir(format!("output/{id}"))
+    }
+
+    /// Process of a running container's first program.
+    pub fn pid(&self, id: &str) -> Option<u32> {
+        let tasks = self.ctr_ok(&["tasks", "ls"]).text();
+        let line = tasks.lines().find(|line| line.split_whitespace().next() == Some(id))?;
+        line.split_whitespace().nth(1)?.parse().ok()
+    }
+
     /// Kills and removes a container, and with it its snapshot.
     pub fn remove_container(&self, id: &str) {
         self.ctr_ok(&["tasks", "rm", "--force", id]);

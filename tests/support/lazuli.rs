@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use super::sandbox::{COMMAND_TIMEOUT, Finished, PATIENCE, Process, Sandbox, listens_unix, run, unmount_below};
+use super::sandbox::{
+    COMMAND_TIMEOUT, Finished, PATIENCE, Process, Sandbox, listens_unix, run, unmount_below, wait_until,
+};
 
 /// The name under which containerd knows it.
 pub const SNAPSHOTTER: &str = "lazuli";
@@ -82,6 +84,14 @@ impl Lazuli {
     /// Starts the daemon again with the same configuration, and waits until it listens.
     pub fn restart(&mut self) {
         self.process = None;
+        // A worker whose supervisor was killed dies a moment later; until then its socket still listens.
+        let last = std::fs::read_to_string(self.root().join("lock")).unwrap_or_default();
+        let exe = || std::fs::read_link(format!("/proc/{}/exe", last.trim()));
+        let is_lazuli = || exe().is_ok_and(|path| path.to_string_lossy().contains("lazuli"));
+        let is_gone = || (!is_lazuli()).then_some(());
+        if !last.is_empty() {
+            wait_until(PATIENCE, is_gone).expect("the last worker does not end");
+        }
         let mut command = Command::new(program());
         command.arg("serve").arg("--config").arg(self.config());
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
@@ -103,6 +113,16 @@ impl Lazuli {
         if let Some(process) = &self.process {
             process.send_kill();
         }
+    }
+
+    /// The daemon's supervisor, which is the process that was started.
+    pub fn supervisor(&self) -> u32 {
+        self.process.as_ref().map_or(0, Process::id)
+    }
+
+    /// The process that serves, which is the supervisor's child; `None` between two of them.
+    pub fn worker(&self) -> Option<u32> {
+        worker_of(self.supervisor())
     }
 
     /// SIGTERM, and whether it ended by itself with 0.
@@ -181,6 +201,12 @@ impl Drop for Mounted {
         self.process.terminate(Duration::from_secs(5));
         unmount_below(&self.path);
     }
+}
+
+/// The worker of a supervisor.
+pub fn worker_of(supervisor: u32) -> Option<u32> {
+    let children = std::fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children")).ok()?;
+    children.split_whitespace().next()?.parse().ok()
 }
 
 fn device(path: &Path) -> Option<u64> {

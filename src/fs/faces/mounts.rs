@@ -8,6 +8,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -130,6 +131,8 @@ pub(super) struct State {
     /// A mount of an earlier process over files of the cache is at its place. What is said to hold those files, since the layer was
     /// attached, goes with it.
     pub(super) leftover: Option<Vec<Hold>>,
+    /// A mount of an earlier process over the session, which goes on, is at its place.
+    leftover_image: bool,
     pub(super) trouble: Option<Trouble>,
     /// The mark at which a path of it was given out last.
     pub(super) given: u64,
@@ -209,6 +212,8 @@ impl Entry {
 pub(super) struct Mounts {
     pub(super) places: Places,
     pub(super) calls: Calls,
+    /// Whether mounts stay when this is dropped: this process has not begun yet to go on with what an earlier one has mounted.
+    stay: AtomicBool,
     entries: Mutex<HashMap<u32, Arc<Entry>>>,
     /// Mounts that could not be taken away: what they show must stay in place.
     lost: Mutex<Vec<Mounted>>,
@@ -216,9 +221,16 @@ pub(super) struct Mounts {
 }
 
 impl Mounts {
-    /// Takes mounts of earlier processes away, but for those that need no process: they wait for [`State::leftover`] to be claimed.
-    pub(super) fn open(places: Places, deadline: Duration, metrics: Arc<Metrics>) -> Result<Self, FsError> {
+    /// Takes mounts of earlier processes away, but for those that need no process, or, if `goes_on`, whose session goes on: they wait to be
+    /// adopted.
+    pub(super) fn open(
+        places: Places,
+        deadline: Duration,
+        goes_on: bool,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, FsError> {
         let mounts = Mounts {
+            stay: AtomicBool::new(goes_on),
             calls: Calls::new(deadline, metrics.face_calls_left_behind.clone()),
             places,
             entries: Mutex::default(),
@@ -239,6 +251,10 @@ impl Mounts {
                     mounts.entry(slot).lock().leftover = Some(Vec::new());
                     kept += 1;
                 }
+                Some((slot, Kind::Image)) if goes_on && mount.fs_type == erofs::FS_TYPE => {
+                    mounts.entry(slot).lock().leftover_image = true;
+                    kept += 1;
+                }
                 // Of a mount at the directory itself or deeper, somebody else must know.
                 None if mount.mount_point.parent() != Some(mounts.places.dir()) => {}
                 _ => {
@@ -253,6 +269,18 @@ impl Mounts {
             tracing::info!(kept, removed, "mounts of an earlier process were found");
         }
         Ok(mounts)
+    }
+
+    /// From now on this process answers for what is mounted.
+    pub(super) fn begin(&self) {
+        self.stay.store(false, Ordering::Relaxed);
+    }
+
+    /// Slots with a mount of an earlier process over the session.
+    pub(super) fn leftover_images(&self) -> Vec<u32> {
+        let all = self.all().into_iter();
+        all.filter_map(|(slot, entry)| entry.lock().leftover_image.then_some(slot))
+            .collect()
     }
 
     /// The entry of `slot`, made if it is missing.
@@ -335,25 +363,43 @@ impl Mounts {
     }
 
     /// Takes over the mount of an earlier process, if it shows the very image that this process would mount.
-    pub(super) fn adopt(&self, slot: u32, state: &mut State, holds: Vec<Hold>) -> Result<PathBuf, Vec<Hold>> {
-        let path = self.places.mount_point(slot, Kind::File);
-        let same = match (&state.leftover, &state.metadata) {
-            (Some(_), Some(metadata)) => erofs::uuid(&path).ok().flatten() == Some(metadata.uuid),
-            _ => false,
+    pub(super) fn adopt(
+        &self,
+        slot: u32,
+        state: &mut State,
+        kind: Kind,
+        holds: Vec<Hold>,
+    ) -> Result<PathBuf, Vec<Hold>> {
+        let is_left = match kind {
+            Kind::File => state.leftover.is_some(),
+            Kind::Image => state.leftover_image,
         };
-        let device = erofs::device(&path);
-        let (true, Ok(device)) = (same, device) else {
+        let Some(metadata) = state.metadata.as_ref().filter(|_| is_left) else {
             return Err(holds);
         };
-        state.leftover = None;
-        state.file = Some(Mounted {
+        let path = self.places.mount_point(slot, kind);
+        let uuid = metadata.uuid;
+        // With metadata from FUSE, it may ask this very process.
+        let look = {
+            let path = path.clone();
+            move || Ok((erofs::uuid(&path)?, erofs::device(&path)?))
+        };
+        let device = match self.calls.run(look) {
+            Ok((there, device)) if there == Some(uuid) => device,
+            _ => return Err(holds),
+        };
+        match kind {
+            Kind::File => state.leftover = None,
+            Kind::Image => state.leftover_image = false,
+        }
+        *state.place(kind) = Some(Mounted {
             path: path.clone(),
-            kind: Kind::File,
+            kind,
             device,
             _holds: holds,
         });
-        self.count(Kind::File, 1);
-        tracing::info!(slot, "the mount of an earlier process goes on");
+        self.count(kind, 1);
+        tracing::info!(slot, kind = kind.word(), "the mount of an earlier process goes on");
         Ok(path)
     }
 
@@ -362,6 +408,9 @@ impl Mounts {
         let mut result = Ok(());
         if state.leftover.take().is_some() && state.file.is_none() {
             result = self.unmount(self.places.mount_point(slot, Kind::File));
+        }
+        if std::mem::take(&mut state.leftover_image) && state.image.is_none() {
+            result = result.and(self.unmount(self.places.mount_point(slot, Kind::Image)));
         }
         for kind in Kind::ALL {
             let Some(mounted) = state.place(kind).take() else {
@@ -440,6 +489,9 @@ impl Mounts {
 
 impl Drop for Mounts {
     fn drop(&mut self) {
+        if self.stay.load(Ordering::Relaxed) {
+            return;
+        }
         self.retain(&HashSet::new(), u64::MAX, |_, _, _| {});
     }
 }

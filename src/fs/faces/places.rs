@@ -3,7 +3,7 @@
 //! ```text
 //! <dir>/7.file     mount point: layer or chain of slot 7, over files of the cache alone
 //! <dir>/7.image    mount point: the same, with FUSE below
-//! <dir>/7.meta     the layer's metadata, as this process wrote them
+//! <dir>/7.meta     the layer's metadata, as this process wrote them, or one before it whose session it has taken over
 //! <dir>/9.chain    a chain's metadata, with what they were made of (stored.rs); outlives the process
 //! <dir>/probe.*    what the probe at the start needs
 //! ```
@@ -50,8 +50,8 @@ pub(super) struct Places {
 }
 
 impl Places {
-    /// Makes `dir` if it is missing. Of files in it, chains stay.
-    pub(super) fn open(dir: &Path) -> Result<Self, FsError> {
+    /// Makes `dir` if it is missing. Of files in it, chains stay; and layers' metadata if `goes_on`: mounts that go on may be made of them.
+    pub(super) fn open(dir: &Path, goes_on: bool) -> Result<Self, FsError> {
         let fail = |source| files_error(dir, source);
         match DirBuilder::new().mode(0o700).create(dir) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(fail(error)),
@@ -64,7 +64,8 @@ impl Places {
             let name = entry.file_name();
             let name = name.to_string_lossy();
             let suffix = name.rsplit_once('.').map(|(_, suffix)| suffix);
-            let leftover = name.starts_with(TEMPORARY) || name.starts_with(PROBE) || suffix == Some(METADATA);
+            let leftover =
+                name.starts_with(TEMPORARY) || name.starts_with(PROBE) || (suffix == Some(METADATA) && !goes_on);
             // Not asked of the file: a mount point may be that of a dead server.
             let is_file = entry.file_type().is_ok_and(|kind| kind.is_file());
             if leftover
@@ -160,7 +161,7 @@ mod tests {
     #[test]
     fn a_mount_is_recognised_by_its_place() {
         let dir = tempfile::tempdir().unwrap();
-        let places = Places::open(&dir.path().join("faces")).unwrap();
+        let places = Places::open(&dir.path().join("faces"), false).unwrap();
         for slot in [1, 77, u32::MAX] {
             for kind in Kind::ALL {
                 assert_eq!(places.parse(&places.mount_point(slot, kind)), Some((slot, kind)));
@@ -176,7 +177,7 @@ mod tests {
     #[test]
     fn a_file_is_written_whole_or_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
-        let places = Places::open(&dir.path().join("faces")).unwrap();
+        let places = Places::open(&dir.path().join("faces"), false).unwrap();
         let (meta, chain) = (places.metadata(3), places.chain(4));
         places.write(&meta, &[b"one", b"two"], false).unwrap();
         places.write(&meta, &[b"three"], false).unwrap();
@@ -187,7 +188,9 @@ mod tests {
         assert_eq!(names, 2, "nothing is left of a file that could not be put in its place");
 
         fs::write(places.dir().join(format!("{TEMPORARY}x")), "half").unwrap();
-        let places = Places::open(places.dir()).unwrap();
+        let places = Places::open(places.dir(), true).unwrap();
+        assert!(meta.exists() && chain.exists());
+        let places = Places::open(places.dir(), false).unwrap();
         assert!(!meta.exists() && chain.exists());
         assert_eq!(fs::read_dir(places.dir()).unwrap().count(), 1);
         places.remove(&chain);

@@ -68,6 +68,13 @@ pub(super) fn uuid(bytes: &[u8]) -> Uuid {
     field.copied().unwrap_or_default()
 }
 
+/// UUID of the image in `file`.
+pub(super) fn uuid_of(file: &File) -> io::Result<Uuid> {
+    let mut uuid = Uuid::default();
+    file.read_exact_at(&mut uuid, UUID_AT as u64)?;
+    Ok(uuid)
+}
+
 /// What stands behind `image` in its file.
 pub(super) fn trailer(image: &Image, addressing: Addressing, parts: &[Part]) -> Vec<u8> {
     let mut out = Vec::with_capacity(parts.len() * PART_LEN + FIXED_LEN + Digest::LEN);
@@ -142,11 +149,9 @@ fn verify(file: &File, addressing: Addressing) -> io::Result<Result<Stored, &'st
         data_size: u64::from_le_bytes(take(&mut part)),
         fingerprint: Digest::from_bytes(take(&mut part)),
     });
-    let mut uuid = Uuid::default();
-    file.read_exact_at(&mut uuid, UUID_AT as u64)?;
     Ok(Ok(Stored {
         parts: parts.collect(),
-        uuid,
+        uuid: uuid_of(file)?,
         dropped_xattrs,
     }))
 }

@@ -117,6 +117,7 @@ mod tests {
                 face: faces::Face::Image,
                 reason: "a reason".to_owned(),
                 metadata_through_fuse: true,
+                no_mapped_owners: Some("another reason".to_owned()),
             },
             files: false,
         };

@@ -79,6 +79,7 @@ impl Node {
         }
         node
     }
+}
 
 /// What stands at one path.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -33,8 +33,11 @@ struct Options {
     without: Option<String>,
 }
 
+/// Cuts a file.
+type Cut = fn(&[u8]) -> Vec<&[u8]>;
+
 /// How files are cut.
-const CUTS: [(&str, fn(&[u8]) -> Vec<&[u8]>); 3] = [
+const CUTS: [(&str, Cut); 3] = [
     ("whole files", |bytes| vec![bytes]),
     ("pieces of 4 MiB", |bytes| bytes.chunks(PIECE).collect()),
     ("chunks of 64 KiB by content", by_content),

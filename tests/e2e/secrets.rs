@@ -88,8 +88,12 @@ fn secrets_are_nowhere_but_in_memory() {
     std::fs::create_dir_all(&hosts).unwrap();
     std::fs::write(hosts.join("hosts.toml"), format!("server = \"http://{host}\"\n")).unwrap();
     let config = format!("docker_config = {:?}\n", sandbox.path("config.json"));
-    let containerd = Containerd::start(&sandbox, Generation::One, &lazuli::address_in(&sandbox));
-    let mut lazuli = Lazuli::start(&sandbox, &containerd.address, std::slice::from_ref(&host), &config);
+    let mut lazuli = Lazuli::start(
+        &sandbox,
+        &sandbox.path("containerd/c.sock"),
+        std::slice::from_ref(&host),
+        &config,
+    );
     assert!(lazuli.stop());
     let config = std::fs::read_to_string(lazuli.config()).unwrap();
     let config = config
@@ -97,6 +101,8 @@ fn secrets_are_nowhere_but_in_memory() {
         .replace("info,lazuli=debug", "trace");
     std::fs::write(lazuli.config(), config).unwrap();
     lazuli.restart();
+    // Later, or it would notice the restart, and pause before it connects again.
+    let containerd = Containerd::start(&sandbox, Generation::One, &lazuli::address_in(&sandbox));
 
     let reference = format!("{host}/demo/app:1");
     for auth in [

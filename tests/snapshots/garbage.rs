@@ -14,7 +14,7 @@ use crate::support::*;
 /// Calls that are under way at once.
 const PARALLEL: usize = 10_000;
 /// Connections that they come over.
-const CONNECTIONS: usize = 200;
+const CONNECTIONS: usize = 250;
 /// What every HTTP/2 client says first.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 

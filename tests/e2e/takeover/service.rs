@@ -56,6 +56,7 @@ impl Service {
             ready,
         };
         service.restart();
+        stage.await_containerd();
         service
     }
 

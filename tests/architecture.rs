@@ -24,6 +24,8 @@ const BESIDE: [&str; 3] = ["config", "metrics", "sync"];
 const GENERATED: &str = "proto";
 /// May use everything, and nothing else may use them.
 const ABOVE: [&str; 3] = ["cli", "daemon", "admin"];
+/// What the tests of all rooms share; the library itself does not have it.
+const FOR_TESTS: &str = "skip";
 /// Files that belong to no room: the crate's root and the program.
 const NO_ROOM: [&str; 2] = ["lib", "main"];
 /// The only room with `unsafe`.
@@ -237,7 +239,7 @@ fn step(room: &str) -> Option<usize> {
 
 /// Whether a room may use another.
 fn may_use(room: &str, other: &str) -> bool {
-    if room == other || ABOVE.contains(&room) || NO_ROOM.contains(&room) {
+    if room == other || other == FOR_TESTS || ABOVE.contains(&room) || NO_ROOM.contains(&room) {
         return true;
     }
     if ABOVE.contains(&other) {
@@ -292,7 +294,7 @@ fn every_room_has_its_place() {
         .flat_map(|rooms| rooms.iter())
         .chain(&BESIDE)
         .chain(&ABOVE)
-        .chain([&GENERATED])
+        .chain([&GENERATED, &FOR_TESTS])
         .map(|room| (*room).to_owned())
         .collect();
     assert_eq!(declared_rooms(), known);

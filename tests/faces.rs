@@ -17,11 +17,11 @@ mod restart;
 mod rig;
 #[path = "faces/single.rs"]
 mod single;
-#[path = "faces/takeover.rs"]
-mod takeover;
 #[allow(dead_code)]
 #[path = "support/skip.rs"]
 mod skip;
+#[path = "faces/takeover.rs"]
+mod takeover;
 #[allow(dead_code)]
 #[path = "support/tree.rs"]
 mod tree;

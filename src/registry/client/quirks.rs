@@ -93,9 +93,11 @@ impl Quirks {
         })
     }
 
-    /// The host has sent a range of the blob.
+    /// The host has sent a range of the blob; or says so, which is not believed of one whose parts were false.
     pub(super) fn has_ranges(&self, base: &str, blob: Digest) {
-        if let Some(quirk) = lock(&self.blobs).get_mut(&(base.to_owned(), blob)) {
+        if let Some(quirk) = lock(&self.blobs).get_mut(&(base.to_owned(), blob))
+            && quirk.false_parts < FALSE_PARTS
+        {
             quirk.rangeless = None;
         }
     }
@@ -115,6 +117,9 @@ impl Quirks {
             quirk.encoded ^= served.claimed.is_some() && !served.part;
             let no_parts =
                 served.part && (served.guessed || served.claimed.is_some() || quirk.false_parts >= FALSE_PARTS);
+            if no_parts {
+                quirk.false_parts = FALSE_PARTS;
+            }
             (no_parts, quirk.encoded && !served.part)
         });
         if no_parts {
@@ -226,9 +231,14 @@ mod tests {
         assert!(!quirks.another_way(&served, blob, now), "one may be damaged on its way");
         assert!(quirks.another_way(&served, blob, now));
         assert!(quirks.is_rangeless(BASE, blob, now));
+        // Another answer that was under way meanwhile is no better.
+        quirks.has_ranges(BASE, blob);
+        assert!(quirks.is_rangeless(BASE, blob, now));
         // What did not say which part it is is believed less.
         let other = Digest::of(b"other");
         served.guessed = true;
         assert!(quirks.another_way(&served, other, now) && quirks.is_rangeless(BASE, other, now));
+        quirks.has_ranges(BASE, other);
+        assert!(quirks.is_rangeless(BASE, other, now));
     }
 }

@@ -29,6 +29,7 @@ mod face;
 pub mod faces;
 mod failures;
 mod image;
+mod mountpoint;
 pub mod read;
 mod readdir;
 pub mod session;

@@ -36,8 +36,8 @@ const SELF: &str = "/proc/self/exe";
 /// How long it sleeps at most while there is a worker. All news come by descriptors but one: a worker that is dead except for threads
 /// which the kernel does not let go.
 const TICK: Duration = Duration::from_secs(1);
-/// A worker that served for less than this has failed.
-const SHORT: Duration = Duration::from_secs(1);
+/// A worker that served for less than this has failed: one that dies of a request does so at once, since that is sent again.
+const SHORT: Duration = Duration::from_millis(250);
 /// Failures in a row after which the next start waits; how long at first, doubled for each further one; and the longest wait.
 const FREE_FAILURES: u32 = 3;
 const FIRST_WAIT: Duration = Duration::from_millis(100);

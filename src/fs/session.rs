@@ -5,10 +5,9 @@
 //! the layers that are in use have to be attached or expected.
 
 use std::ffi::OsStr;
-use std::fs::{DirBuilder, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -25,25 +24,21 @@ use super::counters::Counters;
 use super::face::{Face, Shared};
 use super::faces::Serving;
 use super::image::Entry;
+use super::mountpoint::{SUBTYPE, clear, make, place_of, remove};
 use super::read::Reads;
 use super::tree::{self, Tree};
 use super::{FsError, awaited};
 use crate::fetch::LayerData;
 use crate::metrics::Metrics;
-use crate::sys::mount::{Unmount, unmount};
+use crate::sys;
 use crate::sys::mountinfo::{Mount, mount_at};
-use crate::sys::{self, SysError};
 
-/// Type of the mount in the list of mounts: `fuse.lazuli`. By it a stale mount is known as ours.
-const SUBTYPE: &str = "lazuli";
 /// Least and most threads when the number is left to Lazuli: one per processor between them. They answer what is local, so more would
 /// only wait for each other; but what is local may have to come from a disk, and that does several reads at once.
 const THREADS_MIN: usize = 4;
 const THREADS_MAX: usize = 8;
 /// How far the kernel reads ahead in a file, in KiB: as much as one FUSE request can carry.
 const READ_AHEAD_KIB: u32 = 1024;
-/// Most stale mounts that are removed from one mount point; more can only mean that something makes new ones.
-const STALE_MAX: usize = 64;
 /// How much earlier than the kernel's own limit, if it has one, a read is answered: the kernel aborts the connection of all images for one late
 /// answer, and a request may wait for a moment before it is read.
 const BEFORE_KERNEL: Duration = Duration::from_secs(5);
@@ -465,7 +460,7 @@ impl Session {
             .is_some()
         {
             // Nobody has begun to answer.
-            let _ = sys::fuse::abort(mount.major, mount.minor);
+            self.abort(&mount);
         }
         // Somebody may have unmounted it, or mounted something else over it; that is not ours to remove.
         let ours = matches!(mount_at(&mountpoint), Ok(Some(there)) if there == mount);
@@ -475,15 +470,23 @@ impl Session {
         };
         let ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
         if matches!(ended.recv_timeout(END_WAIT), Err(RecvTimeoutError::Timeout)) {
-            tracing::info!(mountpoint = %mountpoint.display(), "the FUSE mount is still in use; its connection is aborted");
-            if let Err(error) = sys::fuse::abort(mount.major, mount.minor) {
-                tracing::warn!("{error}");
-            }
+            self.abort(&mount);
             if matches!(ended.recv_timeout(END_WAIT), Err(RecvTimeoutError::Timeout)) {
                 return Err(FsError::Stuck { mountpoint });
             }
         }
         unmounted.map_err(|source| FsError::Unmount { mountpoint, source })
+    }
+
+    /// Ends the connection, if that has not happened yet: after it, its number may be that of somebody else's.
+    fn abort(&self, mount: &Mount) {
+        if !sys::fuse::is_connected(&self.device) {
+            return;
+        }
+        tracing::info!(mountpoint = %self.mountpoint.display(), "the FUSE mount is still in use; its connection is aborted");
+        if let Err(error) = sys::fuse::abort(mount.major, mount.minor) {
+            tracing::warn!("{error}");
+        }
     }
 
     /// Makes the kernel forget the listing of the root directory, the content of one of a slot's entries, and the names of others with
@@ -555,71 +558,6 @@ impl Drop for Session {
 fn answer_all(runtime: &Handle, requests: Vec<awaited::Answering>) {
     for request in requests {
         runtime.spawn_blocking(request);
-    }
-}
-
-/// The path of a mount point without symbolic links.
-fn place_of(mountpoint: &Path) -> Result<PathBuf, FsError> {
-    let fail = |source| FsError::Mountpoint {
-        mountpoint: mountpoint.to_owned(),
-        source,
-    };
-    let (parent, name) = mountpoint
-        .parent()
-        .zip(mountpoint.file_name())
-        .ok_or_else(|| fail(io::Error::from(io::ErrorKind::InvalidInput)))?;
-    let parent = match parent.as_os_str().is_empty() {
-        true => Path::new("."),
-        false => parent,
-    };
-    // The parent, not the mount point itself: a dead server's mount answers no question about itself.
-    Ok(parent.canonicalize().map_err(fail)?.join(name))
-}
-
-/// Makes the mount point if it is missing.
-fn make(mountpoint: &Path) -> Result<(), FsError> {
-    let fail = |source| FsError::Mountpoint {
-        mountpoint: mountpoint.to_owned(),
-        source,
-    };
-    match DirBuilder::new().mode(0o700).create(mountpoint) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(fail(error)),
-        _ if !mountpoint.symlink_metadata().map_err(fail)?.is_dir() => {
-            Err(fail(io::Error::from(io::ErrorKind::NotADirectory)))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Takes away the mounts that processes before this one left at `mountpoint`.
-fn clear(mountpoint: &Path) -> Result<(), FsError> {
-    let stale = |source| FsError::Stale {
-        mountpoint: mountpoint.to_owned(),
-        source,
-    };
-    let fs_type = format!("fuse.{SUBTYPE}");
-    for _ in 0..STALE_MAX {
-        let Some(mount) = mount_at(mountpoint).map_err(stale)? else {
-            return Ok(());
-        };
-        if mount.fs_type != *fs_type {
-            return Ok(());
-        }
-        tracing::info!(mountpoint = %mountpoint.display(), "removing the stale mount of an earlier process");
-        // First the connection, so that nobody is left waiting in it. It is gone if the server is.
-        if let Err(error) = sys::fuse::abort(mount.major, mount.minor) {
-            tracing::debug!("{error}");
-        }
-        unmount(mountpoint, Unmount::Detach).map_err(stale)?;
-    }
-    Ok(())
-}
-
-/// Unmounts, and if somebody uses the mount, out of sight of everybody else.
-fn remove(mountpoint: &Path) -> Result<(), SysError> {
-    match unmount(mountpoint, Unmount::IfIdle) {
-        Err(error) if error.source.kind() == io::ErrorKind::ResourceBusy => unmount(mountpoint, Unmount::Detach),
-        result => result,
     }
 }
 

@@ -139,3 +139,36 @@ fn a_session_that_has_ended_is_given_up() {
     let rig = Rig::open(&root).unwrap();
     rig.close();
 }
+
+/// Threads of a dying process wait for its own answers: they alone are answered, and all others go on waiting for the next one.
+#[test]
+fn threads_that_have_to_end_are_let_out() {
+    let (_dir, root) = temporary();
+    let Some((mut child, legacy)) = serving_one(&root) else {
+        return;
+    };
+    let dir = Arc::new(std::fs::File::open(root.join(format!("fuse/{THROUGH}"))).unwrap());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let look = |name: &'static str| {
+        let (dir, (say, heard)) = (Arc::clone(&dir), std::sync::mpsc::channel());
+        let thread = std::thread::spawn(move || {
+            say.send(rustix::thread::gettid().as_raw_nonzero().get() as u32)
+                .unwrap();
+            rustix::fs::statat(&*dir, name, rustix::fs::AtFlags::SYMLINK_NOFOLLOW).map(drop)
+        });
+        (heard.recv().unwrap(), thread)
+    };
+    let ((dying, first), (_, second)) = (look("tmp"), look("bin"));
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(lazuli::sys::fuse::let_out(&legacy.device, &[dying]).unwrap(), 1);
+    let answer = within(&root.join("fuse"), move || first.join().unwrap());
+    assert_eq!(answer, Err(rustix::io::Errno::INTR));
+    assert!(!second.is_finished());
+    let rig = Rig::adopt(&root, legacy);
+    rig.faces.attach(THROUGH, Whole::new(torture("through"))).unwrap();
+    rig.faces.begin().unwrap();
+    assert_eq!(within(&root.join("fuse"), move || second.join().unwrap()), Ok(()));
+    drop(dir);
+    rig.close();
+}

@@ -312,7 +312,8 @@ impl CachedLayer {
     }
 
     /// Like [`CachedLayer::read_ready`], but takes the chunks in `arrived` from there, waits for evictions to pass, verifies chunks that
-    /// were written before a crash, and takes those that other layers have. Returns the positions of the chunks that are missing; if there are any, `buf` is not filled.
+    /// were written before a crash, and takes those that other layers have. Returns the positions of the chunks that are missing; if there are
+    /// any, `buf` is not filled.
     ///
     /// It takes as long as hashing the suspect chunks does: not for threads that must not wait.
     pub fn read_present(&self, offset: u64, buf: &mut [u8], arrived: &BTreeMap<usize, Bytes>) -> Vec<usize> {

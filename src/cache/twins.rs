@@ -79,7 +79,8 @@ impl Twins {
         };
         // Not under the lock: whoever drops a layer last takes it.
         let layer = layer.and_then(|layer| layer.upgrade());
-        let found = layer.filter(|layer| layer.ready.get(chunk)).map(|layer| (layer, chunk));
+        let there = |layer: &Arc<CachedLayer>| layer.ready.get(chunk) || layer.suspect.get(chunk);
+        let found = layer.filter(there).map(|layer| (layer, chunk));
         if found.is_none() {
             self.forget(digest);
         }
@@ -123,7 +124,7 @@ impl CachedLayer {
     pub(super) fn enlist(self: &Arc<Self>) {
         let twins = &self.cache.twins;
         twins.lock().layers.insert(self.number, Arc::downgrade(self));
-        for chunk in self.ready.ones() {
+        for chunk in self.ready.ones().chain(self.suspect.ones()) {
             if let Some(record) = self.index.chunks().get(chunk) {
                 self.offer(chunk, &record);
             }
@@ -156,6 +157,11 @@ impl CachedLayer {
             twins.forget(&record.digest);
             return false;
         };
+        if other.is_suspect(at) {
+            // As if somebody had read it there.
+            let _shared = other.mutation.read().unwrap_or_else(PoisonError::into_inner);
+            other.verify(at);
+        }
         let mut bytes = vec![0; record.data_len as usize];
         // It may be evicted at this moment, which this notices.
         let read = other.read_ready(place.data_offset, &mut bytes);

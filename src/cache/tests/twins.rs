@@ -76,11 +76,20 @@ fn a_layer_that_is_opened_again_brings_its_chunks_along() {
     let cache = open(dir.path(), 0);
     fill(&insert(&cache, "first", 3), "first");
     let first = cache.get(&digest("first")).unwrap().unwrap();
-    // Not verified since it was closed without order: then it is not offered, for it may be anything.
-    assert!(!mixed(&cache, "second", &[("first", 1)]).is_elsewhere(0));
-    assert!(restores(&first, "first", 0));
+    // Closed without order: it may be anything, and is verified when it is taken.
+    let data = dir.path().join("layers").join(digest("first").hex()).join("data");
+    let file = fs::File::options().write(true).open(&data).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, b"damaged", 100).unwrap();
+    assert!(first.is_suspect(0) && first.is_suspect(1));
+    let second = mixed(&cache, "second", &[("first", 0), ("first", 1)]);
+    assert_eq!(present(&second, 0), None);
+    assert!(!first.is_suspect(0) && !first.is_chunk_ready(0), "the damage is known by now");
+    assert_eq!(present(&second, 1).unwrap(), bytes("first", 1));
+    assert!(first.is_chunk_ready(1));
+    assert!(!restores(&first, "first", 0));
     drop(first);
     let first = insert(&cache, "first", 3);
+    fill(&first, "first");
     (0..3).for_each(|chunk| assert!(restores(&first, "first", chunk)));
     cache.close();
     drop(first);

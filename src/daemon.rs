@@ -350,6 +350,9 @@ impl Worker {
             stop,
             ..
         } = self;
+        // Before the socket: who can connect finds everything there.
+        let admin = Admin::new(metrics, Arc::clone(&catalog), mountpoint);
+        serve_admin(&config, &admin, &stop).await;
         let listener = match socket {
             // All that is held goes on as it is.
             Some(socket) if goes_on => socket,
@@ -365,8 +368,6 @@ impl Worker {
                 listener
             }
         };
-        let admin = Admin::new(metrics, Arc::clone(&catalog), mountpoint);
-        serve_admin(&config, &admin, &stop).await;
         starting.abort();
         watch(&link, &admin, &catalog);
         listener.set_nonblocking(true).map_err(io_error("socket"))?;

@@ -83,7 +83,10 @@ fn a_layer_that_is_opened_again_brings_its_chunks_along() {
     assert!(first.is_suspect(0) && first.is_suspect(1));
     let second = mixed(&cache, "second", &[("first", 0), ("first", 1)]);
     assert_eq!(present(&second, 0), None);
-    assert!(!first.is_suspect(0) && !first.is_chunk_ready(0), "the damage is known by now");
+    assert!(
+        !first.is_suspect(0) && !first.is_chunk_ready(0),
+        "the damage is known by now"
+    );
     assert_eq!(present(&second, 1).unwrap(), bytes("first", 1));
     assert!(first.is_chunk_ready(1));
     assert!(!restores(&first, "first", 0));

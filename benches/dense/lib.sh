@@ -55,5 +55,12 @@ settle() {
     done
 }
 
-# resident PID: KiB in memory that are the process' own, and KiB of files that it has mapped, its program included.
-resident() { awk '$1 == "RssAnon:" { own = $2 } $1 == "RssFile:" { files = $2 } END { print own, files }' "/proc/$1/status"; }
+# resident PID: KiB in memory that are the daemon's own, and KiB of files that it has mapped, its program included: of the supervisor PID and
+# its worker.
+resident() {
+    local pid files=()
+    for pid in "$1" $(cat "/proc/$1/task/$1/children"); do
+        files+=("/proc/$pid/status")
+    done
+    awk '$1 == "RssAnon:" { own += $2 } $1 == "RssFile:" { files += $2 } END { print own, files }' "${files[@]}"
+}

@@ -44,45 +44,48 @@ struct Source {
     room: String,
 }
 
-fn sources() -> Vec<Source> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+/// All sources in a directory of the package, and below it.
+fn rust_files(dir: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
-    let mut pending = vec![root.clone()];
+    let mut pending = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join(dir)];
     while let Some(dir) = pending.pop() {
         for entry in fs::read_dir(&dir).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
                 pending.push(path);
             } else if path.extension().is_some_and(|extension| extension == "rs") {
-                let relative = path.strip_prefix(&root).unwrap().with_extension("");
-                let modules: Vec<String> = relative
-                    .iter()
-                    .map(|part| part.to_string_lossy().into_owned())
-                    .collect();
-                let room = modules[0].clone();
-                let depth = if NO_ROOM.contains(&room.as_str()) {
-                    0
-                } else {
-                    modules.len()
-                };
-                let text = fs::read_to_string(&path).unwrap();
-                found.push(Source {
-                    path,
-                    text,
-                    depth,
-                    room,
-                });
+                found.push(path);
             }
         }
     }
-    assert!(
-        found.len() > 20,
-        "only {} source files in {}",
-        found.len(),
-        root.display()
-    );
-    found.sort_by(|a, b| a.path.cmp(&b.path));
+    assert!(found.len() > 20, "only {} source files in {dir}", found.len());
+    found.sort();
     found
+}
+
+fn sources() -> Vec<Source> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let source = |path: PathBuf| {
+        let relative = path.strip_prefix(&root).unwrap().with_extension("");
+        let modules: Vec<String> = relative
+            .iter()
+            .map(|part| part.to_string_lossy().into_owned())
+            .collect();
+        let room = modules[0].clone();
+        let depth = if NO_ROOM.contains(&room.as_str()) {
+            0
+        } else {
+            modules.len()
+        };
+        let text = fs::read_to_string(&path).unwrap();
+        Source {
+            path,
+            text,
+            depth,
+            room,
+        }
+    };
+    rust_files("src").into_iter().map(source).collect()
 }
 
 /// Identifiers, and each other character that is no blank, with the line they stand in. `::` is one token.
@@ -408,4 +411,40 @@ fn the_order_is_the_one_that_is_meant() {
     ] {
         assert!(!may_use(room, other), "{room} may not use {other}");
     }
+}
+
+/// What docs/SPECIFICATION.md says enforces a promise is there, and promises without a test say so.
+#[test]
+fn promises_name_tests_that_exist() {
+    let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/SPECIFICATION.md");
+    let text = fs::read_to_string(text).unwrap();
+    let mut functions = BTreeSet::new();
+    for dir in ["src", "tests"] {
+        for file in rust_files(dir) {
+            let tokens = tokens(&fs::read_to_string(file).unwrap());
+            let pairs = tokens
+                .windows(2)
+                .filter(|pair| matches!(pair[0].1.as_str(), "fn" | "mod"));
+            functions.extend(pairs.map(|pair| pair[1].1.clone()));
+        }
+    }
+    let mut promises = 0;
+    for row in text
+        .lines()
+        .filter(|line| line.starts_with("| ") && !line.starts_with("| promise"))
+    {
+        let by = row.trim_end_matches(" |").rsplit(" | ").next().unwrap();
+        let named: Vec<&str> = by.split('`').skip(1).step_by(2).collect();
+        let unknown: Vec<_> = named
+            .iter()
+            .filter(|name| !name.starts_with("make ") && !functions.contains(**name))
+            .collect();
+        assert!(unknown.is_empty(), "there is no test {unknown:?} for: {row}");
+        assert!(
+            !named.is_empty() || by.starts_with("no test"),
+            "nothing enforces: {row}"
+        );
+        promises += 1;
+    }
+    assert!(promises > 25, "{promises} promises were found");
 }

@@ -213,16 +213,19 @@ impl Catalog {
             layer.prefetch(0, loaded.prefetch);
         }
         match how {
-            How::Again(before) if before != id => self.again(spec, before, &layer),
+            How::Again(before) if before != id => self.again(spec, before, &layer).await,
             _ => Ok(id),
         }
     }
 
     /// Makes a layer live under an id that snapshots know it by, whose index is lost or false: with the index that was found in its place for the
     /// same image.
-    fn again(&self, spec: &LayerSpec, before: Digest, found: &Arc<Layer>) -> Result<Digest, Refusal> {
-        let known = self.store.layer(&before).map_err(|error| of_store(&error))?;
-        let record = known.ok_or_else(|| released(&before))?;
+    async fn again(&self, spec: &LayerSpec, before: Digest, found: &Arc<Layer>) -> Result<Digest, Refusal> {
+        let store = Arc::clone(&self.store);
+        let known = blocking(move || store.layer(&before)).await;
+        let record = known
+            .map_err(|error| of_store(&error))?
+            .ok_or_else(|| released(&before))?;
         // A reader of its own: it is closed when this id is released.
         let layer = self.loader.fetcher().open(Arc::clone(found.cached()), found.blob());
         self.attach(spec, before, record.slot, layer, record.streamed)?;

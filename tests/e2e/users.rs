@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::stage::{Stage, generations, subject};
 use crate::support::containerd::{Generation, REFERENCE};
 use crate::support::image::{Compression, Flavour, Image, Layer, application_entries, base_entries, ordinary};
 use crate::support::lazuli::SNAPSHOTTER;
 use crate::support::proxy::total_bytes;
-use crate::support::sandbox::{PATIENCE, mounts_below, unmount_below, wait_until};
+use crate::support::sandbox::{PATIENCE, mounts_below, run, unmount_below, wait_until};
 use crate::support::tar::{Entry, noise};
 use crate::support::torture::{self, Case};
 use crate::support::tree::{Comparison, Options, compare};
@@ -301,6 +302,55 @@ fn nothing_is_copied_and_only_what_is_read_is_fetched() {
     );
     assert!(mapped.copied() < COPIED_MAX, "{} bytes were copied", mapped.copied());
     mapped.end();
+}
+
+/// Containers with mapped owners, of one lazy image, read on while workers are killed.
+#[test]
+fn readers_do_not_notice_a_killed_worker() {
+    use std::os::unix::fs::MetadataExt as _;
+    const KILLS: u64 = 5;
+    let Some(stage) = stage("users_readers_do_not_notice") else {
+        return;
+    };
+    let files = (0..KILLS).map(|number| Entry::file(format!("data/{number}"), noise(number, 1 << 20)).owner(7, 8));
+    let image = Image::new(
+        Flavour::Oci,
+        vec![
+            Layer::of(Compression::Gzip, base_entries()),
+            Layer::of(Compression::Gzip, std::iter::once(Entry::dir("data")).chain(files)),
+        ],
+    );
+    let reference = stage.push_converted(&image, "users/killed:1", &["--estargz"]);
+    stage.pull(&reference);
+    let firsts = [FIRST, FIRST + 65_536];
+    let containers = firsts.map(|first| Mapped::new(&stage, &reference, first));
+    let mounts = mapped_mounts(&stage);
+    let lazuli = stage.lazuli.as_ref().unwrap();
+    for number in 0..KILLS {
+        let worker = wait_until(PATIENCE, || lazuli.worker()).expect("a worker serves");
+        let worker = rustix::process::Pid::from_raw(worker as i32).unwrap();
+        rustix::process::kill_process(worker, rustix::process::Signal::KILL).unwrap();
+        // What nobody has read before: it waits for the next worker. In a process of its own, which can be given up.
+        for (container, first) in containers.iter().zip(firsts) {
+            let path = container.path.join(format!("data/{number}"));
+            let read = run(Command::new("cat").arg(&path), PATIENCE).expect_success();
+            assert!(read.stdout == noise(number, 1 << 20), "{number}");
+            let seen = fs::metadata(&path).unwrap();
+            assert_eq!((seen.uid(), seen.gid()), (first + 7, first + 8));
+        }
+    }
+    assert_eq!(mapped_mounts(&stage), mounts);
+    let log = lazuli.log();
+    assert_eq!(
+        log.matches("this process goes on where another ended").count() as u64,
+        KILLS,
+        "{log}"
+    );
+    for container in &containers {
+        unmount_below(&container.path);
+        stage.containerd.ctr_ok(&["containers", "rm", &container.id]);
+    }
+    until_unmounted(&stage);
 }
 
 /// A dense node dies and comes back: fifty containers of two images on one base go on, their mounts are found again, and nothing is left of

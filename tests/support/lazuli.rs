@@ -84,11 +84,13 @@ impl Lazuli {
     /// Starts the daemon again with the same configuration, and waits until it listens.
     pub fn restart(&mut self) {
         self.process = None;
-        // A worker whose supervisor was killed dies a moment later; until then its socket still listens.
+        let address = address_in(&self.sandbox);
+        // A worker whose supervisor was killed dies a moment later; until its descriptors are closed, which is the last that happens, its socket
+        // still listens.
         let last = std::fs::read_to_string(self.root().join("lock")).unwrap_or_default();
         let exe = || std::fs::read_link(format!("/proc/{}/exe", last.trim()));
         let is_lazuli = || exe().is_ok_and(|path| path.to_string_lossy().contains("lazuli"));
-        let is_gone = || (!is_lazuli()).then_some(());
+        let is_gone = || (!is_lazuli() && !listens_unix(&address)).then_some(());
         if !last.is_empty() {
             wait_until(PATIENCE, is_gone).expect("the last worker does not end");
         }
@@ -96,7 +98,6 @@ impl Lazuli {
         command.arg("serve").arg("--config").arg(self.config());
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         let mut process = self.sandbox.spawn("lazuli", &mut command);
-        let address = address_in(&self.sandbox);
         process.wait_ready("its socket", PATIENCE, |_| listens_unix(&address));
         self.process = Some(process);
     }

@@ -90,7 +90,7 @@ impl Lazuli {
         let last = std::fs::read_to_string(self.root().join("lock")).unwrap_or_default();
         let exe = || std::fs::read_link(format!("/proc/{}/exe", last.trim()));
         let is_lazuli = || exe().is_ok_and(|path| path.to_string_lossy().contains("lazuli"));
-        let is_gone = || (!is_lazuli() && !listens_unix(&address)).then_some(());
+        let is_gone = || (!is_lazuli() && listens_unix(&address).is_none()).then_some(());
         if !last.is_empty() {
             wait_until(PATIENCE, is_gone).expect("the last worker does not end");
         }

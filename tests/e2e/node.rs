@@ -258,6 +258,9 @@ fn readers_of_a_silent_registry_stop_nobody_else() {
     let read_other = "cat /app/data/* > /dev/null";
     let (_, before) = took(|| stage.containerd.sh(&other, SNAPSHOTTER, read_other));
     let id = stage.containerd.start_container(&hung, SNAPSHOTTER);
+    // What the shell needs is here from now on.
+    let warm = stage.containerd.exec(&id, "cat /etc/passwd > /dev/null");
+    warm.expect_success();
     stage.falls_silent();
     thread::scope(|scope| {
         let script = format!(

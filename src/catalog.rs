@@ -15,6 +15,10 @@
 //! A layer may look different on its parents than by itself ([`crate::layer::variant`]): then it is a *variant* of the layer that is
 //! live for the snapshot ([`variants`]), with a digest and a slot of its own. Snapshots know it by that digest as they know layers.
 //!
+//! # Layers that containerd has
+//! containerd's content store is a source like any other ([`content`]), and asked first where it has the blob. What it has fetched by itself it
+//! has Lazuli apply, instead of unpacking it ([`apply`]).
+//!
 //! # What containers are made on
 //! Layers are mounted when a container needs them, and unmounted when none does ([`crate::fs::Faces`]). A container over several layers is made on
 //! their *chain* ([`chains`]) if that has been merged by then.
@@ -46,10 +50,12 @@ use crate::registry::{Blob, Registry};
 use crate::store::{LayerRecord, LayerSource, Store, StoreError};
 
 mod agree;
+mod apply;
 pub mod belief;
 mod chains;
 mod contact;
 pub mod containerd;
+mod content;
 mod contract;
 mod handle;
 pub mod images;
@@ -72,13 +78,14 @@ pub mod toc;
 pub mod variants;
 
 pub use chains::Lowers;
-pub use contract::{Agreement, LayerRequest, Layers, Needed, Question, Released, Resolution};
+pub use contract::{Agreement, Application, Applied, LayerRequest, Layers, Needed, Question, Released, Resolution};
 pub use handle::Handle;
 
 use belief::Beliefs;
 use chains::Chains;
 use contact::Contacts;
 use containerd::Containerd;
+use content::ContentStore;
 use images::{ImagePlan, Images};
 use loader::{LayerSpec, Loader, NotLazy, Refusal};
 use loads::Loads;
@@ -117,6 +124,8 @@ enum How {
     AsImageSays,
     /// That its index is built from the blob.
     Built,
+    /// The same, from the blob that containerd has.
+    Applied,
     /// That it is live under the id that it had before, as snapshots know it by that, whatever its index is now.
     Again(Digest),
 }
@@ -150,6 +159,8 @@ pub struct Catalog {
     images: Images,
     loader: Loader,
     registry: Arc<Registry>,
+    /// What containerd has itself.
+    content: ContentStore,
     /// What layers are shown by, until the daemon ends.
     faces: RwLock<Option<Faces>>,
     store: Arc<Store>,
@@ -217,6 +228,7 @@ impl Catalog {
         } = parts;
         let hosts: Arc<Hosts> = Arc::default();
         Arc::new(Catalog {
+            content: ContentStore::new(containerd.clone()),
             images: Images::new(
                 containerd,
                 Arc::clone(&registry),
@@ -425,18 +437,16 @@ impl Catalog {
         }
     }
 
-    /// A handle on the blob at all its sources. Asks nobody yet.
-    fn blob(&self, spec: &LayerSpec, sources: &[LayerSource]) -> Option<Arc<dyn Blob>> {
+    /// A handle on the blob at all its sources, of which containerd's own is the last one, unless it is known to have the blob. Asks nobody yet.
+    fn blob(&self, spec: &LayerSpec, sources: &[LayerSource]) -> Arc<dyn Blob> {
         let at = |source: &LayerSource| {
             self.registry
                 .repository(&source.host, &source.repository)
                 .blob(spec.digest, spec.size)
         };
-        Failover::over(
-            spec.digest,
-            sources.iter().map(at).collect(),
-            Arc::clone(&self.standings),
-        )
+        let content = self.content.blob(spec.digest, spec.size, sources.is_empty());
+        let places = sources.iter().map(at).chain([Arc::clone(&content)]).collect();
+        Failover::over(spec.digest, places, Arc::clone(&self.standings)).unwrap_or(content)
     }
 
     fn read_live(&self) -> RwLockReadGuard<'_, HashMap<Digest, Live>> {

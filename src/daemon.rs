@@ -41,7 +41,7 @@ use crate::metrics::Metrics;
 use crate::proto::control::control_server::{Control, ControlServer};
 use crate::proto::control::{StatusRequest, StatusResponse};
 use crate::registry::{Registry, RegistryError};
-use crate::snapshots::{Service, SnapshotsError};
+use crate::snapshots::{Differ, Service, SnapshotsError};
 use crate::store::{Store, StoreError};
 use crate::sync::{Budget, blocking};
 use crate::sys::{descriptors, signals};
@@ -372,11 +372,13 @@ impl Worker {
         watch(&link, &admin, &catalog);
         listener.set_nonblocking(true).map_err(io_error("socket"))?;
         let listener = UnixListener::from_std(listener).map_err(io_error("socket"))?;
+        let differ = Differ::new(service.clone(), Containerd::new(&config.containerd_address));
         let control = ControlServer::new(ControlService(catalog)).max_encoding_message_size(MAX_MESSAGE);
         admin.set_ready(true);
         tracing::info!(address = %config.address.display(), "serving");
         link.say(&Message::Ready, None);
         let serving = tonic::transport::Server::builder()
+            .add_service(differ.into_server())
             .add_service(service.into_server())
             .add_service(control)
             .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stop.clone().map(drop));

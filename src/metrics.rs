@@ -25,6 +25,11 @@ pub struct Metrics {
     pub layers_refused_total: IntCounterVec,
     /// Layers that were streamed as a whole, by `reason` (a fixed set of words).
     pub layers_streamed_total: IntCounterVec,
+    /// Layers that containerd gave to its differ Lazuli, by `outcome` (`packed`, `unpacked`: given back to containerd's own differ, `declined`: not
+    /// Lazuli's, `failed`).
+    pub applied_layers_total: IntCounterVec,
+    /// Duration of packing a layer that containerd has fetched, in seconds.
+    pub apply_seconds: Histogram,
     /// FUSE requests, by `op`.
     pub fuse_requests_total: IntCounterVec,
     /// FUSE requests answered with an error other than ENOENT and ENODATA, by `errno`.
@@ -138,6 +143,17 @@ impl Metrics {
                 "lazuli_layers_streamed_total",
                 "Layers that were streamed as a whole.",
                 &["reason"],
+            ),
+            applied_layers_total: counter_vec(
+                &r,
+                "lazuli_applied_layers_total",
+                "Layers that containerd gave to its differ Lazuli.",
+                &["outcome"],
+            ),
+            apply_seconds: histogram(
+                &r,
+                "lazuli_apply_seconds",
+                "Duration of packing a layer that containerd has fetched, in seconds.",
             ),
             fuse_requests_total: counter_vec(&r, "lazuli_fuse_requests_total", "FUSE requests.", &["op"]),
             fuse_errors_total: counter_vec(

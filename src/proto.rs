@@ -1,4 +1,4 @@
-//! Code generated from `proto/`: the services Lazuli serves (snapshots) and calls (containerd's content, images, leases, diff, ...).
+//! Code generated from `proto/`: the services Lazuli serves (snapshots, diff) and calls (containerd's content, images, leases, diff, ...).
 
 #![allow(missing_docs, clippy::doc_lazy_continuation, clippy::large_enum_variant)]
 
@@ -32,6 +32,11 @@ pub mod containerd {
                 tonic::include_proto!("containerd.services.diff.v1");
             }
         }
+        pub mod namespaces {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.namespaces.v1");
+            }
+        }
         pub mod version {
             pub mod v1 {
                 tonic::include_proto!("containerd.services.version.v1");
@@ -40,7 +45,7 @@ pub mod containerd {
     }
 }
 
-pub use containerd::services::{content, diff, images, leases, snapshots, version};
+pub use containerd::services::{content, diff, images, leases, namespaces, snapshots, version};
 pub use containerd::types;
 
 /// Lazuli's own control service.

@@ -24,6 +24,10 @@
 //! a release: a layer that was asked for just now stays in any case, what is mounted meanwhile bears a later mark, by which it is left alone,
 //! and unmounting comes after all decisions.
 //!
+//! # Layers that containerd fetches
+//! What Lazuli leaves to containerd comes back, if containerd uses Lazuli as its differ: then it is not unpacked, but applied (differ.rs), and the
+//! snapshot that containerd commits shows a layer as a remote one does.
+//!
 //! # Durability
 //! Records are on disk before an RPC is answered, and so is the name of the directory of a committed snapshot. The
 //! directories of the others, which hold nothing yet, and links to layers are made again at start if they are missing
@@ -43,8 +47,10 @@ use crate::proto::snapshots::v1::snapshots_server::SnapshotsServer;
 use crate::store::Store;
 use crate::sync::Epochs;
 
+mod applied;
 mod chain;
 mod core;
+pub mod differ;
 mod dirs;
 mod error;
 mod filters;
@@ -59,6 +65,7 @@ mod rules;
 mod usage;
 mod users;
 
+pub use differ::Differ;
 pub use error::SnapshotsError;
 pub use filters::{Fields, FilterError, Filters};
 

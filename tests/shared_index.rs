@@ -228,7 +228,11 @@ impl Node {
         let known = self.known.lock().unwrap().clone();
         judged.usable.extend(known.into_iter().map(|id| (Ground::Place, id)));
         let origin = Some(&self.origin);
-        let loaded = self.loader.load(&self.spec, blob, &[], origin, &judged).await.unwrap();
+        let loaded = self
+            .loader
+            .load(&self.spec, blob, &[], origin, "", &judged)
+            .await
+            .unwrap();
         self.known.lock().unwrap().push(*loaded.layer.id());
         loaded
     }
@@ -669,7 +673,7 @@ async fn swapped_names_are_found_out() {
     let blob = source.blob(stage.layer, node.spec.size);
     let loaded = node
         .loader
-        .load(&node.spec, blob, &[], None, &node.loader.alone(&node.spec))
+        .load(&node.spec, blob, &[], None, "", &node.loader.alone(&node.spec))
         .await
         .unwrap();
     assert!(matches!(loaded.index, Some(IndexRecord::Built { .. })));

@@ -171,7 +171,7 @@ impl Node {
         let blob = source.blob(spec.digest, spec.size);
         let judged = self.loader.alone(&spec);
         self.loader
-            .load(&spec, blob, &[], Some(&self.origin), &judged)
+            .load(&spec, blob, &[], Some(&self.origin), "", &judged)
             .await
             .unwrap()
     }

@@ -79,6 +79,13 @@ impl Contacts {
         }
     }
 
+    /// Which host a load of `layer` asks, if there is one.
+    pub(super) fn host(&self, layer: &Digest) -> Option<String> {
+        let contacts = self.lock();
+        let contact = contacts.get(layer)?.iter().find_map(Weak::upgrade)?;
+        Some(contact.host.clone())
+    }
+
     /// Since when all who were asked for `layer` are silent, if they are.
     pub(super) fn silent_since(&self, layer: &Digest) -> Option<Instant> {
         let contacts = self.lock();

@@ -14,19 +14,25 @@ use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, Endpoint, Uri};
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request, Status, Streaming};
 
 use crate::layer::Digest;
 use crate::proto::content::v1 as content;
 use crate::proto::content::v1::content_client::ContentClient;
+use crate::proto::diff::v1 as diff;
+use crate::proto::diff::v1::diff_client::DiffClient;
 use crate::proto::images::v1 as images;
 use crate::proto::images::v1::images_client::ImagesClient;
+use crate::proto::namespaces::v1 as namespaces;
+use crate::proto::namespaces::v1::namespaces_client::NamespacesClient;
 use crate::proto::version::v1::version_client::VersionClient;
 
 /// Longest wait for one answer of containerd. Its own bolt transactions take milliseconds; a node under heavy load, seconds.
 const CALL_DEADLINE: Duration = Duration::from_secs(20);
 /// Longest wait for the socket.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
+/// What may be under way on one stream, in bytes: with HTTP/2's own 64 KiB, blobs would come at a fraction of what the socket can do.
+const WINDOW: u32 = 4 << 20;
 /// Largest message, both ways: what containerd itself allows.
 pub const MAX_MESSAGE: usize = 16 << 20;
 /// Largest manifest or config that is read, in bytes: what containerd itself accepts from a registry.
@@ -223,6 +229,55 @@ impl Containerd {
         Ok(answer.into_inner().images.into_iter().map(|image| image.name).collect())
     }
 
+    /// All namespaces.
+    ///
+    /// # Errors
+    /// [`ContainerdError`] if containerd does not answer.
+    pub async fn namespaces(&self) -> Result<Vec<String>, ContainerdError> {
+        let mut request = Request::new(namespaces::ListNamespacesRequest {});
+        request.set_timeout(CALL_DEADLINE);
+        let listed = NamespacesClient::new(self.channel()).list(request).await;
+        let listed = listed.map_err(|status| self.error("list its namespaces", status))?;
+        let names = listed.into_inner().namespaces.into_iter();
+        Ok(names.map(|namespace| namespace.name).collect())
+    }
+
+    /// Bytes of a blob from `offset` on, `size` of them, in messages of containerd's own choice; not verified. There is no deadline for all of
+    /// them: whoever reads them has one for each.
+    ///
+    /// # Errors
+    /// [`ContainerdError`] if containerd does not have it, or does not answer.
+    pub async fn blob(
+        &self,
+        namespace: &str,
+        digest: &Digest,
+        offset: u64,
+        size: u64,
+    ) -> Result<Streaming<content::ReadContentResponse>, ContainerdError> {
+        let in_range = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+        let mut request = Request::new(content::ReadContentRequest {
+            digest: digest.to_string(),
+            offset: in_range(offset),
+            size: in_range(size),
+        });
+        request.metadata_mut().insert(NAMESPACE_HEADER, header(namespace)?);
+        let answer = self.content().read(request).await;
+        let answer = answer.map_err(|status| self.error(format!("read {digest}"), status))?;
+        Ok(answer.into_inner())
+    }
+
+    /// Has containerd apply a layer by the differs that it has. Takes as long as that takes.
+    ///
+    /// # Errors
+    /// containerd's answer, as it is.
+    pub async fn apply(&self, namespace: &str, request: diff::ApplyRequest) -> Result<diff::ApplyResponse, Status> {
+        let namespace = header(namespace).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let mut request = Request::new(request);
+        request.metadata_mut().insert(NAMESPACE_HEADER, namespace);
+        let answer = DiffClient::new(self.channel()).apply(request).await;
+        answer.map(tonic::Response::into_inner)
+    }
+
     /// A request in `namespace`, with a deadline.
     ///
     /// # Errors
@@ -249,6 +304,8 @@ pub fn unix_channel(address: &Path) -> Channel {
     // The URI only fills the HTTP/2 authority; the connector decides where the bytes go.
     Endpoint::from_static("http://localhost")
         .connect_timeout(CONNECT_DEADLINE)
+        .initial_stream_window_size(WINDOW)
+        .initial_connection_window_size(WINDOW)
         .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
             let address = address.clone();
             async move { UnixStream::connect(address).await.map(TokioIo::new) }

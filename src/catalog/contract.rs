@@ -5,6 +5,7 @@ use std::collections::{HashMap, HashSet};
 use futures::future::BoxFuture;
 
 use super::chains::Lowers;
+use super::loader::{LayerSpec, Refusal};
 use crate::layer::Digest;
 
 /// A layer that containerd asks for: one `Prepare` with `containerd.io/snapshot.ref`.
@@ -20,6 +21,34 @@ pub struct LayerRequest {
     pub below: Vec<bool>,
     /// Chain ids of layers that containerd is fetching and unpacking by itself.
     pub unpacking: HashSet<String>,
+}
+
+/// A layer that containerd has fetched, and has applied to a snapshot.
+#[derive(Debug, Clone)]
+pub struct Application {
+    /// containerd namespace of the snapshot.
+    pub namespace: String,
+    /// Chain id that the snapshot will have.
+    pub chain_id: String,
+    /// What containerd says of the blob; not what the tar's digest is: containerd compares that itself.
+    pub spec: LayerSpec,
+    /// What the snapshots below show, the lowest first: layers or variants; `None` for what containerd has unpacked.
+    pub below: Vec<Option<Digest>>,
+}
+
+/// What came of an [`Application`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Applied {
+    /// The layer to be shown, or a variant of it.
+    pub layer: Digest,
+    /// Digest of its tar.
+    pub tar: Digest,
+    /// Bytes of its tar, and of what its sparse files are expanded to.
+    pub tar_size: u64,
+    /// Whether it and all below it were found to be certain tars, so that it is the same for everybody.
+    pub proven: bool,
+    /// Whether it is the topmost one of an image: containers will be made on it.
+    pub is_top: bool,
 }
 
 /// What became of a [`LayerRequest`].
@@ -45,6 +74,12 @@ pub trait Layers: Send + Sync + 'static {
     /// Makes the layer live if it can be, waiting for its index (and for its bytes, where it has to be streamed), but for a few seconds at
     /// the most: what is not there by then is refused. The layer stays live at least until the next [`Layers::retain`] that does not name it.
     fn resolve(&self, request: LayerRequest) -> BoxFuture<'_, Resolution>;
+
+    /// Makes a layer live whose blob containerd has, from that blob alone. It stays live as after [`Layers::resolve`].
+    ///
+    /// # Errors
+    /// Why it cannot be shown: containerd has to unpack it.
+    fn apply(&self, application: Application) -> BoxFuture<'_, Result<Applied, Refusal>>;
 
     /// What may be shown to a container if several images of its namespace have the same chain of layers, and do not believe the same of them.
     /// Asks containerd, and may wait for a layer, both for a few seconds.

@@ -5,7 +5,10 @@ use std::sync::Arc;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
-use super::{Agreement, Catalog, LayerRequest, Layers, Lowers, Needed, Question, Released, Resolution};
+use super::loader::Refusal;
+use super::{
+    Agreement, Application, Applied, Catalog, LayerRequest, Layers, Lowers, Needed, Question, Released, Resolution,
+};
 use crate::fetch::LayerData;
 use crate::fs::Faces;
 use crate::layer::Digest;
@@ -21,6 +24,10 @@ impl Layers for Handle {
             resolved.unwrap_or_else(|refusal| Resolution::Refused(refusal.text))
         }
         .boxed()
+    }
+
+    fn apply(&self, application: Application) -> BoxFuture<'_, Result<Applied, Refusal>> {
+        Arc::clone(&self.0).apply(application).boxed()
     }
 
     fn agree(&self, question: Question) -> BoxFuture<'_, Agreement> {

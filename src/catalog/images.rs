@@ -41,7 +41,7 @@ pub struct ImagePlan {
     pub name: Option<String>,
     /// Digest of its manifest.
     pub manifest: Digest,
-    /// Where its blobs can be had.
+    /// Where its blobs can be had, besides in containerd; none, if containerd was given it without a registry.
     pub sources: Vec<LayerSource>,
     /// Its layers from the lowest up.
     pub layers: Arc<Vec<PlannedLayer>>,
@@ -214,11 +214,7 @@ impl Images {
             };
             if layers.iter().any(|layer| layer.chain_id == request.chain_id) {
                 let names = self.names(&request.namespace).await;
-                let sources = self.sources(&names, info);
-                if sources.is_empty() {
-                    let text = format!("containerd does not tell which registry manifest {digest} came from");
-                    return Err(Refusal::unresolved(text, false));
-                }
+                let sources = self.sources(&names, &info.labels);
                 let namespace = request.namespace.clone();
                 return Ok(ImagePlan {
                     namespace,
@@ -363,7 +359,7 @@ impl Images {
             name: None,
             manifest,
             sources: match sources {
-                true => self.sources(&names, info),
+                true => self.sources(&names, &info.labels),
                 false => Vec::new(),
             },
             layers,
@@ -376,10 +372,18 @@ impl Images {
         self.containerd.image_names(namespace).await.unwrap_or_default()
     }
 
+    /// Where content with these labels may be, besides in containerd; none, if it was not pulled from anywhere.
+    pub(super) async fn sources_of(&self, namespace: &str, labels: &HashMap<String, String>) -> Vec<LayerSource> {
+        match source_labels(labels).is_empty() {
+            true => Vec::new(),
+            false => self.sources(&self.names(namespace).await, labels),
+        }
+    }
+
     /// Where the blobs of a manifest may be: its `distribution.source` labels, with the ports that they lack; `names` are those of all images.
-    fn sources(&self, names: &[String], info: &ContentInfo) -> Vec<LayerSource> {
+    fn sources(&self, names: &[String], labels: &HashMap<String, String>) -> Vec<LayerSource> {
         let mut sources = Vec::new();
-        for (host, repository) in source_labels(&info.labels) {
+        for (host, repository) in source_labels(labels) {
             let pulled = names
                 .iter()
                 .filter_map(|name| Reference::parse(name).ok())

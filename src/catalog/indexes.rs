@@ -168,7 +168,7 @@ impl Catalog {
     }
 
     /// A live layer all of which is here, and what images promise its tar to be.
-    fn whole(&self, id: &Digest) -> Option<(Arc<CachedLayer>, Vec<Digest>)> {
+    pub(super) fn whole(&self, id: &Digest) -> Option<(Arc<CachedLayer>, Vec<Digest>)> {
         let live = self.read_live();
         let live = live.get(id).filter(|live| live.layer.cached().is_complete())?;
         Some((Arc::clone(live.layer.cached()), live.diff_ids.clone()))
@@ -196,7 +196,7 @@ impl Catalog {
     }
 
     /// Ids of layers that are live, without variants.
-    fn live_ids(&self) -> Vec<Digest> {
+    pub(super) fn live_ids(&self) -> Vec<Digest> {
         let live = self.read_live();
         let layers = live.iter().filter(|(_, live)| !live.is_variant);
         layers.map(|(id, _)| *id).collect()

@@ -100,7 +100,7 @@ impl Refusal {
 /// Why a layer that Lazuli serves is streamed as a whole, instead of being read where it is needed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NotLazy {
-    /// One word of a fixed set, for metrics: `small`, `plain`, `zstd`, `toc`, `legacy`, `external`, `ranges`.
+    /// One word of a fixed set, for metrics: `small`, `plain`, `zstd`, `toc`, `legacy`, `external`, `ranges`, `applied`.
     pub word: &'static str,
     /// The whole reason, for people; it completes "streamed, as ...".
     pub text: String,
@@ -125,6 +125,14 @@ impl NotLazy {
                 Ok(Compression::Zstd) => because("zstd", "its zstd frame can only be read from the beginning"),
                 _ => because("plain", "its manifest names no table of contents"),
             },
+        }
+    }
+
+    /// Of a layer that containerd has fetched and has applied.
+    pub(super) fn applied() -> Self {
+        NotLazy {
+            word: "applied",
+            text: "containerd had fetched it".to_owned(),
         }
     }
 
@@ -296,7 +304,7 @@ impl Loader {
 
     /// A readable layer: from a stored index that may be shown to the image, as `judged` says; else from its table of contents, else from an index
     /// that others share, else streamed. Waits for the network. If the table is in another image, it is looked for in `images`. `origin`
-    /// says where to look for shared indexes; without it none is looked for.
+    /// says where to look for shared indexes; without it none is looked for. `host` is where the blob comes from, empty if it is not known.
     ///
     /// # Errors
     /// [`Refusal`] says why Lazuli cannot serve it.
@@ -306,6 +314,7 @@ impl Loader {
         blob: Arc<dyn Blob>,
         images: &[TocImage],
         origin: Option<&Origin>,
+        host: &str,
         judged: &Judged,
     ) -> Result<Loaded, Refusal> {
         if let Some(proof) = judged.proof {
@@ -324,8 +333,6 @@ impl Loader {
             return Ok(Loaded::plain(layer));
         }
         supported(spec)?;
-        let host = origin.and_then(|origin| origin.sources.first());
-        let host = host.map_or("", |source| source.host.as_str());
         if self.hosts.is_silent(host, Instant::now()) {
             return Err(silent(host));
         }

@@ -6,7 +6,8 @@ use std::time::Instant;
 use futures::FutureExt;
 
 use super::contact::Contact;
-use super::loader::{self, LayerSpec, NotLazy, Refusal};
+use super::content::{self, ContentStore};
+use super::loader::{self, LayerSpec, Loaded, NotLazy, Refusal};
 use super::question::Begun;
 use super::shared::Origin;
 use super::toc::TocImage;
@@ -16,6 +17,10 @@ use crate::layer::Digest;
 use crate::registry::Reference;
 use crate::store::{LayerRecord, LayerSource, StoreError};
 use crate::sync::blocking;
+
+/// Bytes of a blob that containerd has from which on an index of it is looked for elsewhere, before all of it is read: so many take about a
+/// second.
+const INDEX_ABOVE: u64 = 64 << 20;
 
 impl Catalog {
     /// What an image may be shown of a layer.
@@ -36,7 +41,7 @@ impl Catalog {
                 let usable = self.judge(&wanted.spec, &wanted.origin).usable;
                 usable.into_iter().map(|(_, id)| id).collect()
             }
-            How::Built => vec![wanted.spec.digest],
+            How::Built | How::Applied => vec![wanted.spec.digest],
             How::Again(id) => vec![id],
         };
         let mut lives = self.write_live();
@@ -84,7 +89,7 @@ impl Catalog {
         match learned.await {
             Ok(Some(record)) => {
                 let blob = self.blob(&spec_of(&record), &record.sources);
-                if let (Some(blob), Some(live)) = (blob, self.read_live().get(&digest)) {
+                if let Some(live) = self.read_live().get(&digest) {
                     live.layer.set_blob(blob);
                 }
             }
@@ -132,9 +137,12 @@ impl Catalog {
             how,
         } = wanted;
         let (spec, sources) = (&spec, origin.sources.clone());
-        let blob = self
-            .blob(spec, &sources)
-            .ok_or_else(|| Refusal::unresolved("no source is known", false))?;
+        let is_here = self.is_in_content(spec).await;
+        if sources.is_empty() && !is_here {
+            let text = "containerd neither has its blob nor tells which registry its manifest came from";
+            return Err(Refusal::unresolved(text, false));
+        }
+        let blob = self.blob(spec, &sources);
         let judged = self.judge(spec, &origin);
         if !judged.refused.is_empty() {
             let (catalog, refused) = (Arc::clone(self), judged.refused.clone());
@@ -145,15 +153,24 @@ impl Catalog {
             })
             .await;
         }
-        let host = sources.first().map(|source| source.host.clone()).unwrap_or_default();
-        let contact = Contact::new(Arc::clone(&blob), host, Arc::clone(&self.hosts));
+        let host = match (is_here, sources.first()) {
+            (true, _) => content::HOST.to_owned(),
+            (false, source) => source.map(|source| source.host.clone()).unwrap_or_default(),
+        };
+        let contact = Contact::new(Arc::clone(&blob), host.clone(), Arc::clone(&self.hosts));
         let _noted = self.contacts.note(spec.digest, &contact);
         let loaded = match how {
             How::Built => self.loader.build(spec, contact).await?,
+            How::Applied => Loaded {
+                streamed: Some(NotLazy::applied()),
+                ..self.loader.build(spec, contact).await?
+            },
             How::AsImageSays | How::Again(_) => {
                 let toc_images = self.toc_images(&images);
+                // What is read within a moment needs no index, and nobody else need be asked for one.
+                let asks = (!is_here || spec.size > INDEX_ABOVE).then_some(&origin);
                 self.loader
-                    .load(spec, contact, &toc_images, Some(&origin), &judged)
+                    .load(spec, contact, &toc_images, asks, &host, &judged)
                     .await?
             }
         };
@@ -185,7 +202,7 @@ impl Catalog {
             proof: proof.or_else(|| self.beliefs.get(&id).and_then(|belief| belief.proof)),
             formerly: None,
             variant_of: None,
-            diff_id: spec.diff_id,
+            diff_id: spec.diff_id.or(proof),
             media_type: spec.media_type.clone(),
             size: spec.size,
             annotations: spec.annotations.clone(),
@@ -216,6 +233,15 @@ impl Catalog {
             How::Again(before) if before != id => self.again(spec, before, &layer).await,
             _ => Ok(id),
         }
+    }
+
+    /// Whether containerd has the blob of a layer: then it is asked first.
+    async fn is_in_content(&self, spec: &LayerSpec) -> bool {
+        let is_here = self.content.locate(&spec.digest, spec.size).await.is_some();
+        if is_here {
+            self.standings.delivered(&spec.digest, &ContentStore::origin());
+        }
+        is_here
     }
 
     /// Makes a layer live under an id that snapshots know it by, whose index is lost or false: with the index that was found in its place for the

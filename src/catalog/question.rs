@@ -119,11 +119,9 @@ impl Catalog {
             Ok(loaded) => return loaded,
             Err(verdict) => verdict,
         };
-        let host = plan
-            .sources
-            .first()
-            .map_or("its registry", |source| source.host.as_str());
-        let refusal = too_late(host, planned.spec.size, verdict);
+        let host = self.contacts.host(&digest).or_else(|| first_host(plan));
+        let host = host.unwrap_or_else(|| "its registry".to_owned());
+        let refusal = too_late(&host, planned.spec.size, verdict);
         for (at, planned) in plan.layers.iter().enumerate().skip(position) {
             if at == position || self.loader.fetcher().progress(&planned.spec.digest).is_some() {
                 asking.leave(&self.load_key(&wanted(plan, planned)), &refusal);
@@ -143,11 +141,7 @@ impl Catalog {
         deadline: Instant,
     ) -> Result<Result<LoadedId, Refusal>, Verdict> {
         let fetcher = self.loader.fetcher();
-        let host = plan
-            .sources
-            .first()
-            .map(|source| source.host.clone())
-            .unwrap_or_default();
+        let mut host = first_host(plan).unwrap_or_default();
         let mut watch = Watch::new(Instant::now(), deadline);
         let mut arrived: HashMap<Digest, u64> = HashMap::new();
         let mut paused = Vec::new();
@@ -163,6 +157,10 @@ impl Catalog {
                     return Ok(outcome);
                 }
                 () = look => {}
+            }
+            // Where it really comes from is known once it is asked for.
+            if let Some(asked) = self.contacts.host(digest) {
+                host = asked;
             }
             for planned in plan.layers.iter() {
                 if let Some(progress) = fetcher.progress(&planned.spec.digest) {
@@ -210,6 +208,11 @@ impl Catalog {
             }
         }
     }
+}
+
+/// The host that an image's layers are asked of first.
+fn first_host(plan: &ImagePlan) -> Option<String> {
+    plan.sources.first().map(|source| source.host.clone())
 }
 
 /// Why a layer is not waited for any longer.

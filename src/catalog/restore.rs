@@ -43,10 +43,7 @@ impl Catalog {
         for record in layers.into_iter().filter(|record| referenced.contains(&record.digest)) {
             let digest = record.digest;
             let spec = spec_of(&record);
-            let Some(blob) = self.blob(&spec, &record.sources) else {
-                tracing::error!(layer = %record.digest, "no source is recorded; pull its image again");
-                continue;
-            };
+            let blob = self.blob(&spec, &record.sources);
             let key = Key {
                 id: digest,
                 blob: spec.digest,
@@ -90,6 +87,7 @@ impl Catalog {
         self.restore_chains(&referenced)?;
         self.publish_the_rest();
         self.check_shared();
+        self.look_in_content();
         tracing::info!(restored, missing, "layers of committed snapshots are back");
         Ok(())
     }

@@ -457,7 +457,7 @@ impl Catalog {
         .is_some()
     }
 
-    fn live_layer(&self, layer: &Digest) -> Option<Arc<Layer>> {
+    pub(super) fn live_layer(&self, layer: &Digest) -> Option<Arc<Layer>> {
         self.read_live().get(layer).map(|live| Arc::clone(&live.layer))
     }
 
@@ -595,7 +595,7 @@ impl Catalog {
 }
 
 /// The names of a layer.
-fn names_of(layer: &Layer) -> Result<Arc<LayerIndex>, Refusal> {
+pub(super) fn names_of(layer: &Layer) -> Result<Arc<LayerIndex>, Refusal> {
     layer.names().map_err(|error| Refusal {
         word: "disk",
         text: error.to_string(),

@@ -220,7 +220,7 @@ impl<'a> Tool<'a> {
             return Ok(Err("it is small, and fetched at once".to_owned()));
         }
         let blob = subject.source.blob(spec.digest, spec.size);
-        let loaded = match loader.load(spec, blob, &[], None, &loader.alone(spec)).await {
+        let loaded = match loader.load(spec, blob, &[], None, "", &loader.alone(spec)).await {
             Ok(loaded) => loaded,
             // What the layer is like is a reason; that it cannot be had is a failure.
             Err(refusal) if !refusal.retry_helps && refusal.word != "source" => return Ok(Err(refusal.text)),

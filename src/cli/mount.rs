@@ -133,6 +133,7 @@ async fn fetch(
             source.blob(layer.spec.digest, layer.spec.size),
             toc_images,
             None,
+            "",
             judged,
         )
     });

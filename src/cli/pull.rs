@@ -262,6 +262,7 @@ impl Pull {
         let apply = diff::v1::ApplyRequest {
             diff: Some(descriptor(layer)),
             mounts,
+            ..diff::v1::ApplyRequest::default()
         };
         let mut request = self.request(apply)?;
         request.set_timeout(LAYER_DEADLINE);

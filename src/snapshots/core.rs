@@ -24,7 +24,7 @@ use crate::proto::types::Mount;
 use crate::store::{Kind, SnapshotRecord, Store, StoreError, Usage, shown};
 
 /// In the keys of snapshots in which containerd unpacks a layer: `<namespace>/<number>/extract-<time>-<random> <chain id>`.
-const EXTRACTION: &str = "/extract-";
+pub(super) const EXTRACTION: &str = "/extract-";
 
 /// What a layer's image says of it and of those below, the lowest first, as [`Resolution::Live`](crate::catalog::Resolution) has it.
 #[derive(Debug, Clone)]
@@ -58,10 +58,12 @@ pub(super) struct Doubt {
 const CLEANUP_PATIENCE: Duration = Duration::from_secs(30);
 
 pub(super) struct Core {
-    dirs: Arc<Dirs>,
-    store: Arc<Store>,
-    layers: Arc<dyn Layers>,
+    pub(super) dirs: Arc<Dirs>,
+    pub(super) store: Arc<Store>,
+    pub(super) layers: Arc<dyn Layers>,
     overlay: Overlay,
+    /// Ids of snapshots that are not committed yet and show the topmost layer of an image.
+    tops: Mutex<HashSet<u64>>,
     /// Held while mounts come or go that a snapshot has of its own.
     mapping: Mutex<()>,
 }
@@ -79,6 +81,7 @@ impl Core {
             store,
             layers,
             overlay: Overlay::detect(),
+            tops: Mutex::default(),
             mapping: Mutex::default(),
         };
         core.sweep()?;
@@ -266,13 +269,14 @@ impl Core {
         }
         let mut shown = shown(&chain);
         for (at, (name, record)) in chain.iter().enumerate() {
-            let chain_id = match record.layer {
+            let labelled = match record.layer {
                 Some(_) => self
                     .store
                     .snapshot(name)?
                     .and_then(|mut record| record.labels.remove(REF_LABEL)),
-                None => rules::chain_id_of(name),
+                None => None,
             };
+            let chain_id = labelled.or_else(|| rules::chain_id_of(name));
             if let Some(chain_id) = chain_id {
                 let above = shown.split_off(shown.len() - at);
                 return Ok(Some(Doubt { chain_id, shown, above }));
@@ -336,6 +340,10 @@ impl Core {
         }
     }
 
+    pub(super) fn tops(&self) -> MutexGuard<'_, HashSet<u64>> {
+        self.tops.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn turn(&self) -> MutexGuard<'_, ()> {
         self.mapping.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -351,6 +359,9 @@ impl Core {
         check_key("key", key)?;
         let record = self.store.snapshot(key)?;
         rules::check_commit(key, record.as_ref(), parent)?;
+        if let Some((id, Some(layer))) = record.as_ref().map(|record| (record.id, record.layer)) {
+            return self.commit_applied((name, key, parent), labels, (id, layer));
+        }
         let (id, is_mapped) = record
             .map(|record| (record.id, is_labelled(&record.labels)))
             .unwrap_or_default();
@@ -382,6 +393,7 @@ impl Core {
     /// Takes away what is left of a snapshot without a record; its directory is deleted in the background. Whether something may be needed no
     /// more now: a layer, or a mount of it.
     pub fn discard(&self, key: &str, record: &SnapshotRecord) -> bool {
+        self.tops().remove(&record.id);
         let _turn = is_labelled(&record.labels).then(|| self.turn());
         // It is removed, whatever becomes of its directory: without a record, the next Cleanup finds it.
         if let Err(error) = self.dirs.discard(record.id) {

@@ -285,6 +285,19 @@ impl Dirs {
         }
     }
 
+    /// Whose directory of its own files this is.
+    pub fn id_of(&self, own: &Path) -> Option<u64> {
+        let id = own
+            .strip_prefix(&self.snapshots)
+            .ok()?
+            .iter()
+            .next()?
+            .to_str()?
+            .parse()
+            .ok()?;
+        (self.own(id) == own).then_some(id)
+    }
+
     /// The directory of a snapshot's own files.
     pub fn own(&self, id: u64) -> PathBuf {
         self.dir(id).join("fs")

@@ -49,7 +49,7 @@ const DEFAULT_NAMESPACE: &str = "default";
 
 impl Service {
     /// Runs what blocks on a thread where it may. It is finished even if the client goes away.
-    async fn blocking<T: Send + 'static>(
+    pub(super) async fn blocking<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Core) -> Result<T, SnapshotsError> + Send + 'static,
     ) -> Result<T, SnapshotsError> {
@@ -58,7 +58,7 @@ impl Service {
     }
 
     /// The same for what may wait for a commit: on a slow disk it leaves threads for reads, of snapshots and of layers.
-    async fn writing<T: Send + 'static>(
+    pub(super) async fn writing<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Core) -> Result<T, SnapshotsError> + Send + 'static,
     ) -> Result<T, SnapshotsError> {
@@ -295,7 +295,7 @@ impl Service {
 }
 
 /// The namespace of a request: keys come as `<namespace>/<number>/<key>`, and the header is missing on some paths.
-fn namespace(key: &str, metadata: &MetadataMap) -> String {
+pub(super) fn namespace(key: &str, metadata: &MetadataMap) -> String {
     let mut parts = key.splitn(3, '/');
     if let (Some(namespace), Some(number), Some(_)) = (parts.next(), parts.next(), parts.next())
         && !namespace.is_empty()

@@ -65,7 +65,8 @@ pub struct SnapshotRecord {
     pub created: i64,
     /// Last change of its labels, in nanoseconds since 1970 (UTC).
     pub updated: i64,
-    /// The layer that Lazuli shows in its place: only of a committed remote snapshot, which has no bytes of its own.
+    /// The layer that Lazuli shows in its place: of a committed remote snapshot, which has no bytes of its own, and of an active one that will be
+    /// such a snapshot when it is committed.
     #[serde(default)]
     pub layer: Option<Digest>,
     /// What is shown in the places of its ancestors and, if it is committed, of itself, the lowest first, where that is something else than they

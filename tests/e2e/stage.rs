@@ -3,7 +3,7 @@
 //! `LAZULI_E2E_SNAPSHOTTER=overlayfs` runs the tests that make sense for any snapshotter with containerd's own instead of Lazuli, which
 //! shows whether a failure is the harness' or ours.
 
-use crate::support::containerd::{Containerd, Generation, REFERENCE};
+use crate::support::containerd::{Containerd, DIFFER, Generation, REFERENCE};
 use crate::support::image::{Compression, Flavour, Image, Layer};
 use crate::support::lazuli::{self, Lazuli, SNAPSHOTTER};
 use crate::support::proxy::{Exchange, Link, Proxy};
@@ -39,11 +39,32 @@ impl Stage {
     /// Starts all of them; `config` is added to the daemon's configuration, in which `REGISTRY` is the proxy's address, and `prepare` is
     /// called before anything is started.
     pub fn with(name: &str, generation: Generation, config: &str, prepare: impl FnOnce(&Sandbox)) -> Self {
+        Self::around(name, config, prepare, |sandbox| {
+            Containerd::start(sandbox, generation, &lazuli::address_in(sandbox))
+        })
+    }
+
+    /// All of them around a containerd that has layers applied by Lazuli; `containerd` is added to its configuration.
+    pub fn applying(name: &str, generation: Generation, containerd: &str) -> Self {
+        Self::around(
+            name,
+            "",
+            |_| {},
+            |sandbox| Containerd::start_with(sandbox, generation, &lazuli::address_in(sandbox), DIFFER, containerd),
+        )
+    }
+
+    fn around(
+        name: &str,
+        config: &str,
+        prepare: impl FnOnce(&Sandbox),
+        containerd: impl FnOnce(&Sandbox) -> Containerd,
+    ) -> Self {
         let sandbox = Sandbox::new(name);
         prepare(&sandbox);
         let registry = Registry::start(&sandbox);
         let proxy = Proxy::start(registry.address, Link::default());
-        let containerd = Containerd::start(&sandbox, generation, &lazuli::address_in(&sandbox));
+        let containerd = containerd(&sandbox);
         let lazuli = (subject() == lazuli::SNAPSHOTTER).then(|| {
             Lazuli::start(
                 &sandbox,
@@ -85,6 +106,14 @@ impl Stage {
             &mut self.containerd.ctr(&[&snapshots[..], &["rm", &probe]].concat()),
             PATIENCE,
         );
+    }
+
+    /// Has Lazuli look for the registry at another address; containerd still reaches it.
+    pub fn hide_registry(&self, address: &str) {
+        let server = format!("http://{address}");
+        let dir = self.sandbox.dir("certs.d").join(self.proxy.host());
+        std::fs::create_dir_all(&dir).unwrap();
+        std::fs::write(dir.join("hosts.toml"), format!("server = {server:?}\n")).unwrap();
     }
 
     /// Pushes an image and returns its reference.

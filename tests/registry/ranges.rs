@@ -290,7 +290,7 @@ pub async fn load(node: &Node, registry: &FaultRegistry, layer: &Lazy) -> Loaded
     };
     let blob = source(&config(), &registry.host()).blob(spec.digest, spec.size);
     let judged = node.loader.alone(&spec);
-    node.loader.load(&spec, blob, &[], None, &judged).await.unwrap()
+    node.loader.load(&spec, blob, &[], None, "", &judged).await.unwrap()
 }
 
 /// Reads all files at once, by pieces, from the last to the first.

@@ -10,16 +10,22 @@ use std::time::Duration;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use hyper_util::rt::TokioIo;
-use lazuli::catalog::{Agreement, LayerRequest, Layers, Lowers, Needed, Question, Released, Resolution};
+use lazuli::catalog::containerd::Containerd;
+use lazuli::catalog::loader::Refusal;
+use lazuli::catalog::{
+    Agreement, Application, Applied, LayerRequest, Layers, Lowers, Needed, Question, Released, Resolution,
+};
 use lazuli::layer::Digest;
 use lazuli::metrics::Metrics;
+use lazuli::proto::diff::v1::diff_client::DiffClient;
+use lazuli::proto::diff::v1::{ApplyRequest, ApplyResponse};
 use lazuli::proto::snapshots::v1::snapshots_client::SnapshotsClient;
 use lazuli::proto::snapshots::v1::{
     CommitSnapshotRequest, Info, ListSnapshotsRequest, MountsRequest, PrepareSnapshotRequest, RemoveSnapshotRequest,
     StatSnapshotRequest, UsageRequest, UsageResponse, ViewSnapshotRequest,
 };
-use lazuli::proto::types::Mount;
-use lazuli::snapshots::Service;
+use lazuli::proto::types::{Descriptor, Mount};
+use lazuli::snapshots::{Differ, Service};
 use lazuli::store::Store;
 use lazuli::sync::blocking;
 use redb::TableDefinition;
@@ -72,6 +78,7 @@ struct FakeState {
     /// What images say of chain ids: the layers below, and whether that is proven.
     said: HashMap<String, (Vec<Option<Digest>>, bool)>,
     questions: Vec<Question>,
+    applied: Vec<Application>,
     agreement: Option<Agreement>,
 }
 
@@ -133,6 +140,11 @@ impl FakeLayers {
     /// From now on that is what images agree on.
     pub fn agree_on(&self, agreement: Agreement) {
         self.state().agreement = Some(agreement);
+    }
+
+    /// What was to be applied.
+    pub fn applied(&self) -> Vec<Application> {
+        self.state().applied.clone()
     }
 
     /// What was asked about agreement.
@@ -237,6 +249,24 @@ impl Layers for FakeLayers {
         .boxed()
     }
 
+    fn apply(&self, application: Application) -> BoxFuture<'_, Result<Applied, Refusal>> {
+        async move {
+            let mut state = self.state();
+            let known = state.known.get(&application.chain_id).cloned();
+            state.applied.push(application);
+            let (layer, _) = known.ok_or_else(|| Refusal::unresolved("not known", false))?;
+            state.live.insert(layer);
+            Ok(Applied {
+                layer,
+                tar: Digest::of(layer.as_bytes()),
+                tar_size: 512,
+                proven: true,
+                is_top: false,
+            })
+        }
+        .boxed()
+    }
+
     fn agree(&self, question: Question) -> BoxFuture<'_, Agreement> {
         async move {
             let mut state = self.state();
@@ -324,9 +354,12 @@ impl Daemon {
         let socket = dir.path().join("socket");
         let listener = UnixListener::bind(&socket).unwrap();
         let stop = CancellationToken::new();
-        let stopped = stop.clone();
+        let (stopped, of_differ) = (stop.clone(), root.clone());
         let server = tokio::spawn(async move {
+            // Nobody listens there.
+            let containerd = Containerd::new(&of_differ.join("containerd.sock"));
             Server::builder()
+                .add_service(Differ::new(service.clone(), containerd).into_server())
                 .add_service(service.into_server())
                 .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stopped.cancelled())
                 .await
@@ -458,6 +491,22 @@ impl Daemon {
 
     pub async fn commit(&self, name: &str, key: &str) -> Result<(), Status> {
         self.commit_on(name, key, "").await
+    }
+
+    /// Applies a layer of these bytes to a snapshot.
+    pub async fn apply(&self, mounts: Vec<Mount>) -> Result<ApplyResponse, Status> {
+        let request = ApplyRequest {
+            diff: Some(Descriptor {
+                media_type: "application/vnd.oci.image.layer.v1.tar+gzip".to_owned(),
+                digest: Digest::of(b"blob").to_string(),
+                size: 4,
+                ..Descriptor::default()
+            }),
+            mounts,
+            ..ApplyRequest::default()
+        };
+        let mut client = DiffClient::new(channel(self.socket()).await);
+        Ok(client.apply(request).await?.into_inner())
     }
 
     pub async fn remove(&self, key: &str) -> Result<(), Status> {

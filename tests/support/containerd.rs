@@ -25,6 +25,10 @@ pub const CONTAINERD2: &str = "LAZULI_CONTAINERD2";
 pub const NAMESPACE: &str = "default";
 /// containerd's own snapshotter, the reference of all comparisons.
 pub const REFERENCE: &str = "overlayfs";
+/// containerd's own differ.
+pub const WALKING: &str = "walking";
+/// The daemon as a differ, as 2.x knows it.
+pub const DIFFER: &str = "lazuli-diff";
 /// Plugins that need what a test machine lacks, or a network, or other people's directories.
 const DISABLED: [&str; 14] = [
     "io.containerd.grpc.v1.cri",
@@ -97,9 +101,16 @@ static NEXT: AtomicU32 = AtomicU32::new(0);
 impl Containerd {
     /// Starts it; `lazuli` is the socket of the proxy plugin, which need not exist.
     pub fn start(sandbox: &Sandbox, generation: Generation, lazuli: &Path) -> Self {
+        let differ = std::env::var("LAZULI_E2E_DIFFER");
+        Self::start_with(sandbox, generation, lazuli, differ.as_deref().unwrap_or(WALKING), "")
+    }
+
+    /// The same, which has layers of Lazuli's snapshots applied by `differ`, if it is a 2.x; `more` is added to its configuration.
+    pub fn start_with(sandbox: &Sandbox, generation: Generation, lazuli: &Path, differ: &str, more: &str) -> Self {
         let dir = sandbox.dir("containerd");
         let config = dir.join("config.toml");
-        std::fs::write(&config, configuration(&dir, &generation, lazuli)).unwrap();
+        let text = configuration(&dir, &generation, lazuli, differ) + more;
+        std::fs::write(&config, text).unwrap();
         let mut containerd = Containerd {
             address: dir.join("c.sock"),
             generation,
@@ -537,7 +548,7 @@ impl Drop for View<'_> {
     }
 }
 
-fn configuration(dir: &Path, generation: &Generation, lazuli: &Path) -> String {
+fn configuration(dir: &Path, generation: &Generation, lazuli: &Path, differ: &str) -> String {
     let dir = dir.display();
     let lazuli = lazuli.display();
     let disabled = DISABLED.map(|plugin| format!("\"{plugin}\"")).join(", ");
@@ -560,18 +571,21 @@ disabled_plugins = [{disabled}]
 "#
     );
     if *generation != Generation::One {
-        text.push_str(
+        text.push_str(&format!(
             r#"  [proxy_plugins.lazuli.exports]
     enable_remote_snapshot_annotations = "true"
-"#,
-        );
+[proxy_plugins.{DIFFER}]
+  type = "diff"
+  address = "{lazuli}"
+"#
+        ));
         // Any entry replaces the default one, so overlayfs has to be repeated.
-        for snapshotter in [REFERENCE, "lazuli"] {
+        for (snapshotter, differ) in [(REFERENCE, WALKING), ("lazuli", differ)] {
             text.push_str(&format!(
                 r#"[[plugins."io.containerd.transfer.v1.local".unpack_config]]
   platform = "linux/{}"
   snapshotter = "{snapshotter}"
-  differ = "walking"
+  differ = "{differ}"
 "#,
                 architecture()
             ));

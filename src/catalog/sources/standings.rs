@@ -77,7 +77,7 @@ impl Standings {
     }
 
     /// A place sent bytes that are the layer's.
-    pub(super) fn delivered(&self, layer: &Digest, place: &Origin) {
+    pub(in crate::catalog) fn delivered(&self, layer: &Digest, place: &Origin) {
         let mut known = self.lock();
         known.deliveries += 1;
         let delivered = Some(known.deliveries);

@@ -1,0 +1,405 @@
+//! Lazuli as containerd's differ, and containerd's content store as a source: what containerd has fetched with credentials of its own, or was given in
+//! a file, is packed as everything else is, and looks as it does when containerd unpacks it.
+
+use std::net::TcpListener;
+use std::path::PathBuf;
+
+use ::lazuli::proto::diff::v1::ApplyRequest;
+use ::lazuli::proto::diff::v1::diff_client::DiffClient;
+use ::lazuli::proto::types::{Descriptor, Mount};
+use tonic::Code;
+
+use crate::stage::{Stage, subject};
+use crate::support::containerd::{DIFFER, Generation, NAMESPACE, REFERENCE};
+use crate::support::image::{Compression, Flavour, Image, Layer, application_entries, base_entries, ordinary};
+use crate::support::lazuli;
+use crate::support::sandbox::{PATIENCE, run, wait_until};
+use crate::support::tar::{Entry, noise};
+use crate::support::torture::{self, Case};
+use crate::support::tree::{Options, compare};
+
+/// Nobody listens there.
+const NOWHERE: &str = "127.0.0.1:1";
+
+/// A containerd 2.x whose differ is Lazuli, which does not reach the registry.
+fn stage(name: &str) -> Option<Stage> {
+    if subject() != lazuli::SNAPSHOTTER {
+        return None;
+    }
+    let stage = Stage::applying(name, Generation::two()?, "");
+    stage.hide_registry(NOWHERE);
+    Some(stage)
+}
+
+/// How many layers were packed from what containerd has.
+fn applied(stage: &Stage) -> usize {
+    let log = stage.lazuli.as_ref().map(lazuli::Lazuli::log).unwrap_or_default();
+    log.lines()
+        .filter(|line| line.contains("streamed") && line.contains("content store"))
+        .count()
+}
+
+/// All layers are Lazuli's own: none was unpacked into a directory.
+fn assert_packed(stage: &Stage, image: &Image) {
+    let log = stage.lazuli.as_ref().map(lazuli::Lazuli::log).unwrap_or_default();
+    assert!(!log.contains("is unpacked by containerd's own differ"), "{log}");
+    let status = stage.lazuli.as_ref().map(lazuli::Lazuli::status).unwrap_or_default();
+    let live: Vec<&str> = status["layers"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|layer| layer["blob"].as_str().or(layer["digest"].as_str()))
+        .collect();
+    for layer in &image.layers {
+        assert!(
+            live.contains(&layer.blob.digest.as_str()),
+            "{} is not live: {status:#}",
+            layer.blob.digest
+        );
+    }
+    assert!(
+        applied(stage) > 0,
+        "nothing came out of containerd's content store: {log}"
+    );
+}
+
+fn check_torture(case: &Case) {
+    let Some(stage) = stage(&format!("applied {}", case.name)) else {
+        return;
+    };
+    let reference = stage.push(&case.image, &format!("torture/{}:1", case.name));
+    let options = Options {
+        implied_dirs: case.implied_dirs.clone(),
+        ..Options::default()
+    };
+    let comparison = stage.compare(&reference, &options).expect_equal();
+    assert!(comparison.entries > 4, "{comparison:?}");
+    assert_packed(&stage, &case.image);
+}
+
+macro_rules! torture {
+    ($($name:ident)*) => {
+        mod torture_layers {
+            use super::*;
+            $(
+                #[test]
+                fn $name() {
+                    check_torture(&torture::$name());
+                }
+            )*
+        }
+    };
+}
+
+torture! {
+    names links duplicates metadata xattrs sizes sparse devices whiteouts base_whiteouts implied taken_over archives
+}
+
+/// Three layers in three compressions, which take over from each other, run as a container, and are there after a restart and for another
+/// namespace, which reads nothing anew.
+#[test]
+fn an_image_that_only_containerd_can_fetch() {
+    let Some(mut stage) = stage("an_image_that_only_containerd_can_fetch") else {
+        return;
+    };
+    let image = Image::new(
+        Flavour::Oci,
+        vec![
+            Layer::of(Compression::Gzip, base_entries()),
+            Layer::of(Compression::Zstd, application_entries()),
+            Layer::of(
+                Compression::None,
+                [
+                    Entry::dir("app"),
+                    Entry::dir("app/data"),
+                    Entry::whiteout("app/data/middle.bin"),
+                    Entry::file("app/data/large.bin", noise(77, 3_000_000)),
+                ],
+            ),
+        ],
+    );
+    let reference = stage.push(&image, "applied/three:1");
+    let comparison = stage.compare(&reference, &Options::default()).expect_equal();
+    assert!(comparison.bytes > 5_000_000, "{comparison:?}");
+    assert_packed(&stage, &image);
+    let script = "sha256sum < /app/data/large.bin; ls /app/data; touch /app/data/new";
+    let seen = stage.sh(&reference, script);
+    stage.restart_daemon();
+    assert_eq!(stage.sh(&reference, script), seen);
+    let before = applied(&stage);
+    let other = stage.containerd.in_namespace("other");
+    other.pull(&reference, &subject()).expect_success();
+    assert_eq!(other.sh(&reference, &subject(), script), seen);
+    assert_eq!(applied(&stage), before, "what is packed already is not read once more");
+    // They go with their images.
+    for containerd in [&other, &stage.containerd] {
+        containerd.remove_image(&reference);
+    }
+    let lazuli = stage.lazuli();
+    wait_until(PATIENCE, || {
+        let left = std::fs::read_dir(lazuli.root().join("snapshots")).unwrap().count();
+        (left == 0).then_some(())
+    })
+    .expect("snapshots of removed images stay");
+}
+
+/// `ctr images import` of a file: no registry is asked for anything.
+#[test]
+fn an_image_out_of_a_file() {
+    let Some(stage) = stage("an_image_out_of_a_file") else {
+        return;
+    };
+    let image = ordinary(Flavour::Oci, Compression::Gzip);
+    let reference = stage.push(&image, "applied/file:1");
+    // The file is made by another containerd's content, which is gone then.
+    stage.containerd.fetch(&reference);
+    let file = stage.sandbox.path("image.tar");
+    let file = file.to_str().unwrap();
+    stage.containerd.ctr_ok(&["images", "export", file, &reference]);
+    stage.containerd.remove_image(&reference);
+    stage.proxy.take();
+    let import = ["images", "import", "--snapshotter", &subject(), file];
+    stage.containerd.ctr_ok(&import);
+    let seen = stage.sh(&reference, "sha256sum /app/data/large.bin; find / -xdev | wc -l");
+    assert_packed(&stage, &image);
+    assert!(stage.blob_requests().is_empty(), "{:?}", stage.blob_requests());
+    stage.containerd.pull(&reference, REFERENCE).expect_success();
+    let unpacked = stage.containerd.sh(
+        &reference,
+        REFERENCE,
+        "sha256sum /app/data/large.bin; find / -xdev | wc -l",
+    );
+    assert_eq!(seen, unpacked);
+}
+
+/// An image that is in the content store already, and a registry that takes connections and never says a word.
+#[test]
+fn an_image_that_is_there_needs_no_registry() {
+    for generation in crate::stage::generations() {
+        if subject() != lazuli::SNAPSHOTTER {
+            return;
+        }
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+        let stage = Stage::new("an_image_that_is_there_needs_no_registry", generation);
+        stage.hide_registry(&silent.local_addr().unwrap().to_string());
+        let image = ordinary(Flavour::Oci, Compression::Gzip);
+        let reference = stage.push(&image, "applied/there:1");
+        stage.containerd.fetch(&reference);
+        stage.proxy.take();
+        // Nobody but the content store: `lazuli pull` would ask the registry for the manifest.
+        if stage.containerd.generation == Generation::One {
+            continue;
+        }
+        stage.pull(&reference);
+        stage.sh(&reference, "sha256sum /app/data/large.bin");
+        assert_packed(&stage, &image);
+        let asked = silent.set_nonblocking(true).and_then(|()| silent.accept());
+        assert!(asked.is_err(), "the registry was asked");
+    }
+}
+
+/// A lazy image whose blobs containerd has as well is read from there; when they go, from the registry; and when that is gone too, reads wait for it.
+#[test]
+fn chunks_come_from_the_content_store_while_it_has_them() {
+    if subject() != lazuli::SNAPSHOTTER {
+        return;
+    }
+    let Some(generation) = Generation::two() else { return };
+    let stage = Stage::new("chunks_come_from_the_content_store", generation);
+    let mut layers = vec![Layer::of(Compression::Gzip, base_entries())];
+    layers.extend((0..2_u64).map(|at| {
+        let file = |name: u64| Entry::file(format!("file-{at}-{name}"), noise(at * 10 + name, 1_000_000));
+        Layer::of(Compression::Gzip, [file(0), file(1)])
+    }));
+    let image = Image::new(Flavour::Oci, layers);
+    let reference = stage.push_converted(&image, "applied/lazy:1", &["--estargz"]);
+    stage.containerd.fetch(&reference);
+    stage.proxy.take();
+    stage.pull(&reference);
+    let container = stage.containerd.start_container(&reference, &subject());
+    let sum = |name: &str| {
+        stage
+            .containerd
+            .exec(&container, &format!("sha256sum < /{name}"))
+            .expect_success()
+            .text()
+    };
+    let of = |seed: u64| format!("{}  -\n", hex_of(&noise(seed, 1_000_000)));
+    assert_eq!(sum("file-0-0"), of(0));
+    assert!(stage.blob_requests().is_empty(), "{:?}", stage.blob_requests());
+    // The blob of one layer goes, as it does when its images are removed.
+    let manifest = stage.containerd.manifest(&reference);
+    let digest = manifest["layers"][1]["digest"].as_str().unwrap().to_owned();
+    stage.containerd.ctr_ok(&["content", "rm", &digest]);
+    assert_eq!(sum("file-0-1"), of(1));
+    assert!(
+        !stage.blob_requests().is_empty(),
+        "it can only have come from the registry"
+    );
+    assert_eq!(sum("file-1-0"), of(10));
+    stage.containerd.remove_container(&container);
+}
+
+fn hex_of(bytes: &[u8]) -> String {
+    ::lazuli::layer::Digest::of(bytes).hex()
+}
+
+fn client(stage: &Stage, runtime: &tokio::runtime::Runtime) -> DiffClient<tonic::transport::Channel> {
+    let _entered = runtime.enter();
+    let address = lazuli::address_in(&stage.sandbox);
+    DiffClient::new(::lazuli::catalog::containerd::unix_channel(&address))
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .unwrap()
+}
+
+/// What Lazuli cannot show is unpacked by containerd itself, into the same mounts; what is nobody's is declined.
+#[test]
+fn what_cannot_be_shown_is_unpacked_by_containerd() {
+    let Some(stage) = stage("what_cannot_be_shown_is_unpacked") else {
+        return;
+    };
+    let image = ordinary(Flavour::Oci, Compression::Gzip);
+    let reference = stage.push(&image, "applied/given-back:1");
+    stage.containerd.fetch(&reference);
+    let layer = &image.layers[0];
+    let descriptor = Descriptor {
+        media_type: layer.media_type(Flavour::Oci),
+        digest: layer.blob.digest.clone(),
+        size: layer.blob.bytes.len() as i64,
+        ..Descriptor::default()
+    };
+    let runtime = runtime();
+    let apply = |mounts: Vec<Mount>| {
+        let mut client = client(&stage, &runtime);
+        let mut request = tonic::Request::new(ApplyRequest {
+            diff: Some(descriptor.clone()),
+            mounts,
+            ..ApplyRequest::default()
+        });
+        request
+            .metadata_mut()
+            .insert("containerd-namespace", NAMESPACE.parse().unwrap());
+        runtime.block_on(async move { client.apply(request).await })
+    };
+    // A container's own snapshot: what is applied to it has to be in it.
+    let snapshots = ["snapshots", "--snapshotter", lazuli::SNAPSHOTTER];
+    let key = stage.containerd.new_id();
+    stage.containerd.ctr_ok(&[&snapshots[..], &["prepare", &key]].concat());
+    let own: Vec<PathBuf> = std::fs::read_dir(stage.sandbox.path("lazuli/snapshots"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path().join("fs"))
+        .collect();
+    let [own] = &own[..] else { panic!("{own:?}") };
+    let mount = |source: &str| Mount {
+        r#type: "bind".to_owned(),
+        source: source.to_owned(),
+        target: String::new(),
+        options: vec!["rw".to_owned(), "rbind".to_owned()],
+    };
+    let answer = apply(vec![mount(own.to_str().unwrap())]).unwrap().into_inner();
+    assert_eq!(answer.applied.unwrap().digest, layer.diff_id);
+    assert!(
+        own.join("bin/busybox").is_file(),
+        "nothing was unpacked into {}",
+        own.display()
+    );
+    // Somebody else's directory.
+    let elsewhere = stage.sandbox.dir("elsewhere");
+    let declined = apply(vec![mount(elsewhere.to_str().unwrap())]).unwrap_err();
+    assert_eq!(declined.code(), Code::Unimplemented, "{declined}");
+    assert_eq!(std::fs::read_dir(&elsewhere).unwrap().count(), 0);
+    let none = apply(Vec::new()).unwrap_err();
+    assert_eq!(none.code(), Code::Unimplemented, "{none}");
+    stage.containerd.ctr_ok(&[&snapshots[..], &["rm", &key]].concat());
+}
+
+/// In a list before containerd's own differ it leaves other snapshotters alone.
+#[test]
+fn other_snapshotters_have_their_own_differ() {
+    if subject() != lazuli::SNAPSHOTTER {
+        return;
+    }
+    let Some(generation) = Generation::two() else { return };
+    let list =
+        format!("[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"{DIFFER}\", \"walking\"]\n");
+    let stage = Stage::applying("other_snapshotters", generation, &list);
+    stage.hide_registry(NOWHERE);
+    let image = ordinary(Flavour::Oci, Compression::Gzip);
+    let reference = stage.push(&image, "applied/list:1");
+    let pull = |snapshotter: &str| {
+        let flags = [
+            "images",
+            "pull",
+            "--local",
+            "--plain-http",
+            "--snapshotter",
+            snapshotter,
+            &reference,
+        ];
+        run(&mut stage.containerd.ctr(&flags), PATIENCE).expect_success();
+    };
+    pull(REFERENCE);
+    pull(lazuli::SNAPSHOTTER);
+    let [theirs, ours] =
+        [REFERENCE, lazuli::SNAPSHOTTER].map(|snapshotter| stage.containerd.view(&reference, snapshotter));
+    compare(&theirs.path, &ours.path, &Options::default()).expect_equal();
+    assert_packed(&stage, &image);
+}
+
+/// The daemon is killed while it packs a large layer: the pull fails or goes on, and the next one ends right.
+#[test]
+fn killed_while_it_packs() {
+    let Some(mut stage) = stage("killed_while_it_packs") else {
+        return;
+    };
+    let large = Layer::of(Compression::Gzip, [Entry::file("large", noise(5, 60_000_000))]);
+    let image = Image::new(Flavour::Oci, vec![Layer::of(Compression::Gzip, base_entries()), large]);
+    let reference = stage.push(&image, "applied/killed:1");
+    let mut killed = 0;
+    std::thread::scope(|scope| {
+        let pulling = scope.spawn(|| stage.containerd.pull(&reference, &subject()));
+        let staged = || {
+            let incoming = stage.sandbox.path("lazuli/layers/.incoming");
+            let layers = std::fs::read_dir(incoming).ok()?;
+            let written = layers
+                .flatten()
+                .filter_map(|layer| layer.path().join("data").metadata().ok());
+            written
+                .map(|data| data.len())
+                .any(|bytes| bytes > 8_000_000)
+                .then_some(())
+        };
+        while !pulling.is_finished() {
+            if staged().is_some()
+                && let Some(worker) = stage.lazuli.as_ref().and_then(lazuli::Lazuli::worker)
+            {
+                kill(worker);
+                killed += 1;
+                break;
+            }
+        }
+        let _ = pulling.join().unwrap();
+    });
+    assert_eq!(killed, 1, "the layer was packed before it was seen");
+    stage.await_containerd();
+    stage.pull(&reference);
+    let sum = stage.sh(&reference, "sha256sum < /large");
+    assert_eq!(sum, format!("{}  -\n", hex_of(&noise(5, 60_000_000))));
+    assert_packed(&stage, &image);
+    let lazuli = stage.lazuli();
+    let left = std::fs::read_dir(lazuli.root().join("layers/.incoming"))
+        .unwrap()
+        .count();
+    assert_eq!(left, 0);
+}
+
+fn kill(process: u32) {
+    let process = rustix::process::Pid::from_raw(process.cast_signed()).unwrap();
+    rustix::process::kill_process(process, rustix::process::Signal::KILL).unwrap();
+}

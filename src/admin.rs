@@ -146,6 +146,7 @@ async fn readyz(State(admin): State<Arc<Admin>>) -> impl IntoResponse {
 }
 
 async fn status(State(admin): State<Arc<Admin>>) -> impl IntoResponse {
+    admin.catalog.look_at_completeness().await;
     (
         [(header::CONTENT_TYPE, "application/json")],
         blocking(move || admin.catalog.status_json()).await,

@@ -17,7 +17,8 @@
 //!
 //! # Layers that containerd has
 //! containerd's content store is a source like any other ([`content`]), and asked first where it has the blob. What it has fetched by itself it
-//! has Lazuli apply, instead of unpacking it ([`apply`]).
+//! has Lazuli apply, instead of unpacking it ([`apply`]). What it lacks of a lazily pulled image is written into it where somebody wants that
+//! ([`complete`]).
 //!
 //! # What containers are made on
 //! Layers are mounted when a container needs them, and unmounted when none does ([`crate::fs::Faces`]). A container over several layers is made on
@@ -53,6 +54,7 @@ mod agree;
 mod apply;
 pub mod belief;
 mod chains;
+pub mod complete;
 mod contact;
 pub mod containerd;
 mod content;
@@ -186,6 +188,10 @@ pub struct Catalog {
     standings: Arc<Standings>,
     /// Ids of layers from before their record is written until they are live.
     settling: Mutex<HashSet<Digest>>,
+    /// Held while an image is being completed: one at a time.
+    completing: tokio::sync::Mutex<()>,
+    /// What was last found out of images being complete.
+    completeness: Mutex<complete::Completeness>,
     /// Images of which layers were asked for lately, and when that was: their snapshots may be about to come.
     asked: Mutex<HashMap<Digest, Instant>>,
 }
@@ -252,6 +258,8 @@ impl Catalog {
             standings: Arc::default(),
             hosts,
             settling: Mutex::default(),
+            completing: tokio::sync::Mutex::default(),
+            completeness: Mutex::default(),
             asked: Mutex::default(),
         })
     }

@@ -26,6 +26,7 @@ use crate::layer::soci::{SPAN_SIZE, SPAN_SIZE_MAX, SPAN_SIZE_MIN};
 use crate::registry::Reference;
 use crate::store::LayerSource;
 
+mod complete;
 mod failure;
 mod files;
 mod index;
@@ -82,6 +83,11 @@ enum Command {
     Mount(MountArgs),
     /// Ask the daemon what it serves: images, layers, their formats, and how much of them is on this machine.
     Status(StatusArgs),
+    /// Write the layers of lazily pulled images into containerd's content store, exactly as their registry has them.
+    ///
+    /// Then an image can be exported, pushed, converted and scanned as any other, and needs its registry no more. The daemon does it, behind
+    /// everything that somebody waits for; interrupted, it goes on where it was.
+    Complete(CompleteArgs),
     /// Build, share and look at indexes: who has a layer's index starts it without streaming it first.
     ///
     /// An index lies beside its image (as a referrer of the manifest), or in an index repository (--repository, or `index.repository` of
@@ -188,6 +194,24 @@ struct StatusArgs {
     /// Print the whole document as JSON
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Args)]
+struct CompleteArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Images, by the names that containerd has for them
+    #[arg(value_name = "IMAGE", required = true)]
+    images: Vec<String>,
+    /// containerd namespace
+    #[arg(long, short, env = "CONTAINERD_NAMESPACE", default_value = "default", value_parser = names::namespace)]
+    namespace: String,
+    /// Unix socket of the daemon (overrides `address`)
+    #[arg(long, value_name = "SOCKET")]
+    address: Option<PathBuf>,
+    /// No word about progress
+    #[arg(long, short)]
+    quiet: bool,
 }
 
 #[derive(Args)]
@@ -315,6 +339,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Pull(args) => pull::run(args),
         Command::Mount(args) => mount::run(args),
         Command::Status(args) => status::run(&args),
+        Command::Complete(args) => complete::run(&args),
         Command::Index(args) => index::run(args),
         Command::CheckConfig(args) => {
             let config = args.load()?;

@@ -43,6 +43,8 @@ pub struct Config {
     pub fuse: FuseConfig,
     /// Memory.
     pub memory: MemoryConfig,
+    /// containerd's content store.
+    pub content: ContentConfig,
 }
 
 /// Logs.
@@ -167,6 +169,27 @@ pub struct IndexConfig {
     pub soci_indexes: BTreeMap<String, String>,
 }
 
+/// containerd's content store.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ContentConfig {
+    /// When the blobs of lazily pulled images are written into it.
+    pub complete: Complete,
+}
+
+/// When images are completed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Complete {
+    /// When `lazuli complete` asks for it.
+    #[default]
+    Off,
+    /// When nobody has waited for a byte for a while.
+    Idle,
+    /// As soon as they are pulled.
+    Always,
+}
+
 /// Formats of layers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
@@ -222,6 +245,7 @@ impl Default for Config {
             formats: FormatsConfig::default(),
             fuse: FuseConfig::default(),
             memory: MemoryConfig::default(),
+            content: ContentConfig::default(),
         }
     }
 }

@@ -20,7 +20,6 @@ use std::time::Duration;
 use futures::FutureExt;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio_stream::wrappers::UnixListenerStream;
-use tonic::{Request, Response, Status};
 
 use crate::admin::Admin;
 use crate::cache::{self, Cache, CacheError};
@@ -38,14 +37,14 @@ use crate::fetch::Fetcher;
 use crate::fs::{Faces, FacesOptions, FsError, Session, SessionOptions};
 use crate::layer::Digest;
 use crate::metrics::Metrics;
-use crate::proto::control::control_server::{Control, ControlServer};
-use crate::proto::control::{StatusRequest, StatusResponse};
+use crate::proto::control::control_server::ControlServer;
 use crate::registry::{Registry, RegistryError};
 use crate::snapshots::{Differ, Service, SnapshotsError};
 use crate::store::{Store, StoreError};
 use crate::sync::{Budget, blocking};
 use crate::sys::{descriptors, signals};
 
+mod control;
 mod legacy;
 mod link;
 mod manager;
@@ -56,6 +55,7 @@ mod supervisor;
 mod upgrade;
 mod worker;
 
+use control::ControlService;
 use legacy::Found;
 use link::{Link, Message};
 
@@ -372,6 +372,7 @@ impl Worker {
         watch(&link, &admin, &catalog);
         listener.set_nonblocking(true).map_err(io_error("socket"))?;
         let listener = UnixListener::from_std(listener).map_err(io_error("socket"))?;
+        catalog.complete_by_itself(config.content.complete);
         let differ = Differ::new(service.clone(), Containerd::new(&config.containerd_address));
         let control = ControlServer::new(ControlService(catalog)).max_encoding_message_size(MAX_MESSAGE);
         admin.set_ready(true);
@@ -563,18 +564,6 @@ async fn listen(address: &Path) -> Result<StdUnixListener, DaemonError> {
     std::fs::set_permissions(&hidden, Permissions::from_mode(0o600)).map_err(io_error(what()))?;
     std::fs::rename(&hidden, address).map_err(io_error(what()))?;
     Ok(listener)
-}
-
-/// Lazuli's own service on containerd's socket.
-struct ControlService(Arc<Catalog>);
-
-#[tonic::async_trait]
-impl Control for ControlService {
-    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
-        let catalog = Arc::clone(&self.0);
-        let json = blocking(move || catalog.status_json()).await;
-        Ok(Response::new(StatusResponse { json }))
-    }
 }
 
 #[cfg(test)]

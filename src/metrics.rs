@@ -30,6 +30,8 @@ pub struct Metrics {
     pub applied_layers_total: IntCounterVec,
     /// Duration of packing a layer that containerd has fetched, in seconds.
     pub apply_seconds: Histogram,
+    /// Bytes of blobs that were written into containerd's content store to complete images.
+    pub completed_bytes_total: IntCounter,
     /// FUSE requests, by `op`.
     pub fuse_requests_total: IntCounterVec,
     /// FUSE requests answered with an error other than ENOENT and ENODATA, by `errno`.
@@ -154,6 +156,11 @@ impl Metrics {
                 &r,
                 "lazuli_apply_seconds",
                 "Duration of packing a layer that containerd has fetched, in seconds.",
+            ),
+            completed_bytes_total: counter(
+                &r,
+                "lazuli_completed_bytes_total",
+                "Bytes of blobs that were written into containerd's content store to complete images.",
             ),
             fuse_requests_total: counter_vec(&r, "lazuli_fuse_requests_total", "FUSE requests.", &["op"]),
             fuse_errors_total: counter_vec(

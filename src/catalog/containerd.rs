@@ -4,13 +4,15 @@
 //! The connection is made when it is first needed and again after containerd restarts. Every call has a deadline. Only read calls
 //! may be made while containerd waits for an answer of ours: Commit and Update run inside containerd's write transaction.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::error::Error as _;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use hyper_util::rt::TokioIo;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
 use tokio::net::UnixStream;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, Endpoint, Uri};
@@ -23,9 +25,15 @@ use crate::proto::diff::v1 as diff;
 use crate::proto::diff::v1::diff_client::DiffClient;
 use crate::proto::images::v1 as images;
 use crate::proto::images::v1::images_client::ImagesClient;
+use crate::proto::leases::v1 as leases;
+use crate::proto::leases::v1::leases_client::LeasesClient;
 use crate::proto::namespaces::v1 as namespaces;
 use crate::proto::namespaces::v1::namespaces_client::NamespacesClient;
 use crate::proto::version::v1::version_client::VersionClient;
+
+mod ingest;
+
+pub use ingest::{Ingest, IngestError, Ingested};
 
 /// Longest wait for one answer of containerd. Its own bolt transactions take milliseconds; a node under heavy load, seconds.
 const CALL_DEADLINE: Duration = Duration::from_secs(20);
@@ -215,6 +223,103 @@ impl Containerd {
         Ok(bytes)
     }
 
+    /// Sets one label of a blob.
+    ///
+    /// # Errors
+    /// [`ContainerdError`] if it is not there, or containerd does not answer.
+    pub async fn label(&self, namespace: &str, digest: &Digest, key: &str, value: &str) -> Result<(), ContainerdError> {
+        let info = content::Info {
+            digest: digest.to_string(),
+            labels: HashMap::from([(key.to_owned(), value.to_owned())]),
+            ..Default::default()
+        };
+        let mask = prost_types::FieldMask {
+            paths: vec![format!("labels.{key}")],
+        };
+        let update = content::UpdateRequest {
+            info: Some(info),
+            update_mask: Some(mask),
+        };
+        let updated = self.content().update(self.request(namespace, update)?).await;
+        updated
+            .map(drop)
+            .map_err(|status| self.error(format!("label {digest}"), status))
+    }
+
+    /// Digests of all blobs in `namespace`.
+    ///
+    /// # Errors
+    /// [`ContainerdError`] if the content store cannot be listed.
+    pub async fn digests(&self, namespace: &str) -> Result<HashSet<String>, ContainerdError> {
+        let request = self.request(namespace, content::ListContentRequest::default())?;
+        let failed = |status| self.error("list its content", status);
+        let mut stream = self.content().list(request).await.map_err(failed)?.into_inner();
+        let mut found = HashSet::new();
+        while let Some(message) = stream.message().await.map_err(failed)? {
+            found.extend(message.info.into_iter().map(|info| info.digest));
+        }
+        Ok(found)
+    }
+
+    /// Digest of what an image's name stands for, a manifest or an index; `None` if there is no such image.
+    ///
+    /// # Errors
+    /// [`ContainerdError`] if containerd does not answer, or answers something else.
+    pub async fn image(&self, namespace: &str, name: &str) -> Result<Option<Digest>, ContainerdError> {
+        let request = images::GetImageRequest { name: name.to_owned() };
+        match self.images().get(self.request(namespace, request)?).await {
+            Ok(answer) => {
+                let target = answer.into_inner().image.and_then(|image| image.target);
+                let digest = target.unwrap_or_default().digest;
+                let malformed = |error| ContainerdError::Content {
+                    what: format!("image {name:?} has the target {digest:?}: {error}"),
+                };
+                digest.parse().map(Some).map_err(malformed)
+            }
+            Err(status) if status.code() == Code::NotFound => Ok(None),
+            Err(status) => Err(self.error(format!("describe image {name}"), status)),
+        }
+    }
+
+    /// Makes a lease that ends after `hours` unless it is deleted before; one that is there is as good.
+    ///
+    /// # Errors
+    /// [`ContainerdError`] if containerd refuses.
+    pub async fn create_lease(&self, namespace: &str, id: &str, hours: u64) -> Result<(), ContainerdError> {
+        let expire = SystemTime::now() + Duration::from_secs(hours * 3600);
+        let expire = OffsetDateTime::from(expire).format(&Rfc3339);
+        let expire = expire.map_err(|error| ContainerdError::Content {
+            what: error.to_string(),
+        })?;
+        let create = leases::CreateRequest {
+            id: id.to_owned(),
+            labels: HashMap::from([("containerd.io/gc.expire".to_owned(), expire)]),
+        };
+        let request = self.request(namespace, create)?;
+        match LeasesClient::new(self.channel()).create(request).await {
+            Ok(_) => Ok(()),
+            Err(status) if status.code() == Code::AlreadyExists => Ok(()),
+            Err(status) => Err(self.error("create a lease", status)),
+        }
+    }
+
+    /// Ends a lease; with `collect`, containerd removes what nothing else refers to before it answers.
+    ///
+    /// # Errors
+    /// [`ContainerdError`] if containerd refuses.
+    pub async fn delete_lease(&self, namespace: &str, id: &str, collect: bool) -> Result<(), ContainerdError> {
+        let delete = leases::DeleteRequest {
+            id: id.to_owned(),
+            sync: collect,
+        };
+        let deleted = LeasesClient::new(self.channel())
+            .delete(self.request(namespace, delete)?)
+            .await;
+        deleted
+            .map(drop)
+            .map_err(|status| self.error("delete the lease", status))
+    }
+
     /// Names of all images in `namespace`.
     ///
     /// # Errors
@@ -357,12 +462,27 @@ impl BlobWriter {
     /// Messages for the blob `expected` of `size` bytes, which gets `labels`. `owner` tells writers of the same blob apart.
     pub fn new(owner: &str, expected: &Digest, size: u64, labels: HashMap<String, String>) -> Self {
         BlobWriter {
-            reference: format!("{owner}-{expected}"),
+            reference: Self::reference(owner, expected),
             expected: expected.to_string(),
             total: i64::try_from(size).unwrap_or(i64::MAX),
             offset: 0,
             labels,
         }
+    }
+
+    /// What containerd calls the writer.
+    fn reference(owner: &str, expected: &Digest) -> String {
+        format!("{owner}-{expected}")
+    }
+
+    /// Asks how much of the blob is there.
+    fn status(&self) -> content::WriteContentRequest {
+        self.message(content::WriteAction::Stat, Vec::new(), HashMap::new())
+    }
+
+    /// The next piece is that at `offset`.
+    fn go_on_at(&mut self, offset: u64) {
+        self.offset = i64::try_from(offset).unwrap_or(i64::MAX);
     }
 
     /// The next bytes, well below [`MAX_MESSAGE`] of them.

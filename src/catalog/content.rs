@@ -47,6 +47,11 @@ impl ContentStore {
         ContentStore(containerd)
     }
 
+    /// The containerd whose store it is.
+    pub(super) fn containerd(&self) -> &Containerd {
+        &self.0
+    }
+
     /// The origin of all its blobs.
     pub(super) fn origin() -> Origin {
         Origin::new(HOST, "")

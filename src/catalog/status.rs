@@ -107,6 +107,9 @@ pub struct ImageStatus {
     pub namespace: String,
     /// Digest of its manifest.
     pub manifest: String,
+    /// Whether containerd's content store has all its layers, so that it can be exported and pushed; null if containerd has not told.
+    #[serde(default)]
+    pub complete: Option<bool>,
     /// Its layers from the lowest up.
     pub layers: Vec<ImageLayerStatus>,
 }
@@ -274,6 +277,7 @@ fn of_image(image: ImageRecord, is_live: impl Fn(&str) -> bool) -> ImageStatus {
         name,
         namespace: image.namespace,
         manifest: image.manifest.to_string(),
+        complete: None,
         layers: layers.collect(),
     }
 }
@@ -324,7 +328,7 @@ impl Catalog {
             blob_bytes,
             received_bytes,
         });
-        Status {
+        let mut status = Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             root: self.root.display().to_string(),
             takeovers: self.metrics.takeovers_total.get(),
@@ -341,7 +345,9 @@ impl Catalog {
             loading: loading.collect(),
             layers,
             chains: faces.map(|faces| self.chains_status(faces)).unwrap_or_default(),
-        }
+        };
+        status.note_completeness(&self.completeness());
+        status
     }
 
     /// What has to be mended by somebody: for [`Status::problems`].

@@ -27,6 +27,11 @@ pub(super) struct Usage(pub(super) String);
 #[error("ended by {}; what was begun is removed", .0.name)]
 pub(super) struct Interrupted(pub(super) StopSignal);
 
+/// Images could not be completed; why was told.
+#[derive(Debug, thiserror::Error)]
+#[error("not complete: {}", .0.join(", "))]
+pub(super) struct Incomplete(pub(super) Vec<String>);
+
 /// Nobody reads standard output any more. That is no mistake, and nobody wants to be told.
 #[derive(Debug, thiserror::Error)]
 #[error("nobody reads standard output any more")]

@@ -6,7 +6,7 @@
 //! holds everything until the image has its name; if the pull dies, garbage collection removes what it left.
 
 use std::collections::HashMap;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use bytes::Bytes;
@@ -22,10 +22,9 @@ use crate::layer::Digest;
 use crate::proto::content::v1::content_client::ContentClient;
 use crate::proto::diff::v1::diff_client::DiffClient;
 use crate::proto::images::v1::images_client::ImagesClient;
-use crate::proto::leases::v1::leases_client::LeasesClient;
 use crate::proto::snapshots::v1::snapshots_client::SnapshotsClient;
 use crate::proto::types::{Descriptor, Mount};
-use crate::proto::{content, diff, images, leases, snapshots};
+use crate::proto::{content, diff, images, snapshots};
 use crate::registry::image::{Image, LayerDescriptor};
 use crate::registry::{Reference, Registry, RegistryError, Source};
 
@@ -391,49 +390,22 @@ impl Pull {
     }
 
     async fn label(&self, digest: &Digest, key: &str, value: &str) -> anyhow::Result<()> {
-        let info = content::v1::Info {
-            digest: digest.to_string(),
-            labels: HashMap::from([(key.to_owned(), value.to_owned())]),
-            ..Default::default()
-        };
-        let mask = prost_types::FieldMask {
-            paths: vec![format!("labels.{key}")],
-        };
-        let update = content::v1::UpdateRequest {
-            info: Some(info),
-            update_mask: Some(mask),
-        };
-        let updated = self.content().update(self.request(update)?).await;
-        updated
-            .map(|_| ())
-            .map_err(|status| self.failed(format!("label {digest}"), status))
+        Ok(self.containerd.label(&self.namespace, digest, key, value).await?)
     }
 
     async fn create_lease(&self) -> anyhow::Result<()> {
-        let expire = SystemTime::now() + Duration::from_secs(LEASE_HOURS * 3600);
-        let expire = time::OffsetDateTime::from(expire).format(&time::format_description::well_known::Rfc3339)?;
-        let create = leases::v1::CreateRequest {
-            id: self.lease.clone(),
-            labels: HashMap::from([("containerd.io/gc.expire".to_owned(), expire)]),
-        };
-        let request = self.containerd.request(&self.namespace, create)?;
-        let created = LeasesClient::new(self.containerd.channel()).create(request).await;
-        created
-            .map(|_| ())
-            .map_err(|status| self.failed("create a lease", status))
+        Ok(self
+            .containerd
+            .create_lease(&self.namespace, &self.lease, LEASE_HOURS)
+            .await?)
     }
 
     /// Lets go of what the pull has made; with `collect`, containerd removes what nothing else refers to before it answers.
     async fn delete_lease(&self, collect: bool) -> anyhow::Result<()> {
-        let delete = leases::v1::DeleteRequest {
-            id: self.lease.clone(),
-            sync: collect,
-        };
-        let request = self.containerd.request(&self.namespace, delete)?;
-        let deleted = LeasesClient::new(self.containerd.channel()).delete(request).await;
-        deleted
-            .map(|_| ())
-            .map_err(|status| self.failed("delete the lease", status))
+        Ok(self
+            .containerd
+            .delete_lease(&self.namespace, &self.lease, collect)
+            .await?)
     }
 
     fn request<T>(&self, message: T) -> anyhow::Result<Request<T>> {

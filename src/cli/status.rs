@@ -32,7 +32,7 @@ pub(super) struct NoDaemon {
 }
 
 impl NoDaemon {
-    fn new(address: &Path, status: &tonic::Status) -> Self {
+    pub(super) fn new(address: &Path, status: &tonic::Status) -> Self {
         let problem = match io_cause(status).map(io::Error::kind) {
             Some(io::ErrorKind::NotFound) => {
                 "there is no such socket; is `lazuli serve` running, and with this address? \
@@ -148,7 +148,13 @@ fn table(status: &Status) -> String {
         let _ = writeln!(out, "PROBLEM: {problem}");
     }
     for image in &status.images {
-        let _ = writeln!(out, "\n{} [{}] {}", image.name, image.namespace, short(&image.manifest));
+        let complete = match image.complete {
+            Some(true) => ", complete in containerd",
+            Some(false) => ", not complete in containerd (see `lazuli complete`)",
+            None => "",
+        };
+        let manifest = short(&image.manifest);
+        let _ = writeln!(out, "\n{} [{}] {manifest}{complete}", image.name, image.namespace);
         for layer in &image.layers {
             // Other images may believe something else of the same blob.
             let live: Vec<_> = status
@@ -310,6 +316,7 @@ mod tests {
                 name: "r.example/a:1".into(),
                 namespace: "default".into(),
                 manifest: digest('f'),
+                complete: Some(false),
                 layers: vec![
                     ImageLayerStatus {
                         digest: digest('a'),
@@ -387,7 +394,7 @@ mod tests {
         512.0 KiB of them are of layers that are here no more, and go when they are unmounted
         PROBLEM: /etc/x/hosts.toml: it is half written; its last good state is used
 
-        r.example/a:1 [default] ffffffffffff
+        r.example/a:1 [default] ffffffffffff, not complete in containerd (see `lazuli complete`)
           aaaaaaaaaaaa  lazy estargz: 0 B of 0 B here, 3 requests, 0 B fetched, index from r.example/index; image, mounted
           bbbbbbbbbbbb  left to containerd: it is encrypted
           eeeeeeeeeeee  known by 2 indexes, for different images

@@ -399,7 +399,7 @@ fn killed_while_it_packs() {
     assert_eq!(left, 0);
 }
 
-fn kill(process: u32) {
+pub fn kill(process: u32) {
     let process = rustix::process::Pid::from_raw(process.cast_signed()).unwrap();
     rustix::process::kill_process(process, rustix::process::Signal::KILL).unwrap();
 }

@@ -15,6 +15,7 @@ mod support;
 mod apply;
 mod calls;
 mod commands;
+mod complete;
 mod dense;
 mod disk;
 mod faces;

@@ -79,7 +79,7 @@ fn check_torture(case: &Case) {
 
 macro_rules! torture {
     ($($name:ident)*) => {
-        mod torture_layers {
+        mod applied_torture {
             use super::*;
             $(
                 #[test]

@@ -10,10 +10,11 @@ use ::lazuli::proto::types::{Descriptor, Mount};
 use tonic::Code;
 
 use crate::stage::{Stage, subject};
-use crate::support::containerd::{DIFFER, Generation, NAMESPACE, REFERENCE};
+use crate::support::containerd::{Containerd, DIFFER, Generation, NAMESPACE, REFERENCE};
+use crate::support::fault_registry::{Auth, FaultRegistry};
 use crate::support::image::{Compression, Flavour, Image, Layer, application_entries, base_entries, ordinary};
 use crate::support::lazuli;
-use crate::support::sandbox::{PATIENCE, run, wait_until};
+use crate::support::sandbox::{PATIENCE, Sandbox, run, wait_until};
 use crate::support::tar::{Entry, noise};
 use crate::support::torture::{self, Case};
 use crate::support::tree::{Options, compare};
@@ -141,6 +142,47 @@ fn an_image_that_only_containerd_can_fetch() {
         (left == 0).then_some(())
     })
     .expect("snapshots of removed images stay");
+}
+
+/// A registry that wants a password which the client of containerd has, and Lazuli has not.
+#[test]
+fn a_private_image_whose_password_only_its_client_has() {
+    if subject() != lazuli::SNAPSHOTTER {
+        return;
+    }
+    let Some(generation) = Generation::two() else { return };
+    let sandbox = Sandbox::new("a_private_image");
+    let image = ordinary(Flavour::Oci, Compression::Gzip);
+    let runtime = runtime();
+    let registry = runtime.block_on(FaultRegistry::start());
+    for blob in image.blobs() {
+        registry.add_blob(blob.bytes.as_slice().to_vec());
+    }
+    let manifest = registry.add_manifest(image.media_type, image.manifest.bytes.as_slice().to_vec());
+    registry.tag("private/app", "1", manifest);
+    registry.set_auth(Auth::Basic("someone".to_owned(), "s3cret".to_owned()));
+    let address = lazuli::address_in(&sandbox);
+    let containerd = Containerd::start_with(&sandbox, generation, &address, DIFFER, "");
+    let lazuli = lazuli::Lazuli::start(&sandbox, &containerd.address, &[registry.host()], "");
+    let reference = format!("{}/private/app:1", registry.host());
+    let flags = [
+        "images",
+        "pull",
+        "--plain-http",
+        "--user",
+        "someone:s3cret",
+        "--snapshotter",
+        lazuli::SNAPSHOTTER,
+        &reference,
+    ];
+    run(&mut containerd.ctr(&flags), PATIENCE).expect_success();
+    let sum = containerd.sh(&reference, lazuli::SNAPSHOTTER, "sha256sum < /app/data/large.bin");
+    assert_eq!(sum.len(), 64 + "  -\n".len(), "{sum}");
+    let log = lazuli.log();
+    assert!(log.contains("refuses access"), "Lazuli had the password too: {log}");
+    assert!(!log.contains("is unpacked by containerd's own differ"), "{log}");
+    let layers = lazuli.status()["layers"].as_array().map_or(0, Vec::len);
+    assert_eq!(layers, image.layers.len());
 }
 
 /// `ctr images import` of a file: no registry is asked for anything.

@@ -13,6 +13,7 @@
 mod support;
 
 mod apply;
+mod callers;
 mod calls;
 mod commands;
 mod complete;

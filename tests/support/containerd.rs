@@ -27,7 +27,7 @@ pub const NAMESPACE: &str = "default";
 pub const REFERENCE: &str = "overlayfs";
 /// containerd's own differ.
 pub const WALKING: &str = "walking";
-/// The daemon as a differ, as 2.x knows it.
+/// The daemon as a differ, as 1.7 and later know it.
 pub const DIFFER: &str = "lazuli-diff";
 /// Plugins that need what a test machine lacks, or a network, or other people's directories.
 const DISABLED: [&str; 14] = [
@@ -74,6 +74,11 @@ impl Generation {
             dir.display()
         );
         Some(Generation::Two(dir))
+    }
+
+    /// What it says of itself: `containerd github.com/... 2.1.9 revision`.
+    pub fn version(&self) -> String {
+        run_ok(Command::new(self.program("containerd")).arg("--version")).text()
     }
 
     fn program(&self, name: &str) -> PathBuf {
@@ -570,15 +575,13 @@ disabled_plugins = [{disabled}]
   capabilities = ["remap-ids"]
 "#
     );
+    let proxied = format!("[proxy_plugins.{DIFFER}]\n  type = \"diff\"\n  address = \"{lazuli}\"\n");
+    if *generation == Generation::One && differ == DIFFER {
+        text.push_str(&proxied);
+    }
     if *generation != Generation::One {
-        text.push_str(&format!(
-            r#"  [proxy_plugins.lazuli.exports]
-    enable_remote_snapshot_annotations = "true"
-[proxy_plugins.{DIFFER}]
-  type = "diff"
-  address = "{lazuli}"
-"#
-        ));
+        text.push_str("  [proxy_plugins.lazuli.exports]\n    enable_remote_snapshot_annotations = \"true\"\n");
+        text.push_str(&proxied);
         // Any entry replaces the default one, so overlayfs has to be repeated.
         for (snapshotter, differ) in [(REFERENCE, WALKING), ("lazuli", differ)] {
             text.push_str(&format!(

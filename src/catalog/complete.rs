@@ -24,7 +24,7 @@ use super::loader::LayerSpec;
 use super::status::Status;
 use crate::config::Complete;
 use crate::fetch::schedule::Class;
-use crate::layer::Digest;
+use crate::layer::{Digest, compression};
 use crate::registry::image::{Document, LayerDescriptor, Manifest};
 use crate::registry::{Blob, Body, Reference, RegistryError};
 use crate::store::LayerSource;
@@ -179,6 +179,9 @@ impl Catalog {
         containerd.create_lease(namespace, &lease, LEASE_HOURS).await?;
         let mut done = Completed::default();
         for (at, layer) in manifest.layers.iter().enumerate() {
+            if !is_distributed(&layer.media_type) {
+                continue;
+            }
             done.layers += 1;
             let failed = |source| CompleteError::Layer {
                 layer: layer.digest,
@@ -353,7 +356,8 @@ impl Catalog {
             let store = &stores[&image.namespace];
             // One that is gone is neither.
             if store.contains(&image.manifest.to_string()) {
-                let complete = image.layers.iter().all(|layer| store.contains(&layer.digest));
+                let mut layers = image.layers.iter().filter(|layer| is_distributed(&layer.media_type));
+                let complete = layers.all(|layer| store.contains(&layer.digest));
                 known.insert((image.namespace, image.manifest), complete);
             }
         }
@@ -367,6 +371,11 @@ impl Catalog {
     pub(super) fn completeness(&self) -> std::sync::MutexGuard<'_, Completeness> {
         self.completeness.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether registries have layers of this type. Others stay where they are, and nobody pushes them.
+fn is_distributed(media_type: &str) -> bool {
+    !compression::media_type(media_type).is_ok_and(|media| media.nondistributable)
 }
 
 /// Prefix of labels that name content which is kept with what they are on.

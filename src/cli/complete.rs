@@ -10,7 +10,7 @@ use crate::config::ByteSize;
 use crate::proto::control::control_client::ControlClient;
 use crate::proto::control::{CompleteRequest, CompleteResponse};
 
-use super::failure::Incomplete;
+use super::failure::{Incomplete, Interrupted, Paused};
 use super::status::NoDaemon;
 use super::work::Worker;
 use super::{CompleteArgs, output};
@@ -24,7 +24,11 @@ pub(super) fn run(args: &CompleteArgs) -> anyhow::Result<()> {
     let worker = Worker::client()?;
     let mut failed = Vec::new();
     for image in &args.images {
-        match worker.run(complete(address, args, image))? {
+        let completed = worker.run(complete(address, args, image));
+        match completed.map_err(|error| match error.downcast::<Interrupted>() {
+            Ok(Interrupted(signal)) => Paused(signal).into(),
+            Err(error) => error,
+        })? {
             Ok(done) => output::print(&line(image, &done))?,
             Err(problem) => {
                 output::tell(&format!("{image}: {problem}"));

@@ -27,6 +27,11 @@ pub(super) struct Usage(pub(super) String);
 #[error("ended by {}; what was begun is removed", .0.name)]
 pub(super) struct Interrupted(pub(super) StopSignal);
 
+/// A signal has ended the command before its work was done; asked for again, it goes on.
+#[derive(Debug, thiserror::Error)]
+#[error("ended by {}; what was written stays, and the next time goes on from there", .0.name)]
+pub(super) struct Paused(pub(super) StopSignal);
+
 /// Images could not be completed; why was told.
 #[derive(Debug, thiserror::Error)]
 #[error("not complete: {}", .0.join(", "))]
@@ -69,6 +74,9 @@ fn code_of(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         return Some(SIGNALLED + libc::SIGPIPE as u8);
     }
     if let Some(Interrupted(signal)) = cause.downcast_ref() {
+        return Some(SIGNALLED + signal.number);
+    }
+    if let Some(Paused(signal)) = cause.downcast_ref() {
         return Some(SIGNALLED + signal.number);
     }
     if let Some(WorkerEnded(code)) = cause.downcast_ref() {

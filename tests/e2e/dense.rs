@@ -10,7 +10,7 @@ use crate::stage::{Stage, generations, subject};
 use crate::support::containerd::{Generation, REFERENCE};
 use crate::support::image::{Compression, Flavour, Image, Layer, base_entries};
 use crate::support::lazuli::{Lazuli, SNAPSHOTTER};
-use crate::support::sandbox::{PATIENCE, run_ok, wait_until};
+use crate::support::sandbox::{PATIENCE, run, run_ok, wait_until};
 use crate::support::tar::{Entry, noise};
 use crate::support::tree::{Options, compare};
 
@@ -113,7 +113,13 @@ fn nested(stage: &Stage, root: &Path) {
     fs::write(merged.join("shared/kept"), "changed").unwrap();
     fs::remove_file(merged.join("data/base")).unwrap();
     assert!(!merged.join("data/base").exists() && root.join("data/base").exists());
-    run_ok(Command::new("umount").arg(&merged));
+    // A process that another test has just begun may have it open for a moment.
+    let unmounted = || {
+        run(Command::new("umount").arg(&merged), PATIENCE)
+            .success()
+            .then_some(())
+    };
+    wait_until(PATIENCE, unmounted).expect("an overlay that nobody uses cannot be unmounted");
     assert_eq!(fs::read_to_string(upper.join("shared/kept")).unwrap(), "changed");
 }
 

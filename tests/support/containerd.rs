@@ -576,7 +576,8 @@ disabled_plugins = [{disabled}]
 "#
     );
     let proxied = format!("[proxy_plugins.{DIFFER}]\n  type = \"diff\"\n  address = \"{lazuli}\"\n");
-    if *generation == Generation::One && differ == DIFFER {
+    // 1.6 does not start with it.
+    if *generation == Generation::One && differ == DIFFER && !generation.version().contains(" 1.6.") {
         text.push_str(&proxied);
     }
     if *generation != Generation::One {

@@ -133,18 +133,18 @@ fn chain_of(layers: &[Digest]) -> Vec<Digest> {
 }
 
 impl Catalog {
-    /// The directories that show `layers` (topmost first, each once). Mounts what is not mounted; waits for nothing else.
+    /// The directories that show `layers` (topmost first, each once), `merged` where they are. Mounts what is not mounted; waits for nothing else.
     ///
     /// # Errors
     /// The layer that is not live.
-    pub(super) fn lowers(self: &Arc<Self>, layers: &[Digest]) -> Result<Lowers, Digest> {
+    pub(super) fn lowers(self: &Arc<Self>, layers: &[Digest], merged: bool) -> Result<Lowers, Digest> {
         let Some(last) = layers.last() else {
             return Ok(Lowers::Stacked(Vec::new()));
         };
         let slots = self.slots(layers)?;
         let faces = self.faces();
         let faces = faces.as_ref().ok_or(*last)?;
-        if let Some(segments) = self.segmented(faces, layers, &slots) {
+        if merged && let Some(segments) = self.segmented(faces, layers, &slots) {
             return Ok(Lowers::Segments(segments));
         }
         let paths = layers.iter().zip(slots).map(|(layer, slot)| {

@@ -90,11 +90,11 @@ pub trait Layers: Send + Sync + 'static {
 
     /// The directories that show live layers, topmost first and each once; mounted now if they are not. They stay until a
     /// [`Layers::retain`] with a later [mark](Layers::mark) that does not name these layers as a base. Never waits for the network; blocks
-    /// for mount calls.
+    /// for mount calls. `merged`: as few of them as there are for these layers, and more are made for the next time; otherwise one for each.
     ///
     /// # Errors
     /// The layer that is not live.
-    fn lowers(&self, layers: &[Digest]) -> Result<Lowers, Digest>;
+    fn lowers(&self, layers: &[Digest], merged: bool) -> Result<Lowers, Digest>;
 
     /// Tells that containers will be made on these layers, topmost first. Waits for nothing.
     fn expect(&self, layers: &[Digest]);

@@ -38,8 +38,8 @@ impl Layers for Handle {
         self.0.read_live().contains_key(layer)
     }
 
-    fn lowers(&self, layers: &[Digest]) -> Result<Lowers, Digest> {
-        self.0.lowers(layers)
+    fn lowers(&self, layers: &[Digest], merged: bool) -> Result<Lowers, Digest> {
+        self.0.lowers(layers, merged)
     }
 
     fn expect(&self, layers: &[Digest]) {

@@ -111,7 +111,7 @@ impl Core {
                 let chain = self.parents(record.parent.as_deref().unwrap_or_default())?;
                 let shown = shown_by(&record.chain, &chain);
                 let mapping = self.mapping(key, &record.labels, &chain)?;
-                let built = self.build(record.kind, &self.lowers(&chain, &shown)?, mapping.as_ref())?;
+                let built = self.build(record.kind, &self.lowers(key, &chain, &shown)?, mapping.as_ref())?;
                 self.dirs.place(built, record.id)?;
                 tracing::warn!(
                     key,
@@ -143,7 +143,7 @@ impl Core {
             // A container: containerd unpacks nothing on it.
             self.expect_on(&chain, &shown);
         }
-        let mut lowers = self.lowers(&chain, &shown)?;
+        let mut lowers = self.lowers(key, &chain, &shown)?;
         // What takes time is done before the transaction.
         let built = self.build(kind, &lowers, mapping.as_ref())?;
         let (dirs, key, parent) = (Arc::clone(&self.dirs), key.to_owned(), parent.to_owned());
@@ -298,7 +298,7 @@ impl Core {
                 super::error::quoted(key)
             )));
         }
-        let mut lowers = self.lowers(&chain, &shown_by(&record.chain, &chain))?;
+        let mut lowers = self.lowers(key, &chain, &shown_by(&record.chain, &chain))?;
         if let Some(mapping) = self.mapping_of(key, record.id, &chain)? {
             let _turn = self.turn();
             // Whoever removes or commits it from here on comes after this, and takes the mounts away.
@@ -556,28 +556,38 @@ impl Core {
         Ok(chain)
     }
 
-    /// The directories of a chain that shows these layers, topmost first.
-    fn lowers(&self, chain: &Chain, shown: &[Option<Digest>]) -> Result<Vec<PathBuf>, SnapshotsError> {
+    /// The directories of a chain that shows these layers, topmost first, for the snapshot `key` on it.
+    fn lowers(&self, key: &str, chain: &Chain, shown: &[Option<Digest>]) -> Result<Vec<PathBuf>, SnapshotsError> {
+        // What a layer is unpacked on is the base of no container: an image of it would be made for every layer of an image.
+        let merged = !key.contains(EXTRACTION);
         let mut lowers = Vec::with_capacity(chain.len());
         for part in parts(chain, shown) {
             match part {
                 Part::Local(id) => lowers.push(self.dirs.own(id)),
-                Part::Remote(remote) => self.remote_lowers(&remote, &mut lowers)?,
+                Part::Remote(remote) => self.remote_lowers(&remote, merged, &mut lowers)?,
             }
         }
         Ok(lowers)
     }
 
     /// The directories of layers, as paths in the tree of snapshots.
-    fn remote_lowers(&self, remote: &[(&Entry, Digest)], lowers: &mut Vec<PathBuf>) -> Result<(), SnapshotsError> {
+    fn remote_lowers(
+        &self,
+        remote: &[(&Entry, Digest)],
+        merged: bool,
+        lowers: &mut Vec<PathBuf>,
+    ) -> Result<(), SnapshotsError> {
         let layers: Vec<Digest> = remote.iter().map(|(_, layer)| *layer).collect();
-        let shown = self.layers.lowers(&layers).map_err(|missing| SnapshotsError::NotLive {
-            layer: missing,
-            key: remote
-                .iter()
-                .find(|(_, layer)| *layer == missing)
-                .map_or_else(String::new, |((key, _), _)| super::error::quoted(key)),
-        })?;
+        let shown = self
+            .layers
+            .lowers(&layers, merged)
+            .map_err(|missing| SnapshotsError::NotLive {
+                layer: missing,
+                key: remote
+                    .iter()
+                    .find(|(_, layer)| *layer == missing)
+                    .map_or_else(String::new, |((key, _), _)| super::error::quoted(key)),
+            })?;
         match shown {
             Lowers::Segments(segments) => {
                 for (at, path) in segments {

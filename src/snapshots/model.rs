@@ -60,9 +60,9 @@ impl Layers for OneDirectory {
         true
     }
 
-    fn lowers(&self, layers: &[Digest]) -> Result<Lowers, Digest> {
+    fn lowers(&self, layers: &[Digest], merged: bool) -> Result<Lowers, Digest> {
         Ok(match layers.len() % 2 {
-            0 => Lowers::Segments(vec![(0, self.0.clone())]),
+            0 if merged => Lowers::Segments(vec![(0, self.0.clone())]),
             _ => Lowers::Stacked(vec![self.0.clone(); layers.len()]),
         })
     }

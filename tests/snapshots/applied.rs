@@ -1,5 +1,7 @@
 //! Layers that containerd has fetched and has applied: what the snapshot is before its commit and after it.
 
+use std::sync::atomic::Ordering;
+
 use lazuli::layer::Digest;
 use lazuli::proto::snapshots::v1::Kind;
 use tonic::Code;
@@ -48,6 +50,21 @@ async fn what_is_applied_is_shown_and_not_unpacked() {
     let daemon = daemon.restart().await;
     let view = daemon.mount(&daemon.view("default/6/view", &top).await.unwrap());
     assert_eq!(view.names(), ["one", "two"]);
+}
+
+#[tokio::test]
+async fn nothing_is_merged_for_a_layer_that_is_unpacked() {
+    let daemon = Daemon::start().await;
+    daemon.layers.merges.store(true, Ordering::Relaxed);
+    for (chain_id, content) in [(ONE, "one"), (TWO, "two")] {
+        daemon.layers.add(chain_id, content);
+    }
+    let one = daemon.pull(&extraction(1, ONE), "", ONE).await;
+    let two = daemon.pull(&extraction(2, TWO), &one, TWO).await;
+    let unpacked_on = daemon.prepare(&extraction(3, "sha256:3"), &two).await.unwrap();
+    assert_eq!(lowers(&unpacked_on).len(), 2);
+    let container = daemon.prepare("default/4/container", &two).await.unwrap();
+    assert_eq!(lowers(&container).len(), 1);
 }
 
 #[tokio::test]

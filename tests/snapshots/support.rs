@@ -280,14 +280,14 @@ impl Layers for FakeLayers {
         self.path(layer).is_some()
     }
 
-    fn lowers(&self, layers: &[Digest]) -> Result<Lowers, Digest> {
+    fn lowers(&self, layers: &[Digest], merged: bool) -> Result<Lowers, Digest> {
         self.mounting.fetch_add(1, Ordering::SeqCst);
         if self.mounting.load(Ordering::SeqCst) == 1 {
             drop(self.slow_mounts.lock());
         }
         let paths = layers.iter().map(|layer| self.path(layer).ok_or(*layer));
         let paths = paths.collect::<Result<Vec<_>, _>>()?;
-        Ok(match self.merges.load(Ordering::Relaxed) && paths.len() > 1 {
+        Ok(match merged && self.merges.load(Ordering::Relaxed) && paths.len() > 1 {
             true => Lowers::Segments(vec![(0, self.merged(&paths))]),
             false => Lowers::Stacked(paths),
         })

@@ -10,6 +10,7 @@ use super::*;
 use crate::layer::Digest;
 
 mod growth;
+mod power;
 mod writer;
 
 fn open(dir: &tempfile::TempDir) -> Store {
@@ -95,7 +96,7 @@ fn image(name: &str, layers: &[&[u8]]) -> ImageRecord {
 /// Writes bytes that are no record, as a fault of the disk or of a program would.
 fn damage<'k, K: redb::Key + 'static>(store: &Store, table: &str, key: K::SelfType<'k>) {
     let definition: TableDefinition<K, &[u8]> = TableDefinition::new(table);
-    let transaction = store.inner.db.begin_write().unwrap();
+    let transaction = store.inner.access.with(Database::begin_write).unwrap().unwrap();
     transaction
         .open_table(definition)
         .unwrap()
@@ -442,7 +443,7 @@ fn a_database_from_before_there_were_chains_gets_them() {
     let store = open(&dir);
     let layer = with_slot(&store, b"blob");
     store.put_layer(&layer).unwrap();
-    let transaction = store.inner.db.begin_write().unwrap();
+    let transaction = store.inner.access.with(Database::begin_write).unwrap().unwrap();
     assert!(transaction.delete_table(CHAINS).unwrap());
     transaction.commit().unwrap();
     drop(store);

@@ -517,6 +517,8 @@ impl CachedLayer {
         self.data
             .load()
             .sync_all()
+            // Also that it is this file that has the name: another one may have had it when the directory was last written (evict.rs).
+            .and_then(|()| File::open(&self.dir)?.sync_all())
             .and_then(|()| self.map().seal(&self.ready))
             .map_err(CacheError::io("write", &self.dir))
     }

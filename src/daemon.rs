@@ -50,6 +50,8 @@ mod link;
 mod manager;
 mod resume;
 mod root;
+#[cfg(test)]
+mod simulation;
 mod stop;
 mod supervisor;
 mod upgrade;

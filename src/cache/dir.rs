@@ -14,6 +14,7 @@ use lru::LruCache;
 use super::adopt;
 use super::disk::{Beside, disk_use, small_files};
 use super::error::{is_damage, is_full};
+use super::faults::{Faults, Point};
 use super::hold::{boot_id, file_size, is_exposed, unmark};
 use super::hot::HotChunks;
 use super::layer::Files;
@@ -65,6 +66,8 @@ pub struct Cache {
     pub(super) beside: Beside,
     /// Wakes the thread that looks at the marks, if there is one: see marks.rs.
     pub(super) bell: OnceLock<SyncSender<()>>,
+    /// Where a test has the disk fail.
+    pub(super) faults: Faults,
     /// Whether it cannot be told who has a file open, as on a file system without leases.
     #[cfg(test)]
     pub(super) blind: std::sync::atomic::AtomicBool,
@@ -140,6 +143,7 @@ impl Cache {
             residents: Residents::new(),
             beside: Beside::default(),
             bell: OnceLock::new(),
+            faults: Faults::default(),
             #[cfg(test)]
             blind: std::sync::atomic::AtomicBool::new(false),
             trash,
@@ -246,6 +250,12 @@ impl Cache {
         Staging::new(me, key.into())
     }
 
+    /// Has the disk fail as `decide` says.
+    #[cfg(test)]
+    pub(crate) fn fail_with(&self, decide: super::Decide) {
+        self.faults.set(decide);
+    }
+
     /// From now on nothing gives way to anything, whatever the limits say: the daemon ends, and pins go without anybody having stopped needing
     /// the layers. Without this, an end on a disk above its mark would empty the cache of a node whose registry may be away.
     pub fn keep_all(&self) {
@@ -328,7 +338,7 @@ impl Cache {
         if let Some(old) = known.pop(&digest) {
             self.discard(&digest, old.allocated.load(Ordering::Relaxed));
         }
-        let mut placed = fs::rename(from, &target);
+        let mut placed = self.faults.at(Point::Sync).and_then(|()| fs::rename(from, &target));
         if placed
             .as_ref()
             .is_err_and(|error| error.kind() == io::ErrorKind::DirectoryNotEmpty)
@@ -361,6 +371,7 @@ impl Cache {
         let dir = self.layer_dir(digest);
         let path = dir.join("index");
         let read = File::open(&path).and_then(|mut file| {
+            self.faults.at(Point::Open)?;
             let mut bytes = Vec::new();
             file.read_to_end(&mut bytes).map(|_| (file, bytes))
         });
@@ -372,7 +383,8 @@ impl Cache {
             return Ok(None);
         };
         let (id, chunks) = (Digest::of(&encoded), index.chunks());
-        let windows = WindowFile::open(&dir, index.checkpoints(), &id);
+        let windows = self.faults.at(Point::Open);
+        let windows = windows.and_then(|()| WindowFile::open(&dir, index.checkpoints(), &id));
         let Some(windows) = readable(digest, "windows", &dir, windows)? else {
             return Ok(None);
         };
@@ -386,7 +398,7 @@ impl Cache {
         let Some((mut data, len)) = readable(digest, "data", &path, opened)? else {
             return Ok(None);
         };
-        let saved = match fs::read(&map_path) {
+        let saved = match self.faults.at(Point::Open).and_then(|()| fs::read(&map_path)) {
             Ok(saved) => map::decode(&saved, chunks.len(), &id).map_err(str::to_owned),
             Err(error) if is_damage(&error) => Err(error.to_string()),
             Err(error) => return Err(CacheError::io("read", &map_path)(error)),

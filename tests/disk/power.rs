@@ -74,6 +74,10 @@ fn work(device: &Device, random: &mut Random) -> Answers {
     for step in 0..STEPS {
         let at = random.below(LAYERS);
         let layer = name(at);
+        if random.below(6) == 0 {
+            // As the kernel does after a while, whether anybody wants it or not: what is written may come to the disk in any order.
+            rustix::fs::syncfs(std::fs::File::open(&root).unwrap()).unwrap();
+        }
         match random.below(8) {
             0 | 1 => {
                 put(&store, &format!("snapshot {step}"), random.below(3000)).unwrap();

@@ -14,6 +14,7 @@ mod support;
 
 mod apply;
 mod callers;
+mod bad_disk;
 mod calls;
 mod commands;
 mod complete;

@@ -36,7 +36,7 @@ pub(crate) enum Fault {
 /// Nothing fails but what the disk does.
 #[cfg(not(test))]
 #[derive(Default)]
-pub(super) struct Faults;
+pub(super) struct Faults {}
 
 #[cfg(not(test))]
 impl Faults {

@@ -528,3 +528,28 @@ fn damage_of_the_file_is_an_error() {
     }
     assert!(refused > 0);
 }
+
+/// A database of a node with many layers, whose process was killed: what the next start takes to open it. (It walks through all of it; redb's
+/// quick repair would save that, for a second sync and more pages with each commit.)
+#[test]
+#[ignore = "it prints a figure: --nocapture"]
+fn how_long_a_repair_takes() {
+    const LAYERS: u64 = 1000;
+    let dir = tempfile::tempdir().unwrap();
+    let (killed, orderly) = (dir.path().join("killed"), dir.path().join("orderly"));
+    let store = Store::open(&orderly).unwrap();
+    for which in 0..LAYERS {
+        wait(Change::Layer(which, 500).queue(&store)).unwrap();
+        wait(Change::Put(which, which.saturating_sub(1)).queue(&store)).unwrap();
+        wait(Change::Chain(which).queue(&store)).unwrap();
+    }
+    std::fs::copy(&orderly, &killed).unwrap();
+    drop(store);
+    for path in [orderly, killed] {
+        let begun = Instant::now();
+        let store = Store::open(&path).unwrap();
+        let (took, len) = (begun.elapsed(), path.metadata().unwrap().len());
+        eprintln!("{}: {took:?} for {len} bytes", path.display());
+        assert_eq!(store.layers().unwrap().len() as u64, LAYERS);
+    }
+}

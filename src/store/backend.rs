@@ -7,6 +7,9 @@
 //! The file never has holes: when it grows, the file system gives it the room at once. Otherwise a full disk would fail any write of any page;
 //! so it fails those transactions that need more pages than there are, and others, such as those that remove something, go on.
 //!
+//! A database whose process was killed is repaired when it is opened, which walks through all of it: of a node with a thousand layers (3.5 MB)
+//! no difference to an orderly end could be measured. So redb's quick repair is not used, which would cost every commit a second sync.
+//!
 //! redb writes its magic number last when it makes a database. A file without it is one that was never finished, of which nobody was told
 //! anything; it is begun anew. (That there was nothing to lose is for the daemon to know: [`is_blank`].)
 

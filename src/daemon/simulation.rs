@@ -533,7 +533,7 @@ impl Simulation {
             }
             None => {
                 let judged = node.loader.alone(&truth.spec);
-                let loaded = node.loader.load(&truth.spec, blob, &[], None, &judged).await;
+                let loaded = node.loader.load(&truth.spec, blob, &[], None, "", &judged).await;
                 loaded.map(|loaded| loaded.layer).map_err(|refusal| refusal.to_string())
             }
         };

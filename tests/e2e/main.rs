@@ -13,8 +13,8 @@
 mod support;
 
 mod apply;
-mod callers;
 mod bad_disk;
+mod callers;
 mod calls;
 mod commands;
 mod complete;

@@ -15,7 +15,7 @@ HOST := $(shell uname -m | tr a-z A-Z)
 export CARGO_TARGET_$(HOST)_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help demo test test-slow test-takeover suite bench fmt lint deny fuzz advisories build sbom install clean-demo
+.PHONY: help demo test test-slow test-faults test-takeover suite bench fmt lint deny fuzz advisories build sbom install clean-demo
 
 ## build       the release binary
 build:
@@ -48,6 +48,13 @@ test:
 test-slow:
 	@$(SETUP) build test
 	$(CARGO) test --locked -- --ignored --skip takeover::
+
+## test-faults  the seeded simulation and power cuts, for LAZULI_FAULT_MINUTES=10 each, with random seeds (LAZULI_SEED=n repeats one)
+test-faults: export LAZULI_FAULT_MINUTES ?= 10
+test-faults:
+	@$(SETUP) build test
+	$(CARGO) test --locked --lib -- --nocapture a_node_in_any_weather what_was_answered_survives_a_power_cut
+	$(CARGO) test --locked --test disk -- --nocapture a_power_cut_loses_nothing
 
 ## test-takeover  many kills, upgrades and restarts under reading containers (LAZULI_TAKEOVERS=200, LAZULI_SEED=n repeats one)
 test-takeover:

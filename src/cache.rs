@@ -56,6 +56,7 @@ mod dir;
 mod disk;
 pub mod error;
 mod evict;
+mod faults;
 mod hold;
 mod hot;
 mod layer;
@@ -76,6 +77,8 @@ pub use adopt::Key;
 pub use check::Checked;
 pub use dir::Cache;
 pub use error::CacheError;
+#[cfg(test)]
+pub(crate) use faults::{Decide, Fault, Point};
 pub use hold::{Hold, NotWhole};
 pub use layer::{CachedLayer, Stored};
 pub use offline::portable_of;

@@ -68,6 +68,7 @@ mod loads;
 mod memory;
 mod pace;
 mod question;
+mod rebuild;
 mod records;
 mod release;
 mod restore;

@@ -40,7 +40,7 @@ use crate::metrics::Metrics;
 use crate::proto::control::control_server::ControlServer;
 use crate::registry::{Registry, RegistryError};
 use crate::snapshots::{Differ, Service, SnapshotsError};
-use crate::store::{Store, StoreError};
+use crate::store::{self, Store, StoreError};
 use crate::sync::{Budget, blocking};
 use crate::sys::{descriptors, signals};
 
@@ -50,6 +50,8 @@ mod link;
 mod manager;
 mod resume;
 mod root;
+#[cfg(test)]
+mod simulation;
 mod stop;
 mod supervisor;
 mod upgrade;
@@ -70,6 +72,9 @@ const PROCESS_NAME: &str = "lazuli";
 
 /// Longest time that the kernel may take for one mount; more, and something is broken. It takes a millisecond.
 pub const MOUNT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// The metadata database, in the root directory.
+const DATABASE: &str = "metadata.redb";
 
 /// Directory of the faces' mount points and metadata, below the root directory.
 const FACES_DIRECTORY: &str = "faces";
@@ -112,6 +117,20 @@ pub enum DaemonError {
     /// The database cannot be opened.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// There is no database, and there are snapshots. One that is begun anew would know nothing of them: what containers have written would be
+    /// cleaned up, and slots would be given again that the kernel knows as those of other layers.
+    #[error(
+        "metadata database {path} is lost: it is missing or empty, and there are {snapshots} snapshots in {directory}; \
+         restore a copy of it, or begin anew as docs/OPERATIONS.md says (\"The database is lost\")"
+    )]
+    DatabaseLost {
+        /// The file.
+        path: PathBuf,
+        /// Directory of the snapshots.
+        directory: PathBuf,
+        /// How many there are.
+        snapshots: usize,
+    },
     /// FUSE cannot be mounted.
     #[error(transparent)]
     Fs(#[from] FsError),
@@ -210,7 +229,7 @@ async fn run(config: Config, link: Arc<Link>, found: Found) -> Result<(), Daemon
     let (root, limits, counts) = (config.root.clone(), config.cache.clone(), Arc::clone(&metrics));
     let opened = blocking(move || -> Result<_, DaemonError> {
         // The database first: it knows what was believed of the layers of an older cache.
-        let store = Store::open_counted(&root.join("metadata.redb"), Arc::clone(&counts))?;
+        let store = open_store(&root, &counts)?;
         cache::adopt::adopt(&root, &names_of_layers(&store)?)?;
         let cache = Cache::open(&root, &limits, counts)?;
         // Names and attributes of layers that are kept elsewhere are bytes of layers too.
@@ -509,6 +528,32 @@ fn watch(link: &Arc<Link>, admin: &Arc<Admin>, catalog: &Arc<Catalog>) {
     });
 }
 
+/// Opens the database in the root directory, or makes one where there is nothing yet that it should know.
+fn open_store(root: &Path, metrics: &Arc<Metrics>) -> Result<Store, DaemonError> {
+    let (path, directory) = (root.join(DATABASE), root.join("snapshots"));
+    let looking = |at: &Path| io_error(format!("looking at {}", at.display()));
+    if store::is_blank(&path).map_err(looking(&path))? {
+        let is_snapshot = |name: &str| name.parse::<u64>().is_ok();
+        let snapshots = match std::fs::read_dir(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => 0,
+            listed => listed
+                .and_then(|listed| listed.collect::<io::Result<Vec<_>>>())
+                .map_err(looking(&directory))?
+                .iter()
+                .filter(|entry| entry.file_name().to_str().is_some_and(is_snapshot))
+                .count(),
+        };
+        if snapshots > 0 {
+            return Err(DaemonError::DatabaseLost {
+                path,
+                directory,
+                snapshots,
+            });
+        }
+    }
+    Ok(Store::open_counted(&path, Arc::clone(metrics))?)
+}
+
 /// Layers that snapshots refer to. A snapshot whose record is damaged refers to none that is known; it is reported.
 fn referenced_layers(store: &Store) -> Result<Vec<Digest>, StoreError> {
     let mut layers = Vec::new();
@@ -569,6 +614,45 @@ async fn listen(address: &Path) -> Result<StdUnixListener, DaemonError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A database that begins anew where snapshots are would have them cleaned up.
+    #[test]
+    fn a_lost_database_is_not_begun_anew_over_snapshots() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, metrics) = (dir.path(), Arc::new(Metrics::new()));
+        let database = root.join(DATABASE);
+        drop(open_store(root, &metrics).unwrap());
+        let good = std::fs::read(&database).unwrap();
+        std::fs::create_dir_all(root.join("snapshots/7/fs")).unwrap();
+        drop(open_store(root, &metrics).unwrap());
+        let lose: [fn(&Path); 3] = [
+            |path| std::fs::remove_file(path).unwrap(),
+            |path| std::fs::write(path, "").unwrap(),
+            |path| std::fs::write(path, [0; 8192]).unwrap(),
+        ];
+        for lose in lose {
+            lose(&database);
+            let before = std::fs::read(&database).ok();
+            let error = open_store(root, &metrics).unwrap_err();
+            assert!(
+                matches!(error, DaemonError::DatabaseLost { snapshots: 1, .. }),
+                "{error}"
+            );
+            assert_eq!(std::fs::read(&database).ok(), before, "it is left as it was found");
+        }
+        // What is no database is no empty one either.
+        std::fs::write(&database, "something else").unwrap();
+        assert!(matches!(
+            open_store(root, &metrics),
+            Err(DaemonError::Store(StoreError::Open { .. }))
+        ));
+        std::fs::write(&database, good).unwrap();
+        drop(open_store(root, &metrics).unwrap());
+        // Nothing to lose.
+        std::fs::remove_dir_all(root.join("snapshots")).unwrap();
+        std::fs::write(&database, [0; 8192]).unwrap();
+        drop(open_store(root, &metrics).unwrap());
+    }
 
     #[tokio::test]
     async fn the_socket_is_private_and_replaces_a_dead_one() {

@@ -31,17 +31,16 @@
 //! file that is mostly free pages is made smaller when it is opened.
 //!
 //! A record that cannot be decoded is an error that names it; all others stay readable. redb itself checks its pages'
-//! checksums and repairs an unclean stop when the file is opened.
+//! checksums and repairs an unclean stop when the file is opened. After the disk has failed, the file is opened anew (backend.rs).
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use redb::{Builder, Database, DatabaseError, ReadTransaction, ReadableDatabase as _};
+use redb::{Database, ReadTransaction, ReadableDatabase as _, StorageBackend};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+mod backend;
 mod chains;
 mod draft;
 mod error;
@@ -55,11 +54,13 @@ mod schema;
 mod snapshots;
 mod writer;
 
+use self::backend::{Access, Opened, Opener, Opening};
 use self::lineage::Lineage;
 use self::writer::Writer;
 use crate::metrics::Metrics;
 use crate::sync::{may_block, wait};
 
+pub use backend::is_blank;
 pub use chains::{ChainRecord, ChainRole};
 pub use draft::Draft;
 pub use error::StoreError;
@@ -68,10 +69,6 @@ pub use indexes::{IndexRecord, Voucher};
 pub use layers::{LayerRecord, LayerSource};
 pub use schema::SCHEMA;
 pub use snapshots::{Ancestor, Kind, SnapshotRecord, SnapshotsWrite, Usage, shown};
-
-/// Memory for pages of the database, in bytes. The whole database of a busy node is a few MiB; redb's default would be
-/// 1 GiB.
-const PAGE_CACHE: usize = 16 << 20;
 
 /// A file of at least this size, in bytes, is looked at when it is opened: whether most of it is free.
 const COMPACT_FROM: u64 = 4 << 20;
@@ -87,9 +84,29 @@ pub struct Store {
 
 /// What readers and the writer share.
 struct Inner {
-    db: Database,
+    access: Access,
     lineage: Lineage,
     metrics: Arc<Metrics>,
+}
+
+impl Inner {
+    /// Opens the database anew if the disk has failed. The caller must not be writing.
+    fn renew(&self) -> Result<(), StoreError> {
+        self.access.renew(&|db| {
+            // What was in it may have come to the disk although its commit failed.
+            self.lineage.replace(snapshots::known(db)?);
+            Ok(())
+        })
+    }
+
+    fn begin_read(&self) -> Result<ReadTransaction, StoreError> {
+        // If that does not work, what is in memory may be enough.
+        let renewed = self.renew();
+        match self.access.with(Database::begin_read)? {
+            Ok(transaction) => Ok(transaction),
+            Err(error) => renewed.and(Err(error.into())),
+        }
+    }
 }
 
 impl Store {
@@ -106,45 +123,32 @@ impl Store {
     /// # Errors
     /// [`StoreError`] if another process has it open, a newer Lazuli wrote it, or it cannot be read.
     pub fn open_counted(path: &Path, metrics: Arc<Metrics>) -> Result<Self, StoreError> {
-        may_block();
-        let io = |source| StoreError::Io {
-            path: path.to_owned(),
-            source,
-        };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .map_err(io)?;
-        let failed = |source| match source {
-            DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
-            source => StoreError::Open {
-                path: path.to_owned(),
-                source: Box::new(source),
-            },
-        };
-        let db = Builder::new()
-            .set_cache_size(PAGE_CACHE)
-            .create_file(file)
-            .map_err(failed)?;
-        // The name of a new file is not durable until its directory is.
-        if let Some(directory) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            File::open(directory)
-                .and_then(|directory| directory.sync_all())
-                .map_err(io)?;
-        }
-        Self::over(db, path, metrics)
+        let file = path.to_owned();
+        Self::open_on(move || backend::file(&file), path, metrics)
     }
 
-    /// Prepares an open database, and begins to write.
-    fn over(mut db: Database, path: &Path, metrics: Arc<Metrics>) -> Result<Self, StoreError> {
-        schema::prepare(&db, path)?;
-        compact(&mut db, path);
-        let lineage = snapshots::lineage(&db)?;
-        let inner = Arc::new(Inner { db, lineage, metrics });
+    /// Opens the database in what `backend` opens, now and after each failure of the disk. `path` is for errors.
+    fn open_on<B: StorageBackend>(
+        backend: impl Fn() -> Result<B, StoreError> + Send + Sync + 'static,
+        path: &Path,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, StoreError> {
+        may_block();
+        let name = path.to_owned();
+        let opener: Opener = Box::new(move || {
+            let (backend, name) = (backend()?, name.clone());
+            Ok(Box::new(move || Opened::on(backend, &name)) as Opening)
+        });
+        let mut opened = opener()?()?;
+        schema::prepare(&opened.db, path)?;
+        compact(&mut opened.db, path);
+        let lineage = Lineage::new(snapshots::known(&opened.db)?);
+        let access = Access::new(opener, opened, path);
+        let inner = Arc::new(Inner {
+            access,
+            lineage,
+            metrics,
+        });
         let writer = Writer::start(Arc::clone(&inner)).map_err(|source| StoreError::Io {
             path: path.to_owned(),
             source,
@@ -163,7 +167,7 @@ impl Store {
 
     fn read(&self) -> Result<ReadTransaction, StoreError> {
         may_block();
-        Ok(self.inner.db.begin_read()?)
+        self.inner.begin_read()
     }
 
     /// Makes `work` happen in one transaction, or not at all, and waits until it is on disk. It runs on the writer's thread, so that it must be

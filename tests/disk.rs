@@ -1,7 +1,14 @@
-//! The cache on a real, small file system that fills up, and files of it that the real kernel has mounted.
+//! The cache and the database on a real, small file system: one that fills up, one that fails (disk/bad.rs), one whose power is cut
+//! (disk/power.rs); and files of the cache that the real kernel has mounted.
 //!
 //! Needs root, to mount.
 
+#[path = "disk/bad.rs"]
+mod bad;
+#[path = "support/device.rs"]
+mod device;
+#[path = "disk/power.rs"]
+mod power;
 #[allow(dead_code)]
 #[path = "support/skip.rs"]
 mod skip;

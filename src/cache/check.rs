@@ -15,6 +15,7 @@ use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
 
 use super::CachedLayer;
+use super::faults::Point;
 use super::hold::file_size;
 use crate::layer::digest::Hasher;
 use crate::layer::{Chunk, Verify};
@@ -84,7 +85,7 @@ impl CachedLayer {
             if self.index.verify() == Verify::Span {
                 return true;
             }
-            match is_intact(&self.data.load(), record) {
+            match self.is_intact(record) {
                 Ok(true) => {
                     self.checked.set(at);
                     return true;
@@ -98,7 +99,7 @@ impl CachedLayer {
         if self.checked.get(at) {
             return true;
         }
-        if let Err(error) = self.map().unseal() {
+        if let Err(error) = self.unseal() {
             tracing::error!(layer = %self.digest, "cannot write the map in {}: {error}", self.dir.display());
         }
         if self.ready.clear(at) {
@@ -122,7 +123,7 @@ impl CachedLayer {
             return false;
         };
         let intact = match self.index.verify() {
-            Verify::Content => is_intact(&self.data.load(), &record),
+            Verify::Content => self.is_intact(&record),
             // A torn write cannot be told from a whole one.
             Verify::Span => Ok(false),
         };
@@ -140,6 +141,11 @@ impl CachedLayer {
             self.tell_damage(chunk, &why);
         }
         self.ready.get(chunk)
+    }
+
+    fn is_intact(&self, record: &Chunk) -> io::Result<bool> {
+        self.cache.faults.at(Point::Read)?;
+        is_intact(&self.data.load(), record)
     }
 
     fn tell_damage(&self, chunk: usize, why: &str) {

@@ -13,6 +13,8 @@ use lru::LruCache;
 
 use super::adopt;
 use super::disk::{Beside, disk_use, small_files};
+use super::error::{is_damage, is_full};
+use super::faults::{Faults, Point};
 use super::hold::{boot_id, file_size, is_exposed, unmark};
 use super::hot::HotChunks;
 use super::layer::Files;
@@ -64,6 +66,8 @@ pub struct Cache {
     pub(super) beside: Beside,
     /// Wakes the thread that looks at the marks, if there is one: see marks.rs.
     pub(super) bell: OnceLock<SyncSender<()>>,
+    /// Where a test has the disk fail.
+    pub(super) faults: Faults,
     /// Whether it cannot be told who has a file open, as on a file system without leases.
     #[cfg(test)]
     pub(super) blind: std::sync::atomic::AtomicBool,
@@ -99,9 +103,9 @@ impl Cache {
         let entries = metrics.trash_entries.with_label_values(&["layers"]);
         let trash = Trash::open(&trash, entries).map_err(CacheError::io("open", &trash))?;
         let incoming = layers.join(".incoming");
-        trash
-            .discard(&incoming, "incoming", 0)
-            .and_then(|_| builder.create(&incoming))
+        builder
+            .create(&incoming)
+            .and_then(|()| empty(&incoming, &trash))
             .map_err(CacheError::io("empty", &incoming))?;
         let mut known = LruCache::unbounded();
         let mut used = 0;
@@ -139,6 +143,7 @@ impl Cache {
             residents: Residents::new(),
             beside: Beside::default(),
             bell: OnceLock::new(),
+            faults: Faults::default(),
             #[cfg(test)]
             blind: std::sync::atomic::AtomicBool::new(false),
             trash,
@@ -149,8 +154,8 @@ impl Cache {
         Ok(cache)
     }
 
-    /// The layer with this key, if its index is here; always the same one while anyone has it. A layer that is damaged is removed, and is
-    /// not here.
+    /// The layer with this key, if its index is here; always the same one while anyone has it. A layer that is damaged, or that the disk cannot
+    /// read any more, is removed, and is not here: it is to be made anew.
     ///
     /// # Errors
     /// [`CacheError::Io`] if it cannot be told whether the layer is here.
@@ -245,6 +250,12 @@ impl Cache {
         Staging::new(me, key.into())
     }
 
+    /// Has the disk fail as `decide` says.
+    #[cfg(test)]
+    pub(crate) fn fail_with(&self, decide: super::Decide) {
+        self.faults.set(decide);
+    }
+
     /// From now on nothing gives way to anything, whatever the limits say: the daemon ends, and pins go without anybody having stopped needing
     /// the layers. Without this, an end on a disk above its mark would empty the cache of a node whose registry may be away.
     pub fn keep_all(&self) {
@@ -327,7 +338,16 @@ impl Cache {
         if let Some(old) = known.pop(&digest) {
             self.discard(&digest, old.allocated.load(Ordering::Relaxed));
         }
-        fs::rename(from, &target).map_err(CacheError::io("create", &target))?;
+        let mut placed = self.faults.at(Point::Sync).and_then(|()| fs::rename(from, &target));
+        if placed
+            .as_ref()
+            .is_err_and(|error| error.kind() == io::ErrorKind::DirectoryNotEmpty)
+        {
+            // One that was given up, and could not be moved away then.
+            self.discard(&digest, 0);
+            placed = fs::rename(from, &target);
+        }
+        placed.map_err(CacheError::io("create", &target))?;
         let layer = Arc::new(layer);
         let entry = Entry {
             allocated: layer.allocated_handle(),
@@ -342,55 +362,64 @@ impl Cache {
     }
 
     /// Opens a layer from the disk. `None`: it is damaged.
+    ///
+    /// Everything that is read here is read by system calls, of which a failing disk makes errors. So the index is whole when it is mapped
+    /// (places.rs): a worker that has died because the disk could not read a page of it is followed by one that notices.
     fn load(&self, key: &Key, allocated: Arc<AtomicU64>) -> Result<Option<CachedLayer>, CacheError> {
         let Some(me) = self.me.upgrade() else { return Ok(None) };
         let digest = &key.id;
         let dir = self.layer_dir(digest);
         let path = dir.join("index");
-        let (index_file, encoded) = match File::open(&path).and_then(|mut file| {
+        let read = File::open(&path).and_then(|mut file| {
+            self.faults.at(Point::Open)?;
             let mut bytes = Vec::new();
             file.read_to_end(&mut bytes).map(|_| (file, bytes))
-        }) {
-            Ok(read) => read,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(CacheError::io("read", &path)(error)),
+        });
+        let Some((index_file, encoded)) = readable(digest, "index", &path, read)? else {
+            return Ok(None);
         };
-        let index = match LayerIndex::decode(&encoded) {
-            Ok(index) => index,
-            Err(error) => {
-                tracing::warn!(layer = %digest, "the layer is removed from the cache, its index cannot be used: {error}");
-                return Ok(None);
-            }
+        let decoded = LayerIndex::decode(&encoded).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error));
+        let Some(index) = readable(digest, "index", &path, decoded)? else {
+            return Ok(None);
         };
         let (id, chunks) = (Digest::of(&encoded), index.chunks());
-        let windows = match WindowFile::open(&dir, index.checkpoints(), &id) {
-            Ok(windows) => windows,
-            Err(error) => {
-                tracing::warn!(layer = %digest, "the layer is removed from the cache, its windows cannot be used: {error}");
-                return Ok(None);
-            }
+        let windows = self.faults.at(Point::Open);
+        let windows = windows.and_then(|()| WindowFile::open(&dir, index.checkpoints(), &id));
+        let Some(windows) = readable(digest, "windows", &dir, windows)? else {
+            return Ok(None);
         };
         let (path, map_path) = (dir.join("data"), dir.join("map"));
         let mut options = File::options();
         options.read(true).write(true).create(true).truncate(false);
-        let mut data = options.open(&path).map_err(CacheError::io("open", &path))?;
-        let map = options.open(&map_path).map_err(CacheError::io("open", &map_path))?;
-        let saved = fs::read(&map_path).map_err(CacheError::io("read", &map_path))?;
+        let opened = options.open(&path).and_then(|data| {
+            let len = data.metadata()?.len();
+            Ok((data, len))
+        });
+        let Some((mut data, len)) = readable(digest, "data", &path, opened)? else {
+            return Ok(None);
+        };
+        let saved = match self.faults.at(Point::Open).and_then(|()| fs::read(&map_path)) {
+            Ok(saved) => map::decode(&saved, chunks.len(), &id).map_err(str::to_owned),
+            Err(error) if is_damage(&error) => Err(error.to_string()),
+            Err(error) => return Err(CacheError::io("read", &map_path)(error)),
+        };
+        let open_map = || options.open(&map_path).map_err(CacheError::io("open", &map_path));
         let mut exposed = is_exposed(&dir, &self.boot_id);
-        let len = data.metadata().map_err(CacheError::io("read", &path))?.len();
-        let (sealed, words) = match map::decode(&saved, chunks.len(), &id) {
+        let (map, sealed, words) = match saved {
             // The first versions did not fill the last page.
             Ok(saved) if len == index.data_size() || len == file_size(index.data_size()) => {
                 data.set_len(file_size(index.data_size()))
                     .map_err(CacheError::io("resize", &path))?;
-                (saved.sealed, saved.words)
+                (open_map()?, saved.sealed, saved.words)
             }
             Ok(saved) => {
                 tracing::warn!(layer = %digest, len, "the data in the cache has the wrong length, its chunks are verified again");
+                let map = open_map()?;
+                // Before the length is right: nobody could tell any more that what is under the seal is not true.
                 write_map(&map, &map_path, chunks.len(), &id, &saved.words)?;
                 data.set_len(file_size(index.data_size()))
                     .map_err(CacheError::io("resize", &path))?;
-                (false, saved.words)
+                (map, false, saved.words)
             }
             Err(what) => {
                 tracing::warn!(layer = %digest, "the data in the cache is dropped, its map cannot be used: {what}");
@@ -405,8 +434,22 @@ impl Cache {
                     .map_err(CacheError::io("resize", &path))?;
                 exposed = false;
                 let words = vec![0; chunks.len().div_ceil(64)];
-                write_map(&map, &map_path, chunks.len(), &id, &words)?;
-                (false, words)
+                // Where the old one lies, the disk may be unable to keep anything.
+                match fs::remove_file(&map_path) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(CacheError::io("delete", &map_path)(error));
+                    }
+                    _ => {}
+                }
+                let map = open_map()?;
+                match write_map(&map, &map_path, chunks.len(), &id, &words) {
+                    // Without a head it is no map: the next start drops once more what will have come.
+                    Err(CacheError::Io { source, .. }) if is_full(&source) => {
+                        tracing::warn!(layer = %digest, "its map cannot be written: {source}");
+                    }
+                    written => written?,
+                }
+                (map, false, words)
             }
         };
         let now = disk_use(&dir);
@@ -426,6 +469,29 @@ impl Cache {
         };
         Ok(Some(CachedLayer::new(me, *key, index, files)))
     }
+}
+
+/// What was read of a layer; `None` if it is damaged or lost, which is told.
+fn readable<T>(layer: &Digest, what: &str, path: &Path, read: io::Result<T>) -> Result<Option<T>, CacheError> {
+    match read {
+        Ok(read) => Ok(Some(read)),
+        Err(error) if is_damage(&error) => {
+            tracing::warn!(
+                %layer,
+                "the layer is removed from the cache, and made anew when it is wanted: its {what} cannot be used: {error}"
+            );
+            Ok(None)
+        }
+        Err(error) => Err(CacheError::io("read", path)(error)),
+    }
+}
+
+/// Moves what an earlier run left in a directory to the trash. It stays itself: on a full disk there may be no room for another one.
+fn empty(dir: &Path, trash: &Arc<Trash>) -> io::Result<()> {
+    for entry in fs::read_dir(dir)? {
+        trash.discard(&entry?.path(), "incoming", 0)?;
+    }
+    Ok(())
 }
 
 fn write_map(file: &File, path: &Path, chunks: usize, index: &Digest, words: &[u64]) -> Result<(), CacheError> {
@@ -456,7 +522,14 @@ fn lock(path: &Path) -> Result<File, CacheError> {
 fn scan(layers: &Path, trash: &Arc<Trash>) -> Result<Vec<(SystemTime, Digest, u64)>, CacheError> {
     let mut found = Vec::new();
     for entry in fs::read_dir(layers).map_err(CacheError::io("list", layers))? {
-        let entry = entry.map_err(CacheError::io("list", layers))?;
+        let entry = match entry {
+            Ok(entry) => entry,
+            // What is not seen now gives way to what takes its name.
+            Err(error) => {
+                tracing::error!("not all of {} can be listed: {error}", layers.display());
+                break;
+            }
+        };
         let name = entry.file_name();
         let Some(digest) = name.to_str().and_then(Digest::from_hex) else {
             continue;

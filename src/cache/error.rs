@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+
 use crate::layer::{Digest, LayerError};
 
 /// An error of the cache on disk.
@@ -66,6 +68,31 @@ impl CacheError {
         };
         io::Error::new(kind, self)
     }
+}
+
+/// Errors of a disk or file system that has lost what it was given: what was stored there will be no better when it is asked for once more.
+const LOST: [Errno; 8] = [
+    Errno::IO,
+    // The file system has found itself wrong (EFSCORRUPTED), or a checksum of its own (EFSBADCRC).
+    Errno::UCLEAN,
+    Errno::BADMSG,
+    Errno::NODATA,
+    Errno::REMOTEIO,
+    Errno::ILSEQ,
+    // Something else has the name.
+    Errno::ISDIR,
+    Errno::NOTDIR,
+];
+
+/// Whether an error of a read says that what should be there is lost: it is not there, cannot be read, or is something else. Then it is fetched
+/// again. Other errors (no more open files, no memory, no right) say nothing of what is on the disk.
+pub(super) fn is_damage(error: &io::Error) -> bool {
+    let kinds = [
+        io::ErrorKind::NotFound,
+        io::ErrorKind::UnexpectedEof,
+        io::ErrorKind::InvalidData,
+    ];
+    kinds.contains(&error.kind()) || Errno::from_io_error(error).is_some_and(|errno| LOST.contains(&errno))
 }
 
 /// Whether an error of a write says that there is no room, which is no reason to fail a read.

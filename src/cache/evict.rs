@@ -49,7 +49,7 @@ impl CachedLayer {
                 return 0;
             }
         };
-        if let Err(error) = self.map().unseal() {
+        if let Err(error) = self.unseal() {
             // Bits under a seal must not outlive their bytes.
             tracing::error!(layer = %self.digest, "cannot write the map in {}: {error}", self.dir.display());
             return 0;

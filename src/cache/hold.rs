@@ -38,9 +38,13 @@ pub(super) fn boot_id() -> String {
     fs::read_to_string(BOOT_ID).unwrap_or_default().trim().to_owned()
 }
 
-/// Whether the data of the layer in `dir` was mounted since the machine was booted.
+/// Whether the data of the layer in `dir` was mounted since the machine was booted, as far as is known.
 pub(super) fn is_exposed(dir: &Path, boot_id: &str) -> bool {
-    fs::read_to_string(dir.join(MARKER)).is_ok_and(|marked| marked == boot_id)
+    match fs::read_to_string(dir.join(MARKER)) {
+        Ok(marked) => marked == boot_id,
+        // A mark that cannot be read is one: nothing is to be taken from under a mount because the disk has lost a few bytes.
+        Err(error) => error.kind() != io::ErrorKind::NotFound,
+    }
 }
 
 /// Notes that the data of the layer in `dir` is another file now, which was never mounted.

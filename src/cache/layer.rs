@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::num::NonZeroU64;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::{FileExt as _, MetadataExt};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
@@ -18,6 +18,7 @@ use rustix::io::ReadWriteFlags;
 
 use super::bitmap::{Bitmap, WORD};
 use super::error::is_full;
+use super::faults::Point;
 use super::map::MapFile;
 use super::names::Names;
 use super::pins::Pins;
@@ -343,7 +344,7 @@ impl CachedLayer {
                 place.copy_from_slice(bytes);
             } else if !self.verify(at) {
                 missing.push(at);
-            } else if let Err(error) = self.data.load().read_exact_at(place, from) {
+            } else if let Err(error) = self.cache.faults.read(&self.data.load(), place, from) {
                 missing.push(at);
                 failed = Some(error);
             }
@@ -453,8 +454,8 @@ impl CachedLayer {
         if self.ready.get(chunk) {
             return Ok(false);
         }
-        self.map().unseal()?;
-        self.data.load().write_all_at(bytes, record.data_offset)?;
+        self.unseal()?;
+        self.cache.faults.write(&self.data.load(), bytes, record.data_offset)?;
         let was_suspect = self.suspect.clear(chunk);
         self.checked.set(chunk);
         if !self.ready.set(chunk) {
@@ -514,9 +515,11 @@ impl CachedLayer {
         if self.ready.ones().next().is_none() {
             return Ok(());
         }
-        self.data
-            .load()
-            .sync_all()
+        let synced = self.cache.faults.at(Point::Sync);
+        synced
+            .and_then(|()| self.data.load().sync_all())
+            // Also that it is this file that has the name: another one may have had it when the directory was last written (evict.rs).
+            .and_then(|()| File::open(&self.dir)?.sync_all())
             .and_then(|()| self.map().seal(&self.ready))
             .map_err(CacheError::io("write", &self.dir))
     }
@@ -534,8 +537,15 @@ impl CachedLayer {
         self.map.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Breaks the seal of the map, before the first change of what is under it.
+    pub(super) fn unseal(&self) -> io::Result<()> {
+        self.cache.faults.at(Point::Map)?;
+        self.map().unseal()
+    }
+
     /// Writes the bits of `chunks` to the map. The words are loaded under the lock, so that an older one never replaces a newer one.
     pub(super) fn write_map(&self, chunks: Range<usize>) -> io::Result<()> {
+        self.cache.faults.at(Point::Map)?;
         let map = self.map();
         for word in chunks.start / WORD..chunks.end.div_ceil(WORD) {
             map.write_word(word, self.ready.word(word) | self.suspect.word(word))?;
@@ -561,6 +571,7 @@ impl CachedLayer {
         let (inside, outside) = buf.split_at_mut(inside);
         outside.fill(0);
         let data = self.data.load();
+        self.cache.faults.at(Point::Read)?;
         if (inside.len() as u64) < NEIGHBOURS {
             let part = &mut [IoSliceMut::new(inside)];
             match rustix::io::preadv2(&**data, part, offset, ReadWriteFlags::NOWAIT) {

@@ -13,6 +13,7 @@ use super::budget::full;
 use super::dir::DIR_MODE;
 use super::disk::{disk_use, small_files};
 use super::error::is_full;
+use super::faults::Point;
 use super::hold::file_size;
 use super::layer::Files;
 use super::map::{self, MapFile};
@@ -69,10 +70,10 @@ impl Staging {
         let reserve = |reason| full(&self.digest, len, reason);
         self.cache.reserve(len, Some(&self.digest)).map_err(reserve)?;
         self.reserved += len;
-        let mut written = self.data.write_all_at(bytes, offset);
+        let mut written = self.cache.faults.write(&self.data, bytes, offset);
         if written.as_ref().is_err_and(is_full) {
             self.cache.make_room_now(len, Some(&self.digest));
-            written = self.data.write_all_at(bytes, offset);
+            written = self.cache.faults.write(&self.data, bytes, offset);
         }
         written.map_err(|source| {
             if is_full(&source) {
@@ -140,8 +141,8 @@ impl Staging {
         self.reserve_files(files.map(|len| len as u64));
         let dir = self.dir.path();
         let data_path = dir.join("data");
-        self.data
-            .set_len(index.data_size())
+        let set = self.cache.faults.at(Point::Sync);
+        set.and_then(|()| self.data.set_len(index.data_size()))
             // In two steps, so that nothing that was written behind the end shows up again.
             .and_then(|()| self.data.set_len(file_size(index.data_size())))
             .and_then(|()| self.data.sync_all())

@@ -13,6 +13,7 @@ use crate::layer::index::{IndexParts, Inode, mode};
 use crate::layer::{Access, Chunk, Codec, Digest, LayerIndex};
 use crate::metrics::Metrics;
 
+mod damage;
 mod disk;
 mod names;
 mod twins;

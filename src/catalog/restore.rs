@@ -1,6 +1,7 @@
 //! Bringing back, at the start, what snapshots refer to.
 //!
-//! What is on disk is live before anybody is answered. A layer whose index is not there has to be loaded again, and the registry may be away:
+//! What is on disk is live before anybody is answered. A layer whose index is not there, or cannot be read, has to be loaded again, and the
+//! registry may be away:
 //! it is tried until it is there, or is gone for good, or nothing refers to it any more. Containers may run on it, of a session that this process
 //! has taken over, so that requests for it wait ([`crate::fs::Session::expect`]).
 
@@ -54,14 +55,19 @@ impl Catalog {
             };
             // The order in the record is what is left of what was known: who comes first there came first for a reason.
             blob.verified();
+            let stored = stored.unwrap_or_else(|refusal| {
+                // It may be there the next time.
+                tracing::error!(layer = %digest, reason = %refusal, "cannot be read from the cache now");
+                None
+            });
             match stored {
-                Ok(Some(layer)) => match self.attach(&spec, digest, record.slot, layer, record.streamed) {
+                Some(layer) => match self.attach(&spec, digest, record.slot, layer, record.streamed) {
                     Ok(_) => restored += 1,
                     Err(refusal) => tracing::error!(layer = %digest, reason = %refusal, "cannot be brought back"),
                 },
-                Ok(None) => {
+                None => {
                     missing += 1;
-                    tracing::warn!(layer = %record.digest, "its index is not in the cache, will be loaded again");
+                    tracing::warn!(layer = %record.digest, "its index is not to be had from the cache, it will be loaded again");
                     let origin = Origin {
                         sources: record.sources,
                         manifest: None,
@@ -74,7 +80,6 @@ impl Catalog {
                     };
                     absent.insert(digest, (wanted, record.slot));
                 }
-                Err(refusal) => tracing::error!(layer = %record.digest, reason = %refusal, "cannot be brought back"),
             }
         }
         let is_absent = |record: &LayerRecord| record.variant_of.is_some_and(|base| absent.contains_key(&base));

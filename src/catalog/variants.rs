@@ -7,7 +7,7 @@
 //! # On disk
 //! `<root>/variants/<hex of the variant's digest>` holds the index in its own on-disk form ([`crate::layer::index`]). It is written
 //! under a temporary name, synced and renamed, before the database has the variant's record. A file without a record is removed at
-//! start, and so are file and record of a variant that no snapshot refers to.
+//! start, and so are file and record of a variant that no snapshot refers to. A record whose file is lost has it made again (rebuild.rs).
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -24,6 +24,7 @@ use lru::LruCache;
 use super::images::ImagePlan;
 use super::loader::{self, Refusal};
 use super::question::Begun;
+use super::rebuild::MAX_BELOW;
 use super::{Catalog, GRACE, Live, of_store, released, spec_of};
 use crate::fetch::{FetchError, Layer, LayerData, LocalFile};
 use crate::layer::variant::{depends_on_below, on_top_of};
@@ -230,7 +231,7 @@ fn stacks(bases: &[Option<Digest>]) -> Vec<Digest> {
     bases.iter().map(stack).collect()
 }
 
-fn digest_of(layer: &Digest, encoded: &[u8]) -> Digest {
+pub(super) fn digest_of(layer: &Digest, encoded: &[u8]) -> Digest {
     Digest::of(&[DIGEST_DOMAIN, layer.as_bytes(), Digest::of(encoded).as_bytes()].concat())
 }
 
@@ -297,7 +298,7 @@ impl Shelf {
         File::open(&self.dir)?.sync_all()
     }
 
-    fn read(&self, variant: &Digest) -> io::Result<LayerIndex> {
+    pub(super) fn read(&self, variant: &Digest) -> io::Result<LayerIndex> {
         LayerIndex::decode(&fs::read(self.path(variant))?).map_err(io::Error::other)
     }
 
@@ -546,7 +547,16 @@ impl Catalog {
         };
         let index = match self.shelf.read(&record.digest) {
             Ok(index) => index,
-            Err(error) => return lost(&error),
+            Err(error) => {
+                let Some(index) = self.rebuild_variant(record, MAX_BELOW) else {
+                    return lost(&error);
+                };
+                tracing::warn!(variant = %record.digest, "its file cannot be used, and is made again: {error}");
+                if let Err(error) = self.shelf.write(&record.digest, &index.encode()) {
+                    tracing::warn!(%error, variant = %record.digest, "cannot be written; the next start makes it again");
+                }
+                index
+            }
         };
         if !same_space(&index, layer.index()) {
             return lost(&"its layer has been indexed in another way");

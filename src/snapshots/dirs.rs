@@ -29,6 +29,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tempfile::TempDir;
+use tonic::Code;
 
 use super::users::Mapping;
 use super::{SnapshotsError, mapped};
@@ -121,7 +122,14 @@ impl Dirs {
 
     /// overlayfs needs directory entries with types, which old XFS file systems do not have.
     fn check_file_types(&self) -> Result<(), SnapshotsError> {
-        let probe = self.build(&Content::Local(Kind::View, None))?;
+        let probe = match self.build(&Content::Local(Kind::View, None)) {
+            // A full disk is no reason not to serve what is there; and what is there was made by one that knew of this.
+            Err(error) if error.code() == Code::ResourceExhausted => {
+                tracing::warn!(%error, "the disk is full: whether its directories have types is not looked at");
+                return Ok(());
+            }
+            probe => probe?,
+        };
         let path = probe.0.path();
         let io = |error: rustix::io::Errno| SnapshotsError::io("list", path)(error.into());
         let listed = rustix::fs::Dir::read_from(fs::File::open(path).map_err(SnapshotsError::io("open", path))?);

@@ -28,7 +28,8 @@ pub enum StoreError {
     },
     /// The file is not a database, or it is damaged beyond redb's repair.
     #[error(
-        "metadata database {path} cannot be opened: {source}; restore it, or move the root directory away to begin anew"
+        "metadata database {path} cannot be opened: {source}; restore a copy of it, or begin anew as docs/OPERATIONS.md says \
+         (\"The database is lost\")"
     )]
     Open {
         /// The file.
@@ -81,10 +82,18 @@ pub enum StoreError {
     /// The change panicked; nothing of it is there.
     #[error("metadata database: a change was abandoned, because it panicked")]
     Panicked,
+    /// The disk has failed, and the database could not be opened anew yet. That is tried again when something is asked next.
+    #[error("metadata database {path} cannot be used, since the disk has failed: {source}")]
+    Unusable {
+        /// The file.
+        path: PathBuf,
+        /// What came of the last try.
+        source: Arc<StoreError>,
+    },
     /// The database is being closed.
     #[error("metadata database: it is being closed")]
     Closed,
-    /// redb failed; after an I/O error it refuses everything until the file is opened again.
+    /// redb failed. After an error of the disk the file is opened anew when something is asked next.
     #[error("metadata database: {0}")]
     Database(Box<redb::Error>),
 }

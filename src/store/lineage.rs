@@ -27,6 +27,11 @@ impl Lineage {
         }
     }
 
+    /// Takes over what the database holds.
+    pub(super) fn replace(&self, snapshots: HashMap<String, Known>) {
+        *self.known.write().unwrap_or_else(PoisonError::into_inner) = snapshots;
+    }
+
     /// Takes over what a transaction changed, at once for those who read.
     pub(super) fn apply(&self, changes: Vec<Change>) {
         let mut known = self.known.write().unwrap_or_else(PoisonError::into_inner);

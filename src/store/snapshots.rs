@@ -8,7 +8,6 @@ use redb::{
 use serde::{Deserialize, Serialize};
 
 use super::draft::{Draft, table};
-use super::lineage::Lineage;
 use super::schema::next_number;
 use super::{Store, StoreError, decode, encode};
 use crate::layer::Digest;
@@ -183,7 +182,7 @@ pub(super) fn create_tables(transaction: &WriteTransaction) -> Result<(), StoreE
 }
 
 /// The snapshots of the database, but for those whose records cannot be decoded.
-pub(super) fn lineage(db: &Database) -> Result<Lineage, StoreError> {
+pub(super) fn known(db: &Database) -> Result<HashMap<String, Known>, StoreError> {
     let table = db.begin_read()?.open_table(SNAPSHOTS)?;
     let mut known = HashMap::new();
     for entry in table.iter()? {
@@ -192,7 +191,7 @@ pub(super) fn lineage(db: &Database) -> Result<Lineage, StoreError> {
             known.insert(key.value().to_owned(), snapshot);
         }
     }
-    Ok(Lineage::new(known))
+    Ok(known)
 }
 
 impl Store {

@@ -10,7 +10,61 @@ use super::*;
 use crate::layer::Digest;
 
 mod growth;
+mod power;
 mod writer;
+
+impl Store {
+    /// Opens a file whose writes and syncs fail when `fails` says so, for the tests of other rooms.
+    pub(crate) fn open_failing(
+        path: &Path,
+        fails: impl Fn() -> std::io::Result<()> + Clone + Send + Sync + 'static,
+    ) -> Result<Self, StoreError> {
+        let file = path.to_owned();
+        let open = move || {
+            let backend = backend::file(&file)?;
+            let fails = fails.clone();
+            Ok(Failing { backend, fails })
+        };
+        Self::open_on(open, path, Arc::new(Metrics::new()))
+    }
+}
+
+/// A file that fails.
+struct Failing<F> {
+    backend: backend::Whole,
+    fails: F,
+}
+
+impl<F> std::fmt::Debug for Failing<F> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Failing")
+    }
+}
+
+impl<F: Fn() -> std::io::Result<()> + Send + Sync + 'static> StorageBackend for Failing<F> {
+    fn len(&self) -> std::io::Result<u64> {
+        self.backend.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
+        self.backend.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> std::io::Result<()> {
+        (self.fails)()?;
+        self.backend.set_len(len)
+    }
+
+    fn sync_data(&self) -> std::io::Result<()> {
+        (self.fails)()?;
+        self.backend.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        (self.fails)()?;
+        self.backend.write(offset, data)
+    }
+}
 
 fn open(dir: &tempfile::TempDir) -> Store {
     Store::open(&dir.path().join("metadata.redb")).unwrap()
@@ -95,7 +149,7 @@ fn image(name: &str, layers: &[&[u8]]) -> ImageRecord {
 /// Writes bytes that are no record, as a fault of the disk or of a program would.
 fn damage<'k, K: redb::Key + 'static>(store: &Store, table: &str, key: K::SelfType<'k>) {
     let definition: TableDefinition<K, &[u8]> = TableDefinition::new(table);
-    let transaction = store.inner.db.begin_write().unwrap();
+    let transaction = store.inner.access.with(Database::begin_write).unwrap().unwrap();
     transaction
         .open_table(definition)
         .unwrap()
@@ -442,7 +496,7 @@ fn a_database_from_before_there_were_chains_gets_them() {
     let store = open(&dir);
     let layer = with_slot(&store, b"blob");
     store.put_layer(&layer).unwrap();
-    let transaction = store.inner.db.begin_write().unwrap();
+    let transaction = store.inner.access.with(Database::begin_write).unwrap().unwrap();
     assert!(transaction.delete_table(CHAINS).unwrap());
     transaction.commit().unwrap();
     drop(store);

@@ -4,14 +4,15 @@
 //! them together; what arrives while it waits for the disk goes into the next commit. So a slow disk makes commits larger, not the queue
 //! longer, and nobody but this thread waits within a commit.
 //!
-//! A change that fails leaves the others alone ([`Draft`]). If the transaction itself fails, nothing of it is there, and everyone in it
-//! gets the error. Nobody is answered before the commit: a change that failed may have seen what another one of the same transaction wrote.
+//! A change that fails leaves the others alone ([`Draft`]). If the transaction itself fails, everyone in it gets the error, and nothing of it is
+//! there; unless it was the disk that failed, which may have kept all of it all the same (backend.rs): that is found out when the file is opened
+//! anew. Nobody is answered before the commit: a change that failed may have seen what another one of the same transaction wrote.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use redb::WriteTransaction;
+use redb::{Database, WriteTransaction};
 use tokio::sync::{mpsc, oneshot};
 
 use super::draft::{Draft, Written};
@@ -158,13 +159,17 @@ impl Inner {
         jobs: &mut mpsc::Receiver<Box<dyn Job>>,
         batch: &mut Vec<Box<dyn Job>>,
     ) -> Result<(), StoreError> {
-        let begun = self.db.begin_write();
         let mut next = Some(first);
-        let transaction = match begun {
-            Ok(transaction) => transaction,
+        // Opened anew, if need be, and before anything is written.
+        let begun = self.renew().and_then(|()| {
+            let writing = self.access.writing();
+            Ok((writing, self.access.with(Database::begin_write)??))
+        });
+        let (_writing, transaction) = match begun {
+            Ok(begun) => begun,
             Err(error) => {
                 batch.extend(next);
-                return Err(error.into());
+                return Err(error);
             }
         };
         let mut all = Written::default();

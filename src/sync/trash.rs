@@ -75,13 +75,19 @@ impl Trash {
     /// The trash at `path`, made if it is missing. What is in it is deleted from now on. `entries` counts what waits.
     ///
     /// # Errors
-    /// If the directory cannot be made or listed.
+    /// If the directory cannot be made.
     pub fn open(path: &Path, entries: IntGauge) -> io::Result<Arc<Self>> {
         fs::DirBuilder::new().recursive(true).mode(PRIVATE).create(path)?;
         let (mut count, mut bytes) = (0_i64, 0_u64);
-        for entry in fs::read_dir(path)? {
+        // What cannot be listed cannot be deleted either, which is no reason not to go on.
+        let listed = fs::read_dir(path).and_then(|listed| listed.collect::<io::Result<Vec<_>>>());
+        let listed = listed.unwrap_or_else(|error| {
+            tracing::error!(%error, path = %path.display(), "what was removed cannot be listed");
+            Vec::new()
+        });
+        for entry in listed {
             count += 1;
-            bytes = bytes.saturating_add(bytes_of(&entry?.file_name()));
+            bytes = bytes.saturating_add(bytes_of(&entry.file_name()));
         }
         entries.add(count);
         let trash = Arc::new(Trash {

@@ -13,6 +13,7 @@
 mod support;
 
 mod apply;
+mod bad_disk;
 mod callers;
 mod calls;
 mod commands;

@@ -26,6 +26,45 @@ fn restart(stage: &mut Stage) {
     stage.containerd.ctr_ok(&[&snapshots[..], &["rm", &probe]].concat());
 }
 
+/// What follows from other things is made again, without the network.
+#[test]
+fn a_variant_whose_file_is_lost_is_made_again() {
+    if subject() != lazuli::SNAPSHOTTER {
+        return;
+    }
+    let mut stage = Stage::new("a_variant_whose_file_is_lost_is_made_again", Generation::One);
+    let case = torture::implied();
+    let options = Options {
+        implied_dirs: case.implied_dirs.clone(),
+        ..Options::default()
+    };
+    let reference = stage.push(&case.image, "variants/lost:1");
+    stage.compare(&reference, &options).expect_equal();
+    stage.registry.stop();
+    let directory = stage.lazuli().root().join("variants");
+    let lose: [fn(&std::path::Path); 3] = [
+        |file| fs::remove_file(file).unwrap(),
+        |file| fs::write(file, "").unwrap(),
+        |file| fs::write(file, "no index").unwrap(),
+    ];
+    for lose in lose {
+        let file = fs::read_dir(&directory).unwrap().next().unwrap().unwrap().path();
+        let before = fs::read(&file).unwrap();
+        lose(&file);
+        restart(&mut stage);
+        assert!(fs::read(&file).unwrap() == before, "it is what it was");
+        let expected = stage.containerd.view(&reference, REFERENCE);
+        let found = stage.containerd.view(&reference, SNAPSHOTTER);
+        compare(&expected.path, &found.path, &options).expect_equal();
+    }
+    assert!(
+        stage
+            .lazuli()
+            .log()
+            .contains("its file cannot be used, and is made again")
+    );
+}
+
 #[test]
 fn variants_live_as_long_as_their_snapshots() {
     if subject() != lazuli::SNAPSHOTTER {

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use redb::{MultimapTableHandle as _, ReadableDatabase as _, ReadableTableMetadata as _, TableHandle as _};
+use redb::{MultimapTableHandle as _, ReadableTableMetadata as _, TableHandle as _};
 
 use super::super::{IndexRecord, LayerRecord, Store, StoreError};
 use super::{image, layer, open, snapshot};
@@ -12,7 +12,7 @@ use crate::layer::Digest;
 
 /// Records of each table, without the counters.
 fn lengths(store: &Store) -> Vec<(String, u64)> {
-    let transaction = store.inner.db.begin_read().unwrap();
+    let transaction = store.inner.begin_read().unwrap();
     let mut lengths: Vec<_> = transaction
         .list_tables()
         .unwrap()

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex};
 
-use redb::{Builder, StorageBackend};
+use redb::StorageBackend;
 
 use super::super::{IndexRecord, Kind, SnapshotRecord, SnapshotsWrite, Store, StoreError, Usage, schema};
 use super::{image, layer, snapshot};
@@ -51,8 +51,16 @@ impl Disk {
     }
 
     fn open(&self, metrics: &Arc<Metrics>) -> Store {
-        let db = Builder::new().create_with_backend(self.clone()).unwrap();
-        Store::over(db, std::path::Path::new("in memory"), Arc::clone(metrics)).unwrap()
+        let disk = self.clone();
+        // As a file is opened.
+        let open = move || match disk.sync_data() {
+            Ok(()) => Ok(disk.clone()),
+            Err(source) => Err(StoreError::Io {
+                path: "in memory".into(),
+                source,
+            }),
+        };
+        Store::open_on(open, std::path::Path::new("in memory"), Arc::clone(metrics)).unwrap()
     }
 }
 
@@ -362,9 +370,9 @@ fn what_is_queued_at_the_end_is_written() {
 }
 
 fn store_schema(store: &Store) -> u64 {
-    use redb::{ReadableDatabase as _, TableDefinition};
+    use redb::TableDefinition;
     let table: TableDefinition<&str, u64> = TableDefinition::new("meta");
-    let transaction = store.inner.db.begin_read().unwrap();
+    let transaction = store.inner.begin_read().unwrap();
     let table = transaction.open_table(table).unwrap();
     table.get("schema").unwrap().unwrap().value()
 }

@@ -39,3 +39,4 @@ mod tenants;
 mod trees;
 mod users;
 mod variants;
+mod waits;

@@ -258,6 +258,13 @@ impl Containerd {
 
     /// Starts a container that stays until [`Containerd::remove_container`].
     pub fn start_container(&self, reference: &str, snapshotter: &str) -> String {
+        let (id, finished) = self.try_start_container(reference, snapshotter);
+        finished.expect_success();
+        id
+    }
+
+    /// The same, whether it can be started or not.
+    pub fn try_start_container(&self, reference: &str, snapshotter: &str) -> (String, Finished) {
         let id = self.new_id();
         let output = Output::new(&self.sandbox, &id);
         let flags = [
@@ -269,8 +276,11 @@ impl Containerd {
             "--snapshotter",
             snapshotter,
         ];
-        run_ok(self.ctr(&flags).args([reference, &id, "sleep", "100000"]));
-        id
+        let finished = run(
+            self.ctr(&flags).args([reference, &id, "sleep", "100000"]),
+            COMMAND_TIMEOUT,
+        );
+        (id, finished)
     }
 
     /// Runs a shell script in a running container.

@@ -15,7 +15,7 @@ HOST := $(shell uname -m | tr a-z A-Z)
 export CARGO_TARGET_$(HOST)_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help demo test test-slow test-takeover suite bench fmt lint deny fuzz advisories build sbom install clean-demo
+.PHONY: help demo test test-slow test-takeover test-soak suite bench fmt lint deny fuzz advisories build sbom install clean-demo
 
 ## build       the release binary
 build:
@@ -47,13 +47,20 @@ test:
 ## test-slow   the tests that take minutes: the large torture layers
 test-slow:
 	@$(SETUP) build test
-	$(CARGO) test --locked -- --ignored --skip takeover::
+	$(CARGO) test --locked -- --ignored --skip takeover:: --skip soak::
 
 ## test-takeover  many kills, upgrades and restarts under reading containers (LAZULI_TAKEOVERS=200, LAZULI_SEED=n repeats one)
 test-takeover:
 	@$(SETUP) build test
 	$(CARGO) test --locked --test e2e -- --ignored --nocapture --test-threads 1 takeover::
 	LAZULI_E2E_FACE=tree $(CARGO) test --locked --test e2e -- --ignored --nocapture --test-threads 1 takeover::
+
+## test-soak   everything at once with faults of every kind, every byte compared (LAZULI_SOAK_MINUTES=30, over all containerds; LAZULI_SEED=n)
+test-soak:
+	@$(SETUP) build test
+	@LAZULI_CONTAINERD2='$(abspath $(TARGET))/containerd2'; \
+	if tests/support/get-containerd2 "$$LAZULI_CONTAINERD2"; then export LAZULI_CONTAINERD2; fi; \
+	$(CARGO) test --locked --test e2e -- --ignored --nocapture --test-threads 1 soak::
 
 ## suite       containerd's own snapshotter suite against the daemon
 suite:

@@ -32,6 +32,7 @@ mod restart;
 mod secrets;
 mod shared;
 mod slow_disk;
+mod soak;
 mod soci;
 mod stage;
 mod takeover;

@@ -67,7 +67,8 @@ pub fn registry(soak: &Soak, seed: Seed, ended: &AtomicBool) {
             let few = 1 + seed.number(4) as usize;
             let offset = seed.number(3_000_000) as usize;
             let (time, fault, times) = match kind {
-                SILENT => (OUTAGE, Fault::Stall(0), ALL),
+                // Not for ever: containerd 2.x waits for what it fetches by itself as long as the connection lasts.
+                SILENT => (OUTAGE, registry.silent(), ALL),
                 AWAY => (OUTAGE, Fault::Status(503), ALL),
                 CUT => (FEW, Fault::Cut(offset % 60_000), few),
                 THROTTLED => (FEW, Fault::RetryAfter(429, "1".to_owned()), few),

@@ -323,6 +323,11 @@ impl Soak {
             let (id, finished) = self.containerd.try_start_container(&subject.reference, SNAPSHOTTER);
             started.clone_from(&id);
             if !finished.success() {
+                if finished.stderr.contains("failed to get reader from content store") {
+                    // Trying again would not help: containerd has an image without its layers.
+                    self.counts.fail(format!("{} has lost its layers", subject.reference));
+                    self.explain(subject);
+                }
                 self.clear(&id);
                 return finished;
             }
@@ -334,6 +339,23 @@ impl Soak {
             finished
         });
         begun.then_some(started)
+    }
+
+    /// What containerd knows of an image of which it misses something.
+    fn explain(&self, subject: &Subject) {
+        for arguments in [
+            &["images", "ls"][..],
+            &["content", "ls"],
+            &["snapshots", "--snapshotter", SNAPSHOTTER, "ls"],
+            &["leases", "ls"],
+            &["containers", "ls"],
+        ] {
+            eprintln!(
+                "{}",
+                run(&mut self.containerd.ctr(arguments), COMMAND_TIMEOUT).describe()
+            );
+        }
+        eprintln!("STATE of {}: {:#}", subject.reference, self.lazuli.status());
     }
 
     /// Takes away what is there of a container that could not be started.

@@ -23,6 +23,7 @@ mod faces;
 mod faults;
 mod formats;
 mod harness;
+mod many;
 mod messages;
 mod node;
 mod pull;

@@ -15,7 +15,7 @@ HOST := $(shell uname -m | tr a-z A-Z)
 export CARGO_TARGET_$(HOST)_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help demo test test-slow test-takeover test-soak suite bench fmt lint deny fuzz advisories build sbom install clean-demo
+.PHONY: help demo test test-slow test-takeover test-soak test-posix suite bench fmt lint deny fuzz advisories build sbom install clean-demo
 
 ## build       the release binary
 build:
@@ -47,7 +47,7 @@ test:
 ## test-slow   the tests that take minutes: the large torture layers
 test-slow:
 	@$(SETUP) build test
-	$(CARGO) test --locked -- --ignored --skip takeover:: --skip soak::
+	$(CARGO) test --locked -- --ignored --skip takeover:: --skip soak:: --skip posix::
 
 ## test-takeover  many kills, upgrades and restarts under reading containers (LAZULI_TAKEOVERS=200, LAZULI_SEED=n repeats one)
 test-takeover:
@@ -61,6 +61,15 @@ test-soak:
 	@LAZULI_CONTAINERD2='$(abspath $(TARGET))/containerd2'; \
 	if tests/support/get-containerd2 "$$LAZULI_CONTAINERD2"; then export LAZULI_CONTAINERD2; fi; \
 	$(CARGO) test --locked --test e2e -- --ignored --nocapture --test-threads 1 soak::
+
+## test-posix  pjdfstest and fsx in containers, on overlayfs and on Lazuli with both faces: equal results (builds them from crates.io)
+POSIX := $(abspath $(TARGET))/posix
+test-posix:
+	@$(SETUP) build test
+	RUSTFLAGS='-C target-feature=+crt-static' cargo install --locked --root '$(POSIX)' --target '$(shell uname -m)-unknown-linux-gnu' \
+	    pjdfstest@0.2.2 fsx@0.3.2
+	LAZULI_POSIX='$(POSIX)' $(CARGO) test --locked --test e2e -- --ignored --nocapture posix::
+	LAZULI_POSIX='$(POSIX)' LAZULI_E2E_FACE=tree $(CARGO) test --locked --test e2e -- --ignored --nocapture posix::
 
 ## suite       containerd's own snapshotter suite against the daemon
 suite:

@@ -26,6 +26,7 @@ mod harness;
 mod many;
 mod messages;
 mod node;
+mod posix;
 mod pull;
 mod refused;
 mod registries;

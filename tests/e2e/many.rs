@@ -39,6 +39,7 @@ fn image(number: u64) -> Image {
 /// All of a thousand layers are there when the socket answers again, without a network, whether the daemon has ended in order, was killed, or its
 /// worker was.
 #[test]
+#[ignore = "minutes, for pulls: make test-slow"]
 fn a_thousand_layers_are_back_at_once() {
     if subject() != SNAPSHOTTER {
         return;

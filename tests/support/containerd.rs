@@ -285,13 +285,18 @@ impl Containerd {
 
     /// Runs a shell script in a running container.
     pub fn exec(&self, id: &str, script: &str) -> Finished {
+        self.exec_within(id, script, COMMAND_TIMEOUT)
+    }
+
+    /// The same, for a script that may take so long.
+    pub fn exec_within(&self, id: &str, script: &str, timeout: Duration) -> Finished {
         let (process, fifos) = (self.new_id(), self.sandbox.dir("fifos").display().to_string());
         // Others may run in the same container.
         let output = Output::of(&self.sandbox, id, &process);
         let flags = ["tasks", "exec", "--fifo-dir", &fifos, "--exec-id", &process];
         let mut command = self.ctr(&flags);
         command.args([id, "sh", "-c", &output.script(script)]);
-        output.collect(run(&mut command, COMMAND_TIMEOUT))
+        output.collect(run(&mut command, timeout))
     }
 
     /// What a container that was started by [`Containerd::start_container`] sees as `/run/out`.

@@ -15,7 +15,7 @@ HOST := $(shell uname -m | tr a-z A-Z)
 export CARGO_TARGET_$(HOST)_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help demo test test-slow test-faults test-takeover suite bench fmt lint deny fuzz advisories build sbom install clean-demo
+.PHONY: help demo test test-slow test-faults test-takeover test-soak test-posix suite bench fmt lint deny fuzz advisories build sbom install clean-demo
 
 ## build       the release binary
 build:
@@ -47,7 +47,7 @@ test:
 ## test-slow   the tests that take minutes: the large torture layers
 test-slow:
 	@$(SETUP) build test
-	$(CARGO) test --locked -- --ignored --skip takeover::
+	$(CARGO) test --locked -- --ignored --skip takeover:: --skip soak:: --skip posix::
 
 ## test-faults  the seeded simulation and power cuts, for LAZULI_FAULT_MINUTES=10 each, with random seeds (LAZULI_SEED=n repeats one)
 test-faults: export LAZULI_FAULT_MINUTES ?= 10
@@ -61,6 +61,22 @@ test-takeover:
 	@$(SETUP) build test
 	$(CARGO) test --locked --test e2e -- --ignored --nocapture --test-threads 1 takeover::
 	LAZULI_E2E_FACE=tree $(CARGO) test --locked --test e2e -- --ignored --nocapture --test-threads 1 takeover::
+
+## test-soak   everything at once with faults of every kind, every byte compared (LAZULI_SOAK_MINUTES=30, over all containerds; LAZULI_SEED=n)
+test-soak:
+	@$(SETUP) build test
+	@LAZULI_CONTAINERD2='$(abspath $(TARGET))/containerd2'; \
+	if tests/support/get-containerd2 "$$LAZULI_CONTAINERD2"; then export LAZULI_CONTAINERD2; fi; \
+	$(CARGO) test --locked --test e2e -- --ignored --nocapture --test-threads 1 soak::
+
+## test-posix  pjdfstest and fsx in containers, on overlayfs and on Lazuli with both faces: equal results (builds them from crates.io)
+POSIX := $(abspath $(TARGET))/posix
+test-posix:
+	@$(SETUP) build test
+	RUSTFLAGS='-C target-feature=+crt-static' cargo install --locked --root '$(POSIX)' --target '$(shell uname -m)-unknown-linux-gnu' \
+	    pjdfstest@0.2.2 fsx@0.3.2
+	LAZULI_POSIX='$(POSIX)' $(CARGO) test --locked --test e2e -- --ignored --nocapture posix::
+	LAZULI_POSIX='$(POSIX)' LAZULI_E2E_FACE=tree $(CARGO) test --locked --test e2e -- --ignored --nocapture posix::
 
 ## suite       containerd's own snapshotter suite against the daemon
 suite:

@@ -136,7 +136,7 @@ pub struct FetchConfig {
     pub max_concurrent_streams: usize,
     /// Memory for bytes that were downloaded and not yet written, over all streams; at most a quarter of `memory.budget`.
     pub stream_memory: ByteSize,
-    /// Longest time a reader waits before it gets an I/O error, in seconds.
+    /// Longest time a reader waits before it gets an I/O error, in seconds; less where the kernel has a limit of its own.
     #[serde(with = "seconds")]
     pub read_deadline: Duration,
 }
@@ -313,7 +313,7 @@ impl Default for FetchConfig {
             max_concurrent_requests: 16,
             max_concurrent_streams: 4,
             stream_memory: ByteSize(64 << 20),
-            read_deadline: Duration::from_secs(120),
+            read_deadline: Duration::from_secs(900),
         }
     }
 }

@@ -23,6 +23,7 @@ mod attr;
 mod awaited;
 mod carried;
 mod counters;
+pub mod deadlines;
 pub mod errno;
 pub mod error;
 mod face;
@@ -38,6 +39,7 @@ mod waiting;
 mod warn;
 
 pub use carried::Carried;
+pub use deadlines::Deadlines;
 pub use error::FsError;
 pub use faces::{Face, Faces, FacesOptions, Serving, Shown};
-pub use session::{Deadlines, Legacy, Session, SessionOptions};
+pub use session::{Legacy, Session, SessionOptions};

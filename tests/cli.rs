@@ -155,3 +155,29 @@ fn mount_says_what_is_missing() {
     assert_ne!(code, 0, "{err}");
     assert!(err.contains("/nonexistent/layout"), "{err}");
 }
+
+/// Neither what says nothing nor what never stops to talk is waited for, and nothing of it stays.
+#[test]
+fn upgrade_does_not_wait_for_a_program_that_is_not_lazuli() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = |name: &str, script: &str| {
+        use std::os::unix::fs::PermissionsExt as _;
+        let path = dir.path().join(name);
+        std::fs::write(&path, format!("#!/bin/sh\necho $$ >{}.pid\n{script}\n", path.display())).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        path.display().to_string()
+    };
+    let root = dir.path().display().to_string();
+    for (name, script, word) in [
+        ("silent", "exec sleep 1000", "did not say its version"),
+        ("endless", "exec yes 'lazuli 9.9.9'", "is not Lazuli"),
+    ] {
+        let binary = program(name, script);
+        let (code, _, err) = lazuli(&["upgrade", "--root", &root, "--binary", &binary]);
+        assert_eq!(code, 1, "{err}");
+        assert!(err.contains(word) && err.contains("nothing was changed"), "{err}");
+        let pid = std::fs::read_to_string(format!("{binary}.pid")).unwrap();
+        let command = std::fs::read(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
+        assert!(command.is_empty(), "{name} still runs");
+    }
+}

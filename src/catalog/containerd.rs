@@ -303,6 +303,32 @@ impl Containerd {
         }
     }
 
+    /// Has a lease hold a resource of this kind (`content`, `snapshots/NAME`) from now on, whether it is there yet or not.
+    ///
+    /// # Errors
+    /// [`ContainerdError`] if containerd refuses.
+    pub async fn add_to_lease(
+        &self,
+        namespace: &str,
+        id: &str,
+        kind: &str,
+        resource: &str,
+    ) -> Result<(), ContainerdError> {
+        let add = leases::AddResourceRequest {
+            id: id.to_owned(),
+            resource: Some(leases::Resource {
+                id: resource.to_owned(),
+                r#type: kind.to_owned(),
+            }),
+        };
+        let added = LeasesClient::new(self.channel())
+            .add_resource(self.request(namespace, add)?)
+            .await;
+        added
+            .map(drop)
+            .map_err(|status| self.error(format!("keep {resource}"), status))
+    }
+
     /// Ends a lease; with `collect`, containerd removes what nothing else refers to before it answers.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use super::belief::Belief;
 use super::{Catalog, Live};
 use crate::fetch::LayerData as _;
-use crate::fs::{Deadlines, Faces, Serving, Shown};
+use crate::fs::{Deadlines, Face, Faces, Serving, Shown};
 use crate::layer::{Access, Digest};
 use crate::store::{ImageRecord, IndexRecord};
 
@@ -294,10 +294,10 @@ impl From<&Serving> for FaceStatus {
 }
 
 impl ReadsStatus {
-    fn new(waiting: i64, deadlines: Deadlines) -> Self {
+    fn new(waiting: i64, deadlines: Deadlines, face: Face) -> Self {
         ReadsStatus {
             waiting: u64::try_from(waiting).unwrap_or_default(),
-            deadline_seconds: deadlines.read.as_secs(),
+            deadline_seconds: deadlines.of(face).as_secs(),
             kernel_limit_seconds: deadlines.kernel.map(|limit| limit.as_secs()),
         }
     }
@@ -339,7 +339,13 @@ impl Catalog {
             problems: self.problems(),
             face: faces.map(|faces| faces.serving().into()).unwrap_or_default(),
             reads: faces
-                .map(|faces| ReadsStatus::new(self.metrics.waiting_reads.get(), faces.session().deadlines()))
+                .map(|faces| {
+                    ReadsStatus::new(
+                        self.metrics.waiting_reads.get(),
+                        faces.session().deadlines(),
+                        faces.serving().face,
+                    )
+                })
                 .unwrap_or_default(),
             images,
             loading: loading.collect(),

@@ -164,6 +164,9 @@ impl Pull {
 
     /// Makes one layer exist.
     async fn layer(&self, i: usize, parent: &str, chain_id: &str, progress: &Progress) -> anyhow::Result<Outcome> {
+        // Before it is looked for: containerd adds to a lease what is made under it, not what is found, which may lose its last image or
+        // container at any moment until this image has its name.
+        self.hold(chain_id).await?;
         if self.exists(chain_id).await? {
             return Ok(Outcome::Present);
         }
@@ -397,6 +400,15 @@ impl Pull {
         Ok(self
             .containerd
             .create_lease(&self.namespace, &self.lease, LEASE_HOURS)
+            .await?)
+    }
+
+    /// Has the lease hold the snapshot of this name from now on, whether it is there yet or not.
+    async fn hold(&self, name: &str) -> anyhow::Result<()> {
+        let kind = format!("snapshots/{}", self.snapshotter);
+        Ok(self
+            .containerd
+            .add_to_lease(&self.namespace, &self.lease, &kind, name)
             .await?)
     }
 

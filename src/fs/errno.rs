@@ -27,6 +27,9 @@ pub enum ReadError {
     /// Too many reads of the same image wait already.
     #[error("too many reads of this image wait for its registry; this one is not tried")]
     Crowded,
+    /// Nothing is mounted any more through which anybody could read it.
+    #[error("nobody can wait for it any more")]
+    Ended,
     /// No answer came, not even that the deadline has passed.
     #[error("no answer within {} s", after.as_secs())]
     Overdue {
@@ -51,6 +54,7 @@ pub fn of(error: &ReadError) -> Errno {
         | ReadError::Disk(_)
         | ReadError::Short { .. }
         | ReadError::Crowded
+        | ReadError::Ended
         | ReadError::Overdue { .. } => Errno::EIO,
     }
 }
@@ -87,6 +91,7 @@ mod tests {
             }),
             ReadError::Disk(io::Error::from(io::ErrorKind::StorageFull)),
             ReadError::Short { got: 1, wanted: 2 },
+            ReadError::Ended,
             ReadError::Overdue {
                 after: Duration::from_secs(3),
             },

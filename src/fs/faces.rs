@@ -38,7 +38,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use self::mounts::{Cause, Metadata, Mounts, State, Trouble};
+use self::mounts::{Cause, Metadata, Mounts, Source, State, Trouble};
 use self::places::{Kind, Places};
 use self::stored::{Part, Uuid};
 use super::{Carried, FsError, Session};
@@ -141,7 +141,8 @@ impl Faces {
     pub fn open(session: Session, options: FacesOptions, metrics: Arc<Metrics>) -> Result<Faces, FsError> {
         let goes_on = session.is_adopted();
         let places = Places::open(&options.dir, goes_on)?;
-        let mounts = Mounts::open(places, options.deadline, goes_on, Arc::clone(&metrics))?;
+        let (waiting, counts) = (Arc::clone(session.waiting()), Arc::clone(&metrics));
+        let mounts = Mounts::open(places, options.deadline, goes_on, waiting, counts)?;
         if let Some((serving, files)) = session.inherited() {
             return Self::go_on(session, mounts, serving, files, options.choice, metrics);
         }
@@ -205,6 +206,7 @@ impl Faces {
         addressing: Addressing,
         metrics: Arc<Metrics>,
     ) -> Faces {
+        session.deadlines().explain(serving.face);
         Faces {
             mounts,
             session,
@@ -472,11 +474,15 @@ impl Faces {
     /// Mounts over files of the cache alone.
     fn mount_files(&self, slot: u32, state: &mut State, files: Vec<LocalFile>) -> Option<PathBuf> {
         let (paths, holds): (Vec<_>, Vec<_>) = files.into_iter().map(|file| (file.path, file.hold)).unzip();
-        let holds = match self.mounts.adopt(slot, state, Kind::File, holds) {
+        let read = Vec::new();
+        let source = match self
+            .mounts
+            .adopt(slot, state, Kind::File, Source { paths, holds, read })
+        {
             Ok(path) => return Some(path),
-            Err(holds) => holds,
+            Err(source) => source,
         };
-        match self.mounts.mount(slot, state, Kind::File, true, paths, holds) {
+        match self.mounts.mount(slot, state, Kind::File, true, source) {
             Ok(path) => Some(path),
             Err(trouble) => {
                 self.mounts.fail(slot, state, trouble);
@@ -487,7 +493,7 @@ impl Faces {
 
     /// Mounts over FUSE, but for layers that are whole in the cache if `files` may be used; tells whether any was.
     fn mount_image(&self, slot: u32, state: &mut State, devices: &[Device], files: bool) -> (Option<PathBuf>, bool) {
-        let mut holds = Vec::new();
+        let (mut holds, mut read) = (Vec::new(), Vec::new());
         let mut paths = Vec::with_capacity(devices.len());
         for device in devices {
             let file = match files && self.files {
@@ -499,16 +505,22 @@ impl Faces {
                     holds.push(file.hold);
                     paths.push(file.path);
                 }
-                None => paths.push(self.session.data_path(device.slot)),
+                None => {
+                    read.push(*device.layer.id());
+                    paths.push(self.session.data_path(device.slot));
+                }
             }
         }
         let with_files = !holds.is_empty();
-        let holds = match self.mounts.adopt(slot, state, Kind::Image, holds) {
+        let source = match self
+            .mounts
+            .adopt(slot, state, Kind::Image, Source { paths, holds, read })
+        {
             Ok(path) => return (Some(path), with_files),
-            Err(holds) => holds,
+            Err(source) => source,
         };
         let local = devices.iter().all(|device| device.layer.is_local());
-        match self.mounts.mount(slot, state, Kind::Image, local, paths, holds) {
+        match self.mounts.mount(slot, state, Kind::Image, local, source) {
             Ok(path) => (Some(path), with_files),
             Err(trouble) => {
                 self.mounts.fail(slot, state, trouble);

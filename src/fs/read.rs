@@ -13,6 +13,7 @@ use prometheus::{Histogram, IntCounter};
 use tokio::runtime::Handle;
 
 use super::counters::Counters;
+use super::deadlines::Deadlines;
 use super::errno::{self, ReadError};
 use super::failures::Failures;
 use super::image::{self, Metadata};
@@ -24,7 +25,7 @@ use crate::layer::{BlobIndex, Ino, Inode, LayerIndex, ROOT_INO};
 /// How long a read must have taken to fail for its bytes not to be tried again for a moment.
 const SLOW: Duration = Duration::from_secs(1);
 /// How much longer than its deadline a read is waited for: `fetch` answers in time by itself, and if it has a bug, the reader gets an
-/// error all the same instead of being stuck where even SIGKILL does not help.
+/// error all the same.
 const GRACE: Duration = Duration::from_secs(1);
 /// Longest buffer a FUSE thread keeps between requests, in bytes: the largest read that is negotiated with the kernel.
 pub const BUFFER_MAX: usize = 1 << 20;
@@ -154,7 +155,7 @@ pub(super) struct Reads {
 
 struct Shared {
     runtime: Handle,
-    deadline: Duration,
+    deadlines: Deadlines,
     counters: Arc<Counters>,
     read_bytes: IntCounter,
     cold_seconds: Histogram,
@@ -166,20 +167,21 @@ struct Shared {
 impl Reads {
     pub(super) fn new(
         runtime: Handle,
-        deadline: Duration,
+        deadlines: Deadlines,
+        waiting: Arc<Waiting>,
         counters: Arc<Counters>,
         metrics: &crate::metrics::Metrics,
     ) -> Self {
         Reads {
             shared: Arc::new(Shared {
                 runtime,
-                deadline,
+                deadlines,
                 counters,
                 read_bytes: metrics.read_bytes_total.clone(),
                 cold_seconds: metrics.cold_read_seconds.clone(),
                 warnings: WarnLimit::default(),
                 failures: Failures::default(),
-                waiting: Waiting::new(metrics.waiting_reads.clone()),
+                waiting,
             }),
         }
     }
@@ -222,7 +224,7 @@ impl Reads {
         {
             return answer.error(self.shared.counters.failed(errno));
         }
-        let Some(place) = self.shared.waiting.enter(&layer.owner()) else {
+        let Some(place) = self.shared.waiting.enter(&layer.owner(), layer.id()) else {
             let error = ReadError::Crowded;
             answer.error(self.shared.counters.failed(errno::of(&error)));
             return self.shared.warn(layer.as_ref(), through, range, &error);
@@ -263,7 +265,14 @@ impl Shared {
         place: Place,
     ) {
         let start = Instant::now();
-        let result = self.fetch(layer.as_ref(), range.offset, range.len).await;
+        let deadline = match through {
+            Through::Data => self.deadlines.image,
+            Through::File(_) => self.deadlines.tree,
+        };
+        let result = tokio::select! {
+            result = self.fetch(layer.as_ref(), range.offset, range.len, deadline) => result,
+            () = place.ended() => Err(ReadError::Ended),
+        };
         drop(place);
         self.cold_seconds.observe(start.elapsed().as_secs_f64());
         match result {
@@ -277,6 +286,8 @@ impl Shared {
                 }
                 self.read_bytes.inc_by(range.total() as u64);
             }
+            // No container gets this error, so it is none that is counted or logged.
+            Err(error @ ReadError::Ended) => answer.error(errno::of(&error)),
             Err(error) => {
                 let errno = errno::of(&error);
                 let is_first = match through {
@@ -293,9 +304,15 @@ impl Shared {
         }
     }
 
-    async fn fetch(&self, layer: &dyn LayerData, offset: u64, len: u32) -> Result<Bytes, ReadError> {
-        let limit = self.deadline.saturating_add(GRACE);
-        let bytes = tokio::time::timeout(limit, layer.read(offset, len, self.deadline))
+    async fn fetch(
+        &self,
+        layer: &dyn LayerData,
+        offset: u64,
+        len: u32,
+        deadline: Duration,
+    ) -> Result<Bytes, ReadError> {
+        let limit = deadline.saturating_add(GRACE);
+        let bytes = tokio::time::timeout(limit, layer.read(offset, len, deadline))
             .await
             .map_err(|_| ReadError::Overdue { after: limit })??;
         if bytes.len() != len as usize {

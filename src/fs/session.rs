@@ -21,12 +21,14 @@ use tokio::sync::watch;
 use super::awaited::Awaited;
 use super::carried::{Carried, Handshake};
 use super::counters::Counters;
+use super::deadlines::Deadlines;
 use super::face::{Face, Shared};
 use super::faces::Serving;
 use super::image::Entry;
 use super::mountpoint::{SUBTYPE, clear, make, place_of, remove};
 use super::read::Reads;
 use super::tree::{self, Tree};
+use super::waiting::Waiting;
 use super::{FsError, awaited};
 use crate::fetch::LayerData;
 use crate::metrics::Metrics;
@@ -39,9 +41,6 @@ const THREADS_MIN: usize = 4;
 const THREADS_MAX: usize = 8;
 /// How far the kernel reads ahead in a file, in KiB: as much as one FUSE request can carry.
 const READ_AHEAD_KIB: u32 = 1024;
-/// How much earlier than the kernel's own limit, if it has one, a read is answered: the kernel aborts the connection of all images for one late
-/// answer, and a request may wait for a moment before it is read.
-const BEFORE_KERNEL: Duration = Duration::from_secs(5);
 /// How long the threads may take to end after the unmount, and again after the connection is aborted.
 const END_WAIT: Duration = Duration::from_secs(2);
 
@@ -76,6 +75,8 @@ pub struct Session {
     /// Whether data files are opened past the page cache.
     direct: Arc<AtomicBool>,
     deadlines: Deadlines,
+    /// The reads that wait.
+    waiting: Arc<Waiting>,
     /// The mount, until it is unmounted.
     mount: Option<Mount>,
     /// Tells when all threads have ended.
@@ -195,17 +196,22 @@ impl Session {
         metrics: Arc<Metrics>,
     ) -> Result<Session, FsError> {
         let counters = Arc::new(Counters::new(Arc::clone(&metrics)));
-        let deadlines = Deadlines::new(options.read_deadline, sys::fuse::request_timeout());
-        if deadlines.read < options.read_deadline {
-            tracing::warn!(
-                seconds = deadlines.read.as_secs(),
-                "fetch.read_deadline is shortened: this kernel aborts FUSE connections for late answers (fs.fuse.max_request_timeout)"
-            );
-        }
+        let deadlines = Deadlines::new(
+            options.read_deadline,
+            sys::fuse::request_timeout(),
+            sys::limits::hung_task_timeout(),
+        );
+        let waiting = Waiting::new(metrics.waiting_reads.clone());
         let (tree, awaited) = (Arc::new(Tree::new()), Arc::new(Awaited::default()));
         let face = Face::new(Shared {
             tree: Arc::clone(&tree),
-            reads: Reads::new(runtime.clone(), deadlines.read, Arc::clone(&counters), &metrics),
+            reads: Reads::new(
+                runtime.clone(),
+                deadlines,
+                Arc::clone(&waiting),
+                Arc::clone(&counters),
+                &metrics,
+            ),
             counters,
             direct: Arc::clone(&direct),
             awaited: Arc::clone(&awaited),
@@ -233,6 +239,7 @@ impl Session {
             runtime,
             direct,
             deadlines,
+            waiting,
             mount: None,
             ended: Mutex::new(receiver),
             over: is_over,
@@ -325,7 +332,10 @@ impl Session {
 
     /// Answers requests that have waited for their layer for as long as a read may wait; until no layer is awaited.
     fn watch_overdue(&self) {
-        let (awaited, limit, runtime) = (Arc::clone(&self.awaited), self.deadlines.read, self.runtime.clone());
+        // Only what was taken over is awaited.
+        let serving = self.inherited.as_ref().map(|(serving, _)| serving.face);
+        let limit = self.deadlines.of(serving.unwrap_or(super::faces::Face::Tree));
+        let (awaited, runtime) = (Arc::clone(&self.awaited), self.runtime.clone());
         self.runtime.spawn(async move {
             while awaited.is_any() {
                 tokio::time::sleep(OVERDUE_EVERY).await;
@@ -407,6 +417,11 @@ impl Session {
     /// After how long reads are answered at the latest.
     pub fn deadlines(&self) -> Deadlines {
         self.deadlines
+    }
+
+    /// The reads that wait, for those who mount what the session shows.
+    pub(super) fn waiting(&self) -> &Arc<Waiting> {
+        &self.waiting
     }
 
     /// Whether the session still answers. It ends on its own only when somebody unmounts it or aborts its connection.
@@ -521,26 +536,6 @@ impl Session {
     }
 }
 
-/// After how long reads are answered at the latest, by whom.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Deadlines {
-    /// A reader gets an error after this time.
-    pub read: Duration,
-    /// The kernel aborts the connection after this time, if it does.
-    pub kernel: Option<Duration>,
-}
-
-impl Deadlines {
-    /// The deadline `wanted`, but before that of the kernel.
-    fn new(wanted: Duration, kernel: Option<Duration>) -> Self {
-        let latest = kernel.map(|kernel| kernel.saturating_sub(BEFORE_KERNEL));
-        Deadlines {
-            read: latest.map_or(wanted, |latest| wanted.min(latest)),
-            kernel,
-        }
-    }
-}
-
 impl Drop for Session {
     fn drop(&mut self) {
         let is_idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner).is_some();
@@ -567,26 +562,5 @@ fn threads(configured: usize) -> usize {
             .map_or(1, usize::from)
             .clamp(THREADS_MIN, THREADS_MAX),
         threads => threads,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_read_is_answered_before_the_kernel_gives_the_connection_up() {
-        let seconds = Duration::from_secs;
-        for (wanted, kernel, read) in [
-            (120, None, 120),
-            (120, Some(300), 120),
-            (120, Some(120), 115),
-            (120, Some(15), 10),
-            (3, Some(15), 3),
-        ] {
-            let deadlines = Deadlines::new(seconds(wanted), kernel.map(seconds));
-            assert_eq!(deadlines.read, seconds(read), "{wanted} {kernel:?}");
-            assert!(kernel.is_none_or(|kernel| deadlines.read < seconds(kernel)));
-        }
     }
 }

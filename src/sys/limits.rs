@@ -1,8 +1,12 @@
 //! Resource limits of the process.
 
 use std::io;
+use std::time::Duration;
 
 use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
+
+/// The kernel's setting for tasks that hang; missing where it does not look for them.
+const HUNG_TASK_TIMEOUT: &str = "/proc/sys/kernel/hung_task_timeout_secs";
 
 /// Raises the number of files the process may have open as far as it may without privileges (to its hard limit), and returns that
 /// number; `u64::MAX` means without limit.
@@ -31,6 +35,14 @@ pub fn raise_open_files() -> io::Result<u64> {
 /// The error of `prctl`.
 pub fn forbid_core_dumps() -> io::Result<()> {
     Ok(set_dumpable_behavior(DumpableBehavior::NotDumpable)?)
+}
+
+/// How long a task may wait where nothing interrupts it before the kernel takes it for hung, if it looks for such tasks: it logs them, and
+/// panics where it is told to.
+pub fn hung_task_timeout() -> Option<Duration> {
+    let text = std::fs::read_to_string(HUNG_TASK_TIMEOUT).ok()?;
+    let seconds = text.trim().parse().ok().filter(|seconds| *seconds > 0);
+    seconds.map(Duration::from_secs)
 }
 
 #[cfg(test)]

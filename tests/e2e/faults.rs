@@ -18,7 +18,7 @@ const CHUNK: &str = "100000";
 /// Files of the image. Each is in a layer of its own, so that the read-ahead of one does not fetch another.
 const FILES: usize = 12;
 /// More faults than any number of retries.
-const ALWAYS: usize = 1_000_000;
+pub const ALWAYS: usize = 1_000_000;
 /// The daemon's idle timeout and read deadline, and with them every test's, are short.
 const CONFIG: &str = "attempts = 4\nidle_timeout = 2\n[fetch]\nread_deadline = 12\n";
 /// Longest wait for a read that must end: the read deadline, and some.
@@ -45,16 +45,21 @@ fn image() -> Image {
 }
 
 /// A failing registry with an image, a containerd, and a daemon that knows them.
-struct Failing {
-    containerd: Containerd,
-    lazuli: Lazuli,
-    registry: FaultRegistry,
+pub struct Failing {
+    pub containerd: Containerd,
+    pub lazuli: Lazuli,
+    pub registry: FaultRegistry,
     /// Where the registry runs.
     _runtime: tokio::runtime::Runtime,
 }
 
 impl Failing {
     fn new(name: &str, image: &Image, auth: Auth) -> Self {
+        Self::with(name, image, auth, CONFIG)
+    }
+
+    /// With this configuration: keys of `[registry]`, and whole tables.
+    pub fn with(name: &str, image: &Image, auth: Auth, config: &str) -> Self {
         let sandbox = Sandbox::new(name);
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
@@ -67,7 +72,7 @@ impl Failing {
         }
         let manifest = registry.add_manifest(image.media_type, image.manifest.bytes.as_slice().to_vec());
         registry.tag("demo/app", "1", manifest);
-        let mut config = CONFIG.to_owned();
+        let mut config = config.to_owned();
         if let Auth::Basic(user, password) | Auth::Token(user, password) = &auth {
             config.push_str(&format!(
                 "[registry.credentials.\"{}\"]\nusername = {user:?}\npassword = {password:?}\n",
@@ -85,7 +90,8 @@ impl Failing {
         }
     }
 
-    fn reference(&self) -> String {
+    /// What its image is called.
+    pub fn reference(&self) -> String {
         format!("{}/demo/app:1", self.registry.host())
     }
 

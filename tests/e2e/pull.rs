@@ -1,16 +1,18 @@
 //! Pulling and running: by `lazuli pull` on containerd 1.x, by stock `ctr` on 2.x.
 
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use sha2::{Digest as _, Sha256};
 
 use crate::stage::{Stage, generations, subject};
 use crate::support::containerd::Generation;
-use crate::support::image::{Compression, Flavour, ordinary};
-use crate::support::lazuli;
+use crate::support::image::{Compression, Flavour, Image, Layer, ordinary};
+use crate::support::lazuli::{self, SNAPSHOTTER};
 use crate::support::proxy::total_bytes;
-use crate::support::sandbox::unmount_below;
-use crate::support::tar::noise;
+use crate::support::sandbox::{PATIENCE, run, unmount_below};
+use crate::support::tar::{Entry, noise};
 
 /// `sha256sum`'s line for a file of the ordinary image that was made with [`noise`].
 fn expected_line(path: &str, length: usize) -> String {
@@ -214,4 +216,69 @@ fn layers_are_shared() {
         let again = total_bytes(&stage.blob_requests());
         assert!(again < 100_000, "the shared layers were fetched again: {again} bytes");
     }
+}
+
+/// An image is pulled whose layers are there still, and in the same moment lose the last that referred to them: either they stay, or the pull
+/// brings them anew; it never ends with an image without layers.
+#[test]
+fn a_pull_keeps_what_it_finds() {
+    /// Without what this tests, one of the first few fails.
+    const ROUNDS: usize = 20;
+    if subject() != SNAPSHOTTER {
+        return;
+    }
+    let stage = Stage::new("a_pull_keeps_what_it_finds", Generation::One);
+    let layers = (0..12_u64).map(|seed| {
+        Layer::of(
+            Compression::Gzip,
+            [Entry::file(format!("file-{seed}"), noise(seed, 1000))],
+        )
+    });
+    let reference = stage.push(&Image::new(Flavour::Oci, layers.collect()), "demo/found:1");
+    let other = stage.push(&ordinary(Flavour::Oci, Compression::Gzip), "demo/other:1");
+    stage.pull(&reference);
+    stage.containerd.fetch(&other);
+    let top = stage.containerd.chain_ids(&reference).pop().unwrap();
+    /// Also when the test fails.
+    struct End<'a>(&'a AtomicBool);
+    impl Drop for End<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let _end = End(&ended);
+        // Garbage is collected all the time.
+        scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                let alias = format!("{other}-alias");
+                run(&mut stage.containerd.ctr(&["images", "tag", &other, &alias]), PATIENCE);
+                run(&mut stage.containerd.ctr(&["images", "rm", "--sync", &alias]), PATIENCE);
+            }
+        });
+        for round in 0..ROUNDS {
+            let holder = stage.containerd.new_id();
+            let create = [
+                "containers",
+                "create",
+                "--snapshotter",
+                SNAPSHOTTER,
+                &reference,
+                &holder,
+                "sh",
+            ];
+            stage.containerd.ctr_ok(&create);
+            stage.containerd.ctr_ok(&["images", "rm", &reference]);
+            let pull = scope.spawn(|| stage.try_pull(&reference));
+            std::thread::sleep(Duration::from_millis(6 * round as u64));
+            stage.containerd.ctr_ok(&["containers", "rm", &holder]);
+            pull.join().unwrap().expect_success();
+            let there = stage.containerd.snapshots(SNAPSHOTTER);
+            assert!(
+                there.contains(&top),
+                "round {round}: the image has its name, and no layers: {there:?}"
+            );
+        }
+    });
 }

@@ -30,6 +30,8 @@ const FILES: usize = 8;
 const ALWAYS: usize = 1_000_000;
 /// How long a trouble lasts that somebody mends.
 const MENDED_AFTER: Duration = Duration::from_secs(5);
+/// Longest time of a read: longer than any outage that a read waits for, since the deadline has to end it, and not this.
+const READ_TIMEOUT: Duration = Duration::from_secs(1_200);
 /// How long a registry is away: longer than all attempts of one request. `LAZULI_OUTAGE_SECONDS` makes it another time.
 const AWAY: Duration = Duration::from_secs(10);
 
@@ -117,9 +119,8 @@ impl Reading {
         let read = thread::scope(|scope| {
             let this = &*self;
             let read = scope.spawn(move || {
-                let read = this
-                    .containerd
-                    .exec(&this.container, &format!("sha256sum < /data/d{index}/file"));
+                let script = format!("sha256sum < /data/d{index}/file");
+                let read = this.containerd.exec_within(&this.container, &script, READ_TIMEOUT);
                 (read, begun.elapsed())
             });
             meanwhile(this);

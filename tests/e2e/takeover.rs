@@ -7,7 +7,7 @@
 //! The tests that are not ignored are short. `make test-takeover` runs the long ones: `LAZULI_TAKEOVERS` says how often (200), `LAZULI_SEED` which
 //! moments. The fd store is a stand-in for systemd that speaks its protocol (`service`), since a test cannot restart the machine's own.
 
-mod harness;
+pub mod harness;
 mod service;
 
 use std::path::Path;
@@ -67,7 +67,8 @@ fn upgrades(name: &str, times: u32, containers: usize) {
     let mut seed = Seed::new(name);
     let lazuli = kitchen.stage.lazuli.as_ref().unwrap();
     let supervisor = lazuli.supervisor();
-    let copies = ["one", "two"].map(|name| kitchen.stage.sandbox.path(format!("lazuli-{name}")));
+    // The second has a name that a protocol of lines would cut.
+    let copies = ["one", "t\nwo"].map(|name| kitchen.stage.sandbox.path(format!("lazuli-{name}")));
     for copy in &copies {
         std::fs::copy(lazuli::program(), copy).unwrap();
     }

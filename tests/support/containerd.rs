@@ -258,6 +258,13 @@ impl Containerd {
 
     /// Starts a container that stays until [`Containerd::remove_container`].
     pub fn start_container(&self, reference: &str, snapshotter: &str) -> String {
+        let (id, finished) = self.try_start_container(reference, snapshotter);
+        finished.expect_success();
+        id
+    }
+
+    /// The same, whether it can be started or not.
+    pub fn try_start_container(&self, reference: &str, snapshotter: &str) -> (String, Finished) {
         let id = self.new_id();
         let output = Output::new(&self.sandbox, &id);
         let flags = [
@@ -269,19 +276,27 @@ impl Containerd {
             "--snapshotter",
             snapshotter,
         ];
-        run_ok(self.ctr(&flags).args([reference, &id, "sleep", "100000"]));
-        id
+        let finished = run(
+            self.ctr(&flags).args([reference, &id, "sleep", "100000"]),
+            COMMAND_TIMEOUT,
+        );
+        (id, finished)
     }
 
     /// Runs a shell script in a running container.
     pub fn exec(&self, id: &str, script: &str) -> Finished {
+        self.exec_within(id, script, COMMAND_TIMEOUT)
+    }
+
+    /// The same, for a script that may take so long.
+    pub fn exec_within(&self, id: &str, script: &str, timeout: Duration) -> Finished {
         let (process, fifos) = (self.new_id(), self.sandbox.dir("fifos").display().to_string());
         // Others may run in the same container.
         let output = Output::of(&self.sandbox, id, &process);
         let flags = ["tasks", "exec", "--fifo-dir", &fifos, "--exec-id", &process];
         let mut command = self.ctr(&flags);
         command.args([id, "sh", "-c", &output.script(script)]);
-        output.collect(run(&mut command, COMMAND_TIMEOUT))
+        output.collect(run(&mut command, timeout))
     }
 
     /// What a container that was started by [`Containerd::start_container`] sees as `/run/out`.

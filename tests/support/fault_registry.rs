@@ -96,6 +96,8 @@ pub enum Fault {
     Corrupt(usize),
     /// Nothing comes after this many bytes of the body.
     Stall(usize),
+    /// Nothing comes until the registry is healed; then the connection ends.
+    Silent(Healing),
     /// The answer begins this much later.
     Delay(Duration),
     /// An answer to a range with another head, or another body.
@@ -111,6 +113,9 @@ pub enum Fault {
     /// A list with this `Link`.
     Link(String),
 }
+
+/// Knows when the registry is healed.
+pub type Healing = tokio::sync::watch::Receiver<u64>;
 
 /// A request as it was seen.
 #[derive(Debug, Clone)]
@@ -180,6 +185,8 @@ struct Shared {
     origin: SocketAddr,
     cdn: SocketAddr,
     inner: Mutex<Inner>,
+    /// How often it was healed.
+    healed: tokio::sync::watch::Sender<u64>,
     /// Bytes of blobs that were sent.
     sent: Arc<AtomicU64>,
 }
@@ -207,6 +214,7 @@ impl FaultRegistry {
             origin: origin.local_addr().unwrap(),
             cdn: cdn.local_addr().unwrap(),
             inner: Mutex::default(),
+            healed: tokio::sync::watch::Sender::new(0),
             sent: Arc::default(),
         });
         let mut tasks = Vec::new();
@@ -339,14 +347,25 @@ impl FaultRegistry {
         self.inner().faults.push((on, times, fault));
     }
 
-    /// Takes back all faults that have not happened.
+    /// Takes back all faults that have not happened, and ends those that last.
     pub fn heal(&self) {
         self.inner().faults.clear();
+        self.shared.healed.send_modify(|times| *times += 1);
+    }
+
+    /// A fault that lasts until the registry is healed.
+    pub fn silent(&self) -> Fault {
+        Fault::Silent(self.shared.healed.subscribe())
     }
 
     /// What was asked until now.
     pub fn log(&self) -> Vec<Seen> {
         self.inner().log.clone()
+    }
+
+    /// Forgets what was asked until now, for tests that ask for very long; tells how much that was.
+    pub fn take_log(&self) -> usize {
+        std::mem::take(&mut self.inner().log).len()
     }
 
     /// Bytes of blobs that were sent until now, also to those who did not read them.

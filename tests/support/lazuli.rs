@@ -48,13 +48,19 @@ impl Lazuli {
         };
         let text = format!(
             "root = {root:?}\naddress = {address:?}\ncontainerd_address = {containerd:?}\nadmin_address = \"\"\n\
-             [log]\nlevel = \"info,lazuli=debug\"\n\
+             {log}\
              [registry]\nconfig_path = [{certs:?}]\nhosts = {{ \"127.0.0.1\" = {hosts:?} }}\n{more}\n{face}{cache}",
             // How full the machine's disk is must not decide what a test finds in the cache.
             cache = if more.contains("[cache]") {
                 ""
             } else {
                 "[cache]\nhigh_percent = 100\n"
+            },
+            // Of a test of half an hour it would be too much.
+            log = if more.contains("[log]") {
+                ""
+            } else {
+                "[log]\nlevel = \"info,lazuli=debug\"\n"
             },
             face = face_config(),
             root = sandbox.dir("lazuli"),

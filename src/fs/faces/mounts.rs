@@ -17,6 +17,8 @@ use super::places::{Kind, Places, make_mount_point};
 use super::stored::{Part, Uuid};
 use super::{FsError, Shown};
 use crate::cache::Hold;
+use crate::fs::waiting::{Showing, Waiting};
+use crate::layer::Digest;
 use crate::metrics::Metrics;
 use crate::sys::erofs::{self, ErofsOptions};
 use crate::sys::mount::{Unmount, unmount};
@@ -50,6 +52,18 @@ struct Mounted {
     device: u64,
     /// What keeps the files of the cache in place that it shows.
     _holds: Vec<Hold>,
+    /// What it reads through the session.
+    showing: Option<Showing>,
+}
+
+/// What a mount is made of.
+pub(super) struct Source {
+    /// The files and where they are: data files of the session, or files of the cache.
+    pub(super) paths: Vec<PathBuf>,
+    /// What keeps the latter in place.
+    pub(super) holds: Vec<Hold>,
+    /// The layers of the former, by their ids.
+    pub(super) read: Vec<Digest>,
 }
 
 /// Why the image cannot be shown.
@@ -132,7 +146,9 @@ pub(super) struct State {
     /// attached, goes with it.
     pub(super) leftover: Option<Vec<Hold>>,
     /// A mount of an earlier process over the session, which goes on, is at its place.
-    leftover_image: bool,
+    leftover_image: Option<Showing>,
+    /// What mounts read that somebody else has taken out of sight: overlays may still use them.
+    strays: Vec<Showing>,
     pub(super) trouble: Option<Trouble>,
     /// The mark at which a path of it was given out last.
     pub(super) given: u64,
@@ -217,6 +233,7 @@ pub(super) struct Mounts {
     entries: Mutex<HashMap<u32, Arc<Entry>>>,
     /// Mounts that could not be taken away: what they show must stay in place.
     lost: Mutex<Vec<Mounted>>,
+    waiting: Arc<Waiting>,
     metrics: Arc<Metrics>,
 }
 
@@ -227,6 +244,7 @@ impl Mounts {
         places: Places,
         deadline: Duration,
         goes_on: bool,
+        waiting: Arc<Waiting>,
         metrics: Arc<Metrics>,
     ) -> Result<Self, FsError> {
         let mounts = Mounts {
@@ -235,6 +253,7 @@ impl Mounts {
             places,
             entries: Mutex::default(),
             lost: Mutex::default(),
+            waiting,
             metrics,
         };
         let stale = |source| FsError::Stale {
@@ -252,7 +271,7 @@ impl Mounts {
                     kept += 1;
                 }
                 Some((slot, Kind::Image)) if goes_on && mount.fs_type == erofs::FS_TYPE => {
-                    mounts.entry(slot).lock().leftover_image = true;
+                    mounts.entry(slot).lock().leftover_image = Some(mounts.waiting.show_unknown());
                     kept += 1;
                 }
                 // Of a mount at the directory itself or deeper, somebody else must know.
@@ -279,7 +298,7 @@ impl Mounts {
     /// Slots with a mount of an earlier process over the session.
     pub(super) fn leftover_images(&self) -> Vec<u32> {
         let all = self.all().into_iter();
-        all.filter_map(|(slot, entry)| entry.lock().leftover_image.then_some(slot))
+        all.filter_map(|(slot, entry)| entry.lock().leftover_image.is_some().then_some(slot))
             .collect()
     }
 
@@ -308,6 +327,7 @@ impl Mounts {
                 .take_if(|mounted| !erofs::device(&mounted.path).is_ok_and(|device| device == mounted.device));
             if let Some(mounted) = gone {
                 tracing::warn!("{} was unmounted by somebody else", mounted.path.display());
+                state.strays.extend(mounted.showing);
                 self.count(mounted.kind, -1);
             }
         }
@@ -320,8 +340,7 @@ impl Mounts {
         state: &mut State,
         kind: Kind,
         local: bool,
-        devices: Vec<PathBuf>,
-        holds: Vec<Hold>,
+        source: Source,
     ) -> Result<PathBuf, Trouble> {
         let Some(metadata) = state.metadata.clone() else {
             return Err(Trouble::lasting(Cause::Index, "there is no image".to_owned()));
@@ -336,12 +355,13 @@ impl Mounts {
             },
             ..OPTIONS
         };
-        let device = self.mount_at(&path, metadata.source, devices, options)?;
+        let device = self.mount_at(&path, metadata.source, source.paths, options)?;
         *state.place(kind) = Some(Mounted {
             path: path.clone(),
             kind,
             device,
-            _holds: holds,
+            _holds: source.holds,
+            showing: Some(self.waiting.show(source.read)),
         });
         state.trouble = None;
         self.count(kind, 1);
@@ -363,19 +383,13 @@ impl Mounts {
     }
 
     /// Takes over the mount of an earlier process, if it shows the very image that this process would mount.
-    pub(super) fn adopt(
-        &self,
-        slot: u32,
-        state: &mut State,
-        kind: Kind,
-        holds: Vec<Hold>,
-    ) -> Result<PathBuf, Vec<Hold>> {
+    pub(super) fn adopt(&self, slot: u32, state: &mut State, kind: Kind, source: Source) -> Result<PathBuf, Source> {
         let is_left = match kind {
             Kind::File => state.leftover.is_some(),
-            Kind::Image => state.leftover_image,
+            Kind::Image => state.leftover_image.is_some(),
         };
         let Some(metadata) = state.metadata.as_ref().filter(|_| is_left) else {
-            return Err(holds);
+            return Err(source);
         };
         let path = self.places.mount_point(slot, kind);
         let uuid = metadata.uuid;
@@ -386,18 +400,19 @@ impl Mounts {
         };
         let device = match self.calls.run(look) {
             Ok((there, device)) if there == Some(uuid) => device,
-            _ => return Err(holds),
+            _ => return Err(source),
         };
-        match kind {
-            Kind::File => state.leftover = None,
-            Kind::Image => state.leftover_image = false,
-        }
         *state.place(kind) = Some(Mounted {
             path: path.clone(),
             kind,
             device,
-            _holds: holds,
+            _holds: source.holds,
+            showing: Some(self.waiting.show(source.read)),
         });
+        match kind {
+            Kind::File => state.leftover = None,
+            Kind::Image => state.leftover_image = None,
+        }
         self.count(kind, 1);
         tracing::info!(slot, kind = kind.word(), "the mount of an earlier process goes on");
         Ok(path)
@@ -406,17 +421,20 @@ impl Mounts {
     /// Takes away all mounts of `slot`. What cannot be taken away stays, and what it shows stays in place.
     pub(super) fn dismount(&self, slot: u32, state: &mut State) -> Result<(), CallError> {
         let mut result = Ok(());
+        state.strays.clear();
         if state.leftover.take().is_some() && state.file.is_none() {
             result = self.unmount(self.places.mount_point(slot, Kind::File));
         }
-        if std::mem::take(&mut state.leftover_image) && state.image.is_none() {
+        if state.leftover_image.take().is_some() && state.image.is_none() {
             result = result.and(self.unmount(self.places.mount_point(slot, Kind::Image)));
         }
         for kind in Kind::ALL {
-            let Some(mounted) = state.place(kind).take() else {
+            let Some(mut mounted) = state.place(kind).take() else {
                 continue;
             };
             self.count(kind, -1);
+            // The kernel waits for reads of what it takes away.
+            mounted.showing = None;
             let unmounted = self.unmount(mounted.path.clone());
             if unmounted.is_err() {
                 self.lost.lock().unwrap_or_else(PoisonError::into_inner).push(mounted);

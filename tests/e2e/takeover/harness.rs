@@ -62,8 +62,13 @@ fn reader() -> Vec<u8> {
 
 /// An image with the reader and what it reads.
 pub fn image() -> Image {
+    image_of(Compression::Gzip, &FILES)
+}
+
+/// An image with the reader and these files: seed and bytes.
+pub fn image_of(compression: Compression, large: &[(u64, usize)]) -> Image {
     let mut files = vec![Entry::dir("data"), Entry::dir("data/small")];
-    for (seed, length) in FILES {
+    for &(seed, length) in large {
         files.push(Entry::file(format!("data/{seed}-{length}"), content(seed, length)));
     }
     for number in 0..SMALL {
@@ -73,7 +78,7 @@ pub fn image() -> Image {
     let layers = [base_entries(), vec![program], files];
     Image::new(
         Flavour::Oci,
-        layers.map(|entries| Layer::of(Compression::Gzip, entries)).into(),
+        layers.map(|entries| Layer::of(compression, entries)).into(),
     )
 }
 
@@ -245,6 +250,26 @@ impl Seed {
         );
         eprintln!("{name}: LAZULI_SEED={seed}");
         Seed(seed)
+    }
+
+    /// Another one that follows from this one.
+    pub fn part(&self, number: u64) -> Self {
+        Seed(word(self.0, number))
+    }
+
+    /// A number below `limit`.
+    pub fn number(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_add(1);
+        word(7, self.0) % limit
+    }
+
+    /// All of `items`, in another order.
+    pub fn shuffled<T: Clone>(&mut self, items: &[T]) -> Vec<T> {
+        let mut items = items.to_vec();
+        for at in (1..items.len()).rev() {
+            items.swap(at, self.number(at as u64 + 1) as usize);
+        }
+        items
     }
 
     /// A time below `limit`.

@@ -87,6 +87,11 @@ fn faulty_body(body: Bytes, fault: Option<Fault>) -> Body {
         Some(Fault::Stall(after)) => {
             Body::from_stream(whole(body.slice(..after.min(body.len()))).chain(stream::pending()))
         }
+        Some(Fault::Silent(mut healing)) => Body::from_stream(stream::once(async move {
+            // Whoever has ended has healed as well.
+            let _ = healing.changed().await;
+            Err::<Bytes, _>(std::io::Error::other("it was silent"))
+        })),
         _ => Body::from_stream(whole(body)),
     }
 }

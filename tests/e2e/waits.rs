@@ -186,7 +186,8 @@ fn a_container_that_waits_can_be_killed() {
 /// Killing who waits takes nothing from another container that waits for bytes of the same layers: it gets them when the registry answers.
 #[test]
 fn a_killed_container_takes_no_read_from_another() {
-    if subject() != SNAPSHOTTER {
+    // In the tree face no read is ended, and the killed container does not go before its deadline.
+    if subject() != SNAPSHOTTER || is_tree() {
         return;
     }
     let config = "idle_timeout = 2\n";

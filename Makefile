@@ -93,6 +93,7 @@ bench:
 	@CARGO_TARGET_DIR='$(TARGET)' benches/dense/run
 	@CARGO_TARGET_DIR='$(TARGET)' benches/dense/scale
 	@CARGO_TARGET_DIR='$(TARGET)' benches/dense/memory
+	@CARGO_TARGET_DIR='$(TARGET)' benches/applied/run
 	@CARGO_TARGET_DIR='$(TARGET)' benches/cold_start/run bench
 
 ## fmt         formats the code

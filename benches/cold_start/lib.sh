@@ -159,9 +159,10 @@ requests() { grep -c '" [1-5][0-9][0-9] ' "$ACCESS_LOG" || true; }
 
 # --- containerd and snapshotters ----------------------------------------------------------------------------------------
 
-# start_containerd DIR PATH SNAPSHOTTER: containerd of PATH, with its root and state in DIR. Sets CTR.
+# start_containerd DIR PATH SNAPSHOTTER [DIFFER]: containerd of PATH, with its root and state in DIR; layers of the snapshotter are applied by
+# DIFFER, if it is a 2.x. Sets CTR.
 start_containerd() {
-    local dir=$1 path=$2 snapshotter=$3 name
+    local dir=$1 path=$2 snapshotter=$3 differ=${4:-walking} name
     mkdir -p "$dir"
     {
         if [ "$(containerd_major "$path")" = 1 ]; then
@@ -188,9 +189,16 @@ EOF
 [[plugins."io.containerd.transfer.v1.local".unpack_config]]
   platform = "linux"
   snapshotter = "$name"
-  differ = "walking"
+  differ = "$(if [ "$name" = overlayfs ]; then echo walking; else echo "$differ"; fi)"
 EOF
             done
+        fi
+        if [ "$differ" != walking ]; then
+            cat <<EOF
+[proxy_plugins.$differ]
+  type = "diff"
+  address = "$dir/$snapshotter.sock"
+EOF
         fi
         if [ "$snapshotter" != overlayfs ]; then
             cat <<EOF
@@ -208,7 +216,8 @@ EOF
     until_true containerd $PID "${CTR[@]}" version
 }
 
-# start_lazuli DIR [FACE [MORE]]: it asks the registry by way of $LINK. MORE are lines of its configuration.
+# start_lazuli DIR [FACE [MORE [HOSTS]]]: it asks the registry by way of $LINK. MORE are lines of its configuration, HOSTS a quoted directory of
+# hosts.toml files.
 start_lazuli() {
     local dir=$1
     cat >"$dir/lazuli.toml" <<EOF
@@ -217,7 +226,7 @@ address = "$dir/lazuli.sock"
 containerd_address = "$dir/containerd.sock"
 admin_address = "127.0.0.1:$(free_port)"
 [registry]
-config_path = []
+config_path = [${4:-}]
 # containerd's label of a layer's origin has no port.
 [registry.hosts]
 "127.0.0.1" = ["$LINK"]

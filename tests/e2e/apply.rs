@@ -3,6 +3,7 @@
 
 use std::net::TcpListener;
 use std::path::PathBuf;
+use std::process::Stdio;
 
 use ::lazuli::proto::diff::v1::ApplyRequest;
 use ::lazuli::proto::diff::v1::diff_client::DiffClient;
@@ -19,6 +20,8 @@ use crate::support::tar::{Entry, noise};
 use crate::support::torture::{self, Case};
 use crate::support::tree::{Options, compare};
 
+/// Bytes of a layer that takes a while.
+const LARGE: usize = 60_000_000;
 /// Nobody listens there.
 const NOWHERE: &str = "127.0.0.1:1";
 
@@ -399,51 +402,74 @@ fn other_snapshotters_have_their_own_differ() {
     }
 }
 
-/// The daemon is killed while it packs a large layer: the pull fails or goes on, and the next one ends right.
+/// An image with a layer that takes a while, and its pull, which `meanwhile` meets while that layer is being packed.
+fn while_it_packs(stage: &mut Stage, meanwhile: impl FnOnce(&mut Stage)) -> (Image, String) {
+    let large = Layer::of(Compression::Gzip, [Entry::file("large", noise(5, LARGE))]);
+    let image = Image::new(Flavour::Oci, vec![Layer::of(Compression::Gzip, base_entries()), large]);
+    let reference = stage.push(&image, "applied/killed:1");
+    let mut pull = stage.containerd.ctr(&[
+        "images",
+        "pull",
+        "--plain-http",
+        "--snapshotter",
+        &subject(),
+        &reference,
+    ]);
+    let mut pulling = pull.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let incoming = stage.sandbox.path("lazuli/layers/.incoming");
+    let staged = || {
+        let layers = std::fs::read_dir(&incoming).ok()?;
+        let written = layers
+            .flatten()
+            .filter_map(|layer| layer.path().join("data").metadata().ok());
+        written
+            .map(|data| data.len())
+            .any(|bytes| bytes > LARGE as u64 / 8)
+            .then_some(())
+    };
+    while staged().is_none() {
+        assert!(
+            pulling.try_wait().unwrap().is_none(),
+            "the layer was packed before it was seen"
+        );
+    }
+    meanwhile(stage);
+    // containerd may go on with the next worker, or not; without containerd it fails.
+    pulling.wait().unwrap();
+    (image, reference)
+}
+
+/// The pull is repeated, and ends right.
+fn assert_pulled(stage: &mut Stage, image: &Image, reference: &str) {
+    stage.await_containerd();
+    stage.pull(reference);
+    let sum = stage.sh(reference, "sha256sum < /large");
+    assert_eq!(sum, format!("{}  -\n", hex_of(&noise(5, LARGE))));
+    assert_packed(stage, image);
+    let root = stage.lazuli().root();
+    let left = || std::fs::read_dir(root.join("layers/.incoming")).unwrap().count();
+    wait_until(PATIENCE, || (left() == 0).then_some(())).expect("a layer that nobody makes any more stays");
+}
+
 #[test]
 fn killed_while_it_packs() {
     let Some(mut stage) = stage("killed_while_it_packs") else {
         return;
     };
-    let large = Layer::of(Compression::Gzip, [Entry::file("large", noise(5, 60_000_000))]);
-    let image = Image::new(Flavour::Oci, vec![Layer::of(Compression::Gzip, base_entries()), large]);
-    let reference = stage.push(&image, "applied/killed:1");
-    let mut killed = 0;
-    std::thread::scope(|scope| {
-        let pulling = scope.spawn(|| stage.containerd.pull(&reference, &subject()));
-        let staged = || {
-            let incoming = stage.sandbox.path("lazuli/layers/.incoming");
-            let layers = std::fs::read_dir(incoming).ok()?;
-            let written = layers
-                .flatten()
-                .filter_map(|layer| layer.path().join("data").metadata().ok());
-            written
-                .map(|data| data.len())
-                .any(|bytes| bytes > 8_000_000)
-                .then_some(())
-        };
-        while !pulling.is_finished() {
-            if staged().is_some()
-                && let Some(worker) = stage.lazuli.as_ref().and_then(lazuli::Lazuli::worker)
-            {
-                kill(worker);
-                killed += 1;
-                break;
-            }
-        }
-        let _ = pulling.join().unwrap();
+    let (image, reference) = while_it_packs(&mut stage, |stage| {
+        let worker = stage.lazuli().worker();
+        kill(worker.expect("there is no worker"));
     });
-    assert_eq!(killed, 1, "the layer was packed before it was seen");
-    stage.await_containerd();
-    stage.pull(&reference);
-    let sum = stage.sh(&reference, "sha256sum < /large");
-    assert_eq!(sum, format!("{}  -\n", hex_of(&noise(5, 60_000_000))));
-    assert_packed(&stage, &image);
-    let lazuli = stage.lazuli();
-    let left = std::fs::read_dir(lazuli.root().join("layers/.incoming"))
-        .unwrap()
-        .count();
-    assert_eq!(left, 0);
+    assert_pulled(&mut stage, &image, &reference);
+}
+
+#[test]
+fn containerd_is_killed_while_a_layer_is_packed() {
+    let Some(mut stage) = stage("containerd_is_killed_while_a_layer_is_packed") else {
+        return;
+    };
+    let (image, reference) = while_it_packs(&mut stage, |stage| stage.containerd.kill_and_restart());
+    assert_pulled(&mut stage, &image, &reference);
 }
 
 pub fn kill(process: u32) {

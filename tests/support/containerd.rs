@@ -161,6 +161,14 @@ impl Containerd {
         self.launch();
     }
 
+    /// `kill -9`, and starts it again.
+    pub fn kill_and_restart(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            process.kill();
+        }
+        self.launch();
+    }
+
     /// Its log so far.
     pub fn log(&self) -> String {
         self.process.as_ref().map(Process::log).unwrap_or_default()

@@ -56,6 +56,7 @@ mod error;
 mod filters;
 mod handover;
 mod info;
+mod making;
 mod mapped;
 #[cfg(test)]
 mod model;

@@ -13,7 +13,7 @@ use super::filters::Filters;
 use super::handover::Handover;
 use super::info::{Named, info, now};
 use super::mounts::Overlay;
-use super::rules::{self, NewSnapshot, Published, REF_LABEL, Wish, check_key, kept_labels};
+use super::rules::{self, Published, REF_LABEL, Wish, check_key, kept_labels};
 use super::usage::usage;
 use super::users::{Mapping, is_labelled};
 use crate::catalog::{Layers, Lowers, Needed};
@@ -122,49 +122,6 @@ impl Core {
             None => tracing::error!(key, id = record.id, "the directory of a committed snapshot is missing"),
         }
         Ok(())
-    }
-
-    /// Prepare and View of a local snapshot, which is shown `instead` of what its ancestors show, if that is given.
-    pub fn create(
-        &self,
-        kind: Kind,
-        key: &str,
-        parent: &str,
-        labels: HashMap<String, String>,
-        instead: Option<Vec<Option<Digest>>>,
-    ) -> Result<Vec<Mount>, SnapshotsError> {
-        check_key("key", key)?;
-        let labels = kept_labels(labels);
-        let chain = self.parents(parent)?;
-        let mapping = self.mapping(key, &labels, &chain)?;
-        let own = instead.unwrap_or_default();
-        let shown = shown_by(&own, &chain);
-        if !key.contains(EXTRACTION) {
-            // A container: containerd unpacks nothing on it.
-            self.expect_on(&chain, &shown);
-        }
-        let mut lowers = self.lowers(key, &chain, &shown)?;
-        // What takes time is done before the transaction.
-        let built = self.build(kind, &lowers, mapping.as_ref())?;
-        let (dirs, key, parent) = (Arc::clone(&self.dirs), key.to_owned(), parent.to_owned());
-        let record = self.store.write_snapshots(move |snapshots| {
-            let new = NewSnapshot {
-                kind,
-                key: &key,
-                parent: &parent,
-                labels,
-                layer: None,
-                chain: own,
-                vouched: false,
-            };
-            let record = rules::create(snapshots, new, now())?;
-            dirs.place(built, record.id)?;
-            Ok::<_, SnapshotsError>(record)
-        })?;
-        if mapping.is_some() {
-            lowers = self.dirs.mapped(record.id, &lowers);
-        }
-        Ok(self.show(record.id, record.kind, &lowers))
     }
 
     /// Checks what a new snapshot needs, before a remote one is looked for.
@@ -310,7 +267,7 @@ impl Core {
     }
 
     /// How the owners in `chain` are mapped for a snapshot with these labels; `None`: they are not.
-    fn mapping(
+    pub(super) fn mapping(
         &self,
         key: &str,
         labels: &BTreeMap<String, String>,
@@ -530,7 +487,7 @@ impl Core {
         Ok(())
     }
 
-    fn expect_on(&self, chain: &Chain, shown: &[Option<Digest>]) {
+    pub(super) fn expect_on(&self, chain: &Chain, shown: &[Option<Digest>]) {
         if let Some(Part::Remote(base)) = parts(chain, shown).pop() {
             let layers: Vec<_> = base.iter().map(|(_, layer)| *layer).collect();
             self.layers.expect(&layers);
@@ -538,7 +495,12 @@ impl Core {
     }
 
     /// The directory of a new local snapshot over `lowers`.
-    fn build(&self, kind: Kind, lowers: &[PathBuf], mapping: Option<&Mapping>) -> Result<Built, SnapshotsError> {
+    pub(super) fn build(
+        &self,
+        kind: Kind,
+        lowers: &[PathBuf],
+        mapping: Option<&Mapping>,
+    ) -> Result<Built, SnapshotsError> {
         if let Some(mapping) = mapping {
             return self.dirs.build_mapped(kind, lowers, mapping);
         }
@@ -547,7 +509,7 @@ impl Core {
     }
 
     /// The committed snapshot `parent` (empty for none) and its ancestors.
-    fn parents(&self, parent: &str) -> Result<Chain, SnapshotsError> {
+    pub(super) fn parents(&self, parent: &str) -> Result<Chain, SnapshotsError> {
         if parent.is_empty() {
             return Ok(Vec::new());
         }
@@ -557,7 +519,12 @@ impl Core {
     }
 
     /// The directories of a chain that shows these layers, topmost first, for the snapshot `key` on it.
-    fn lowers(&self, key: &str, chain: &Chain, shown: &[Option<Digest>]) -> Result<Vec<PathBuf>, SnapshotsError> {
+    pub(super) fn lowers(
+        &self,
+        key: &str,
+        chain: &Chain,
+        shown: &[Option<Digest>],
+    ) -> Result<Vec<PathBuf>, SnapshotsError> {
         // What a layer is unpacked on is the base of no container: an image of it would be made for every layer of an image.
         let merged = !key.contains(EXTRACTION);
         let mut lowers = Vec::with_capacity(chain.len());
@@ -609,7 +576,7 @@ impl Core {
         Ok(())
     }
 
-    fn show(&self, id: u64, kind: Kind, lowers: &[PathBuf]) -> Vec<Mount> {
+    pub(super) fn show(&self, id: u64, kind: Kind, lowers: &[PathBuf]) -> Vec<Mount> {
         let (own, work) = (self.dirs.own(id), self.dirs.work(id));
         self.overlay.mounts(kind, &own, &work, lowers)
     }

@@ -12,6 +12,7 @@ use tonic::Code;
 
 use super::core::{Core, Outcome, Resolved};
 use super::handover::Handover;
+use super::making::{Begun, Instead, Wanted};
 use super::rules::{REF_LABEL, remote_name};
 use crate::catalog::loader::Refusal;
 use crate::catalog::{
@@ -21,6 +22,7 @@ use crate::layer::Digest;
 use crate::metrics::Metrics;
 use crate::proto::snapshots::v1::{Info, Kind as ApiKind};
 use crate::store::{Kind, Store};
+use crate::sync::wait;
 
 /// Every layer is live, and shown by one directory.
 struct OneDirectory(PathBuf);
@@ -242,7 +244,17 @@ impl Real {
     fn apply(&mut self, request: &Request) -> Result<(), Code> {
         let result = match request.clone() {
             Request::Create(kind, key, parent, labels) => {
-                self.core().create(kind, &key, &parent, labels, None).map(drop)
+                let wanted = Wanted {
+                    kind,
+                    key,
+                    parent,
+                    labels,
+                    instead: Instead::Asked(None),
+                };
+                self.core().begin(wanted).and_then(|begun| match begun {
+                    Begun::Made(made) => wait(self.core().record(*made)).map(drop),
+                    Begun::Doubtful(_) => unreachable!("nobody is to be asked"),
+                })
             }
             Request::Publish(parent, chain_id) => {
                 let resolved = Resolved {

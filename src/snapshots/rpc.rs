@@ -1,6 +1,5 @@
 //! The ten RPCs: messages in, messages out; what blocks goes to a thread where it may.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -10,7 +9,8 @@ use prost::Message as _;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status};
 
-use super::core::{Core, Outcome, Resolved};
+use super::core::{Core, Doubt, Outcome, Resolved};
+use super::making::{Begun, Instead, Wanted};
 use super::rules::REF_LABEL;
 use super::{Service, SnapshotsError};
 use crate::catalog::{Agreement, LayerRequest, Question, Resolution};
@@ -113,24 +113,24 @@ impl Service {
         let PrepareSnapshotRequest {
             key, parent, labels, ..
         } = request;
-        // What containerd unpacks a layer on is shown to nobody.
-        let instead = match asked_for {
-            Some(_) => None,
-            None => self.agreed(namespace(&key, &metadata), &parent).await?,
+        let namespace = namespace(&key, &metadata);
+        let wanted = Wanted {
+            kind: Kind::Active,
+            key,
+            parent,
+            labels,
+            // What containerd unpacks a layer on is shown to nobody.
+            instead: match asked_for {
+                Some(_) => Instead::Asked(None),
+                None => Instead::Ask,
+            },
         };
-        let mounts = self.create(Kind::Active, key, parent, labels, instead).await?;
+        let mounts = self.create(namespace, wanted).await?;
         Ok(PrepareSnapshotResponse { mounts })
     }
 
-    /// What something that is made on `parent` is shown instead of what the snapshots there show; `None` if it is that.
-    async fn agreed(&self, namespace: String, parent: &str) -> Result<Option<Vec<Option<Digest>>>, SnapshotsError> {
-        if parent.is_empty() {
-            return Ok(None);
-        }
-        let name = parent.to_owned();
-        let Some(doubt) = self.blocking(move |core| core.doubt(&name)).await? else {
-            return Ok(None);
-        };
+    /// What something is shown instead of what the snapshots below it show; `None` if it is that.
+    async fn agreed(&self, namespace: String, doubt: Doubt) -> Result<Option<Vec<Option<Digest>>>, SnapshotsError> {
         let question = Question {
             namespace,
             chain_id: doubt.chain_id,
@@ -147,22 +147,31 @@ impl Service {
     }
 
     /// Makes a local snapshot.
-    async fn create(
-        &self,
-        kind: Kind,
-        key: String,
-        parent: String,
-        labels: HashMap<String, String>,
-        instead: Option<Vec<Option<Digest>>>,
-    ) -> Result<Vec<Mount>, SnapshotsError> {
-        // It goes with the work, which goes on if this future is dropped.
-        let making = self.making.enter();
-        self.writing(move |core| {
-            let mounts = core.create(kind, &key, &parent, labels, instead);
-            drop(making);
-            mounts
-        })
-        .await
+    async fn create(&self, namespace: String, mut wanted: Wanted) -> Result<Vec<Mount>, SnapshotsError> {
+        loop {
+            // It goes with the work, which goes on if this future is dropped.
+            let (making, again) = (self.making.enter(), wanted.clone());
+            let (begun, making) = self.writing(move |core| Ok((core.begin(wanted)?, making))).await?;
+            match begun {
+                Begun::Made(made) => {
+                    // It is finished even if the client goes away.
+                    let core = Arc::clone(&self.core);
+                    let recording = tokio::spawn(async move {
+                        let mounts = core.record(*made).await;
+                        drop(making);
+                        mounts
+                    });
+                    return recording.await?;
+                }
+                Begun::Doubtful(doubt) => {
+                    drop(making);
+                    wanted = Wanted {
+                        instead: Instead::Asked(self.agreed(namespace.clone(), doubt).await?),
+                        ..again
+                    };
+                }
+            }
+        }
     }
 
     /// The name of the committed snapshot of a layer that Lazuli serves; `None` if containerd has to unpack it.
@@ -341,9 +350,16 @@ impl Snapshots for Service {
         let ViewSnapshotRequest {
             key, parent, labels, ..
         } = request;
+        let namespace = namespace(&key, &metadata);
+        let wanted = Wanted {
+            kind: Kind::View,
+            key,
+            parent,
+            labels,
+            instead: Instead::Ask,
+        };
         let work = async {
-            let instead = self.agreed(namespace(&key, &metadata), &parent).await?;
-            let mounts = self.create(Kind::View, key, parent, labels, instead).await?;
+            let mounts = self.create(namespace, wanted).await?;
             Ok(ViewSnapshotResponse { mounts })
         };
         self.answer("View", work).await

@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 
 /// What is done to the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(not(test), allow(dead_code))]
+#[cfg_attr(not(test), expect(dead_code, reason = "which point it is matters to tests alone"))]
 pub(crate) enum Point {
     /// Files of a layer are read when it is opened.
     Open,

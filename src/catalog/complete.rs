@@ -9,7 +9,6 @@
 //! It is asked for by `lazuli complete`, or done by itself as `[content] complete` says. Nothing of it runs within a request of containerd's.
 
 use std::collections::{HashMap, HashSet};
-use std::fmt::Write as _;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,7 +17,7 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 
 use super::Catalog;
-use super::containerd::{ContainerdError, Ingest, IngestError, Ingested, SOURCE_LABEL};
+use super::containerd::{CONTENT_LABEL, ContainerdError, Ingest, IngestError, Ingested, layer_label, source_label};
 use super::content::ContentStore;
 use super::loader::LayerSpec;
 use super::status::Status;
@@ -26,7 +25,7 @@ use crate::config::Complete;
 use crate::fetch::schedule::Class;
 use crate::layer::{Digest, compression};
 use crate::registry::image::{Document, LayerDescriptor, Manifest};
-use crate::registry::{Blob, Body, Reference, RegistryError};
+use crate::registry::{Blob, Body, Reference, RegistryError, causes};
 use crate::store::LayerSource;
 use crate::sync::blocking;
 
@@ -36,8 +35,9 @@ const PIECE: u64 = 8 << 20;
 const LEASE_HOURS: u64 = 24;
 /// Downloads of one blob whose bytes turn out wrong: the next one is asked of another source, if there is one.
 const ATTEMPTS: u32 = 2;
-/// How often it is looked whether there is an image to complete.
-const LOOK_EVERY: Duration = Duration::from_secs(30);
+/// How often it is looked whether there is an image to complete: by a machine that has to be idle, and by one that does not wait for that.
+const LOOK_IDLE: Duration = Duration::from_secs(30);
+const LOOK_ALWAYS: Duration = Duration::from_secs(5);
 /// How long nobody may have waited for a byte before an idle machine completes an image.
 const IDLE_FOR: Duration = Duration::from_secs(30);
 /// When an image whose completion failed is tried again.
@@ -199,8 +199,7 @@ impl Catalog {
             let text = layer.digest.to_string();
             let refers = |(key, value): (&String, &String)| key.starts_with(CONTENT_LABEL) && *value == text;
             if !labels.iter().any(refers) {
-                let key = format!("{CONTENT_LABEL}.l.{at}");
-                containerd.label(namespace, digest, &key, &text).await?;
+                containerd.label(namespace, digest, &layer_label(at), &text).await?;
             }
         }
         containerd.delete_lease(namespace, &lease, false).await?;
@@ -232,12 +231,11 @@ impl Catalog {
             diff_id: None,
         };
         let blob = self.blob(&spec, sources);
-        let from = |source: &LayerSource| {
-            let host = source.host.as_str();
-            let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
-            (format!("{SOURCE_LABEL}{host}"), source.repository.clone())
-        };
-        let labels: HashMap<String, String> = sources.first().map(from).into_iter().collect();
+        let from = sources.first();
+        let labels: HashMap<String, String> = from
+            .map(|source| source_label(&source.host, &source.repository))
+            .into_iter()
+            .collect();
         let mut attempt = 1;
         loop {
             let read = |range: Range<u64>| {
@@ -285,12 +283,16 @@ impl Catalog {
         if when == Complete::Off {
             return;
         }
+        let every = match when {
+            Complete::Idle => LOOK_IDLE,
+            Complete::Off | Complete::Always => LOOK_ALWAYS,
+        };
         let catalog = Arc::downgrade(self);
         self.runtime.spawn(async move {
             let mut failed: HashMap<(String, Digest), Instant> = HashMap::new();
             let mut waited = Instant::now();
             loop {
-                tokio::time::sleep(if when == Complete::Idle { LOOK_EVERY } else { LOOK_EVERY / 6 }).await;
+                tokio::time::sleep(every).await;
                 let Some(catalog) = catalog.upgrade().filter(|catalog| catalog.is_open()) else { return };
                 if catalog.metrics.waiting_reads.get() > 0 || !catalog.loader.fetcher().streams_under_way().is_empty() {
                     waited = Instant::now();
@@ -305,12 +307,7 @@ impl Catalog {
                 });
                 let Some((namespace, manifest)) = next else { continue };
                 if let Err(error) = catalog.complete_digest(&namespace, &manifest).await {
-                    let mut reason = error.to_string();
-                    let mut cause = std::error::Error::source(&error);
-                    while let Some(error) = cause {
-                        let _ = write!(reason, ": {error}");
-                        cause = error.source();
-                    }
+                    let reason = causes(&error);
                     tracing::warn!(%manifest, namespace, reason, "an image cannot be completed; it is tried again later");
                     failed.insert((namespace, manifest), Instant::now());
                 }
@@ -377,9 +374,6 @@ impl Catalog {
 fn is_distributed(media_type: &str) -> bool {
     !compression::media_type(media_type).is_ok_and(|media| media.nondistributable)
 }
-
-/// Prefix of labels that name content which is kept with what they are on.
-const CONTENT_LABEL: &str = "containerd.io/gc.ref.content";
 
 /// A range of a blob, asked for piece by piece; from a host that has no ranges, as a whole.
 fn in_pieces(blob: Arc<dyn Blob>, range: Range<u64>) -> Body {

@@ -36,7 +36,7 @@ mod ingest;
 pub use ingest::{Ingest, IngestError, Ingested};
 
 /// Longest wait for one answer of containerd. Its own bolt transactions take milliseconds; a node under heavy load, seconds.
-const CALL_DEADLINE: Duration = Duration::from_secs(20);
+pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(20);
 /// Longest wait for the socket.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// What may be under way on one stream, in bytes: with HTTP/2's own 64 KiB, blobs would come at a fraction of what the socket can do.
@@ -48,8 +48,21 @@ const MAX_DOCUMENT: u64 = 8 << 20;
 
 /// Header that names the namespace of a call.
 pub const NAMESPACE_HEADER: &str = "containerd-namespace";
+/// Label that says that content came from a repository of a host.
+pub fn source_label(host: &str, repository: &str) -> (String, String) {
+    let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
+    (format!("{SOURCE_LABEL}{host}"), repository.to_owned())
+}
+
+/// Label of a manifest that keeps the layer at a position.
+pub fn layer_label(at: usize) -> String {
+    format!("{CONTENT_LABEL}.l.{at}")
+}
+
 /// Header that names the lease of a call.
 pub const LEASE_HEADER: &str = "containerd-lease";
+/// Prefix of labels that name content which is kept with what they are on.
+pub const CONTENT_LABEL: &str = "containerd.io/gc.ref.content";
 /// Label of a manifest that names its config; it tells image manifests from everything else in a content store.
 pub const CONFIG_LABEL: &str = "containerd.io/gc.ref.content.config";
 /// Prefix of the labels that say where content came from; a host name without its port follows, the value lists repositories.

@@ -18,7 +18,7 @@ use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt, stream};
 use tonic::{Code, Streaming};
 
-use super::containerd::{Containerd, ContainerdError};
+use super::containerd::{CALL_DEADLINE, Containerd, ContainerdError};
 use crate::layer::Digest;
 use crate::proto::content::v1::ReadContentResponse;
 use crate::registry::{Blob, Body, Origin, RegistryError};
@@ -140,26 +140,33 @@ impl ContentBlob {
 
     async fn read_in(&self, namespace: &str, range: Range<u64>) -> Result<Body, RegistryError> {
         let wanted = range.end.saturating_sub(range.start);
-        let opened = self.store.0.blob(namespace, &self.digest, range.start, wanted).await;
-        let messages = opened.map_err(|error| of_containerd(&error, &self.digest))?;
-        let mut arriving = Arriving {
-            containerd: self.store.0.clone(),
-            digest: self.digest,
-            messages,
-            left: wanted,
+        let open = async {
+            let opened = self.store.0.blob(namespace, &self.digest, range.start, wanted).await;
+            let messages = opened.map_err(|error| of_containerd(&error, &self.digest))?;
+            let mut arriving = Arriving {
+                containerd: self.store.0.clone(),
+                digest: self.digest,
+                messages,
+                left: wanted,
+            };
+            // containerd looks for the blob when its first bytes are asked for.
+            let first = arriving.next().await.transpose()?;
+            Ok((arriving, first))
         };
-        // containerd looks for the blob when its first bytes are asked for.
-        let first = match arriving.next().await {
-            Some(Err(error)) => return Err(error),
-            first => first,
-        };
+        let opened = tokio::time::timeout(CALL_DEADLINE, open).await;
+        let (arriving, first) = opened.unwrap_or_else(|_| {
+            Err(RegistryError::Unreachable {
+                host: HOST.to_owned(),
+                what: format!("no answer within {} s", CALL_DEADLINE.as_secs()),
+            })
+        })?;
         let rest = stream::unfold(Some(arriving), |arriving| async move {
             let mut arriving = arriving?;
             let piece = arriving.next().await?;
             let goes_on = piece.is_ok();
             Some((piece, goes_on.then_some(arriving)))
         });
-        Ok(stream::iter(first).chain(rest).boxed())
+        Ok(stream::iter(first.map(Ok)).chain(rest).boxed())
     }
 }
 

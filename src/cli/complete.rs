@@ -1,5 +1,6 @@
 //! `lazuli complete`: has the daemon write what is missing of images into containerd's content store, and tells how far it is.
 
+use std::error::Error as _;
 use std::io::{IsTerminal as _, stderr};
 use std::time::{Duration, Instant};
 
@@ -67,12 +68,12 @@ async fn complete(
                     output::tell(&format!("{image}: {done} of {total} of {}", step.layer));
                 }
             }
-            Ok(None) => {
-                return Ok(Err(
-                    "the daemon ended; ask again, and it goes on where it was".to_owned()
-                ));
+            // What the daemon itself says has no cause on this side.
+            Err(status) if status.source().is_none() => return Ok(Err(status.message().to_owned())),
+            Ok(None) | Err(_) => {
+                let problem = "the daemon ended; ask again, and it goes on where it was";
+                return Ok(Err(problem.to_owned()));
             }
-            Err(status) => return Ok(Err(status.message().to_owned())),
         }
     }
 }

@@ -15,7 +15,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request};
 
 use crate::catalog::containerd::{
-    BlobWriter, CONFIG_LABEL, Containerd, LEASE_HEADER, MAX_MESSAGE, SOURCE_LABEL, header,
+    BlobWriter, CONFIG_LABEL, Containerd, LEASE_HEADER, MAX_MESSAGE, header, layer_label, source_label,
 };
 use crate::config::Config;
 use crate::layer::Digest;
@@ -143,7 +143,7 @@ impl Pull {
             .await?;
         let mut labels = HashMap::from([(CONFIG_LABEL.to_owned(), image.config.digest.to_string())]);
         for (i, layer) in image.layers.iter().enumerate() {
-            labels.insert(format!("containerd.io/gc.ref.content.l.{i}"), layer.digest.to_string());
+            labels.insert(layer_label(i), layer.digest.to_string());
         }
         self.write(&image.manifest_digest, image.manifest_bytes.clone(), labels)
             .await?;
@@ -368,9 +368,7 @@ impl Pull {
 
     /// The labels that tell where content came from.
     fn source_labels(&self) -> HashMap<String, String> {
-        let host = self.reference.host.as_str();
-        let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
-        HashMap::from([(format!("{SOURCE_LABEL}{host}"), self.reference.repository.clone())])
+        HashMap::from([source_label(&self.reference.host, &self.reference.repository)])
     }
 
     /// Makes one `Content.Write` call; `false` if the blob was there already.

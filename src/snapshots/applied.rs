@@ -4,13 +4,17 @@
 //! Lazuli ([`super::differ`]), nothing is written into the snapshot: it is recorded which layer it shows, and its commit makes a remote snapshot of it,
 //! under the name that containerd gives it. What was recorded and not committed goes with the snapshot, or survives a restart with it.
 
+use std::collections::HashMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::SnapshotsError;
 use super::chain::shown_by;
 use super::core::{Core, EXTRACTION};
 use super::dirs::Content;
+use super::error::quoted;
 use super::info::now;
 use super::rules::{self, kept_labels};
 use crate::catalog::Applied;
@@ -99,25 +103,22 @@ impl Core {
     pub(super) fn commit_applied(
         &self,
         (name, key, parent): (&str, &str, &str),
-        labels: std::collections::HashMap<String, String>,
+        labels: HashMap<String, String>,
         (id, layer): (u64, Digest),
     ) -> Result<(), SnapshotsError> {
         if !is_empty(&self.dirs.own(id))? {
             return Err(SnapshotsError::precondition(format!(
-                "snapshot {:?} shows a layer that was applied to it, and has files of its own beside it",
-                super::error::quoted(key)
+                "snapshot {:?} shows a layer that was applied to it, and has files of its own beside it: remove it, and pull its image again",
+                quoted(key)
             )));
         }
         if !self.layers.is_live(&layer) {
-            let key = super::error::quoted(key);
+            let key = quoted(key);
             return Err(SnapshotsError::NotLive { layer, key });
         }
         let (bytes, inodes) = self.layers.usage(&layer).unwrap_or_default();
         let built = self.dirs.build(&Content::Remote)?;
-        let (dirs, owned) = (
-            std::sync::Arc::clone(&self.dirs),
-            [name, key, parent].map(str::to_owned),
-        );
+        let (dirs, owned) = (Arc::clone(&self.dirs), [name, key, parent].map(str::to_owned));
         self.store.write_snapshots(move |snapshots| {
             let [name, key, parent] = &owned;
             let usage = Usage { bytes, inodes };
@@ -144,9 +145,14 @@ fn written_to(mounts: &[Mount]) -> Option<&str> {
     }
 }
 
+/// Whether there are no files in a directory. It may be gone: a commit that failed, or a power cut in it, may have put the remote snapshot's in its
+/// place.
 fn is_empty(dir: &Path) -> Result<bool, SnapshotsError> {
-    let entries = fs::read_dir(dir).map_err(SnapshotsError::io("list", dir))?;
-    Ok(entries.map(|_| ()).next().is_none())
+    match fs::read_dir(dir) {
+        Ok(mut entries) => Ok(entries.next().is_none()),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(true),
+        Err(error) => Err(SnapshotsError::io("list", dir)(error)),
+    }
 }
 
 #[cfg(test)]

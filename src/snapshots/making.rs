@@ -1,5 +1,5 @@
 //! Making a local snapshot, for Prepare and View: first what takes time (questions, mounts, directories), on a thread that may block, then its record,
-//! for which no thread waits. A container start passes here, and each change from one thread to another costs it as much as all the system calls.
+//! for which no thread waits. A container start passes here, and each change from one thread to another is a wait for a processor.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;

@@ -168,7 +168,11 @@ fn killed_in_the_middle_it_goes_on() {
         read(12 << 20);
         kill(lazuli.worker().unwrap());
         let ended = completing.join().unwrap();
-        assert!(!ended.success(), "{}", ended.describe());
+        let said = ended.describe();
+        assert!(
+            !ended.success() && said.contains("ask again, and it goes on where it was"),
+            "{said}"
+        );
     });
     let before = total_bytes(&stage.proxy.take());
     stage.proxy.set_link(Link::default());

@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request};
 
-use super::{BlobWriter, Containerd, ContainerdError, LEASE_HEADER, NAMESPACE_HEADER, content, header};
+use super::{BlobWriter, CALL_DEADLINE, Containerd, ContainerdError, LEASE_HEADER, NAMESPACE_HEADER, content, header};
 use crate::layer::Digest;
 use crate::registry::{Body, RegistryError};
 
@@ -21,6 +21,8 @@ use crate::registry::{Body, RegistryError};
 const WRITES_AHEAD: usize = 8;
 /// Bytes in one message, well below what containerd takes.
 const MESSAGE: usize = 1 << 20;
+/// Longest wait for containerd to take a piece, which it writes to its disk.
+const TAKE_DEADLINE: Duration = Duration::from_secs(60);
 /// Longest wait for containerd after its last piece: it reads all of the blob once more if it was written in several attempts.
 const COMMIT_DEADLINE: Duration = Duration::from_secs(600);
 
@@ -97,13 +99,18 @@ impl Containerd {
         request.metadata_mut().insert(NAMESPACE_HEADER, header(namespace)?);
         request.metadata_mut().insert(LEASE_HEADER, header(lease)?);
         let failed = |status: tonic::Status| self.error(format!("store {digest}"), status);
-        let mut answers = match self.content().write(request).await {
-            Ok(answers) => answers.into_inner(),
-            Err(status) if status.code() == Code::AlreadyExists => return Ok(Ingested::Present),
-            Err(status) => return Err(failed(status).into()),
+        let open = async {
+            let mut answers = self.content().write(request).await?.into_inner();
+            let first = answers.message().await?;
+            Ok((answers, first))
         };
-        let from = match answers.message().await {
-            Ok(answer) => answer.map_or(0, |answer| u64::try_from(answer.offset).unwrap_or(0)),
+        let late = |_| Err(tonic::Status::deadline_exceeded("containerd does not answer"));
+        let opened = tokio::time::timeout(CALL_DEADLINE, open).await;
+        let (mut answers, from) = match opened.unwrap_or_else(late) {
+            Ok((answers, first)) => (
+                answers,
+                first.map_or(0, |first| u64::try_from(first.offset).unwrap_or(0)),
+            ),
             Err(status) if status.code() == Code::AlreadyExists => return Ok(Ingested::Present),
             Err(status) => return Err(failed(status).into()),
         };
@@ -118,14 +125,15 @@ impl Containerd {
                         let piece: Bytes = bytes.split_to(bytes.len().min(MESSAGE));
                         there += piece.len() as u64;
                         arrived(there);
-                        // Without a receiver the call has ended; its own answer says why.
-                        if sender.send(writer.piece(&piece)).await.is_err() {
+                        // Without a receiver the call has ended, and its own answer says why. One that takes nothing is no better.
+                        let taken = sender.send_timeout(writer.piece(&piece), TAKE_DEADLINE).await;
+                        if taken.is_err() {
                             return Ok(());
                         }
                     }
                 }
             }
-            let _ = sender.send(writer.commit()).await;
+            let _ = sender.send_timeout(writer.commit(), TAKE_DEADLINE).await;
             Ok::<_, RegistryError>(())
         };
         let (fed, ended) = tokio::sync::oneshot::channel::<()>();

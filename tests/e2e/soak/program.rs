@@ -102,6 +102,7 @@ impl Counts {
                 self.fail(format!("{what}: {}", finished.describe()));
                 return false;
             }
+            eprintln!("{what} is tried again: {}", finished.describe());
             self.add("tried again while something was broken", 1);
             std::thread::sleep(Duration::from_millis(300));
         }
@@ -227,7 +228,7 @@ impl Soak {
             Generation::One => "containerd 1.x",
             Generation::Two(_) => "containerd 2.x",
         };
-        let before = self.held();
+        let before = self.held_at_first();
         for subject in &self.subjects {
             self.pull(subject).expect_success();
         }
@@ -326,23 +327,23 @@ impl Soak {
                 if finished.stderr.contains("failed to get reader from content store") {
                     // Trying again would not help: containerd has an image without its layers.
                     self.counts.fail(format!("{} has lost its layers", subject.reference));
-                    self.explain(subject);
+                    self.tell();
                 }
-                self.clear(&id);
+                self.remove(&id);
                 return finished;
             }
             let script = "/reader /data /run/out/stop >/run/out/report 2>&1 &";
             let finished = self.containerd.exec(&id, script);
             if !finished.success() {
-                self.clear(&id);
+                self.remove(&id);
             }
             finished
         });
         begun.then_some(started)
     }
 
-    /// What containerd knows of an image of which it misses something.
-    fn explain(&self, subject: &Subject) {
+    /// What containerd and the daemon know, of an image of which something is missing, or of what is left.
+    fn tell(&self) {
         for arguments in [
             &["images", "ls"][..],
             &["content", "ls"],
@@ -355,16 +356,10 @@ impl Soak {
                 run(&mut self.containerd.ctr(arguments), COMMAND_TIMEOUT).describe()
             );
         }
-        eprintln!("STATE of {}: {:#}", subject.reference, self.lazuli.status());
+        eprintln!("STATE: {:#}", self.lazuli.status());
     }
 
-    /// Takes away what is there of a container that could not be started.
-    fn clear(&self, id: &str) {
-        for arguments in [&["tasks", "rm", "--force", id][..], &["containers", "rm", id]] {
-            run(&mut self.containerd.ctr(arguments), COMMAND_TIMEOUT);
-        }
-    }
-
+    /// Takes away a container, or what is there of one that could not be started.
     fn remove(&self, id: &str) {
         for arguments in [&["tasks", "rm", "--force", id][..], &["containers", "rm", id]] {
             self.counts.attempt("container calls", || {
@@ -402,6 +397,13 @@ impl Soak {
         }
     }
 
+    /// The same, before anything is done. The supervisor is given what it keeps after the daemon can be reached, and opens its door then.
+    fn held_at_first(&self) -> Held {
+        let door = self.root().join("supervisor.sock");
+        wait_until(PATIENCE, || door.exists().then_some(())).expect("the supervisor has no door");
+        self.held()
+    }
+
     fn root(&self) -> PathBuf {
         self.sandbox.path("lazuli").canonicalize().unwrap()
     }
@@ -410,6 +412,15 @@ impl Soak {
     fn settle(&self, before: &Held) {
         self.registry.heal();
         self.disk.free();
+        // Of a snapshot whose making was not answered, containerd knows nothing until it collects its garbage.
+        let lease = ["leases", "create", "--id", "settle"];
+        self.counts.attempt("garbage collections", || {
+            let _ = run(&mut self.containerd.ctr(&lease), COMMAND_TIMEOUT);
+            run(
+                &mut self.containerd.ctr(&["leases", "rm", "--sync", "settle"]),
+                COMMAND_TIMEOUT,
+            )
+        });
         let waiting = || self.lazuli.status()["reads"]["waiting"].as_u64();
         let settled = || (self.held().is_within(before) && waiting() == Some(0)).then_some(());
         if wait_until(SETTLE, settled).is_none() {
@@ -419,6 +430,7 @@ impl Soak {
                 self.held(),
                 waiting()
             ));
+            self.tell();
         }
     }
 }

@@ -60,6 +60,7 @@ pub mod containerd;
 mod content;
 mod contract;
 mod handle;
+mod idle;
 pub mod images;
 mod indexes;
 pub mod loader;

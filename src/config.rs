@@ -139,6 +139,21 @@ pub struct FetchConfig {
     /// Longest time a reader waits before it gets an I/O error, in seconds; less where the kernel has a limit of its own.
     #[serde(with = "seconds")]
     pub read_deadline: Duration,
+    /// When layers that are read lazily are fetched as a whole.
+    pub fill: Fill,
+    /// Most bytes in a second for which nobody waits: of filling, and of completing images. 0 means as many as there are.
+    pub background_rate: ByteSize,
+}
+
+/// When layers that are read lazily are fetched as a whole.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Fill {
+    /// Never: only what is read, and what lies beside it, is fetched.
+    Off,
+    /// When nobody has waited for a byte for a while.
+    #[default]
+    Idle,
 }
 
 /// Indexes of layers that machines share: who has one need not stream the layer.
@@ -314,6 +329,8 @@ impl Default for FetchConfig {
             max_concurrent_streams: 4,
             stream_memory: ByteSize(64 << 20),
             read_deadline: Duration::from_secs(900),
+            fill: Fill::Idle,
+            background_rate: ByteSize(0),
         }
     }
 }

@@ -391,7 +391,7 @@ impl Worker {
         watch(&link, &admin, &catalog);
         listener.set_nonblocking(true).map_err(io_error("socket"))?;
         let listener = UnixListener::from_std(listener).map_err(io_error("socket"))?;
-        catalog.complete_by_itself(config.content.complete);
+        catalog.work_while_idle(config.content.complete, config.fetch.fill);
         let differ = Differ::new(service.clone(), Containerd::new(&config.containerd_address));
         let control = ControlServer::new(ControlService(catalog)).max_encoding_message_size(MAX_MESSAGE);
         admin.set_ready(true);

@@ -21,7 +21,7 @@
 //! and again, in turns (outage.rs), until they do or nobody waits any more.
 //!
 //! # Whole layers
-//! A layer that is complete is given to the kernel as a file ([`LayerData::local_file`]). What an earlier process left of it is verified
+//! While nobody waits for anything, layers that are read lazily are filled (filling.rs). A layer that is complete is given to the kernel as a file ([`LayerData::local_file`]). What an earlier process left of it is verified
 //! before, in the background (verify.rs).
 
 use std::io;
@@ -37,6 +37,7 @@ use crate::layer::{BlobIndex, Digest, LayerIndex};
 
 pub mod error;
 mod fetcher;
+mod filling;
 mod flights;
 mod layer;
 mod outage;
@@ -57,6 +58,7 @@ pub mod window;
 
 pub use error::FetchError;
 pub use fetcher::Fetcher;
+pub use filling::{Filled, Rate};
 pub use flights::{Hurried, Paused, Progress, STALL};
 pub use layer::{Layer, LayerStats};
 pub use stream::StreamRequest;

@@ -32,6 +32,8 @@ pub struct Metrics {
     pub apply_seconds: Histogram,
     /// Bytes of blobs that were written into containerd's content store to complete images.
     pub completed_bytes_total: IntCounter,
+    /// Bytes of blobs that were fetched to make layers whole.
+    pub filled_bytes_total: IntCounter,
     /// FUSE requests, by `op`.
     pub fuse_requests_total: IntCounterVec,
     /// FUSE requests answered with an error other than ENOENT and ENODATA, by `errno`.
@@ -156,6 +158,11 @@ impl Metrics {
                 &r,
                 "lazuli_apply_seconds",
                 "Duration of packing a layer that containerd has fetched, in seconds.",
+            ),
+            filled_bytes_total: counter(
+                &r,
+                "lazuli_filled_bytes_total",
+                "Bytes of blobs that were fetched because they were missing, while nobody waited for anything.",
             ),
             completed_bytes_total: counter(
                 &r,

@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::marks::Fullness;
 use super::{Cache, CacheError, CachedLayer};
 use crate::layer::{Access, Digest};
 
@@ -85,6 +86,45 @@ impl Cache {
     /// Bytes of the disk that the cache takes, with those that are about to be written.
     pub fn used_bytes(&self) -> u64 {
         self.used.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that can be written before anything gives way that is used, and before the disk is fuller than the low mark: room for what nobody
+    /// waits for.
+    pub fn spare_bytes(&self) -> u64 {
+        let max = match self.config.max_size.0 {
+            0 => u64::MAX,
+            max => max,
+        };
+        let within_limit = max.saturating_sub(self.used_bytes());
+        let Ok(stat) = rustix::fs::fstatvfs(&self.lock) else {
+            return 0;
+        };
+        let on_disk = Fullness::from(&stat);
+        let available = on_disk.available.saturating_add(self.trash.bytes());
+        let above_floor = available.saturating_sub(self.config.min_free.0);
+        let below_mark = match self.config.high_percent {
+            100.. => u64::MAX,
+            _ => available.saturating_sub(on_disk.free_at(self.config.low_percent)),
+        };
+        within_limit
+            .min(above_floor)
+            .min(below_mark)
+            .saturating_add(self.unused_bytes())
+    }
+
+    /// Bytes of layers that no container uses.
+    fn unused_bytes(&self) -> u64 {
+        let known = self.known();
+        let entries = known
+            .iter()
+            .map(|(_, entry)| (entry.open.upgrade(), entry.allocated.load(Ordering::Relaxed)));
+        // Let go of after the list is: a layer that is dropped looks into it.
+        let entries: Vec<_> = entries.collect();
+        drop(known);
+        let unused = entries
+            .iter()
+            .filter(|(open, _)| open.as_ref().is_none_or(|layer| !layer.is_pinned() && !layer.is_held()));
+        unused.map(|(_, bytes)| bytes).sum()
     }
 
     fn show_use(&self) {

@@ -46,8 +46,13 @@ impl From<&StatVfs> for Fullness {
 impl Fullness {
     /// Bytes by which it is fuller than `percent`.
     pub fn over(self, percent: u8) -> u64 {
+        self.free_at(percent).saturating_sub(self.available)
+    }
+
+    /// Bytes that are available when it is `percent` full.
+    pub fn free_at(self, percent: u8) -> u64 {
         let free = u128::from(self.total) * u128::from(100 - percent.min(100)) / 100;
-        u64::try_from(free).unwrap_or(u64::MAX).saturating_sub(self.available)
+        u64::try_from(free).unwrap_or(u64::MAX)
     }
 }
 

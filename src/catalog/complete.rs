@@ -6,12 +6,12 @@
 //! parts, held by a lease. Once a blob is written, the labels of its manifest keep it as long as the image is there, and what is still missing
 //! of the layer in the cache comes from it ([`super::content`]).
 //!
-//! It is asked for by `lazuli complete`, or done by itself as `[content] complete` says. Nothing of it runs within a request of containerd's.
+//! It is asked for by `lazuli complete`, or done by itself as `[content] complete` says ([`super::idle`]). Nothing of it runs within a request of containerd's.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
@@ -21,11 +21,11 @@ use super::containerd::{CONTENT_LABEL, ContainerdError, Ingest, IngestError, Ing
 use super::content::ContentStore;
 use super::loader::LayerSpec;
 use super::status::Status;
-use crate::config::Complete;
+use crate::fetch::Fetcher;
 use crate::fetch::schedule::Class;
 use crate::layer::{Digest, compression};
 use crate::registry::image::{Document, LayerDescriptor, Manifest};
-use crate::registry::{Blob, Body, Reference, RegistryError, causes};
+use crate::registry::{Blob, Body, Reference, RegistryError};
 use crate::store::LayerSource;
 use crate::sync::blocking;
 
@@ -35,13 +35,6 @@ const PIECE: u64 = 8 << 20;
 const LEASE_HOURS: u64 = 24;
 /// Downloads of one blob whose bytes turn out wrong: the next one is asked of another source, if there is one.
 const ATTEMPTS: u32 = 2;
-/// How often it is looked whether there is an image to complete: by a machine that has to be idle, and by one that does not wait for that.
-const LOOK_IDLE: Duration = Duration::from_secs(30);
-const LOOK_ALWAYS: Duration = Duration::from_secs(5);
-/// How long nobody may have waited for a byte before an idle machine completes an image.
-const IDLE_FOR: Duration = Duration::from_secs(30);
-/// When an image whose completion failed is tried again.
-const AGAIN: Duration = Duration::from_secs(600);
 /// Longest wait for containerd to tell what it has, before a status says that this is not known.
 const LOOK_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -241,7 +234,8 @@ impl Catalog {
             let read = |range: Range<u64>| {
                 let blob = Arc::clone(&blob);
                 let scheduled = self.loader.fetcher().scheduled(Arc::clone(&blob), Class::Background);
-                async move { Ok(in_pieces(scheduled, range)) }
+                let fetcher = Arc::clone(self.loader.fetcher());
+                async move { Ok(in_pieces(fetcher, scheduled, range)) }
             };
             let arrived = |done| {
                 told(Step {
@@ -278,44 +272,11 @@ impl Catalog {
         }
     }
 
-    /// Completes images by itself, as long as the catalog is there.
-    pub fn complete_by_itself(self: &Arc<Self>, when: Complete) {
-        if when == Complete::Off {
-            return;
-        }
-        let every = match when {
-            Complete::Idle => LOOK_IDLE,
-            Complete::Off | Complete::Always => LOOK_ALWAYS,
-        };
-        let catalog = Arc::downgrade(self);
-        self.runtime.spawn(async move {
-            let mut failed: HashMap<(String, Digest), Instant> = HashMap::new();
-            let mut waited = Instant::now();
-            loop {
-                tokio::time::sleep(every).await;
-                let Some(catalog) = catalog.upgrade().filter(|catalog| catalog.is_open()) else { return };
-                if catalog.metrics.waiting_reads.get() > 0 || !catalog.loader.fetcher().streams_under_way().is_empty() {
-                    waited = Instant::now();
-                }
-                if when == Complete::Idle && waited.elapsed() < IDLE_FOR {
-                    continue;
-                }
-                catalog.look_at_completeness().await;
-                failed.retain(|_, at| at.elapsed() < AGAIN);
-                let next = catalog.completeness().iter().find_map(|(image, complete)| {
-                    (!complete && !failed.contains_key(image)).then(|| image.clone())
-                });
-                let Some((namespace, manifest)) = next else { continue };
-                if let Err(error) = catalog.complete_digest(&namespace, &manifest).await {
-                    let reason = causes(&error);
-                    tracing::warn!(%manifest, namespace, reason, "an image cannot be completed; it is tried again later");
-                    failed.insert((namespace, manifest), Instant::now());
-                }
-            }
-        });
-    }
-
-    async fn complete_digest(self: &Arc<Self>, namespace: &str, digest: &Digest) -> Result<Completed, CompleteError> {
+    pub(super) async fn complete_digest(
+        self: &Arc<Self>,
+        namespace: &str,
+        digest: &Digest,
+    ) -> Result<Completed, CompleteError> {
         let bytes = self.content.containerd().read(namespace, digest).await?;
         let manifest = Manifest::parse(&bytes).map_err(CompleteError::Manifest)?;
         let (catalog, of) = (Arc::clone(self), *digest);
@@ -376,17 +337,18 @@ fn is_distributed(media_type: &str) -> bool {
 }
 
 /// A range of a blob, asked for piece by piece; from a host that has no ranges, as a whole.
-fn in_pieces(blob: Arc<dyn Blob>, range: Range<u64>) -> Body {
-    let pieces = stream::try_unfold((blob, range), |(blob, range)| async move {
+fn in_pieces(fetcher: Arc<Fetcher>, blob: Arc<dyn Blob>, range: Range<u64>) -> Body {
+    let pieces = stream::try_unfold((fetcher, blob, range), |(fetcher, blob, range)| async move {
         if range.is_empty() {
             return Ok::<Option<(Body, _)>, RegistryError>(None);
         }
         let end = range.end.min(range.start.saturating_add(PIECE));
+        fetcher.background().pass(end - range.start).await;
         match blob.read_part(range.start..end).await {
-            Ok(body) => Ok(Some((body, (blob, end..range.end)))),
+            Ok(body) => Ok(Some((body, (fetcher, blob, end..range.end)))),
             Err(RegistryError::NoRanges { .. }) => {
                 let whole = blob.read(0..blob.size()).await?;
-                Ok(Some((after(whole, range.start), (blob, range.end..range.end))))
+                Ok(Some((after(whole, range.start), (fetcher, blob, range.end..range.end))))
             }
             Err(error) => Err(error),
         }

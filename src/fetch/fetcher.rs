@@ -20,6 +20,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use super::Layer;
+use super::filling::Rate;
 use super::flights::Streams;
 use super::outage::Outages;
 use super::schedule::{Class, Kind, Limits, Place, Scheduler, Turns, Wish};
@@ -60,6 +61,8 @@ pub struct Fetcher {
     pub(super) outages: Arc<Outages>,
     /// Lets one layer be verified at a time.
     pub(super) verifications: Arc<Semaphore>,
+    /// How fast work is for which nobody waits.
+    pub(super) background: Rate,
     /// Largest ranged request, in bytes.
     pub(super) max_request: u64,
     /// Longest time without any progress before a request is given up: it must not keep its place for ever.
@@ -96,6 +99,7 @@ impl Fetcher {
             runtime,
             metrics,
             verifications: Arc::new(Semaphore::new(1)),
+            background: Rate::new(config.background_rate.0),
             max_request: config.max_request.0,
             patience: config.read_deadline.min(SILENCE),
         })
@@ -114,6 +118,11 @@ impl Fetcher {
     /// What decides who may ask sources for something.
     pub fn scheduler(&self) -> &Arc<Scheduler> {
         &self.scheduler
+    }
+
+    /// How fast work may be for which nobody waits.
+    pub fn background(&self) -> &Rate {
+        &self.background
     }
 
     /// The same blob, each read of which waits for a place first and keeps it to the end of the body: for tables of contents and

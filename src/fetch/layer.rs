@@ -42,6 +42,8 @@ pub struct Layer {
     outage: Mutex<Option<Arc<Outage>>>,
     /// Told when the bytes come from another source.
     moved: Notify,
+    /// Told when a request has come to its end, and each of its chunks was answered or is queued again.
+    pub(super) landed: Notify,
     /// Ends the requests under way when the layer is closed.
     pub(super) closing: CancellationToken,
     pub(super) requests: AtomicU64,
@@ -77,6 +79,7 @@ impl Layer {
             streamed: AtomicBool::new(streamed),
             outage: Mutex::default(),
             moved: Notify::new(),
+            landed: Notify::new(),
             closing: CancellationToken::new(),
             requests: AtomicU64::new(0),
             fetched: AtomicU64::new(0),
@@ -187,7 +190,7 @@ impl Layer {
         });
     }
 
-    fn ask_for(&self, chunks: &[usize], class: Class) {
+    pub(super) fn ask_for(&self, chunks: &[usize], class: Class) {
         {
             let mut queue = self.queue();
             if queue.closed {

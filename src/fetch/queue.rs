@@ -470,6 +470,11 @@ impl Queue {
         self.chunks.drain().flat_map(|(_, pending)| pending.waiters).collect()
     }
 
+    /// Whether any of these chunks is asked for.
+    pub fn asks_for_any(&self, chunks: &[usize]) -> bool {
+        chunks.iter().any(|chunk| self.chunks.contains_key(chunk))
+    }
+
     /// Whether any chunk is asked for.
     pub fn is_empty(&self) -> bool {
         self.chunks.is_empty()

@@ -122,6 +122,7 @@ impl Layer {
             true => self.sweep(class),
             false => {}
         }
+        self.landed.notify_waiters();
         self.ended(&origin, waits.then_some(&error), turn).await;
         self.dispatch(Class::Demand);
     }

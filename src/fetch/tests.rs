@@ -1,6 +1,7 @@
 //! The scheduler over a source with faults.
 
 mod fake;
+mod filling;
 mod flights;
 mod outages;
 mod panics;

@@ -45,7 +45,7 @@ pub fn mounted(lazuli: &Lazuli) -> Vec<String> {
     names
 }
 
-fn of_kind(lazuli: &Lazuli, kind: &str) -> usize {
+pub fn of_kind(lazuli: &Lazuli, kind: &str) -> usize {
     mounted(lazuli).iter().filter(|name| name.ends_with(kind)).count()
 }
 

@@ -22,6 +22,7 @@ mod dense;
 mod disk;
 mod faces;
 mod faults;
+mod filling;
 mod formats;
 mod harness;
 mod many;

@@ -46,6 +46,12 @@ impl Lazuli {
             process: None,
             env: Vec::new(),
         };
+        // What is fetched is what a test asks for, unless it wants it otherwise.
+        let more = match () {
+            () if more.contains("fill =") => more.to_owned(),
+            () if more.contains("[fetch]\n") => more.replace("[fetch]\n", "[fetch]\nfill = \"off\"\n"),
+            () => format!("{more}\n[fetch]\nfill = \"off\"\n"),
+        };
         let text = format!(
             "root = {root:?}\naddress = {address:?}\ncontainerd_address = {containerd:?}\nadmin_address = \"\"\n\
              {log}\

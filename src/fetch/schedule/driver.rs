@@ -20,6 +20,8 @@ struct State {
     policy: Policy,
     /// Who waits to be told that his wish is granted.
     asking: HashMap<Id, oneshot::Sender<()>>,
+    /// When there was last a wish for more than background work.
+    stirred: Instant,
 }
 
 /// A wish that waits; dropped, it is withdrawn.
@@ -49,6 +51,7 @@ impl Scheduler {
             state: Mutex::new(State {
                 policy: Policy::new(limits),
                 asking: HashMap::new(),
+                stirred: Instant::now(),
             }),
             begin: Instant::now(),
         })
@@ -65,6 +68,7 @@ impl Scheduler {
         let mut state = self.lock();
         let id = state.policy.ask(wish);
         state.asking.insert(id, sender);
+        state.stir();
         state.settle();
         drop(state);
         let scheduler = Arc::clone(self);
@@ -84,12 +88,26 @@ impl Scheduler {
         self.lock().policy.counts()
     }
 
+    /// How long there has been no wish for anything but background work, neither waiting nor running.
+    pub fn calm(&self) -> Duration {
+        let mut state = self.lock();
+        state.stir();
+        state.stirred.elapsed()
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
+    /// Notes the time if there is a wish for more than background work.
+    fn stir(&mut self) {
+        if self.policy.is_stirred() {
+            self.stirred = Instant::now();
+        }
+    }
+
     /// Grants what may be granted.
     fn settle(&mut self) {
         while let Some(id) = self.policy.grant() {
@@ -147,6 +165,7 @@ impl Drop for Place {
     fn drop(&mut self) {
         let mut state = self.scheduler.lock();
         state.asking.remove(&self.id);
+        state.stir();
         state.policy.end(self.id);
         state.settle();
     }
@@ -169,7 +188,9 @@ impl Remote {
     pub fn rank(&self, class: Class) {
         if let Some(scheduler) = self.scheduler.upgrade() {
             let mut state = scheduler.lock();
+            state.stir();
             state.policy.rank(self.id, class);
+            state.stir();
             state.settle();
         }
     }
@@ -220,6 +241,29 @@ mod tests {
         drop(place);
         drop(background.await);
         assert_eq!(scheduler.counts(), (0, 0));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn it_is_calm_while_nobody_wants_more_than_background_work() {
+        const SECOND: Duration = Duration::from_secs(1);
+        let scheduler = scheduler(4);
+        tokio::time::advance(SECOND).await;
+        let background = scheduler.enter(wish(Class::Background)).await;
+        assert_eq!(scheduler.calm(), SECOND, "background work does not count");
+        let ahead = scheduler.enter(wish(Class::ReadAhead)).await;
+        tokio::time::advance(SECOND).await;
+        assert_eq!(scheduler.calm(), Duration::ZERO, "as long as it is under way");
+        tokio::time::advance(SECOND).await;
+        drop(ahead);
+        tokio::time::advance(SECOND).await;
+        assert_eq!(scheduler.calm(), SECOND, "from its end on");
+        // Somebody begins to wait for what was fetched in the background, and gets it.
+        background.remote().rank(Class::Demand);
+        tokio::time::advance(SECOND).await;
+        assert_eq!(scheduler.calm(), Duration::ZERO);
+        background.remote().rank(Class::Background);
+        tokio::time::advance(SECOND).await;
+        assert_eq!(scheduler.calm(), SECOND);
     }
 
     #[tokio::test]

@@ -397,6 +397,11 @@ impl Policy {
             .any(|&count| count > 0)
     }
 
+    /// Whether there is any wish for more than background work.
+    pub fn is_stirred(&self) -> bool {
+        self.wishes.values().any(|entry| entry.wish.class < Class::Background)
+    }
+
     /// Wishes that wait, and wishes that run.
     pub fn counts(&self) -> (usize, usize) {
         let running = self.wishes.values().filter(|entry| entry.running).count();

@@ -1,0 +1,213 @@
+//! Filling: a layer that is read lazily becomes whole while nobody waits for anything.
+//!
+//! What is missing is asked for in the order of the blob, in pieces, each after the one before has come, as [`Class::Background`]. Before each
+//! piece the filler waits until nobody has wanted anything else for [`CALM`]: a container that starts meets one piece under way at most, and
+//! pieces are as large as arrives in [`PIECE_TIME`], however fast the link is. That also makes requests run side by side where each connection
+//! is slower than the link: with every piece that comes faster than the one before, more of them fit into the next.
+//!
+//! Nothing gives way to it ([`crate::cache::Cache::spare_bytes`]). What fails is left to the next time.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, timeout};
+
+use super::Layer;
+use super::schedule::Class;
+use crate::layer::Access;
+use crate::sync::blocking;
+
+/// How long nobody may have wanted anything else before a piece is asked for. A container that starts asks several times within it.
+const CALM: Duration = Duration::from_millis(500);
+/// How often it is looked whether it is calm.
+const LOOK: Duration = Duration::from_millis(100);
+/// What a piece should take: whoever comes meanwhile shares the link with it for so long.
+const PIECE_TIME: Duration = Duration::from_millis(250);
+/// The first piece, and the smallest one, in bytes of the blob: one request that is worth its round trip.
+const PIECE_LEAST: u64 = 1 << 20;
+/// The largest piece, in bytes: more than a link of 1 Gbit/s brings in that time.
+const PIECE_MOST: u64 = 32 << 20;
+/// How much a piece may be larger than the one before.
+const GROWTH: u64 = 2;
+/// Longest time until it is looked again whether a piece has come, if nothing tells so.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How far a layer has been filled.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Filled {
+    /// Bytes of the blob that were asked for.
+    pub bytes: u64,
+    /// Whether all of the layer is there now.
+    pub whole: bool,
+}
+
+/// How fast background work may be, over all of it.
+#[derive(Debug)]
+pub struct Rate {
+    /// Bytes in a second; 0: as fast as it can.
+    limit: u64,
+    /// When what was let pass is over.
+    next: Mutex<Instant>,
+}
+
+impl Rate {
+    /// At most `limit` bytes in a second, or any number of them (0).
+    pub fn new(limit: u64) -> Self {
+        Rate {
+            limit,
+            next: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// Waits until `bytes` more may be asked for.
+    pub async fn pass(&self, bytes: u64) {
+        if self.limit == 0 {
+            return;
+        }
+        let at = {
+            let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+            let at = (*next).max(Instant::now());
+            *next = at + Duration::from_secs_f64(bytes as f64 / self.limit as f64);
+            at
+        };
+        tokio::time::sleep_until(at).await;
+    }
+}
+
+/// The size of the next piece, after one of `size` bytes took `time`.
+fn next_size(size: u64, time: Duration) -> u64 {
+    let part = PIECE_TIME.as_secs_f64() / time.as_secs_f64().max(0.001);
+    let fits = (size as f64 * part) as u64;
+    fits.clamp(PIECE_LEAST, PIECE_MOST.min(size.saturating_mul(GROWTH)))
+}
+
+impl Layer {
+    /// Whether something of it is missing that can be fetched in ranges.
+    pub fn can_be_filled(&self) -> bool {
+        self.cached.index().access() == Access::Ranges && !self.is_streamed() && !self.is_there()
+    }
+
+    /// Whether every byte is on the disk, verified or not.
+    fn is_there(&self) -> bool {
+        self.cached.present_bytes() >= self.cached.index().stored_size()
+    }
+
+    /// Fetches what is missing, behind everything that anybody wants, until all of it is there, or it does not go on: the layer is closed, its
+    /// source does not deliver, or there is no room that nobody needs.
+    pub async fn fill_up(self: &Arc<Self>) -> Filled {
+        let mut filled = Filled::default();
+        let (mut rank, mut size) = (0, PIECE_LEAST);
+        loop {
+            let (piece, bytes) = self.next_piece(&mut rank, size);
+            if piece.is_empty() {
+                filled.whole = self.is_there();
+                return filled;
+            }
+            while self.fetcher.scheduler.calm() < CALM || self.fetcher.metrics.waiting_reads.get() > 0 {
+                if timeout(LOOK, self.closing.cancelled()).await.is_ok() {
+                    return filled;
+                }
+            }
+            self.fetcher.background.pass(bytes).await;
+            let me = Arc::clone(self);
+            // Asks the file system.
+            let room = blocking(move || me.fetcher.cache.spare_bytes());
+            if room.await < bytes || self.is_streamed() || self.closing.is_cancelled() {
+                return filled;
+            }
+            let begun = Instant::now();
+            let (wanted, before) = (piece.len(), self.cached.present_bytes());
+            let left = self.fill_piece(piece).await;
+            if left == wanted && self.cached.present_bytes() <= before {
+                return filled;
+            }
+            filled.bytes += bytes;
+            self.fetcher.metrics.filled_bytes_total.inc_by(bytes);
+            size = next_size(bytes, begun.elapsed());
+        }
+    }
+
+    /// The next chunks that are missing, from `rank` on, and how many bytes of the blob they are: `size` or a chunk more.
+    fn next_piece(&self, rank: &mut usize, size: u64) -> (Vec<usize>, u64) {
+        let chunks = self.cached.index().chunks();
+        let (mut piece, mut bytes) = (Vec::new(), 0);
+        while bytes < size && *rank < chunks.len() {
+            let chunk = self.ranks.chunk(*rank);
+            *rank += 1;
+            if let Some(record) = chunks.get(chunk)
+                && !self.cached.is_chunk_ready(chunk)
+                && !self.cached.is_suspect(chunk)
+            {
+                piece.push(chunk);
+                bytes += u64::from(record.blob_len).max(1);
+            }
+        }
+        (piece, bytes)
+    }
+
+    /// Has a piece fetched, and waits until nothing of it is asked for any more. How many of its chunks have not come.
+    async fn fill_piece(self: &Arc<Self>, piece: Vec<usize>) -> usize {
+        let me = Arc::clone(self);
+        let wanted = blocking(move || {
+            let mut wanted = piece;
+            wanted.retain(|&chunk| !me.cached.is_elsewhere(chunk) || !me.cached.take_from_elsewhere(chunk));
+            wanted
+        });
+        let wanted = wanted.await;
+        self.ask_for(&wanted, Class::Background);
+        loop {
+            let landed = self.landed.notified();
+            if !self.queue().asks_for_any(&wanted) {
+                break;
+            }
+            tokio::select! {
+                () = landed => {}
+                () = sleep(PATIENCE) => {}
+                () = self.closing.cancelled() => break,
+            }
+        }
+        let missing = wanted.iter().filter(|&&chunk| !self.cached.is_chunk_ready(chunk));
+        missing.count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_as_large_as_comes_in_their_time() {
+        let second = Duration::from_secs(1);
+        assert_eq!(next_size(4 << 20, second), 1 << 20);
+        assert_eq!(next_size(8 << 20, second / 4), 8 << 20);
+        assert_eq!(next_size(1 << 20, second / 8), 2 << 20);
+        // One that comes at once, as from this machine, says little of the next one.
+        assert_eq!(next_size(4 << 20, Duration::ZERO), 8 << 20);
+        assert_eq!(next_size(30 << 20, second / 100), PIECE_MOST);
+        assert_eq!(next_size(PIECE_LEAST, second * 100), PIECE_LEAST);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn background_work_is_no_faster_than_it_may_be() {
+        let rate = Rate::new(1000);
+        let begun = Instant::now();
+        for _ in 0..4 {
+            rate.pass(500).await;
+        }
+        // Whoever asks for the first bytes has not waited, and whoever came next has waited for those.
+        assert_eq!(begun.elapsed(), Duration::from_millis(1500));
+        sleep(Duration::from_secs(60)).await;
+        let begun = Instant::now();
+        rate.pass(1_000_000).await;
+        assert_eq!(
+            begun.elapsed(),
+            Duration::ZERO,
+            "a rest is not made up for, and begins no new one"
+        );
+        let free = Rate::new(0);
+        let begun = Instant::now();
+        free.pass(u64::MAX).await;
+        free.pass(u64::MAX).await;
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+    }
+}

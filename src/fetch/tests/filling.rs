@@ -1,0 +1,123 @@
+//! Layers that become whole while nobody waits for anything.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use super::fake::{Bench, FakeBlob, Fault, ranged};
+use super::streams::LONG;
+use crate::config::FetchConfig;
+use crate::fetch::LayerData;
+use crate::fetch::schedule::{Class, Kind, Wish};
+use crate::registry::Blob;
+
+/// Sizes of chunks that make several pieces.
+const SIZES: [usize; 40] = [150_000; 40];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_becomes_whole_and_nothing_is_fetched_twice() {
+    let (index, data, bytes) = ranged(&SIZES);
+    let (bench, blob) = (Bench::new(), FakeBlob::new(bytes.clone()));
+    let (cached, layer) = bench.open("layer", index, &blob);
+    layer.read(1_000_000, 10, LONG).await.unwrap();
+    assert!(layer.can_be_filled());
+    let filled = layer.fill_up().await;
+    assert!(filled.whole && layer.is_local() && !layer.can_be_filled(), "{filled:?}");
+    let mut asked = blob.asked.lock().unwrap().clone();
+    assert!(asked.len() > 3, "in pieces: {asked:?}");
+    asked.sort_by_key(|range| range.start);
+    assert!(asked.windows(2).all(|pair| pair[0].end <= pair[1].start), "{asked:?}");
+    let all: u64 = asked.iter().map(|range| range.end - range.start).sum();
+    assert_eq!(all, (bytes.len() - "head".len() - "tail".len()) as u64);
+    assert_eq!(bench.metrics.filled_bytes_total.get(), filled.bytes);
+    let mut buf = vec![0; data.len()];
+    cached.read_ready(0, &mut buf).unwrap().unwrap();
+    assert!(buf == data);
+    let again = layer.fill_up().await;
+    assert!(again.whole && again.bytes == 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_does_not_deliver_is_left_alone() {
+    let (index, _, bytes) = ranged(&SIZES);
+    let (bench, blob) = (Bench::new(), FakeBlob::new(bytes));
+    let (_, layer) = bench.open("layer", index, &blob);
+    *blob.always.lock().unwrap() = Some(Fault::Missing);
+    let filled = layer.fill_up().await;
+    assert!(!filled.whole && filled.bytes == 0);
+    assert_eq!(blob.requests(), 1, "one piece, and no more");
+    // What it has brought until it failed stays, and the rest comes the next time.
+    *blob.always.lock().unwrap() = None;
+    blob.fail([Fault::Broken(500_000)]);
+    let mut filled = layer.fill_up().await;
+    while !filled.whole {
+        filled = layer.fill_up().await;
+    }
+    assert!(layer.is_local());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_wants_anything_comes_first() {
+    let (index, data, bytes) = ranged(&SIZES);
+    let (bench, blob) = (Bench::new(), FakeBlob::new(bytes));
+    let (_, layer) = bench.open("layer", index, &blob);
+    let other = FakeBlob::new(vec![0; 10]);
+    let wish = Wish {
+        owner: other.origin(),
+        class: Class::Demand,
+        kind: Kind::Request,
+        bytes: 0,
+        deadline: Duration::ZERO,
+    };
+    let place = bench.fetcher.scheduler().enter(wish).await;
+    let filling = tokio::spawn({
+        let layer = Arc::clone(&layer);
+        async move { layer.fill_up().await }
+    });
+    // A reader of the very layer has to wait for nothing, and what he waits for is all that is fetched.
+    let read = layer.read(0, 1000, LONG).await.unwrap();
+    assert!(read[..] == data[..1000]);
+    assert!(bench.metrics.filled_bytes_total.get() == 0 && !filling.is_finished());
+    drop(place);
+    assert!(filling.await.unwrap().whole);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_is_closed_is_not_filled_any_more() {
+    let (index, _, bytes) = ranged(&SIZES);
+    let (bench, blob) = (Bench::new(), FakeBlob::new(bytes));
+    let (_, layer) = bench.open("layer", index, &blob);
+    blob.flowing.send_replace(false);
+    let filling = tokio::spawn({
+        let layer = Arc::clone(&layer);
+        async move { layer.fill_up().await }
+    });
+    while blob.underway.load(Ordering::Relaxed) == 0 {
+        tokio::task::yield_now().await;
+    }
+    layer.close();
+    assert!(!filling.await.unwrap().whole);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_gives_way_to_it() {
+    let (index, _, bytes) = ranged(&SIZES);
+    let total = bytes.len() as u64;
+    // Room for most of it, while another layer that is used has its bytes.
+    let (other, _, other_bytes) = ranged(&[400_000, 400_000]);
+    let bench = Bench::with(total, FetchConfig::default());
+    let used = FakeBlob::new(other_bytes);
+    let (other_cached, used) = bench.open("used", other, &used);
+    let pin = other_cached.pin();
+    used.read(0, 800_000, LONG).await.unwrap();
+    let blob = FakeBlob::new(bytes);
+    let (cached, layer) = bench.open("layer", index, &blob);
+    let _pin = cached.pin();
+    let filled = layer.fill_up().await;
+    assert!(!filled.whole && filled.bytes > total / 2, "{filled:?}");
+    assert!(used.is_local(), "bytes that a container uses gave way");
+    assert_eq!(bench.metrics.cache_evicted_bytes_total.get(), 0);
+    // What nobody uses does.
+    drop((pin, used, other_cached));
+    assert!(layer.fill_up().await.whole);
+}

@@ -364,6 +364,20 @@ impl CachedLayer {
     /// # Errors
     /// [`CacheError::Corrupt`] if they are not the chunk's bytes, [`CacheError::Io`] if the disk fails.
     pub fn store(&self, chunk: usize, bytes: &[u8]) -> Result<Stored, CacheError> {
+        let stored = self.store_unused(chunk, bytes)?;
+        if stored == Stored::Cached
+            && let Some(record) = self.index.chunks().get(chunk)
+        {
+            self.note_use(record.data_offset, record.data_len.into());
+        }
+        Ok(stored)
+    }
+
+    /// The same for bytes that nobody has asked for: among those in use, they are the first to give way.
+    ///
+    /// # Errors
+    /// Those of [`CachedLayer::store`].
+    pub fn store_unused(&self, chunk: usize, bytes: &[u8]) -> Result<Stored, CacheError> {
         let record = self.check_bytes(chunk, bytes)?;
         if self.ready.get(chunk) {
             return Ok(Stored::Cached);
@@ -468,7 +482,6 @@ impl CachedLayer {
         self.account_growth(bytes.len() as u64);
         self.offer(chunk, record);
         self.cache.tick();
-        self.note_use(record.data_offset, record.data_len.into());
         if let Err(error) = self.write_map(chunk..chunk + 1) {
             // The chunk is there; after a crash it is fetched again.
             tracing::warn!(layer = %self.digest, chunk, "cannot write the map in {}: {error}", self.dir.display());

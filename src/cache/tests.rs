@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use super::layer::GROUP;
 use super::{Cache, CacheError, CachedLayer, Staging, Stored};
 use crate::config::{ByteSize, CacheConfig};
 use crate::layer::index::{IndexParts, Inode, mode};
@@ -428,6 +429,31 @@ fn a_streamed_layer_in_use_never_goes() {
         "in use no more, it goes"
     );
     assert_eq!(streamed.present_bytes(), 0);
+}
+
+#[test]
+fn among_what_is_used_bytes_that_nobody_has_read_go_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(dir.path(), 4 * GROUP + GROUP / 2);
+    let chunks = GROUP as usize / CHUNK;
+    let cached = insert(&cache, "a", 5 * chunks);
+    let _used = cached.pin();
+    for chunk in 0..chunks {
+        cached.store(chunk, &bytes("a", chunk)).unwrap();
+    }
+    // Filled up to the last of what there is room for, later than that was read.
+    for chunk in chunks..4 * chunks {
+        cached.store_unused(chunk, &bytes("a", chunk)).unwrap();
+    }
+    for chunk in 4 * chunks..5 * chunks {
+        cached.store(chunk, &bytes("a", chunk)).unwrap();
+    }
+    assert!(
+        (0..chunks).all(|chunk| holds(&cached, "a", chunk)),
+        "what was read gave way"
+    );
+    assert!((4 * chunks..5 * chunks).all(|chunk| holds(&cached, "a", chunk)));
+    assert!(cached.present_bytes() < 5 * GROUP, "nothing gave way");
 }
 
 #[test]

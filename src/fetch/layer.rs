@@ -296,7 +296,12 @@ impl Layer {
     /// # Errors
     /// What is wrong with the bytes; nobody is answered then.
     pub(super) fn deliver(&self, chunk: usize, bytes: Bytes) -> Result<(), crate::layer::LayerError> {
-        match self.cached.store(chunk, &bytes) {
+        let unwanted = self.queue().is_unwanted(chunk);
+        let stored = match unwanted {
+            true => self.cached.store_unused(chunk, &bytes),
+            false => self.cached.store(chunk, &bytes),
+        };
+        match stored {
             Ok(crate::cache::Stored::Cached) => {
                 if self.cached.is_complete() {
                     self.owners.store(None);

@@ -470,6 +470,16 @@ impl Queue {
         self.chunks.drain().flat_map(|(_, pending)| pending.waiters).collect()
     }
 
+    /// Whether a chunk that is asked for is wanted by nobody but background work.
+    pub fn is_unwanted(&self, chunk: usize) -> bool {
+        let class = |pending: &Pending| match pending.place {
+            Place::Queued(class) => class,
+            Place::Flying(id) => self.class_of(id),
+        };
+        let pending = self.chunks.get(&chunk);
+        pending.is_some_and(|p| p.waiters.is_empty() && class(p) == Class::Background)
+    }
+
     /// Whether any of these chunks is asked for.
     pub fn asks_for_any(&self, chunks: &[usize]) -> bool {
         chunks.iter().any(|chunk| self.chunks.contains_key(chunk))

@@ -15,7 +15,7 @@ HOST := $(shell uname -m | tr a-z A-Z)
 export CARGO_TARGET_$(HOST)_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help demo test test-slow test-faults test-takeover test-soak test-posix suite bench fmt lint deny fuzz advisories build sbom install clean-demo
+.PHONY: help demo test test-slow test-faults test-takeover test-soak test-posix suite bench bench-coldstart fmt lint deny fuzz advisories build sbom install clean-demo
 
 ## build       the release binary
 build:
@@ -95,6 +95,13 @@ bench:
 	@CARGO_TARGET_DIR='$(TARGET)' benches/dense/memory
 	@CARGO_TARGET_DIR='$(TARGET)' benches/applied/run
 	@CARGO_TARGET_DIR='$(TARGET)' benches/cold_start/run bench
+
+## bench-coldstart  cold starts of eleven images over four links, with every snapshotter at hand; a table, target/coldstart.json and .svg
+##             (IMAGES="python node", PROFILES="lan region far store", FORMATS="plain estargz chunked", RUNS=3, FULL=0). The first run makes the images
+bench-coldstart:
+	@$(SETUP) build demo
+	$(CARGO) build --release --locked --bin lazuli --example link
+	@CARGO_TARGET_DIR='$(TARGET)' benches/cold_start/matrix
 
 ## fmt         formats the code
 fmt:

@@ -14,50 +14,56 @@ has() {
         "http://$REGISTRY/v2/${1%:*}/manifests/${1##*:}" 2>/dev/null
 }
 
-# Python with numpy the way people build it: a base system, Python, tools that only the build needed, numpy, an app.
-# Packages of this machine's own release, from its own mirror.
-build_python() {
-    local suite mirror bundle=$WORK/build/bundle layout=$WORK/build/oci
+# bootstrap ROOT: Debian's minimal base system, of this machine's own release, from its own mirror.
+bootstrap() {
+    local root=$1 suite mirror
     suite=${DEMO_SUITE:-$(. /etc/os-release && echo "$VERSION_CODENAME")}
     # shellcheck disable=SC2016  # apt's own variables
     mirror=${DEMO_MIRROR:-$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' "Codename: $suite" |
         sed -n 's,/*$,,; /^http/p' | head -n 1)}
-    say "building the image from $suite packages of ${mirror:-the default mirror} (once; takes about two minutes)"
+    say "  from packages of $suite of ${mirror:-the default mirror}"
+    debootstrap --variant=minbase --include=ca-certificates "$suite" "$root" ${mirror:+"$mirror"}
+    # debootstrap has /proc mounted while it works, and may leave it so.
+    unmount_below "$root"
+}
+
+# Python with numpy the way people build it: a base system, Python, tools that only the build needed, numpy, an app.
+build_python() {
+    local bundle=$WORK/build/bundle layout=$WORK/build/oci
+    say "building the image from this distribution's packages (once; takes about two minutes)"
 
     mkdir -p "$WORK/build"
     umoci init --layout "$layout"
     umoci new --image "$layout:python"
     umoci unpack --image "$layout:python" "$bundle"
     say "  layer 1: Debian's minimal base system"
-    debootstrap --variant=minbase --include=ca-certificates "$suite" "$bundle/rootfs" ${mirror:+"$mirror"}
-    # debootstrap has /proc mounted while it works, and may leave it so.
-    unmount_below "$bundle/rootfs"
-    pack_layer "$layout" "$bundle" "debootstrap"
+    bootstrap "$bundle/rootfs"
+    pack_layer "$layout:python" "$bundle" "debootstrap"
     say "  layer 2: Python"
     add_packages "$bundle/rootfs" python3
-    pack_layer "$layout" "$bundle" "python3"
+    pack_layer "$layout:python" "$bundle" "python3"
     say "  layer 3: tools that only the build needed"
     add_packages "$bundle/rootfs" python3-dev python3-pip git binutils make
-    pack_layer "$layout" "$bundle" "python3-dev python3-pip git binutils make"
+    pack_layer "$layout:python" "$bundle" "python3-dev python3-pip git binutils make"
     say "  layer 4: numpy"
     add_packages "$bundle/rootfs" python3-numpy
-    pack_layer "$layout" "$bundle" "python3-numpy"
+    pack_layer "$layout:python" "$bundle" "python3-numpy"
     say "  layer 5: the application"
     mkdir -p "$bundle/rootfs/app"
     cat >"$bundle/rootfs/app/main.py" <<'EOF'
 import numpy
 print("numpy", numpy.__version__, "sum", int(numpy.arange(1000).sum()))
 EOF
-    pack_layer "$layout" "$bundle" "app"
+    pack_layer "$layout:python" "$bundle" "app"
     umoci config --image "$layout:python" --config.cmd python3 --config.cmd /app/main.py --config.env PATH=/usr/sbin:/usr/bin:/sbin:/bin
     skopeo copy --dest-tls-verify=false "oci:$layout:python" "docker://$REGISTRY/demo/python:plain"
     rm -rf --one-file-system "$WORK/build"
 }
 
-# pack_layer LAYOUT BUNDLE COMMENT: what changed in the bundle's tree becomes a layer.
+# pack_layer IMAGE BUNDLE COMMENT: what changed in the bundle's tree becomes a layer.
 pack_layer() {
     rm -rf "$2/rootfs/var/cache/apt"/*.bin "$2/rootfs/var/cache/apt/archives"/*.deb "$2/rootfs/var/log/apt" "$2/rootfs/var/lib/apt/lists"/*
-    umoci repack --refresh-bundle --image "$1:python" --history.created_by "$3" "$2"
+    umoci repack --refresh-bundle --image "$1" --history.created_by "$3" "$2"
 }
 
 # add_packages ROOT PACKAGE...

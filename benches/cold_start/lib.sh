@@ -135,9 +135,11 @@ EOF
     REGISTRY=$(grep -ohE 'listening on 127[0-9.]*:[0-9]+' "$dir/registry.log" "$ACCESS_LOG" | head -n 1 | cut -d ' ' -f 3)
 }
 
-# start_link: sets LINK (host:port of the slow way to the registry) and LINK_STATS.
+# start_link: sets LINK (host:port of the slow way to the registry) and LINK_STATS. RTT, MBIT and CONNECTION_MBIT say how slow it is. One that was
+# started before ends.
 start_link() {
     local dir=$WORK/link
+    [ ! -e "$dir" ] || clear_dir "$dir"
     mkdir -p "$dir"
     cp "$BIN/examples/link" "$dir/link"
     daemon "$dir/link.log" "$dir/link" --to "$REGISTRY" --rtt "$RTT" --mbit "$MBIT" --connection-mbit "${CONNECTION_MBIT:-0}"

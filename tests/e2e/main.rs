@@ -18,6 +18,7 @@ mod callers;
 mod calls;
 mod commands;
 mod complete;
+mod counts;
 mod dense;
 mod disk;
 mod faces;

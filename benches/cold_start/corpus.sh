@@ -1,0 +1,173 @@
+# The images of the cold-start matrix: what people run, made of Debian's packages (and PyPI's wheels), and three that are extreme on purpose. Each has
+# a command, and a line of its output that says that it is ready; without one it is ready when it ends. Kept between runs, in a registry's
+# storage directory. Sourced by matrix; images.sh comes before.
+# shellcheck shell=bash
+
+# Changes whenever a recipe below changes.
+CORPUS_RECIPE=1
+CORPUS=(python node redis nginx postgres java git science layers files fat)
+
+declare -A COMMANDS=(
+    [python]="python3 -c 'import numpy; print(\"sum\", int(numpy.arange(1000).sum()))'"
+    [node]="node /app/server.js"
+    [redis]="redis-server --port 0 --unixsocket /tmp/redis.sock --save ''"
+    [nginx]="nginx -g 'daemon off; error_log /dev/stderr notice;'"
+    [postgres]="setpriv --reuid=postgres --regid=postgres --clear-groups /app/postgres -D /app/data -c listen_addresses="
+    [java]="java -cp /app Hello"
+    [git]="sh -ec 'git init -q /tmp/r; cd /tmp/r; touch a; git add a; git -c user.name=a -c user.email=b commit -qm c; git log --oneline'"
+    [science]="python3 -c 'import scipy.optimize, pandas, sklearn.linear_model, pyarrow; print(\"imported\")'"
+    [layers]="sh -c 'cat /layers/*/first | wc -c'"
+    [files]="sh -c 'ls /files/042 | wc -l; cat /files/0*/7 | wc -c'"
+    [fat]="sh -c 'dd if=/fat bs=1M skip=700 count=1 2>/dev/null | wc -c'"
+)
+declare -A READY_LINES=(
+    [node]=listening
+    [redis]='Ready to accept connections'
+    [nginx]='start worker process [0-9]'
+    [postgres]='database system is ready to accept connections'
+)
+
+# Where images are made, and where the one that is being made has its files.
+LAYOUT= BUNDLE= ROOTFS=
+
+# begin NAME: a new image over the base.
+begin() {
+    BUNDLE=$WORK/build/$1
+    ROOTFS=$BUNDLE/rootfs
+    umoci tag --image "$LAYOUT:base" "$1"
+    umoci unpack --image "$LAYOUT:$1" "$BUNDLE"
+}
+
+# packages LAYER PACKAGE...: a layer of packages.
+packages() {
+    local image
+    image=$(basename "$BUNDLE")
+    add_packages "$ROOTFS" "$@"
+    pack_layer "$LAYOUT:$image" "$BUNDLE" "$*"
+}
+
+# pack COMMENT: what was written into the tree becomes a layer.
+pack() { pack_layer "$LAYOUT:$(basename "$BUNDLE")" "$BUNDLE" "$1"; }
+
+make_python() {
+    packages python3
+    packages python3-numpy
+}
+
+make_node() {
+    packages nodejs
+    packages node-express
+    mkdir -p "$ROOTFS/app"
+    cat >"$ROOTFS/app/server.js" <<'EOF'
+const app = require("/usr/share/nodejs/express")();
+app.get("/", (request, answer) => answer.send("hello"));
+app.listen("/tmp/socket", () => console.log("listening"));
+EOF
+    pack app
+}
+
+make_redis() { packages redis-server; }
+make_nginx() { packages nginx; }
+make_git() { packages git; }
+
+make_postgres() {
+    local bin
+    packages postgresql
+    bin=$(cd "$ROOTFS" && echo usr/lib/postgresql/*/bin)
+    mkdir -p "$ROOTFS/app/data"
+    ln -s "/$bin/postgres" "$ROOTFS/app/postgres"
+    chroot "$ROOTFS" chown postgres:postgres /app/data
+    chroot "$ROOTFS" setpriv --reuid=postgres --regid=postgres --clear-groups "/$bin/initdb" -D /app/data
+    pack data
+}
+
+make_java() {
+    packages default-jre-headless
+    mkdir -p "$ROOTFS/app"
+    # class Hello { public static void main(String[] a) { System.out.println("hello"); } }, compiled for Java 8.
+    base64 -d >"$ROOTFS/app/Hello.class" <<'EOF'
+yv66vgAAADQAGgoAAgADBwAEDAAFAAYBABBqYXZhL2xhbmcvT2JqZWN0AQAGPGluaXQ+AQADKClWCQAIAAkHAAoMAAsADAEAEGphdmEvbGFuZy9TeXN0ZW0B
+AANvdXQBABVMamF2YS9pby9QcmludFN0cmVhbTsIAA4BAAVoZWxsbwoAEAARBwASDAATABQBABNqYXZhL2lvL1ByaW50U3RyZWFtAQAHcHJpbnRsbgEAFShM
+amF2YS9sYW5nL1N0cmluZzspVgcAFgEABUhlbGxvAQAEQ29kZQEABG1haW4BABYoW0xqYXZhL2xhbmcvU3RyaW5nOylWACAAFQACAAAAAAACAAAABQAGAAEA
+FwAAABEAAQABAAAABSq3AAGxAAAAAAAJABgAGQABABcAAAAVAAIAAQAAAAmyAAcSDbYAD7EAAAAAAAA=
+EOF
+    pack app
+}
+
+# Wheels come from where pip of this machine is told to get them.
+make_science() {
+    local index
+    packages python3 python3-pip
+    index=$(pip3 config get global.index-url 2>/dev/null || true)
+    cp /etc/resolv.conf "$ROOTFS/etc/resolv.conf"
+    chroot "$ROOTFS" env PIP_INDEX_URL="${PIP_INDEX_URL:-${index:-https://pypi.org/simple}}" \
+        pip3 install --quiet --no-cache-dir --break-system-packages scipy pandas scikit-learn pyarrow
+    rm -f "$ROOTFS/etc/resolv.conf"
+    pack "scipy pandas scikit-learn pyarrow"
+}
+
+make_layers() {
+    local number
+    for number in $(seq -w 1 99); do
+        mkdir -p "$ROOTFS/layers/$number"
+        head -c 20000 /dev/urandom >"$ROOTFS/layers/$number/first"
+        head -c 200000 /dev/urandom >"$ROOTFS/layers/$number/second"
+        pack "layer $number"
+    done
+}
+
+make_files() {
+    local number
+    for number in $(seq -w 0 99); do
+        mkdir -p "$ROOTFS/files/$number"
+        # A thousand files of 2000 bytes each.
+        head -c 1500000 /dev/urandom | base64 -w 0 | head -c 2000000 | (cd "$ROOTFS/files/$number" && split -a 3 -d -b 2000 - '')
+        (cd "$ROOTFS/files/$number" && mv 007 7)
+    done
+    pack files
+}
+
+make_fat() {
+    # Compresses to three quarters, as binaries do at best.
+    head -c 1500000000 /dev/urandom | base64 -w 0 | head -c 2000000000 >"$ROOTFS/fat"
+    pack fat
+}
+
+# prepare_corpus IMAGE...: makes and converts what is not there yet.
+prepare_corpus() {
+    local name suite mirror
+    LAYOUT=$WORK/build/oci
+    for name in "$@"; do
+        [ -n "${COMMANDS[$name]:-}" ] || die "there is no image called $name (${CORPUS[*]})"
+        if ! has "corpus/$name:plain"; then
+            say "making the image $name (once)"
+            if [ ! -e "$LAYOUT" ]; then
+                if has corpus/base:plain; then
+                    mkdir -p "$WORK/build"
+                    skopeo copy --src-tls-verify=false "docker://$REGISTRY/corpus/base:plain" "oci:$LAYOUT:base"
+                else
+                    make_base
+                fi
+            fi
+            begin "$name"
+            "make_$name"
+            skopeo copy --dest-tls-verify=false "oci:$LAYOUT:$name" "docker://$REGISTRY/corpus/$name:plain"
+            rm -rf --one-file-system "$BUNDLE"
+        fi
+        has "corpus/$name:estargz" || convert "corpus/$name"
+        has "corpus/$name:chunked" || chunk "corpus/$name"
+    done >>"$(build_log)" 2>&1
+    rm -rf --one-file-system "$WORK/build"
+}
+
+make_base() {
+    mkdir -p "$WORK/build"
+    umoci init --layout "$LAYOUT"
+    umoci new --image "$LAYOUT:base"
+    umoci unpack --image "$LAYOUT:base" "$WORK/build/base"
+    bootstrap "$WORK/build/base/rootfs"
+    pack_layer "$LAYOUT:base" "$WORK/build/base" debootstrap
+    umoci config --image "$LAYOUT:base" --config.env PATH=/usr/sbin:/usr/bin:/sbin:/bin
+    skopeo copy --dest-tls-verify=false "oci:$LAYOUT:base" "docker://$REGISTRY/corpus/base:plain"
+    rm -rf --one-file-system "$WORK/build/base"
+}

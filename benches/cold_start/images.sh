@@ -71,8 +71,11 @@ add_packages() {
     local root=$1
     shift
     cp /etc/resolv.conf "$root/etc/resolv.conf"
+    # Some packages run what they install, and Java does not without it.
+    mount -t proc proc "$root/proc"
     chroot "$root" apt-get -qq update
     DEBIAN_FRONTEND=noninteractive LC_ALL=C chroot "$root" apt-get -qq install -y --no-install-recommends "$@"
+    umount -l "$root/proc"
     rm -f "$root/etc/resolv.conf"
 }
 

@@ -53,9 +53,11 @@ impl Catalog {
         let catalog = Arc::downgrade(self);
         self.runtime.spawn(async move {
             let (mut images, mut layers) = (Failed::new(), Failed::new());
-            let mut asked: Option<Instant> = None;
+            let (mut asked, mut goes_on): (Option<Instant>, bool) = (None, false);
             loop {
-                tokio::time::sleep(LOOK).await;
+                if !goes_on {
+                    tokio::time::sleep(LOOK).await;
+                }
                 let Some(catalog) = catalog.upgrade().filter(|catalog| catalog.is_open()) else {
                     return;
                 };
@@ -71,9 +73,8 @@ impl Catalog {
                     }
                     asked = Some(Instant::now());
                 }
-                if idle && fill == Fill::Idle {
-                    catalog.fill_one(&mut layers).await;
-                }
+                // One after the other while it goes well, or an image of many small layers would take long. Each of them waits for its turn itself.
+                goes_on = (idle || goes_on) && fill == Fill::Idle && catalog.fill_one(&mut layers).await;
             }
         });
     }
@@ -104,8 +105,8 @@ impl Catalog {
         true
     }
 
-    /// Fills a layer that is not whole, if there is one.
-    async fn fill_one(&self, failed: &mut Failed<Digest>) {
+    /// Fills a layer that is not whole, if there is one; whether it is then.
+    async fn fill_one(&self, failed: &mut Failed<Digest>) -> bool {
         let mut partial: Vec<(Instant, Arc<Layer>)> = {
             let live = self.read_live();
             let partial = live.values().filter(|live| is_to_be_filled(live));
@@ -117,7 +118,7 @@ impl Catalog {
             .map(|(_, layer)| layer)
             .find(|layer| !failed.has(layer.id()))
         else {
-            return;
+            return false;
         };
         let begun = Instant::now();
         let filled = layer.fill_up().await;
@@ -128,6 +129,7 @@ impl Catalog {
             tracing::debug!(layer = %layer.digest(), bytes = filled.bytes, "the layer could not be filled; it is tried again later");
             failed.add(*layer.id());
         }
+        filled.whole
     }
 }
 

@@ -1,12 +1,13 @@
 //! Filling: a layer that is read lazily becomes whole while nobody waits for anything.
 //!
-//! What is missing is asked for in the order of the blob, in pieces, each after the one before has come, as [`Class::Background`]. Before each
-//! piece the filler waits until nobody has wanted anything else for [`CALM`]: a container that starts meets one piece under way at most, and
+//! What is missing is asked for in the order of the blob, in pieces, of which [`FLYING`] are under way, as [`Class::Background`]. Before each
+//! piece the filler waits until nobody has wanted anything else for [`CALM`]: a container that starts meets those alone that are under way, and
 //! pieces are as large as arrives in [`PIECE_TIME`], however fast the link is. That also makes requests run side by side where each connection
 //! is slower than the link: with every piece that comes faster than the one before, more of them fit into the next.
 //!
 //! Nothing gives way to it ([`crate::cache::Cache::spare_bytes`]). What fails is left to the next time.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -21,12 +22,14 @@ use crate::sync::blocking;
 const CALM: Duration = Duration::from_millis(500);
 /// How often it is looked whether it is calm.
 const LOOK: Duration = Duration::from_millis(100);
-/// What a piece should take: whoever comes meanwhile shares the link with it for so long.
-const PIECE_TIME: Duration = Duration::from_millis(250);
+/// What a piece should take: whoever comes meanwhile shares the link with those under way for so long.
+const PIECE_TIME: Duration = Duration::from_millis(125);
+/// Pieces under way: while one is decoded and written, the next one arrives.
+const FLYING: usize = 2;
 /// The first piece, and the smallest one, in bytes of the blob: one request that is worth its round trip.
 const PIECE_LEAST: u64 = 1 << 20;
-/// The largest piece, in bytes: more than a link of 1 Gbit/s brings in that time.
-const PIECE_MOST: u64 = 32 << 20;
+/// The largest piece, in bytes: what a link of 1 Gbit/s brings in that time.
+const PIECE_MOST: u64 = 16 << 20;
 /// How much a piece may be larger than the one before.
 const GROWTH: u64 = 2;
 /// Longest time until it is looked again whether a piece has come, if nothing tells so.
@@ -74,6 +77,15 @@ impl Rate {
     }
 }
 
+/// Chunks that are asked for together.
+struct Piece {
+    chunks: Vec<usize>,
+    /// Bytes of the blob that hold them.
+    bytes: u64,
+    /// Bytes that they take on the disk.
+    data: u64,
+}
+
 /// The size of the next piece, after one of `size` bytes took `time`.
 fn next_size(size: u64, time: Duration) -> u64 {
     let part = PIECE_TIME.as_secs_f64() / time.as_secs_f64().max(0.001);
@@ -97,77 +109,98 @@ impl Layer {
     pub async fn fill_up(self: &Arc<Self>) -> Filled {
         let mut filled = Filled::default();
         let (mut rank, mut size) = (0, PIECE_LEAST);
+        let mut flying: VecDeque<Piece> = VecDeque::new();
+        let mut landed = Instant::now();
         loop {
-            let (piece, bytes) = self.next_piece(&mut rank, size);
-            if piece.is_empty() {
-                filled.whole = self.is_there();
-                return filled;
-            }
-            while self.fetcher.scheduler.calm() < CALM || self.fetcher.metrics.waiting_reads.get() > 0 {
-                if timeout(LOOK, self.closing.cancelled()).await.is_ok() {
+            let piece = self.next_piece(&mut rank, size);
+            let is_last = piece.chunks.is_empty();
+            if !is_last {
+                let room = piece.data + flying.iter().map(|piece| piece.data).sum::<u64>();
+                if !self.may_ask(piece.bytes, room).await {
                     return filled;
                 }
+                if flying.is_empty() {
+                    landed = Instant::now();
+                }
+                flying.push_back(self.ask_for_piece(piece).await);
             }
-            self.fetcher.background.pass(bytes).await;
-            let me = Arc::clone(self);
-            // Asks the file system.
-            let room = blocking(move || me.fetcher.cache.spare_bytes());
-            if room.await < bytes || self.is_streamed() || self.closing.is_cancelled() {
-                return filled;
+            if flying.len() >= FLYING || is_last {
+                let Some(piece) = flying.pop_front() else {
+                    filled.whole = self.is_there();
+                    return filled;
+                };
+                if !self.arrived(&piece).await {
+                    return filled;
+                }
+                filled.bytes += piece.bytes;
+                self.fetcher.metrics.filled_bytes_total.inc_by(piece.bytes);
+                size = next_size(piece.bytes, landed.elapsed());
+                landed = Instant::now();
             }
-            let begun = Instant::now();
-            let (wanted, before) = (piece.len(), self.cached.present_bytes());
-            let left = self.fill_piece(piece).await;
-            if left == wanted && self.cached.present_bytes() <= before {
-                return filled;
-            }
-            filled.bytes += bytes;
-            self.fetcher.metrics.filled_bytes_total.inc_by(bytes);
-            size = next_size(bytes, begun.elapsed());
         }
     }
 
-    /// The next chunks that are missing, from `rank` on, and how many bytes of the blob they are: `size` or a chunk more.
-    fn next_piece(&self, rank: &mut usize, size: u64) -> (Vec<usize>, u64) {
-        let chunks = self.cached.index().chunks();
-        let (mut piece, mut bytes) = (Vec::new(), 0);
-        while bytes < size && *rank < chunks.len() {
+    /// Waits until a piece of so many bytes may be asked for, which with those under way takes so much room. `false`: it may not, now.
+    async fn may_ask(self: &Arc<Self>, bytes: u64, room: u64) -> bool {
+        while self.fetcher.scheduler.calm() < CALM || self.fetcher.metrics.waiting_reads.get() > 0 {
+            if timeout(LOOK, self.closing.cancelled()).await.is_ok() {
+                return false;
+            }
+        }
+        self.fetcher.background.pass(bytes).await;
+        let me = Arc::clone(self);
+        // Asks the file system.
+        let spare = blocking(move || me.fetcher.cache.spare_bytes());
+        spare.await >= room && !self.is_streamed() && !self.closing.is_cancelled()
+    }
+
+    /// The next chunks that are missing, from `rank` on: `size` bytes of the blob, or a chunk more.
+    fn next_piece(&self, rank: &mut usize, size: u64) -> Piece {
+        let all = self.cached.index().chunks();
+        let (mut chunks, mut bytes, mut data) = (Vec::new(), 0, 0);
+        while bytes < size && *rank < all.len() {
             let chunk = self.ranks.chunk(*rank);
             *rank += 1;
-            if let Some(record) = chunks.get(chunk)
+            if let Some(record) = all.get(chunk)
                 && !self.cached.is_chunk_ready(chunk)
                 && !self.cached.is_suspect(chunk)
             {
-                piece.push(chunk);
+                chunks.push(chunk);
                 bytes += u64::from(record.blob_len).max(1);
+                data += u64::from(record.data_len);
             }
         }
-        (piece, bytes)
+        Piece { chunks, bytes, data }
     }
 
-    /// Has a piece fetched, and waits until nothing of it is asked for any more. How many of its chunks have not come.
-    async fn fill_piece(self: &Arc<Self>, piece: Vec<usize>) -> usize {
+    /// Takes of a piece what is in the cache under another name, and has the rest fetched.
+    async fn ask_for_piece(self: &Arc<Self>, mut piece: Piece) -> Piece {
         let me = Arc::clone(self);
-        let wanted = blocking(move || {
-            let mut wanted = piece;
-            wanted.retain(|&chunk| !me.cached.is_elsewhere(chunk) || !me.cached.take_from_elsewhere(chunk));
-            wanted
+        let piece = blocking(move || {
+            let is_far = |chunk: usize| !me.cached.is_elsewhere(chunk) || !me.cached.take_from_elsewhere(chunk);
+            piece.chunks.retain(|&chunk| is_far(chunk));
+            piece
         });
-        let wanted = wanted.await;
-        self.ask_for(&wanted, Class::Background);
+        let piece = piece.await;
+        self.ask_for(&piece.chunks, Class::Background);
+        piece
+    }
+
+    /// Waits until nothing of a piece is asked for any more; whether any of it has come.
+    async fn arrived(&self, piece: &Piece) -> bool {
         loop {
             let landed = self.landed.notified();
-            if !self.queue().asks_for_any(&wanted) {
+            if !self.queue().asks_for_any(&piece.chunks) {
                 break;
             }
             tokio::select! {
                 () = landed => {}
                 () = sleep(PATIENCE) => {}
-                () = self.closing.cancelled() => break,
+                () = self.closing.cancelled() => return false,
             }
         }
-        let missing = wanted.iter().filter(|&&chunk| !self.cached.is_chunk_ready(chunk));
-        missing.count()
+        let mut chunks = piece.chunks.iter();
+        piece.chunks.is_empty() || chunks.any(|&chunk| self.cached.is_chunk_ready(chunk))
     }
 }
 
@@ -178,12 +211,12 @@ mod tests {
     #[test]
     fn pieces_are_as_large_as_comes_in_their_time() {
         let second = Duration::from_secs(1);
-        assert_eq!(next_size(4 << 20, second), 1 << 20);
-        assert_eq!(next_size(8 << 20, second / 4), 8 << 20);
-        assert_eq!(next_size(1 << 20, second / 8), 2 << 20);
+        assert_eq!(next_size(16 << 20, second), 2 << 20);
+        assert_eq!(next_size(8 << 20, second / 8), 8 << 20);
+        assert_eq!(next_size(1 << 20, second / 20), 2 << 20);
         // One that comes at once, as from this machine, says little of the next one.
         assert_eq!(next_size(4 << 20, Duration::ZERO), 8 << 20);
-        assert_eq!(next_size(30 << 20, second / 100), PIECE_MOST);
+        assert_eq!(next_size(15 << 20, second / 100), PIECE_MOST);
         assert_eq!(next_size(PIECE_LEAST, second * 100), PIECE_LEAST);
     }
 

@@ -140,7 +140,7 @@ start_link() {
     local dir=$WORK/link
     mkdir -p "$dir"
     cp "$BIN/examples/link" "$dir/link"
-    daemon "$dir/link.log" "$dir/link" --to "$REGISTRY" --rtt "$RTT" --mbit "$MBIT"
+    daemon "$dir/link.log" "$dir/link" --to "$REGISTRY" --rtt "$RTT" --mbit "$MBIT" --connection-mbit "${CONNECTION_MBIT:-0}"
     until_true link $PID grep -q '^stats ' "$dir/link.log"
     LINK=$(sed -n 's/^link //p' "$dir/link.log")
     LINK_STATS=$(sed -n 's/^stats //p' "$dir/link.log")

@@ -7,6 +7,8 @@
 //! - *propagation*: a byte arrives half a round trip after its last bit was sent;
 //! - *bandwidth*: one serializer shared by all connections. A connection has one chunk in it at a time, so connections
 //!   share it fairly;
+//! - *the cap of a connection* (`--connection-mbit N`, 0 = none): a serializer of its own for each connection and direction, beside the
+//!   shared one. Object stores and CDNs limit what one connection brings, whatever the link could carry;
 //! - *the handshake*: the kernel accepts a connection at once, so the first bytes of a new one are held back for the round
 //!   trip that SYN and SYN-ACK would have taken.
 //!
@@ -51,28 +53,28 @@ struct Options {
     /// Bandwidth of each direction in megabits per second.
     #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..=100_000))]
     mbit: u64,
+    /// What each connection has of it at most, in each direction, in megabits per second; 0 = all.
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u64).range(0..=100_000))]
+    connection_mbit: u64,
 }
 
-/// One direction of the link, shared by all connections.
-struct Direction {
+/// Sends bits one after the other.
+struct Serializer {
     bytes_per_second: u64,
-    /// When the serializer has sent everything that was given to it.
+    /// When it has sent everything that was given to it.
     idle_at: Mutex<Instant>,
-    bytes: AtomicU64,
 }
 
-impl Direction {
+impl Serializer {
     fn new(mbit: u64) -> Self {
-        Direction {
+        Serializer {
             bytes_per_second: mbit * 1_000_000 / 8,
             idle_at: Mutex::new(Instant::now()),
-            bytes: AtomicU64::new(0),
         }
     }
 
-    /// Gives `len` bytes to the serializer, and tells when their last bit is sent.
+    /// Takes `len` bytes, and tells when their last bit is sent.
     fn send(&self, len: usize) -> Instant {
-        self.bytes.fetch_add(len as u64, Ordering::Relaxed);
         let duration = Duration::from_nanos(len as u64 * 1_000_000_000 / self.bytes_per_second);
         let now = Instant::now();
         let mut idle_at = self.idle_at.lock().unwrap_or_else(PoisonError::into_inner);
@@ -83,8 +85,32 @@ impl Direction {
     }
 }
 
+/// One direction of the link, shared by all connections.
+struct Direction {
+    serializer: Serializer,
+    bytes: AtomicU64,
+}
+
+impl Direction {
+    fn new(mbit: u64) -> Self {
+        Direction {
+            serializer: Serializer::new(mbit),
+            bytes: AtomicU64::new(0),
+        }
+    }
+
+    /// Gives `len` bytes of a connection to its own serializer and the shared one, and tells when their last bit has left both.
+    fn send(&self, own: Option<&Serializer>, len: usize) -> Instant {
+        self.bytes.fetch_add(len as u64, Ordering::Relaxed);
+        let shared = self.serializer.send(len);
+        own.map_or(shared, |own| own.send(len).max(shared))
+    }
+}
+
 struct Link {
     one_way: Duration,
+    /// Cap of each connection, in megabits per second; 0 = none.
+    connection_mbit: u64,
     up: Direction,
     down: Direction,
     connections: AtomicU64,
@@ -99,6 +125,7 @@ fn main() -> io::Result<()> {
     let stats = TcpListener::bind(SocketAddr::new(options.listen.ip(), 0))?;
     let link = Arc::new(Link {
         one_way: Duration::from_micros(options.rtt * 1_000 / 2),
+        connection_mbit: options.connection_mbit,
         up: Direction::new(options.mbit),
         down: Direction::new(options.mbit),
         connections: AtomicU64::new(0),
@@ -164,13 +191,15 @@ fn spawn_direction(
 ) {
     let (sender, receiver) = sync_channel(IN_FLIGHT);
     let link = Arc::clone(link);
-    thread::spawn(move || depart(direction(&link), link.one_way, from, established, &sender));
+    let own = (link.connection_mbit > 0).then(|| Serializer::new(link.connection_mbit));
+    thread::spawn(move || depart(direction(&link), own, link.one_way, from, established, &sender));
     thread::spawn(move || arrive(to, &receiver));
 }
 
 /// Reads what one end sends, and stamps every chunk with the time of its arrival.
 fn depart(
     direction: &Direction,
+    own: Option<Serializer>,
     one_way: Duration,
     mut from: TcpStream,
     established: Instant,
@@ -181,7 +210,7 @@ fn depart(
         // A connection that broke ends like one that was closed: the other end sees the end of the stream.
         let len = from.read(&mut chunk).unwrap_or(0);
         chunk.truncate(len);
-        let sent = direction.send(len).max(established);
+        let sent = direction.send(own.as_ref(), len).max(established);
         if sender.send((sent + one_way, chunk)).is_err() || len == 0 {
             break;
         }

@@ -134,6 +134,8 @@ pub struct FetchConfig {
     pub max_concurrent_requests: usize,
     /// Layers of one repository that are streamed from one host at once.
     pub max_concurrent_streams: usize,
+    /// Connections over which a layer is streamed at most, if one does not fill the link; 1: never more than one.
+    pub max_stream_connections: usize,
     /// Memory for bytes that were downloaded and not yet written, over all streams; at most a quarter of `memory.budget`.
     pub stream_memory: ByteSize,
     /// Longest time a reader waits before it gets an I/O error, in seconds; less where the kernel has a limit of its own.
@@ -327,6 +329,7 @@ impl Default for FetchConfig {
             max_request: ByteSize(4 << 20),
             max_concurrent_requests: 16,
             max_concurrent_streams: 4,
+            max_stream_connections: 12,
             stream_memory: ByteSize(64 << 20),
             read_deadline: Duration::from_secs(900),
             fill: Fill::Idle,
@@ -487,7 +490,7 @@ impl Config {
                 format!("{:?} is not a log level or filter", self.log.level),
             );
         }
-        let bounds: [(&'static str, u64, u64, u64); 10] = [
+        let bounds: [(&'static str, u64, u64, u64); 11] = [
             (
                 "registry.connect_timeout",
                 self.registry.connect_timeout.as_secs(),
@@ -506,6 +509,12 @@ impl Config {
             (
                 "fetch.max_concurrent_streams",
                 self.fetch.max_concurrent_streams as u64,
+                1,
+                64,
+            ),
+            (
+                "fetch.max_stream_connections",
+                self.fetch.max_stream_connections as u64,
                 1,
                 64,
             ),

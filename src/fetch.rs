@@ -11,7 +11,8 @@
 //! body to a blocking thread as they are complete, which decodes, verifies and stores their chunks and answers who waits for each, while
 //! the body still arrives.
 //!
-//! Streams (flights.rs, stream.rs, pipeline.rs) are for layers that have no index: one pass over the whole blob makes index and data. It also finds
+//! Streams (flights.rs, stream.rs, pipeline.rs) are for layers that have no index: one pass over the whole blob, over as many connections as
+//! help (lanes.rs, width.rs), makes index and data. It also finds
 //! the places where decoding can begin (spans.rs), so that evicted bytes come back in ranges. Where there are none (a single zstd
 //! frame), the first read that misses an evicted byte streams the layer again (refill.rs), chunk by chunk against its index. Where a source has
 //! no ranges, one pass over the blob brings all chunks that are missing (sweep.rs).
@@ -39,6 +40,7 @@ pub mod error;
 mod fetcher;
 mod filling;
 mod flights;
+mod lanes;
 mod layer;
 mod outage;
 mod pieces;
@@ -54,6 +56,7 @@ mod sweep;
 #[cfg(test)]
 mod tests;
 mod verify;
+mod width;
 pub mod window;
 
 pub use error::FetchError;

@@ -69,6 +69,8 @@ pub struct Metrics {
     pub cold_read_seconds: Histogram,
     /// Ranged requests and streams begun, by `kind` (`demand`, `prefetch`, `readahead`, `background`, `stream`).
     pub fetches_total: IntCounterVec,
+    /// Ranges of streams that were read over further connections, by `outcome` (`done`, `failed`, `overtaken`, `passed`).
+    pub stream_ranges_total: IntCounterVec,
     /// Bytes fetched from sources, by `kind`.
     pub fetched_bytes_total: IntCounterVec,
     /// HTTP requests to registries, by `class` of answer (`2xx` ... `5xx`, `error`).
@@ -252,6 +254,12 @@ impl Metrics {
                 "lazuli_fetches_total",
                 "Ranged requests and streams begun.",
                 &["kind"],
+            ),
+            stream_ranges_total: counter_vec(
+                &r,
+                "lazuli_stream_ranges_total",
+                "Ranges that streams read beside their first connection, by what became of them.",
+                &["outcome"],
             ),
             fetched_bytes_total: counter_vec(
                 &r,

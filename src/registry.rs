@@ -74,6 +74,15 @@ pub trait Blob: Send + Sync {
         self.read(range)
     }
 
+    /// As [`Blob::read_part`], over another connection than what is read of it at the same time, for who reads several parts side by side: what
+    /// holds back one connection does not hold back the others.
+    ///
+    /// # Errors
+    /// As [`Blob::read_part`].
+    fn read_beside(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        self.read_part(range)
+    }
+
     /// Size of the blob in bytes, as its descriptor states.
     fn size(&self) -> u64;
 

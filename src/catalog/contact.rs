@@ -136,6 +136,10 @@ impl Blob for Contact {
         self.hear(self.blob.read_part(range)).boxed()
     }
 
+    fn read_beside(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        self.hear(self.blob.read_beside(range)).boxed()
+    }
+
     fn size(&self) -> u64 {
         self.blob.size()
     }

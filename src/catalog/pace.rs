@@ -5,7 +5,7 @@
 //! fetches and unpacks it outside of the lock; the sooner that is known, the better. It is known
 //! - before anything is begun, from the size of the layer and what its host delivered lately, or because the host did not answer at all a
 //!   moment ago ([`Hosts`]);
-//! - while it streams, from its pace ([`Watch`]). All layers of an image are streamed side by side; on a narrow link the one that is waited for
+//! - while it streams, from its pace ([`Watch`]), once it is known how many connections it has (`fetch::width`). All layers of an image are streamed side by side; on a narrow link the one that is waited for
 //!   would only get its part of it. If it could make it with the whole link, the others pause for it.
 //!
 //! On links where a layer streams within the bound, nothing changes: 90 MB take 7.5 s at 100 Mbit/s, 450 MB at 500 Mbit/s.
@@ -82,12 +82,14 @@ impl Watch {
     }
 
     /// Looks at the load: since when its host has said nothing at all, if that is so; bytes that have arrived and bytes of the layer (`None`: it
-    /// does not stream, yet or any more); and bytes that have arrived of all streams of the image.
+    /// does not stream, yet or any more); whether it is being tried if more connections make it faster; and bytes that have arrived of all
+    /// streams of the image.
     pub(super) fn look(
         &mut self,
         now: Instant,
         silent: Option<Instant>,
         stream: Option<(u64, u64)>,
+        grows: bool,
         all: u64,
     ) -> Verdict {
         if now >= self.deadline {
@@ -125,7 +127,7 @@ impl Watch {
         let left = total.saturating_sub(done) as f64;
         let room = (self.deadline - now).as_secs_f64();
         let takes = |pace: f64| if left == 0.0 { 0.0 } else { left / pace.max(1.0) };
-        if takes(own) <= room * TOLERANCE {
+        if takes(own) <= room * TOLERANCE || grows {
             return Verdict::Wait;
         }
         if self.favoured.is_none() && takes(of_all) <= room * TOLERANCE {
@@ -270,7 +272,7 @@ mod tests {
             if done[0] == sizes[0] {
                 return (Verdict::Wait, now - begin);
             }
-            match watch.look(now, None, Some((done[0], sizes[0])), done.iter().sum()) {
+            match watch.look(now, None, Some((done[0], sizes[0])), false, done.iter().sum()) {
                 Verdict::Wait => {}
                 Verdict::Favour => alone = true,
                 verdict => return (verdict, now - begin),
@@ -307,24 +309,41 @@ mod tests {
     }
 
     #[test]
+    fn a_stream_that_may_become_faster_is_waited_for_until_that_is_known() {
+        let begin = Instant::now();
+        let mut watch = Watch::new(begin, begin + BOUND);
+        let mut look = |ms: u64, done: u64, grows| {
+            let at = begin + Duration::from_millis(ms);
+            watch.look(at, None, Some((done * MB, 900 * MB)), grows, done * MB)
+        };
+        for step in 1..20 {
+            assert_eq!(look(step * 100, 3 * step, true), Verdict::Wait);
+        }
+        assert!(matches!(look(2000, 60, false), Verdict::Slow(_)));
+    }
+
+    #[test]
     fn silence_and_the_end_of_the_time_are_told_apart() {
         let begin = Instant::now();
         let mut watch = Watch::new(begin, begin + BOUND);
         let asked = Some(begin + SILENCE / 2);
-        assert_eq!(watch.look(begin + SILENCE, asked, None, 0), Verdict::Wait);
-        assert_eq!(watch.look(begin + SILENCE, None, None, 0), Verdict::Wait);
-        assert_eq!(watch.look(begin + SILENCE * 3 / 2, asked, None, 0), Verdict::Silent);
+        assert_eq!(watch.look(begin + SILENCE, asked, None, false, 0), Verdict::Wait);
+        assert_eq!(watch.look(begin + SILENCE, None, None, false, 0), Verdict::Wait);
+        assert_eq!(
+            watch.look(begin + SILENCE * 3 / 2, asked, None, false, 0),
+            Verdict::Silent
+        );
         let mut watch = Watch::new(begin, begin + BOUND);
-        assert_eq!(watch.look(begin + BOUND / 2, None, None, 0), Verdict::Wait);
-        assert_eq!(watch.look(begin + BOUND, None, Some((1, 9)), 0), Verdict::Over);
+        assert_eq!(watch.look(begin + BOUND / 2, None, None, false, 0), Verdict::Wait);
+        assert_eq!(watch.look(begin + BOUND, None, Some((1, 9)), false, 0), Verdict::Over);
     }
 
     #[test]
     fn a_download_that_begins_anew_is_measured_anew() {
         let begin = Instant::now();
         let mut watch = Watch::new(begin, begin + BOUND);
-        watch.look(begin, None, Some((5 * MB, 10 * MB)), 5 * MB);
-        let verdict = watch.look(begin + SETTLE, None, Some((MB, 10 * MB)), MB);
+        watch.look(begin, None, Some((5 * MB, 10 * MB)), false, 5 * MB);
+        let verdict = watch.look(begin + SETTLE, None, Some((MB, 10 * MB)), false, MB);
         assert_eq!(verdict, Verdict::Wait);
     }
 

@@ -173,13 +173,14 @@ impl Catalog {
             {
                 hurried = Some(Hurried::new(Arc::clone(stream)));
             }
+            let grows = stream.as_ref().is_some_and(|stream| stream.grows());
             let stream = stream.map(|progress| (progress.done(), progress.total()));
             if stream.is_some_and(|(done, total)| done >= total) {
                 // What is left to do is no matter of the link.
                 paused.clear();
             }
             let silent = self.contacts.silent_since(digest);
-            match watch.look(Instant::now(), silent, stream, arrived.values().sum()) {
+            match watch.look(Instant::now(), silent, stream, grows, arrived.values().sum()) {
                 Verdict::Wait => {}
                 Verdict::Favour => {
                     let others = plan.layers.iter().map(|planned| planned.spec.digest);

@@ -39,6 +39,17 @@ fn origin(source: &LayerSource) -> Origin {
 /// The same blob at several places.
 pub struct Failover(Arc<Places>);
 
+/// How places are asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    /// [`Blob::read`].
+    All,
+    /// [`Blob::read_part`].
+    Part,
+    /// [`Blob::read_beside`].
+    Beside,
+}
+
 struct Places {
     layer: Digest,
     blobs: Vec<Arc<dyn Blob>>,
@@ -64,9 +75,9 @@ impl Failover {
 }
 
 impl Places {
-    /// Asks for `range`, everywhere but at `except`, until one place answers. Gives its position. If `part`, it is no answer that a place has
-    /// the blob, but no ranges of it; that is what is said at the end, if nobody else has any.
-    async fn open(&self, range: Range<u64>, part: bool, except: Option<usize>) -> Result<(usize, Body), RegistryError> {
+    /// Asks for `range`, everywhere but at `except`, until one place answers. Gives its position. If a part is asked for, it is no answer that a place
+    /// has the blob, but no ranges of it; that is what is said at the end, if nobody else has any.
+    async fn open(&self, range: Range<u64>, how: How, except: Option<usize>) -> Result<(usize, Body), RegistryError> {
         let order = self.standings.order(&self.layer, self.origins.iter());
         let mut left: Vec<usize> = order.into_iter().filter(|at| Some(*at) != except).collect();
         let mut asked: FuturesUnordered<BoxFuture<'_, (usize, Result<Body, RegistryError>)>> = FuturesUnordered::new();
@@ -116,10 +127,12 @@ impl Places {
                     let blob = &self.blobs[at];
                     asked.push(
                         async move {
-                            match part {
-                                true => (at, blob.read_part(range).await),
-                                false => (at, blob.read(range).await),
-                            }
+                            let body = match how {
+                                How::All => blob.read(range),
+                                How::Part => blob.read_part(range),
+                                How::Beside => blob.read_beside(range),
+                            };
+                            (at, body.await)
                         }
                         .boxed(),
                     );
@@ -156,8 +169,7 @@ struct Going {
     body: Body,
     from: usize,
     rest: Range<u64>,
-    /// Whether places without ranges are left alone.
-    part: bool,
+    how: How,
     can_stall: bool,
 }
 
@@ -173,7 +185,7 @@ impl Going {
             let piece = tokio::select! {
                 piece = self.body.next() => piece,
                 () = silence => {
-                    let elsewhere = self.places.open(self.rest.clone(), self.part, Some(self.from));
+                    let elsewhere = self.places.open(self.rest.clone(), self.how, Some(self.from));
                     tokio::select! {
                         piece = self.body.next() => piece,
                         Ok((at, body)) = elsewhere => {
@@ -198,7 +210,7 @@ impl Going {
                     if !matches!(error, RegistryError::NoRanges { .. }) {
                         self.places.failed(self.from, &error.to_string());
                     }
-                    match self.places.open(self.rest.clone(), self.part, Some(self.from)).await {
+                    match self.places.open(self.rest.clone(), self.how, Some(self.from)).await {
                         Ok((at, body)) => (self.from, self.body) = (at, body),
                         Err(_) => return Some(Err(error)),
                     }
@@ -210,8 +222,8 @@ impl Going {
 }
 
 impl Failover {
-    async fn body(&self, range: Range<u64>, part: bool) -> Result<Body, RegistryError> {
-        let (from, body) = self.0.open(range.clone(), part, None).await?;
+    async fn body(&self, range: Range<u64>, how: How) -> Result<Body, RegistryError> {
+        let (from, body) = self.0.open(range.clone(), how, None).await?;
         if self.0.blobs.len() == 1 {
             return Ok(body);
         }
@@ -220,7 +232,7 @@ impl Failover {
             body,
             from,
             rest: range,
-            part,
+            how,
             can_stall: self.0.is_at_several_hosts(),
         };
         let pieces = stream::unfold(going, |mut going| async move {
@@ -233,11 +245,15 @@ impl Failover {
 
 impl Blob for Failover {
     fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
-        self.body(range, false).boxed()
+        self.body(range, How::All).boxed()
     }
 
     fn read_part(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
-        self.body(range, true).boxed()
+        self.body(range, How::Part).boxed()
+    }
+
+    fn read_beside(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        self.body(range, How::Beside).boxed()
     }
 
     fn size(&self) -> u64 {

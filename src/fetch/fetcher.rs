@@ -3,7 +3,8 @@
 //! # Memory
 //! The one budget (`memory.budget`) is divided, so that nobody who needs memory stands behind somebody who waits for something else:
 //! - half of it is for ranged requests. A wish says how much it takes, and is not granted before there is room ([`super::schedule::policy`]);
-//! - `fetch.stream_memory`, at most a quarter, is for bytes of streams between download and decompression;
+//! - `fetch.stream_memory`, at most a quarter, is for bytes of streams between download and decompression; half of it for what is next in
+//!   order, for which streams wait, and half for what comes over further connections before it is its turn (lanes.rs);
 //! - the rest ([`Fetcher::memory`]) is for what is read as a whole and parsed, and for what streams need besides: some
 //!   for each, taken before it begins, and more only if there is some at once (spans.rs).
 //!
@@ -22,8 +23,10 @@ use tokio::sync::Semaphore;
 use super::Layer;
 use super::filling::Rate;
 use super::flights::Streams;
+use super::lanes::Shape;
 use super::outage::Outages;
 use super::schedule::{Class, Kind, Limits, Place, Scheduler, Turns, Wish};
+use super::width::Links;
 use crate::cache::{Cache, CachedLayer};
 use crate::config::FetchConfig;
 use crate::layer::Digest;
@@ -35,6 +38,8 @@ use crate::sync::Budget;
 const REQUESTS_PART: u64 = 2;
 /// Most of the memory for bytes of streams that are downloaded and not yet decompressed: one in so many.
 const PIECES_PART: u64 = 4;
+/// Of that, what may come before it is its turn: one in so many.
+const AHEAD_PART: u64 = 2;
 /// Chunks decoded at once for each processor: they also write to the disk, and wait for it.
 const DECODES_PER_PROCESSOR: usize = 4;
 
@@ -53,6 +58,12 @@ pub struct Fetcher {
     pub(super) requests: Arc<Budget>,
     /// Bytes of streams between download and decompression.
     pub(super) pieces: Arc<Budget>,
+    /// Those of them that come before it is their turn.
+    pub(super) ahead: Arc<Budget>,
+    /// How many connections help streams at each host.
+    pub(super) links: Arc<Links>,
+    /// How long the ranges of a stream are.
+    pub(super) shape: Shape,
     /// Memory for everything else.
     memory: Arc<Budget>,
     /// First passes under way.
@@ -81,6 +92,7 @@ impl Fetcher {
         let total = memory.total();
         let requests = memory.split_off(total / REQUESTS_PART);
         let pieces = memory.split_off(config.stream_memory.0.min(total / PIECES_PART));
+        let ahead = pieces.split_off(pieces.total() / AHEAD_PART);
         let limits = Limits {
             requests: config.max_concurrent_requests,
             streams: config.max_concurrent_streams,
@@ -92,6 +104,9 @@ impl Fetcher {
             decodes: Turns::new(processors * DECODES_PER_PROCESSOR),
             requests,
             pieces,
+            ahead,
+            links: Arc::new(Links::new(config.max_stream_connections.saturating_sub(1))),
+            shape: Shape::default(),
             memory,
             streams: Streams::default(),
             outages: Outages::new(metrics.outages.clone()),
@@ -208,6 +223,13 @@ impl Blob for Scheduled {
         Box::pin(async move {
             let place = self.place().await;
             Ok(holding(place, self.blob.read_part(range).await?))
+        })
+    }
+
+    fn read_beside(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        Box::pin(async move {
+            let place = self.place().await;
+            Ok(holding(place, self.blob.read_beside(range).await?))
         })
     }
 

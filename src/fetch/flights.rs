@@ -4,7 +4,7 @@
 //! and what it had written are free at once. Who comes with another source than those that are at work does not depend on them: if they make no
 //! progress for [`STALL`], or fail, his own stream begins. The first one to finish answers all who wait for the layer, and ends the others.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -28,6 +28,8 @@ type Outcome = Result<Arc<CachedLayer>, FetchError>;
 pub struct Progress {
     pub(super) done: AtomicU64,
     pub(super) total: u64,
+    /// Whether more connections may yet make it faster.
+    pub(super) grows: AtomicBool,
     /// Shared by all streams of a layer.
     wishes: Arc<watch::Sender<Wishes>>,
 }
@@ -37,6 +39,7 @@ impl Progress {
         Arc::new(Progress {
             done: AtomicU64::new(0),
             total,
+            grows: AtomicBool::new(false),
             wishes,
         })
     }
@@ -49,6 +52,11 @@ impl Progress {
     /// Bytes of the blob.
     pub fn total(&self) -> u64 {
         self.total
+    }
+
+    /// Whether it is being tried if more connections make it faster: its pace says little then.
+    pub fn grows(&self) -> bool {
+        self.grows.load(Ordering::Relaxed)
     }
 
     /// Whether it waits for others.

@@ -1,11 +1,11 @@
 //! The stages that a whole blob passes through, each on a thread of its own so that they overlap:
 //!
 //! ```text
-//! download (task) -> hash the blob, decompress (thread) -> what the sink does with the tar (thread)
+//! download (tasks) -> hash the blob, decompress (thread) -> what the sink does with the tar (thread)
 //! ```
 //!
-//! The first arrow carries what the registry sends, and is bounded by `fetch.stream_memory` over all streams, of which one stream never has
-//! more than a part: its decompression may be slow on purpose. The second carries [`DEPTH`] buffers of [`BUFFER`] bytes per stream. The
+//! The first arrow carries what the registry sends, over one connection or several (lanes.rs), and is bounded by `fetch.stream_memory` over all
+//! streams, of which one stream never has more than a part. The second carries [`DEPTH`] buffers of [`BUFFER`] bytes per stream. The
 //! blob is hashed to its very end, also what follows the compressed data. Bytes that do not decode, or make no tar, are read to their end
 //! all the same: if the blob has another digest than it should, it was damaged on its way and may be good the next time; otherwise the
 //! layer itself is malformed.
@@ -16,22 +16,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc as threads};
 use std::time::Duration;
 
-use bytes::{Buf, Bytes};
-use futures::StreamExt;
+use bytes::Buf;
 use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
 
 use super::flights::Wishes;
+use super::lanes::{Lanes, Piece, Shape};
+use super::schedule::{Class, Scheduler};
+use super::width::Links;
 use crate::layer::checkpoint::{Scanned, Scanner};
 use crate::layer::compression::{Compression, MAGIC_LEN, decoder};
 use crate::layer::digest::Hasher;
 use crate::layer::{Digest, LayerError};
-use crate::registry::{Blob, Body, RegistryError};
-use crate::sync::{Budget, Share};
+use crate::registry::{Blob, Origin, RegistryError};
+use crate::sync::Budget;
 
-/// Of the memory between download and decompression, one stream has at most this part, but never less than [`PART_MIN`] bytes.
-const STREAM_PART: u64 = 8;
-const PART_MIN: u64 = 64 << 10;
 /// Uncompressed bytes handed on at a time: enough that the threads rarely wait for each other.
 const BUFFER: usize = 256 << 10;
 /// Buffers between decompression and sink.
@@ -119,23 +117,41 @@ pub(super) enum Fault {
 pub(super) struct Resources {
     /// Bytes that may be between download and decompression, over all streams.
     pub memory: Arc<Budget>,
+    /// The same for what is ahead of what comes first.
+    pub ahead: Arc<Budget>,
     /// Longest silence of the source.
     pub patience: Duration,
     /// While it pauses, nothing more is taken from the source, which may be silent then.
     pub wishes: watch::Receiver<Wishes>,
-    /// Counts the bytes of the blob that arrive.
+    /// Counts the bytes of the blob that are there, in order.
     pub progress: Box<dyn Fn(u64) + Send + Sync>,
+    /// Is told whether more connections may yet make it faster.
+    pub grows: Box<dyn Fn(bool) + Send + Sync>,
+    /// Counts bytes that arrive.
+    pub fetched: prometheus::IntCounter,
+    /// Counts ranges, by what became of them.
+    pub stream_ranges: prometheus::IntCounterVec,
+    /// Whose places it takes, in which class.
+    pub origin: Origin,
+    pub class: Class,
+    pub scheduler: Arc<Scheduler>,
+    /// How many connections help.
+    pub links: Arc<Links>,
+    /// Whether it may have more than one.
+    pub wide: bool,
+    pub shape: Shape,
 }
 
-/// A piece of the download, with the memory it takes.
-struct Piece {
-    bytes: Bytes,
-    _memory: [Share; 2],
+impl Resources {
+    /// Counts a range.
+    pub(super) fn ranges(&self, outcome: &str) {
+        self.stream_ranges.with_label_values(&[outcome]).inc();
+    }
 }
 
 /// Runs a whole blob through the stages, and verifies its digest; the sink comes back with what it made of it.
 pub(super) async fn run<S: Sink>(
-    blob: &dyn Blob,
+    blob: &Arc<dyn Blob>,
     expected: Digest,
     sink: S,
     resources: Resources,
@@ -150,7 +166,7 @@ pub(super) async fn run<S: Sink>(
     let (consume_gone, gone) = (Arc::clone(&gone), gone);
     let decompress = tokio::task::spawn_blocking(move || decompress(input, expected, S::CUTS, full, &empty, &gone));
     let consume = tokio::task::spawn_blocking(move || consume(sink, &buffers, &spent, &consume_gone));
-    let downloaded = fetch(blob, pieces, &resources).await;
+    let downloaded = fetch(blob, pieces, resources).await;
     // Both end on their own: the download has dropped its end of the channel.
     let (decompressed, consumed) = tokio::join!(decompress, consume);
     let join = |error| Fault::Disk(io::Error::other(error));
@@ -168,50 +184,14 @@ pub(super) async fn run<S: Sink>(
 }
 
 /// Ends when the whole blob is handed on, or nobody takes it any more (whose error it is then).
-async fn fetch(blob: &dyn Blob, pieces: mpsc::Sender<Piece>, resources: &Resources) -> Result<(), Fault> {
-    let silence = |_| Fault::Silence(resources.patience);
-    let body = timeout(resources.patience, blob.read(0..blob.size()));
-    let mut body = body.await.map_err(silence)?.map_err(Fault::Source)?;
-    let mut wishes = resources.wishes.clone();
-    let part = Budget::new((resources.memory.total() / STREAM_PART).max(PART_MIN));
-    let most = usize::try_from(part.total().min(resources.memory.total())).unwrap_or(usize::MAX);
-    while let Some(piece) = next(&mut body, &mut wishes, resources.patience).await? {
-        let mut bytes = piece.map_err(Fault::Source)?;
-        (resources.progress)(bytes.len() as u64);
-        while !bytes.is_empty() {
-            // More at once than the limit could never be let in.
-            let bytes = bytes.split_to(bytes.len().min(most));
-            // The part is this stream's alone, and comes back as its decompression goes on: nobody else waits for it.
-            let own = part.take(bytes.len() as u64).await;
-            let memory = [own, resources.memory.take(bytes.len() as u64).await];
-            let piece = Piece { bytes, _memory: memory };
-            if pieces.send(piece).await.is_err() {
-                return Ok(());
-            }
+async fn fetch(blob: &Arc<dyn Blob>, pieces: mpsc::Sender<Piece>, resources: Resources) -> Result<(), Fault> {
+    let mut lanes = Lanes::new(Arc::clone(blob), resources);
+    while let Some(piece) = lanes.next().await? {
+        if pieces.send(piece).await.is_err() {
+            return Ok(());
         }
     }
     Ok(())
-}
-
-/// The next piece of a body, once it is not paused. The source may be silent for `patience` outside of pauses.
-async fn next(
-    body: &mut Body,
-    wishes: &mut watch::Receiver<Wishes>,
-    patience: Duration,
-) -> Result<Option<Result<Bytes, RegistryError>>, Fault> {
-    loop {
-        // Who could pause it is gone if this fails: then it is not paused.
-        let _ = wishes.wait_for(|wishes| !wishes.pauses()).await;
-        let pause = async {
-            if wishes.wait_for(Wishes::pauses).await.is_err() {
-                std::future::pending().await
-            }
-        };
-        tokio::select! {
-            piece = timeout(patience, body.next()) => return piece.map_err(|_| Fault::Silence(patience)),
-            () = pause => {}
-        }
-    }
 }
 
 /// The download as the decoder reads it.

@@ -15,7 +15,7 @@ use tokio::sync::watch;
 
 use super::Layer;
 use super::flights::Wishes;
-use super::pipeline::{self, Fault, Sink};
+use super::pipeline::{self, Fault, Resources, Sink};
 use super::schedule::Class;
 use super::stream::PASSES;
 use crate::layer::tar::{Copy, TarIndexer, TarLayout};
@@ -44,7 +44,7 @@ impl Layer {
                 let blob = me.blob();
                 let origin = blob.origin();
                 let result = tokio::select! {
-                    result = caught(me.refill_pass(known.take())) => result.unwrap_or_else(|bug| Err(Fault::Disk(bug))),
+                    result = caught(me.refill_pass(known.take(), pass == 1)) => result.unwrap_or_else(|bug| Err(Fault::Disk(bug))),
                     () = me.closing.cancelled() => Err(Fault::Closed),
                 };
                 if result.is_ok() {
@@ -90,16 +90,19 @@ impl Layer {
     }
 
     /// One pass. What it learned is returned if another has to follow, which never is so if it knew that already.
-    async fn refill_pass(self: &Arc<Self>, known: Option<Pieces>) -> Result<Option<Pieces>, Fault> {
+    async fn refill_pass(self: &Arc<Self>, known: Option<Pieces>, wide: bool) -> Result<Option<Pieces>, Fault> {
         // Readers wait for it, so that it comes before the streams of pulls.
-        let _place = self.fetcher.enter_stream(self.blob().origin(), Class::Demand).await;
+        let blob = self.blob();
+        let origin = blob.origin();
+        let _place = self.fetcher.enter_stream(origin.clone(), Class::Demand).await;
         self.requests.fetch_add(1, Ordering::Relaxed);
         tracing::info!(layer = %self.cached.digest(), "streaming the layer again, its bytes were evicted");
         let me = Arc::clone(self);
         let (_none, wishes) = watch::channel(Wishes::default());
-        let resources = self.fetcher.resources(wishes, move |bytes| {
+        let resources = self.fetcher.resources(origin, Class::Demand, wishes, move |bytes| {
             me.fetched.fetch_add(bytes, Ordering::Relaxed);
         });
+        let resources = Resources { wide, ..resources };
         let sink = Refill {
             layer: Arc::clone(self),
             indexer: TarIndexer::new(),
@@ -108,8 +111,7 @@ impl Layer {
             offset: 0,
             late: known.map(|pieces| Late::new(pieces, self.cached.index().chunks())),
         };
-        let blob = self.blob();
-        let (sink, _) = pipeline::run(&*blob, *self.cached.digest(), sink, resources).await?;
+        let (sink, _) = pipeline::run(&blob, *self.cached.digest(), sink, resources).await?;
         let finish = tokio::task::spawn_blocking(move || sink.finish());
         finish
             .await

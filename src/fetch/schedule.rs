@@ -10,7 +10,7 @@
 //!   ([`Remote::rank`]). Dropping either withdraws the wish.
 //! - What has to be ranked by itself is a wish by itself: a learned prefetch is one of [`Class::Prefetch`], the completion of a layer a row of
 //!   [`Class::Background`] wishes, each with its own deadline; parts of a stream that are fetched side by side are wishes of
-//!   [`Kind::Request`] with the same owner, so that they share with nobody but their own repository.
+//!   [`Kind::Part`] with the same owner, so that they share with nobody but their own repository.
 //! - A place is ranked anew too: what somebody begins to wait for becomes demand and leaves room in its old class, what everybody has left
 //!   sinks to background. Bytes under way are never thrown away for that.
 //! - [`Place::contended`] tells that somebody else waits for places of this host: then take only what is really wanted.

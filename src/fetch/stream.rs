@@ -22,7 +22,7 @@ use crate::layer::digest::Hasher;
 use crate::layer::tar::{TarIndexer, TarLayout};
 use crate::layer::tree::memory_for_blob;
 use crate::layer::{Access, Chunk, Digest, LayerError, Windows};
-use crate::registry::Blob;
+use crate::registry::{Blob, Origin};
 use crate::sync::blocking;
 
 /// Times that a whole blob is downloaded when it arrives damaged.
@@ -60,7 +60,8 @@ impl Fetcher {
         let begin = std::time::Instant::now();
         let mut pass = 1;
         loop {
-            match self.pass(&request, progress).await {
+            // What was damaged once is read over one connection, so that it is known who sent it.
+            match self.pass(&request, progress, pass == 1).await {
                 Ok(cached) => {
                     tracing::info!(
                         layer = %layer,
@@ -98,6 +99,7 @@ impl Fetcher {
         self: &Arc<Self>,
         request: &StreamRequest,
         progress: &Arc<Progress>,
+        wide: bool,
     ) -> Result<Arc<CachedLayer>, Fault> {
         progress.done.store(0, Ordering::Relaxed);
         let share = self.memory().take(STREAM).await;
@@ -110,12 +112,16 @@ impl Fetcher {
             cutting: Cutting::new(|check| drop(tokio::task::spawn_blocking(check)), share),
             offset: 0,
         };
-        let shown = Arc::clone(progress);
+        let (shown, grown) = (Arc::clone(progress), Arc::clone(progress));
         let arrived = move |bytes| {
             shown.done.fetch_add(bytes, Ordering::Relaxed);
         };
-        let resources = self.resources(progress.wishes(), arrived);
-        let (sink, sums) = pipeline::run(&*request.blob, request.digest, sink, resources).await?;
+        let resources = Resources {
+            grows: Box::new(move |grows| grown.grows.store(grows, Ordering::Relaxed)),
+            wide,
+            ..self.resources(request.blob.origin(), Class::Prefetch, progress.wishes(), arrived)
+        };
+        let (sink, sums) = pipeline::run(&request.blob, request.digest, sink, resources).await?;
         if sums.compression != request.compression {
             tracing::debug!(layer = %request.digest, "is {:?}, though its type says {:?}", sums.compression, request.compression);
         }
@@ -126,22 +132,30 @@ impl Fetcher {
             .unwrap_or_else(|error| Err(Fault::Disk(io::Error::other(error))))
     }
 
-    /// What a stream may use; `wishes` make it wait, `arrived` is told of bytes.
+    /// What a stream from `origin` may use; `wishes` make it wait, `arrived` is told of bytes.
     pub(super) fn resources(
         &self,
+        origin: Origin,
+        class: Class,
         wishes: watch::Receiver<Wishes>,
         arrived: impl Fn(u64) + Send + Sync + 'static,
     ) -> Resources {
         self.metrics.fetches_total.with_label_values(&["stream"]).inc();
-        let fetched = self.metrics.fetched_bytes_total.with_label_values(&["stream"]);
         Resources {
             memory: Arc::clone(&self.pieces),
+            ahead: Arc::clone(&self.ahead),
             patience: self.patience,
             wishes,
-            progress: Box::new(move |bytes| {
-                fetched.inc_by(bytes);
-                arrived(bytes);
-            }),
+            progress: Box::new(arrived),
+            grows: Box::new(|_| {}),
+            fetched: self.metrics.fetched_bytes_total.with_label_values(&["stream"]),
+            stream_ranges: self.metrics.stream_ranges_total.clone(),
+            origin,
+            class,
+            scheduler: Arc::clone(&self.scheduler),
+            links: Arc::clone(&self.links),
+            wide: true,
+            shape: self.shape,
         }
     }
 

@@ -1,6 +1,6 @@
 //! The scheduler over a source with faults.
 
-mod fake;
+pub(in crate::fetch) mod fake;
 mod filling;
 mod flights;
 mod outages;

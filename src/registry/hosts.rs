@@ -32,7 +32,7 @@ mod tls;
 pub(super) mod transport;
 
 pub use parse::{HostSpec, parse_hosts_toml};
-use transport::Clients;
+use transport::{Clients, Pool};
 
 /// How long an answer about files on disk is taken as still true.
 const RECHECK: Duration = Duration::from_secs(1);
@@ -63,6 +63,8 @@ pub struct Endpoint {
     pub headers: HeaderMap,
     /// The connection pool.
     pub client: reqwest::Client,
+    /// Another one to the same, in which every request has a connection of its own: HTTP/1.1, whatever the host offers.
+    pub beside: reqwest::Client,
 }
 
 /// Finds endpoints, and remembers them while their files stay the same.
@@ -340,8 +342,10 @@ impl HostTable {
                 .chain(spec.client.iter().filter_map(|(_, key)| key.as_ref()))
                 .map(|path| Stamp::of(path.clone())),
         );
+        let Pool { client, beside } = self.clients.pool(&spec)?;
         Ok(Endpoint {
-            client: self.clients.client(&spec)?,
+            client,
+            beside,
             name,
             base,
             pull: spec.pull,

@@ -490,6 +490,58 @@ fn nginx_before_a_registry_with_its_quirks() {
     }
 }
 
+/// What each connection has of a link, in bytes per second, and bytes of the layer that comes over it.
+const EACH: usize = 3_000_000;
+const LAYER: usize = 20_000_000;
+
+/// A store that holds back each connection, and offers HTTP/2: a layer comes over several connections, which that would not be.
+#[test]
+fn a_layer_comes_over_several_connections_where_each_is_held_back() {
+    if subject() != SNAPSHOTTER {
+        return;
+    }
+    let sandbox = Sandbox::new("a_layer_comes_over_several_connections_where_each_is_held_back");
+    let registry = Registry::start(&sandbox);
+    let layers = [
+        Layer::of(Compression::Gzip, base_entries()),
+        Layer::of(Compression::Gzip, [Entry::file("large", noise(77, LAYER))]),
+    ];
+    registry.push(&Image::new(Flavour::Oci, layers.into()), "demo/app:1");
+    let own = Certificate::signed_by_itself(&sandbox.dir("made"), "own", &["rsa:2048"]);
+    let front = free_address();
+    let servers = format!(
+        "server {{ listen {front} ssl http2; ssl_certificate {}; ssl_certificate_key {};\n\
+         location / {{ proxy_pass http://{}; proxy_set_header Host $http_host; proxy_buffering on; proxy_max_temp_file_size 0; limit_rate {EACH}; }} }}\n",
+        own.certificate.display(),
+        own.key.display(),
+        registry.address,
+    );
+    let _nginx = Nginx::start(&sandbox, "nginx", &servers, &[front]);
+    let toml = format!("server = \"https://{front}\"\nca = \"ca.crt\"\n");
+    let dir = write_hosts_toml(&sandbox, &front.to_string(), &toml);
+    copy(&own.certificate, &dir, "ca.crt");
+    let containerd = Containerd::start(&sandbox, Generation::One, &lazuli::address_in(&sandbox));
+    let lazuli = Lazuli::start(&sandbox, &containerd.address, &[front.to_string()], "");
+    let reference = format!("{front}/demo/app:1");
+    lazuli.pull(&reference).expect_success();
+    let lines = containerd.sh(&reference, SNAPSHOTTER, "sha256sum < /large");
+    let sum = digest_of(&noise(77, LAYER));
+    assert_eq!(lines.split_whitespace().next(), Some(&sum["sha256:".len()..]));
+    let log = std::fs::read_to_string(sandbox.path("nginx.access")).unwrap();
+    let answers = |protocol: &str, status: &str| {
+        let end = format!("{protocol}\" {status} ");
+        log.lines()
+            .filter(|line| line.contains("/blobs/") && line.contains(&end))
+            .count()
+    };
+    assert!(
+        answers("HTTP/2.0", "200") >= 2,
+        "the layers are asked for as wholes:\n{log}"
+    );
+    let ranges = answers("HTTP/1.1", "206");
+    assert!(ranges >= 2, "{ranges} ranges over connections of their own:\n{log}");
+}
+
 /// A pull-through cache that has nothing yet: it ignores ranges until it has the blob.
 #[test]
 fn a_cold_pull_through_cache_costs_about_one_blob() {

@@ -13,6 +13,8 @@
 //!    wish that does not fit keeps its place in the queue, and nothing that comes after it at its host, or in its repository, takes the
 //!    memory that it waits for. Wishes for much memory ([`LARGE_PART`]) have half of it to themselves, and the others the other half:
 //!    neither kind waits for the other.
+//! 6. A part of a stream, which that only asks for to be quicker, is not granted while somebody waits for other bytes of its host, unless
+//!    somebody waits for it as well. It takes no memory here (streams have their own), and counts with its bytes in rule 4.
 //!
 //! Every wish is in one place of the books, waiting or running, until [`Policy::end`]; whatever may run is running after [`Policy::grant`]
 //! has answered `None`.
@@ -72,6 +74,9 @@ pub enum Kind {
     Request,
     /// A whole blob. Streams have places of their own.
     Stream,
+    /// A range of a blob that is being streamed, beside what its stream reads anyway: takes the places of requests, and `bytes` are only
+    /// what it will bring.
+    Part,
     /// A table of contents, or another document that a layer needs: takes the places of requests.
     Table,
 }
@@ -117,7 +122,7 @@ const POOLS: [Pool; 2] = [Pool::Requests, Pool::Streams];
 impl Kind {
     fn pool(self) -> Pool {
         match self {
-            Kind::Request | Kind::Table => Pool::Requests,
+            Kind::Request | Kind::Part | Kind::Table => Pool::Requests,
             Kind::Stream => Pool::Streams,
         }
     }
@@ -205,6 +210,8 @@ struct Entry {
     wish: Wish,
     pool: Pool,
     size: Size,
+    /// Bytes that it counts for.
+    cost: u64,
     running: bool,
 }
 
@@ -219,6 +226,16 @@ struct Host {
     clock: u64,
     /// Wishes that wait, by pool and class.
     waiting: [[usize; 4]; 2],
+    /// Of those, parts of streams.
+    parts: [usize; 4],
+}
+
+impl Host {
+    /// Whether somebody waits for bytes of it.
+    fn is_wanted(&self) -> bool {
+        let (pool, demand) = (Pool::Requests as usize, Class::Demand as usize);
+        self.waiting[pool][demand] > 0 || self.places[pool].0[demand] > 0
+    }
 }
 
 #[derive(Debug, Default)]
@@ -274,6 +291,9 @@ impl Policy {
         self.last += 1;
         let id = self.last;
         let pool = wish.kind.pool();
+        let is_part = wish.kind == Kind::Part;
+        let part = std::mem::take(&mut wish.bytes);
+        wish.bytes = if is_part { 0 } else { part };
         let size = match wish.bytes > self.limits.memory / LARGE_PART {
             true => Size::Large,
             false => Size::Small,
@@ -284,7 +304,9 @@ impl Policy {
         let repository = repository.or_default();
         repository.waiting[pool as usize][wish.class as usize].insert((wish.deadline, id));
         host.waiting[pool as usize][wish.class as usize] += 1;
+        host.parts[wish.class as usize] += usize::from(is_part);
         let entry = Entry {
+            cost: if is_part { part } else { wish.bytes },
             wish,
             pool,
             size,
@@ -322,6 +344,7 @@ impl Policy {
         } else {
             repository.waiting[pool][class].remove(&(wish.deadline, id));
             host.waiting[pool][class] -= 1;
+            host.parts[class] -= usize::from(wish.kind == Kind::Part);
         }
         // Who was served no more than the others are by now begins where they are when he comes back: he need not be remembered.
         let clock = host.clock;
@@ -358,6 +381,9 @@ impl Policy {
             repository.waiting[pool][new].insert(key);
             host.waiting[pool][old] -= 1;
             host.waiting[pool][new] += 1;
+            let part = usize::from(entry.wish.kind == Kind::Part);
+            host.parts[old] -= part;
+            host.parts[new] += part;
         }
     }
 
@@ -384,7 +410,7 @@ impl Policy {
         self.wishes.get(&id).map_or(0, |entry| entry.wish.bytes)
     }
 
-    /// Whether anything that is more urgent than read-ahead waits for a place like this one at its host.
+    /// Whether anything that is more urgent than read-ahead waits for a place like this one at its host. Parts of streams can wait.
     pub fn is_contended(&self, id: Id) -> bool {
         let Some(entry) = self.wishes.get(&id) else {
             return false;
@@ -392,9 +418,13 @@ impl Policy {
         let Some(host) = self.hosts.get(&entry.wish.owner.host) else {
             return false;
         };
-        host.waiting[entry.pool as usize][..Class::ReadAhead as usize]
-            .iter()
-            .any(|&count| count > 0)
+        let parts = if entry.pool == Pool::Requests {
+            host.parts
+        } else {
+            [0; 4]
+        };
+        let waiting = host.waiting[entry.pool as usize].iter().zip(parts);
+        waiting.take(Class::ReadAhead as usize).any(|(&all, parts)| all > parts)
     }
 
     /// Whether there is any wish for more than background work.
@@ -445,6 +475,9 @@ impl Policy {
             let here = short.repositories.entry(name).or_default();
             for (_, id) in &repository.waiting[pool as usize][class as usize] {
                 let Some(entry) = self.wishes.get(id) else { continue };
+                if entry.wish.kind == Kind::Part && class > Class::Demand && host.is_wanted() {
+                    continue;
+                }
                 let (bytes, size) = (entry.wish.bytes, entry.size as usize);
                 if bytes == 0 {
                     return Some(*id);
@@ -477,6 +510,7 @@ impl Policy {
         host.turn = self.turn;
         host.places[pool].0[class] += 1;
         host.waiting[pool][class] -= 1;
+        host.parts[class] -= usize::from(wish.kind == Kind::Part);
         host.memory[entry.size as usize] += wish.bytes;
         let Some(repository) = host.repositories.get_mut(&wish.owner.repository) else {
             return;
@@ -485,7 +519,7 @@ impl Policy {
         repository.memory[entry.size as usize] += wish.bytes;
         repository.waiting[pool][class].remove(&(wish.deadline, id));
         let start = repository.served.max(host.clock);
-        repository.served = start.saturating_add(REQUEST_COST).saturating_add(wish.bytes);
+        repository.served = start.saturating_add(REQUEST_COST).saturating_add(entry.cost);
         host.clock = start;
     }
 }

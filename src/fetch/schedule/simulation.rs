@@ -220,14 +220,17 @@ impl Simulation {
     }
 
     fn memory(&self, number: usize) -> u64 {
-        self.wishes[number]
-            .bytes
-            .next_multiple_of(4096)
-            .min(self.limits.memory / 2)
+        self.bytes(number).next_multiple_of(4096).min(self.limits.memory / 2)
+    }
+
+    /// What it takes of the memory, before that is rounded.
+    fn bytes(&self, number: usize) -> u64 {
+        let wish = &self.wishes[number];
+        if wish.kind == Kind::Part { 0 } else { wish.bytes }
     }
 
     fn is_large(&self, number: usize) -> bool {
-        self.wishes[number].bytes > self.limits.memory / LARGE_PART
+        self.bytes(number) > self.limits.memory / LARGE_PART
     }
 
     /// The bounds hold, and nobody waits without a reason.
@@ -294,6 +297,17 @@ impl Simulation {
         if here > 0 && here >= (of_host * 8).saturating_sub(books.all[usize::from(stream)]) {
             return true;
         }
+        // A part of a stream leaves the host to those who wait.
+        let is_wanted = || {
+            let mut known = self.waiting.iter().chain(&self.running);
+            known.any(|&other| {
+                let other = &self.wishes[other];
+                other.class == Class::Demand && other.kind != Kind::Stream && *other.owner.host == *host
+            })
+        };
+        if wish.kind == Kind::Part && wish.class > Class::Demand && is_wanted() {
+            return true;
+        }
         // Memory: of its size, here and everywhere, and what others at the host wait for who come before.
         let large = self.is_large(number);
         let held = |repository| {
@@ -310,12 +324,12 @@ impl Simulation {
         let before = || {
             self.waiting.iter().any(|&other| {
                 let first = &self.wishes[other];
-                let comes_first = first.class <= wish.class && first.bytes > 0 && self.is_large(other) == large;
+                let comes_first = first.class <= wish.class && self.bytes(other) > 0 && self.is_large(other) == large;
                 let own = first.owner == wish.owner && in_repository(other);
                 comes_first && first.owner.host == wish.owner.host && (own || at_host(other))
             })
         };
-        wish.bytes > 0 && (at_host(number) || in_repository(number) || before())
+        self.bytes(number) > 0 && (at_host(number) || in_repository(number) || before())
     }
 }
 
@@ -347,10 +361,17 @@ fn anything(seed: u64) -> Simulation {
         let host = hosts[random.below(hosts.len() as u64) as usize].clone();
         let repository = format!("image{}", random.below(4));
         let class = random.of(&Class::ALL);
-        let kind = random.of(&[Kind::Request, Kind::Request, Kind::Request, Kind::Table, Kind::Stream]);
+        let kind = random.of(&[
+            Kind::Request,
+            Kind::Request,
+            Kind::Request,
+            Kind::Part,
+            Kind::Table,
+            Kind::Stream,
+        ]);
         let bytes = match (kind, random.below(20)) {
             (Kind::Request, 0) => random.below(200 * MIB),
-            (Kind::Request, _) => random.below(12 * MIB) + 1,
+            (Kind::Request | Kind::Part, _) => random.below(12 * MIB) + 1,
             _ => 0,
         };
         let wish = Wish {

@@ -10,10 +10,10 @@ use super::fake::{Bench, FakeBlob, Fault};
 use super::streams::{LONG, assert_clean, request, tar};
 use crate::fetch::flights::Wishes;
 use crate::fetch::pipeline::{self, Resources, Sink};
+use crate::fetch::schedule::Class;
 use crate::fetch::{FetchError, Paused, STALL};
 use crate::layer::Digest;
-use crate::registry::Origin;
-use crate::sync::Budget;
+use crate::registry::{Blob, Origin};
 
 /// Waits until something is so.
 pub(super) async fn until(mut so: impl FnMut() -> bool) {
@@ -140,16 +140,18 @@ async fn a_paused_stream_takes_nothing_and_its_source_may_be_silent() {
     let (switch, wishes) = watch::channel(Wishes { pauses: 1, waits: 0 });
     let patience = Duration::from_millis(50);
     let count = Arc::clone(&arrived);
-    let resources = Resources {
-        memory: Budget::new(1 << 20),
-        patience,
-        wishes,
-        progress: Box::new(move |bytes| {
-            count.fetch_add(bytes, Ordering::Relaxed);
-        }),
+    let bench = Bench::new();
+    let counted = move |bytes| {
+        count.fetch_add(bytes, Ordering::Relaxed);
     };
-    let (source, digest) = (Arc::clone(&blob), Digest::of(&tar));
-    let stream = tokio::spawn(async move { pipeline::run(&*source, digest, Nothing, resources).await.map(|_| ()) });
+    let resources = Resources {
+        patience,
+        ..bench
+            .fetcher
+            .resources(blob.origin.clone(), Class::Prefetch, wishes, counted)
+    };
+    let (source, digest): (Arc<dyn Blob>, _) = (blob.clone(), Digest::of(&tar));
+    let stream = tokio::spawn(async move { pipeline::run(&source, digest, Nothing, resources).await.map(|_| ()) });
     tokio::time::sleep(patience * 5).await;
     blob.flowing.send_replace(true);
     tokio::time::sleep(patience).await;

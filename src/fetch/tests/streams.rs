@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use super::fake::{Bench, FakeBlob, Fault, gzip, noise};
 use crate::config::{ByteSize, FetchConfig};
+use crate::fetch::lanes::Shape;
+use crate::fetch::width::Links;
 use crate::fetch::{FetchError, LayerData, StreamRequest};
 use crate::layer::compression::Compression;
 use crate::layer::{Access, Codec, Digest};
@@ -167,6 +169,35 @@ async fn damage_on_the_way_is_healed_by_another_pass() {
         assert_eq!(blob.requests(), 2, "{fault:?}");
         blob.fail([fault]);
     }
+}
+
+/// A range among several that is not what it should be is found by the blob's digest, and the second pass has one connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_range_is_healed_by_a_pass_over_one_connection() {
+    let tar = tar(&[6 << 20]);
+    let bytes = gzip(&tar);
+    let mut bench = Bench::new();
+    let fetcher = Arc::get_mut(&mut bench.fetcher).unwrap();
+    (fetcher.links, fetcher.shape) = (
+        Arc::new(Links::fixed(3)),
+        Shape {
+            least: 256 << 10,
+            most: 512 << 10,
+        },
+    );
+    let blob = FakeBlob::new(bytes.clone());
+    *blob.faults.lock().unwrap() = [None, None, Some(Fault::Flipped(70_000))].into();
+    let cached = bench.fetcher.stream(request(&blob, &bytes, &tar)).await.unwrap();
+    let mut buf = vec![1; tar.len()];
+    cached.read_ready(0, &mut buf).unwrap().unwrap();
+    assert!(buf == tar);
+    let asked = blob.asked.lock().unwrap();
+    let whole = 0..bytes.len() as u64;
+    let wholes: Vec<usize> = (0..asked.len()).filter(|&at| asked[at] == whole).collect();
+    assert_eq!(wholes, [0, asked.len() - 1], "{asked:?}");
+    assert!(asked.len() > 3, "{asked:?}");
+    let held = [&bench.fetcher.pieces, &bench.fetcher.ahead, bench.fetcher.memory()].map(|budget| budget.held());
+    assert_eq!(held, [0, 0, 0], "all memory is given back");
 }
 
 #[tokio::test(flavor = "multi_thread")]

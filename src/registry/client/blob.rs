@@ -62,8 +62,8 @@ impl RemoteBlob {
         }
     }
 
-    /// The body of `range`. If `part`, hosts that have no ranges are asked for none of it.
-    async fn open(&self, range: Range<u64>, part: bool) -> Result<Body, RegistryError> {
+    /// The body of `range`. If `part`, hosts that have no ranges are asked for none of it. If `beside`, over a connection of its own.
+    async fn open(&self, range: Range<u64>, part: bool, beside: bool) -> Result<Body, RegistryError> {
         if range.start > range.end || range.end > self.size {
             return Err(RegistryError::Image {
                 what: self.describe(),
@@ -76,7 +76,8 @@ impl RemoteBlob {
         if range.is_empty() {
             return Ok(stream::empty().boxed());
         }
-        let ask = ask(&self.repository.name, self.digest, self.size, range.clone());
+        let mut ask = ask(&self.repository.name, self.digest, self.size, range.clone());
+        ask.beside = beside;
         let whole = ask.range.is_none();
         let mut reader = Reader {
             operation: Operation::new(self.repository.clone(), ask).await?,
@@ -117,11 +118,15 @@ impl RemoteBlob {
 
 impl Blob for RemoteBlob {
     fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
-        Box::pin(self.open(range, false))
+        Box::pin(self.open(range, false, false))
     }
 
     fn read_part(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
-        Box::pin(self.open(range, true))
+        Box::pin(self.open(range, true, false))
+    }
+
+    fn read_beside(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        Box::pin(self.open(range, true, true))
     }
 
     fn size(&self) -> u64 {
@@ -228,7 +233,11 @@ impl Reader {
             } else {
                 self.position..self.end
             };
-            self.operation.ask = ask(&name, self.digest, self.size, range);
+            let beside = self.operation.ask.beside;
+            self.operation.ask = Ask {
+                beside,
+                ..ask(&name, self.digest, self.size, range)
+            };
             let (place, response) = match self.operation.respond().await {
                 Ok(answer) => answer,
                 // Nobody has ranges; but somebody has the blob.

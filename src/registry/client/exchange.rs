@@ -57,6 +57,8 @@ pub(super) struct Ask {
     pub by_tag: bool,
     /// The host that is written to is asked.
     pub to_push: bool,
+    /// Over another connection than what is asked for at the same time.
+    pub beside: bool,
 }
 
 /// An address that an endpoint named: where an upload goes on, or the next page of a list.
@@ -93,6 +95,7 @@ impl Ask {
             blob: None,
             by_tag: false,
             to_push: false,
+            beside: false,
         }
     }
 
@@ -300,7 +303,15 @@ impl Repository {
         }
         self.requests.fetch_add(1, Ordering::Relaxed);
         let proxy = self.shared.hosts.proxy(request.url());
-        let outcome = endpoint.client.execute(request).await;
+        let apart = request.try_clone().filter(|_| ask.beside);
+        let outcome = match apart {
+            Some(apart) => match endpoint.beside.execute(apart).await {
+                // It may know no HTTP/1.1, or take no more connections.
+                Err(error) if error.is_connect() => endpoint.client.execute(request).await,
+                outcome => outcome,
+            },
+            None => endpoint.client.execute(request).await,
+        };
         count_request(
             &self.shared.metrics,
             outcome.as_ref().ok().map(|answer| answer.status()),

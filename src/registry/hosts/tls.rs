@@ -68,6 +68,13 @@ pub(super) fn client_config(
     Ok(config)
 }
 
+/// The same for connections over which one request goes at a time.
+pub(super) fn without_http2(config: &ClientConfig) -> ClientConfig {
+    let mut config = config.clone();
+    config.alpn_protocols.retain(|protocol| protocol != PROTOCOLS[0]);
+    config
+}
+
 /// The certificates of a client.
 struct Identities(Vec<Arc<CertifiedKey>>);
 

@@ -1,4 +1,6 @@
-//! Connection pools: one `reqwest::Client` per TLS identity.
+//! Connection pools: two `reqwest::Client`s per TLS identity. One takes what the host offers best; over HTTP/2 that is a single connection for
+//! everything. The other speaks HTTP/1.1 only, so that what is asked for at the same time has a connection each: what holds back a
+//! connection (a store that does, loss, a small window) does not hold back the others then.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -26,7 +28,15 @@ pub(super) struct Clients {
     connect_timeout: Duration,
     idle_timeout: Duration,
     proxies: Proxies,
-    pools: Mutex<HashMap<Identity, reqwest::Client>>,
+    pools: Mutex<HashMap<Identity, Pool>>,
+}
+
+/// The two ways to ask one host.
+#[derive(Debug, Clone)]
+pub(super) struct Pool {
+    pub(super) client: reqwest::Client,
+    /// Every request has a connection of its own.
+    pub(super) beside: reqwest::Client,
 }
 
 /// What makes a connection differ from another to the same address.
@@ -57,7 +67,7 @@ impl Clients {
     ///
     /// # Errors
     /// [`RegistryError::Config`] names the certificate that cannot be used.
-    pub(super) fn client(&self, spec: &HostSpec) -> Result<reqwest::Client, RegistryError> {
+    pub(super) fn pool(&self, spec: &HostSpec) -> Result<Pool, RegistryError> {
         let mut files = Hasher::new();
         let mut read = |path: &Path| {
             let bytes = read_file(path).map_err(|error| config_error(path, &error))?;
@@ -79,17 +89,24 @@ impl Clients {
             skip_verify: spec.skip_verify == Some(true),
             dial_timeout: spec.dial_timeout,
         };
-        if let Some(client) = lock(&self.pools).get(&key) {
-            return Ok(client.clone());
+        if let Some(pool) = lock(&self.pools).get(&key) {
+            return Ok(pool.clone());
         }
-        let client = tls::client_config(authorities, identities, key.skip_verify)
-            .map_err(|error| unusable(Path::new("TLS configuration"), &chain(&error)))
-            .and_then(|tls| {
-                let built = self.builder(&key).tls_backend_preconfigured(tls).build();
-                built.map_err(|error| unusable(Path::new("TLS configuration"), &chain(&error)))
-            })?;
-        lock(&self.pools).insert(key, client.clone());
-        Ok(client)
+        let failed = |error: &dyn std::error::Error| unusable(Path::new("TLS configuration"), &chain(error));
+        let best = tls::client_config(authorities, identities, key.skip_verify).map_err(|error| failed(&error))?;
+        let single = tls::without_http2(&best);
+        let client = self.builder(&key).tls_backend_preconfigured(best).build();
+        let beside = self
+            .builder(&key)
+            .http1_only()
+            .tls_backend_preconfigured(single)
+            .build();
+        let pool = Pool {
+            client: client.map_err(|error| failed(&error))?,
+            beside: beside.map_err(|error| failed(&error))?,
+        };
+        lock(&self.pools).insert(key, pool.clone());
+        Ok(pool)
     }
 
     fn builder(&self, key: &Identity) -> reqwest::ClientBuilder {

@@ -258,3 +258,48 @@ fn wishes_for_much_memory_and_for_little_do_not_wait_for_each_other() {
     simulation.run();
     assert_eq!(simulation.longest(&small), Duration::ZERO);
 }
+
+#[test]
+fn parts_of_streams_leave_a_host_to_those_who_wait() {
+    for seed in 0..SEEDS {
+        let mut simulation = Simulation::new(LIMITS);
+        let mut random = Random::new(seed);
+        simulation.host("host", FAST);
+        simulation.host("another", FAST);
+        let part = |host: &str, at: u64| Wish {
+            owner: Origin::new(host, "streamed"),
+            class: Class::Prefetch,
+            kind: Kind::Part,
+            bytes: 2 * MIB,
+            deadline: Duration::from_secs(at),
+        };
+        let parts: Vec<usize> = (0..200)
+            .map(|at| {
+                let time = Duration::from_millis(random.below(8000));
+                simulation.wish(time, part(random.of(&["host", "another"]), at))
+            })
+            .collect();
+        let demand = readers(&mut simulation, &mut random, "host", "read", 2);
+        simulation.run();
+        assert_eq!(simulation.longest(&demand), Duration::ZERO, "seed {seed}");
+        let waits = |part: usize, reader: usize| {
+            let (granted, reader) = (simulation.fates[part].granted.unwrap(), simulation.fates[reader]);
+            granted > reader.asked && Some(granted) < reader.ended
+        };
+        for &part in &parts {
+            let here = *simulation.wishes[part].owner.host == *"host";
+            let beside = demand.iter().any(|&reader| waits(part, reader));
+            assert!(
+                !here || !beside,
+                "a part was granted while somebody waited (seed {seed})"
+            );
+        }
+        let elsewhere = |&part: &usize| *simulation.wishes[part].owner.host == *"another";
+        let longest = parts
+            .iter()
+            .copied()
+            .filter(|part| elsewhere(part))
+            .map(|part| simulation.wait(part));
+        assert!(longest.max() < Some(Duration::from_secs(5)), "nobody waits there");
+    }
+}

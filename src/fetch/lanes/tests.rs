@@ -1,0 +1,454 @@
+//! Lanes over a network in virtual time: links that hold back each connection or all of them, and sources that cut, refuse, fall silent, drip
+//! and have no ranges. Everything follows from a seed.
+
+use std::sync::Mutex;
+
+use futures::stream;
+
+use super::*;
+use crate::fetch::schedule::{Class, Limits, Scheduler};
+use crate::fetch::tests::fake::noise;
+use crate::fetch::width::Links;
+use crate::metrics::Metrics;
+use crate::registry::Origin;
+
+/// Bytes per piece of a body.
+const PIECE: usize = 64 << 10;
+const MIB: u64 = 1 << 20;
+/// How far a sender may lag behind the clock and still catch up: timers are not exact.
+const SLACK: Duration = Duration::from_millis(5);
+const RTT: Duration = Duration::from_millis(20);
+const PATIENCE: Duration = Duration::from_secs(60);
+const SEEDS: u64 = 100;
+
+/// What becomes of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Good,
+    Refused,
+    NoRanges,
+    /// It breaks after that many bytes.
+    Cut(u64),
+    /// Nothing comes after that many bytes.
+    Silent(u64),
+    /// It brings 16 KB in a second.
+    Drips,
+}
+
+/// The bytes that a source has sent and nobody has dropped.
+#[derive(Default)]
+struct Live {
+    now: AtomicU64,
+    most: AtomicU64,
+}
+
+struct Tracked(Bytes, Arc<Live>);
+
+impl AsRef<[u8]> for Tracked {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Tracked {
+    fn drop(&mut self) {
+        self.1.now.fetch_sub(self.0.len() as u64, Ordering::Relaxed);
+    }
+}
+
+/// A source behind a link.
+struct Net {
+    data: Bytes,
+    /// Bytes per second that each connection has at most, and all of them together.
+    each: u64,
+    all: u64,
+    idle_at: Mutex<Instant>,
+    fate: Box<dyn Fn(usize, How) -> Fate + Send + Sync>,
+    asked: Mutex<Vec<(How, Range<u64>)>>,
+    underway: Arc<AtomicU64>,
+    sent: AtomicU64,
+    live: Arc<Live>,
+}
+
+struct Underway(Arc<AtomicU64>);
+
+impl Drop for Underway {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn sends(next: &mut Instant, len: u64, rate: u64) -> Instant {
+    let now = Instant::now();
+    let earliest = now.checked_sub(SLACK).unwrap_or(now);
+    *next = (*next).max(earliest) + Duration::from_nanos(len * 1_000_000_000 / rate);
+    *next
+}
+
+/// That many bytes, in which none lie where they would lie after a slip of any likely length. (To make noise takes a while in a debug build.)
+fn bytes(len: u64) -> Vec<u8> {
+    let unit = noise(len, 1_000_003);
+    let mut bytes = unit.repeat((len as usize).div_ceil(unit.len()));
+    bytes.truncate(len as usize);
+    bytes
+}
+
+impl Net {
+    fn new(len: u64, each: u64, all: u64, fate: impl Fn(usize, How) -> Fate + Send + Sync + 'static) -> Arc<Self> {
+        Arc::new(Net {
+            data: bytes(len).into(),
+            each,
+            all,
+            idle_at: Mutex::new(Instant::now()),
+            fate: Box::new(fate),
+            asked: Mutex::default(),
+            underway: Arc::default(),
+            sent: AtomicU64::new(0),
+            live: Arc::default(),
+        })
+    }
+
+    fn besides(&self) -> usize {
+        let asked = self.asked.lock().unwrap();
+        asked.iter().filter(|(how, _)| *how == How::Beside).count()
+    }
+
+    async fn open(self: Arc<Self>, range: Range<u64>, how: How) -> Result<Body, RegistryError> {
+        let number = {
+            let mut asked = self.asked.lock().unwrap();
+            asked.push((how, range.clone()));
+            asked.len() - 1
+        };
+        self.underway.fetch_add(1, Ordering::Relaxed);
+        let guard = Underway(Arc::clone(&self.underway));
+        sleep(RTT).await;
+        let error = || RegistryError::Unreachable {
+            host: "host".to_owned(),
+            what: "on purpose".to_owned(),
+        };
+        let fate = (self.fate)(number, how);
+        match fate {
+            Fate::Refused => return Err(error()),
+            Fate::NoRanges => {
+                return Err(RegistryError::NoRanges {
+                    host: "host".to_owned(),
+                    what: "on purpose".to_owned(),
+                });
+            }
+            _ => {}
+        }
+        let each = if fate == Fate::Drips { 16_000 } else { self.each };
+        let state = (self, range.clone(), Instant::now(), guard);
+        let body = stream::unfold(state, move |(me, rest, mut next, guard)| async move {
+            let done = rest.start - range.start;
+            let mut len = (rest.end - rest.start).min(PIECE as u64);
+            if fate == Fate::Drips {
+                len = len.min(16_000);
+            }
+            match fate {
+                Fate::Cut(at) if done >= at => {
+                    let nothing = rest.end..rest.end;
+                    return (!rest.is_empty()).then(|| (Err(error()), (me, nothing, next, guard)));
+                }
+                Fate::Silent(at) if done >= at => std::future::pending().await,
+                Fate::Cut(at) | Fate::Silent(at) => len = len.min(at - done),
+                _ => {}
+            }
+            if len == 0 {
+                return None;
+            }
+            let own = sends(&mut next, len, each);
+            let shared = sends(&mut me.idle_at.lock().unwrap(), len, me.all);
+            tokio::time::sleep_until(own.max(shared)).await;
+            let bytes = me.data.slice(rest.start as usize..(rest.start + len) as usize);
+            me.sent.fetch_add(len, Ordering::Relaxed);
+            let now = me.live.now.fetch_add(len, Ordering::Relaxed) + len;
+            me.live.most.fetch_max(now, Ordering::Relaxed);
+            let bytes = Bytes::from_owner(Tracked(bytes, Arc::clone(&me.live)));
+            let rest = rest.start + len..rest.end;
+            Some((Ok(bytes), (me, rest, next, guard)))
+        });
+        Ok(body.boxed())
+    }
+}
+
+/// The handle that lanes have.
+struct Handle(Arc<Net>);
+
+impl Blob for Handle {
+    fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        Arc::clone(&self.0).open(range, How::Plain).boxed()
+    }
+
+    fn read_beside(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
+        Arc::clone(&self.0).open(range, How::Beside).boxed()
+    }
+
+    fn size(&self) -> u64 {
+        self.0.data.len() as u64
+    }
+
+    fn describe(&self) -> String {
+        "a blob".to_owned()
+    }
+
+    fn origin(&self) -> Origin {
+        Origin::new("host", "image")
+    }
+}
+
+/// What lanes are given.
+struct Given {
+    memory: Arc<Budget>,
+    ahead: Arc<Budget>,
+    scheduler: Arc<Scheduler>,
+    links: Arc<Links>,
+    metrics: Metrics,
+    wishes: watch::Sender<Wishes>,
+    shape: Shape,
+    progress: Arc<AtomicU64>,
+}
+
+impl Given {
+    fn new(links: Links) -> Self {
+        Given {
+            memory: Budget::new(32 * MIB),
+            ahead: Budget::new(32 * MIB),
+            scheduler: Scheduler::new(Limits {
+                requests: 16,
+                streams: 4,
+                memory: 256 * MIB,
+            }),
+            links: Arc::new(links),
+            metrics: Metrics::new(),
+            wishes: watch::Sender::new(Wishes::default()),
+            shape: Shape::default(),
+            progress: Arc::default(),
+        }
+    }
+
+    fn lanes(&self, net: &Arc<Net>) -> Lanes {
+        let progress = Arc::clone(&self.progress);
+        Lanes::new(
+            Arc::new(Handle(Arc::clone(net))),
+            Resources {
+                memory: Arc::clone(&self.memory),
+                ahead: Arc::clone(&self.ahead),
+                patience: PATIENCE,
+                wishes: self.wishes.subscribe(),
+                progress: Box::new(move |bytes| {
+                    progress.fetch_add(bytes, Ordering::Relaxed);
+                }),
+                grows: Box::new(|_| {}),
+                fetched: self.metrics.fetched_bytes_total.with_label_values(&["stream"]),
+                stream_ranges: self.metrics.stream_ranges_total.clone(),
+                origin: Origin::new("host", "image"),
+                class: Class::Prefetch,
+                scheduler: Arc::clone(&self.scheduler),
+                links: Arc::clone(&self.links),
+                wide: true,
+                shape: self.shape,
+            },
+        )
+    }
+
+    fn outcome(&self, word: &str) -> u64 {
+        self.metrics.stream_ranges_total.with_label_values(&[word]).get()
+    }
+
+    /// Reads all of it; how long that took.
+    async fn read(&self, net: &Arc<Net>) -> Duration {
+        let begin = Instant::now();
+        let (mut lanes, mut at) = (self.lanes(net), 0);
+        while let Some(piece) = lanes.next().await.unwrap() {
+            assert!(piece.bytes == net.data[at..at + piece.bytes.len()], "at {at}");
+            at += piece.bytes.len();
+        }
+        assert_eq!(at, net.data.len());
+        begin.elapsed()
+    }
+}
+
+const MB: u64 = 1_000_000;
+
+#[tokio::test(start_paused = true)]
+async fn where_each_connection_is_held_back_several_bring_several_times_as_much() {
+    let net = || Net::new(400 * MB, 31 * MB, 250 * MB, |_, _| Fate::Good);
+    let one = Given::new(Links::new(0)).read(&net()).await;
+    let given = Given::new(Links::new(11));
+    let several = given.read(&net()).await;
+    assert!(several * 3 < one, "{several:?} instead of {one:?}");
+    // What was found out is known to the next one.
+    let again = given.read(&net()).await;
+    assert!(again * 4 < one, "{again:?} instead of {one:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_the_link_is_full_trials_cost_next_to_nothing() {
+    let net = || Net::new(160 * MB, u64::MAX / 4 / MB, 12_500_000, |_, _| Fate::Good);
+    let (alone, tried) = (net(), net());
+    let one = Given::new(Links::new(0)).read(&alone).await;
+    let given = Given::new(Links::new(11));
+    let several = given.read(&tried).await;
+    assert!(several < one * 103 / 100, "{several:?} instead of {one:?}");
+    let (least, sent) = (alone.sent.load(Ordering::Relaxed), tried.sent.load(Ordering::Relaxed));
+    assert!(sent < least * 103 / 100, "{sent} bytes instead of {least}");
+    assert!(tried.besides() > 0, "it was tried");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_source_without_ranges_is_read_over_one_connection() {
+    let fate = |_, how| match how {
+        How::Plain => Fate::Good,
+        How::Beside => Fate::NoRanges,
+    };
+    let net = Net::new(60 * MB, 5 * MB, 250 * MB, fate);
+    let given = Given::new(Links::fixed(8));
+    given.read(&net).await;
+    assert_eq!(net.sent.load(Ordering::Relaxed), net.data.len() as u64, "no byte twice");
+    assert!(net.besides() <= 8, "{}", net.besides());
+}
+
+/// Whatever becomes of the requests, the bytes come once and in order, and no more of them are held than may be.
+#[tokio::test(start_paused = true)]
+async fn any_mixture_of_answers_gives_the_bytes_once_and_in_order() {
+    for seed in 0..SEEDS {
+        let random = move |number: usize| noise(seed * 1000 + number as u64, 8);
+        let fate = move |number, how| {
+            let random = random(number);
+            match (how, random[0] % 12) {
+                (How::Plain, _) => Fate::Good,
+                (_, 0) => Fate::Refused,
+                (_, 1) if random[2] % 4 == 0 => Fate::NoRanges,
+                (_, 2) => Fate::Cut(u64::from(random[1]) * 3000),
+                (_, 3) => Fate::Silent(u64::from(random[1]) * 3000),
+                (_, 4) => Fate::Drips,
+                _ => Fate::Good,
+            }
+        };
+        let choice = noise(seed, 8);
+        let len = 2 * MIB + u64::from(choice[0]) * 40_000;
+        let net = Net::new(len, (1 + u64::from(choice[1] % 16)) * MB, 20 * MB, fate);
+        let extra = usize::from(choice[2] % 9);
+        let mut given = Given::new(Links::fixed(extra));
+        given.shape = Shape {
+            least: MIB / 4,
+            most: MIB,
+        };
+        let part = (given.memory.total() / OWN_PART).max(PART_MIN);
+        let (mut lanes, mut at) = (given.lanes(&net), 0);
+        // Decompression is slow at times.
+        let mut kept = VecDeque::new();
+        while let Some(piece) = lanes.next().await.unwrap() {
+            assert!(
+                piece.bytes == net.data[at..at + piece.bytes.len()],
+                "at {at}, seed {seed}"
+            );
+            at += piece.bytes.len();
+            kept.push_back(piece);
+            if choice[3].is_multiple_of(2) || kept.len() > 20 {
+                sleep(Duration::from_millis(u64::from(choice[4] % 8))).await;
+                kept.pop_front();
+            }
+        }
+        assert_eq!(at as u64, len, "seed {seed}");
+        assert_eq!(given.progress.load(Ordering::Relaxed), len);
+        let most = net.live.most.load(Ordering::Relaxed);
+        // Each request has a piece in its hands that waits for its memory.
+        let bound = part + given.ahead.total() / 4 * EXTRA_QUARTERS + (extra as u64 + 3) * PIECE as u64;
+        assert!(most <= bound, "{most} of {bound}, seed {seed}");
+        drop((lanes, kept));
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(given.memory.held() + given.ahead.held(), 0, "seed {seed}");
+        assert_eq!(given.scheduler.counts(), (0, 0), "seed {seed}");
+        assert_eq!(net.underway.load(Ordering::Relaxed), 0, "seed {seed}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_range_that_is_slower_than_its_peers_is_asked_for_twice() {
+    let fate = |number, _| if number == 3 { Fate::Drips } else { Fate::Good };
+    let net = Net::new(60 * MB, 5 * MB, 250 * MB, fate);
+    let given = Given::new(Links::fixed(4));
+    let took = given.read(&net).await;
+    assert_eq!(given.outcome("overtaken"), 1);
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    // One that says nothing is no different.
+    let fate = |number, _| if number == 5 { Fate::Silent(10_000) } else { Fate::Good };
+    let net = Net::new(60 * MB, 5 * MB, 250 * MB, fate);
+    let took = given.read(&net).await;
+    assert_eq!(given.outcome("overtaken"), 2);
+    assert!(took < Duration::from_secs(5), "{took:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_range_that_fails_is_asked_for_once_more_and_then_that_is_an_error() {
+    let fails = |until: usize| {
+        move |number: usize, _| match number {
+            2 => Fate::Cut(300_000),
+            3.. if number < until => Fate::Refused,
+            _ => Fate::Good,
+        }
+    };
+    let net = Net::new(20 * MB, 5 * MB, 250 * MB, fails(3));
+    let given = Given::new(Links::fixed(2));
+    given.read(&net).await;
+    assert_eq!(given.outcome("failed"), 1);
+    let net = Net::new(20 * MB, 5 * MB, 250 * MB, fails(usize::MAX));
+    let mut lanes = given.lanes(&net);
+    let fault = loop {
+        match lanes.next().await {
+            Ok(piece) => assert!(piece.is_some(), "the end has not come"),
+            Err(fault) => break fault,
+        }
+    };
+    assert!(matches!(fault, Fault::Source(_)), "{fault:?}");
+    drop(lanes);
+    assert_eq!(given.ahead.held(), 0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pause_begins_nothing_and_lets_ranges_end() {
+    let net = Net::new(200 * MB, 5 * MB, 250 * MB, |_, _| Fate::Good);
+    let given = Given::new(Links::fixed(4));
+    let mut lanes = given.lanes(&net);
+    let read = async |lanes: &mut Lanes, time| {
+        let end = Instant::now() + time;
+        while let Ok(Ok(piece)) = tokio::time::timeout_at(end, lanes.next()).await {
+            assert!(piece.is_some());
+        }
+    };
+    read(&mut lanes, Duration::from_secs(1)).await;
+    assert!(net.underway.load(Ordering::Relaxed) > 3);
+    given.wishes.send_modify(|wishes| wishes.pauses = 1);
+    read(&mut lanes, Duration::from_secs(3)).await;
+    let (asked, sent) = (net.asked.lock().unwrap().len(), net.sent.load(Ordering::Relaxed));
+    assert_eq!(given.scheduler.counts(), (0, 0), "places are free");
+    read(&mut lanes, PATIENCE * 2).await;
+    assert_eq!(net.asked.lock().unwrap().len(), asked);
+    assert_eq!(net.sent.load(Ordering::Relaxed), sent);
+    given.wishes.send_modify(|wishes| wishes.pauses = 0);
+    read(&mut lanes, Duration::from_secs(1)).await;
+    assert!(net.sent.load(Ordering::Relaxed) > sent + 10 * MB);
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_waits_for_bytes_of_the_host_has_it_to_himself() {
+    let net = Net::new(100 * MB, 5 * MB, 250 * MB, |_, _| Fate::Good);
+    let given = Given::new(Links::fixed(8));
+    let demand = Wish {
+        owner: Origin::new("host", "another"),
+        class: Class::Demand,
+        kind: Kind::Request,
+        bytes: 1000,
+        deadline: Duration::ZERO,
+    };
+    let place = given.scheduler.enter(demand).await;
+    let took = given.read(&net).await;
+    assert_eq!(net.besides(), 0);
+    drop(place);
+    let alone = given.read(&net).await;
+    assert!(alone * 3 < took, "{alone:?} instead of {took:?}");
+}

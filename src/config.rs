@@ -45,6 +45,8 @@ pub struct Config {
     pub memory: MemoryConfig,
     /// containerd's content store.
     pub content: ContentConfig,
+    /// What is learned of starts.
+    pub trace: TraceConfig,
 }
 
 /// Logs.
@@ -192,6 +194,17 @@ pub struct ContentConfig {
     pub complete: Complete,
 }
 
+/// What is learned of starts.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TraceConfig {
+    /// Record what containers read while they start, and fetch that ahead when their image is pulled again.
+    pub enabled: bool,
+    /// How long a container must have read nothing new for its start to be over, in seconds.
+    #[serde(with = "seconds")]
+    pub settle: Duration,
+}
+
 /// When images are completed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -261,6 +274,7 @@ impl Default for Config {
             fuse: FuseConfig::default(),
             memory: MemoryConfig::default(),
             content: ContentConfig::default(),
+            trace: TraceConfig::default(),
         }
     }
 }
@@ -331,6 +345,16 @@ impl Default for FetchConfig {
             read_deadline: Duration::from_secs(900),
             fill: Fill::Idle,
             background_rate: ByteSize(0),
+        }
+    }
+}
+
+impl Default for TraceConfig {
+    fn default() -> Self {
+        TraceConfig {
+            enabled: true,
+            // A program that waits for another one (a database, a lock) pauses for seconds and goes on reading.
+            settle: Duration::from_secs(10),
         }
     }
 }

@@ -72,7 +72,16 @@ pub struct Entry {
     pub program: String,
 }
 
+/// Programs that run whatever their arguments say.
+const SHELLS: [&str; 5] = ["sh", "bash", "dash", "ash", "busybox"];
+
 impl Entry {
+    /// Whether it is the same program with other arguments, so that it reads much of the same.
+    pub fn resembles(&self, other: &Entry) -> bool {
+        let name = self.program.rsplit('/').next().unwrap_or_default();
+        self.program == other.program && !name.is_empty() && !SHELLS.contains(&name)
+    }
+
     /// That of a container which runs `args`.
     pub fn of(args: &[String]) -> Self {
         let mut bytes = Vec::new();

@@ -41,6 +41,7 @@ mod soci;
 mod stage;
 mod takeover;
 mod tenants;
+mod trace;
 mod trees;
 mod users;
 mod variants;

@@ -187,6 +187,9 @@ fn an_entry_point_is_its_whole_command_and_keeps_no_argument() {
     assert_ne!(args(&["sh", "a b"]), args(&["sh", "a", "b"]));
     assert_ne!(args(&["sh"]), args(&["sh", ""]));
     assert_eq!(args(&["/bin/a\n", "secret"]).program, "/bin/a");
+    assert!(args(&["/bin/app", "--job=1"]).resembles(&args(&["/bin/app", "--job=2"])));
+    assert!(!args(&["/bin/app"]).resembles(&args(&["/bin/other"])) && !args(&[]).resembles(&args(&[])));
+    assert!(!args(&["/bin/sh", "-c", "a"]).resembles(&args(&["/bin/sh", "-c", "b"])));
     let names = layer(&[("a", 1000)]);
     let text = serde_json::to_string(&start("l", &names, Sight::Clear, &[(512, 1000)])).unwrap();
     assert!(text.contains("/bin/app") && !text.contains("secret"));

@@ -46,7 +46,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGua
 use std::time::{Duration, Instant};
 
 use crate::cache::InUse;
-use crate::config::TraceConfig;
+use crate::config::{IndexConfig, TraceConfig};
 use crate::fetch::{Layer, LayerData};
 use crate::fs::Faces;
 use crate::layer::{Access, Digest};
@@ -230,6 +230,8 @@ pub struct Parts {
     pub cache_max_bytes: u64,
     /// What is learned of starts.
     pub trace: TraceConfig,
+    /// How that is shared: as indexes are.
+    pub index: IndexConfig,
 }
 
 impl Catalog {
@@ -246,6 +248,7 @@ impl Catalog {
             root,
             cache_max_bytes,
             trace,
+            index,
         } = parts;
         let hosts: Arc<Hosts> = Arc::default();
         Arc::new(Catalog {
@@ -276,7 +279,7 @@ impl Catalog {
             completing: tokio::sync::Mutex::default(),
             completeness: Mutex::default(),
             asked: Mutex::default(),
-            traces: Traces::new(trace),
+            traces: Traces::new(trace, &index),
         })
     }
 

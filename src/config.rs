@@ -511,7 +511,7 @@ impl Config {
                 format!("{:?} is not a log level or filter", self.log.level),
             );
         }
-        let bounds: [(&'static str, u64, u64, u64); 10] = [
+        let bounds: [(&'static str, u64, u64, u64); 11] = [
             (
                 "registry.connect_timeout",
                 self.registry.connect_timeout.as_secs(),
@@ -536,6 +536,8 @@ impl Config {
             ("fetch.stream_memory", self.fetch.stream_memory.0, 4 << 20, 64 << 30),
             ("memory.budget", self.memory.budget.0, 64 << 20, 1 << 40),
             ("fetch.read_deadline", self.fetch.read_deadline.as_secs(), 1, 86_400),
+            // Less than the longest start that is recorded.
+            ("trace.settle", self.trace.settle.as_secs(), 1, 100),
             ("index.lookup_deadline", self.index.lookup_deadline.as_secs(), 1, 60),
         ];
         for (key, value, least, most) in bounds {

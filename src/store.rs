@@ -71,6 +71,7 @@ pub use indexes::{IndexRecord, Voucher};
 pub use layers::{LayerRecord, LayerSource};
 pub use schema::SCHEMA;
 pub use snapshots::{Ancestor, Kind, SnapshotRecord, SnapshotsWrite, Usage, shown};
+pub use traces::ENTRIES_MAX;
 
 /// A file of at least this size, in bytes, is looked at when it is opened: whether most of it is free.
 const COMPACT_FROM: u64 = 4 << 20;

@@ -1,5 +1,6 @@
 //! What starts of containers teach: what they read is recorded ([`record`]), kept by repository, image and entry point
-//! ([`crate::store`]), and asked for ahead ([`play`]) when the image is pulled again, or the next one of its repository.
+//! ([`crate::store`]), asked for ahead ([`play`]) when the image is pulled again, or the next one of its repository, and shared with other
+//! machines ([`share`]).
 //!
 //! # A start
 //! begins when `snapshots` makes the snapshot of a container, and ends when the container has read nothing new for a while (`trace.settle`), when
@@ -19,17 +20,20 @@
 //! out to be another, what is still asked for is taken back, and the right one is played.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::{Catalog, Live};
-use crate::config::TraceConfig;
+use crate::config::{IndexConfig, TraceConfig};
 use crate::fs::Face;
 use crate::layer::Digest;
 use crate::layer::trace::Trace;
 
 pub mod play;
 pub mod record;
+pub mod share;
+pub mod show;
 
 use play::Played;
 use record::Running;
@@ -62,7 +66,20 @@ pub(super) fn repository(host: &str, repository: &str) -> String {
 /// What is known of starts that go on, and of images that are about to be started.
 pub(super) struct Traces {
     config: TraceConfig,
+    share: ShareConfig,
     state: Mutex<State>,
+}
+
+/// How traces are shared: as indexes are.
+struct ShareConfig {
+    /// Whether others are asked for theirs.
+    enabled: bool,
+    /// Whether what is recorded here is published.
+    publish: bool,
+    /// Longest search.
+    deadline: Duration,
+    /// File of the key that signs what is published.
+    signing_key: Option<PathBuf>,
 }
 
 #[derive(Default)]
@@ -76,9 +93,15 @@ struct State {
 }
 
 impl Traces {
-    pub(super) fn new(config: TraceConfig) -> Self {
+    pub(super) fn new(config: TraceConfig, index: &IndexConfig) -> Self {
         Traces {
             config,
+            share: ShareConfig {
+                enabled: index.enabled,
+                publish: index.publish,
+                deadline: index.lookup_deadline,
+                signing_key: index.signing_key.clone(),
+            },
             state: Mutex::default(),
         }
     }
@@ -93,6 +116,8 @@ impl Traces {
 enum Fit {
     /// It is of this image.
     Same,
+    /// It is of this image, and was recorded elsewhere.
+    Shared,
     /// It is of another image of the repository.
     Repository,
 }
@@ -101,6 +126,7 @@ impl Fit {
     fn word(self) -> &'static str {
         match self {
             Fit::Same => "same",
+            Fit::Shared => "shared",
             Fit::Repository => "repository",
         }
     }

@@ -72,7 +72,7 @@ pub struct LayerStats {
 /// What a wish asked for: what of it was not here.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Wished {
-    chunks: Vec<usize>,
+    pub(super) chunks: Vec<usize>,
     /// Ranges of the data space: offsets and lengths.
     pub ranges: Vec<(u64, u64)>,
     /// Bytes of the blob.

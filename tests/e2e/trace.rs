@@ -77,8 +77,12 @@ struct Node {
 
 impl Node {
     fn new(name: &str) -> Option<Self> {
+        Self::with(name, "")
+    }
+
+    fn with(name: &str, config: &str) -> Option<Self> {
         let generation = Generation::two().unwrap_or(Generation::One);
-        let stage = Stage::with(name, generation, "", |_| {});
+        let stage = Stage::with(name, generation, config, |_| {});
         (subject() == SNAPSHOTTER).then_some(Node { stage })
     }
 
@@ -314,6 +318,50 @@ fn a_damaged_trace_is_not_used() {
     let traces = node.traces();
     assert_eq!(traces.len(), 1);
     assert_eq!((traces[0].starts, dirs(&traces[0])), (1, named(&ONE)));
+}
+
+/// A container that goes on has started when it reads nothing new; and what is known is shown, and forgotten where that is wanted.
+#[test]
+fn a_start_is_over_when_it_has_settled() {
+    let Some(node) = Node::with("a_start_is_over_when_it_has_settled", "[trace]\nsettle = 1\n") else {
+        return;
+    };
+    let reference = node.stage.push_converted(&image(&[]), "trace/app:1", &["--estargz"]);
+    node.stage.pull(&reference);
+    let id = node.stage.containerd.start_container(&reference, SNAPSHOTTER);
+    node.stage.containerd.exec(&id, &script(&OTHER)).expect_success();
+    node.learned(1);
+    // The start is over: this is its work.
+    node.stage.containerd.exec(&id, &script(&ONE)).expect_success();
+    node.stage.containerd.remove_container(&id);
+    let lazuli = node.stage.lazuli.as_ref().unwrap();
+    let trace = |arguments: &[&str]| {
+        let finished = run(&mut lazuli.command("trace", arguments), PATIENCE).expect_success();
+        finished.text()
+    };
+    let repository = reference.rsplit_once(':').unwrap().0;
+    let shown = trace(&["--json", "show", repository, "--reads"]);
+    let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+    let traces = shown["traces"].as_array().unwrap();
+    assert_eq!(traces.len(), 1, "{shown:#}");
+    assert_eq!(
+        (&traces[0]["repository"], &traces[0]["starts"]),
+        (&repository.into(), &1.into())
+    );
+    let reads = traces[0]["reads"].as_array().unwrap();
+    let paths: BTreeSet<&str> = reads.iter().map(|read| read["path"].as_str().unwrap()).collect();
+    assert!(
+        (0..FILES).all(|file| paths.contains(name(OTHER[0], file).as_str())),
+        "{shown:#}"
+    );
+    assert!(
+        (0..FILES).all(|file| !paths.contains(name(ONE[0], file).as_str())),
+        "{shown:#}"
+    );
+    assert!(trace(&["show"]).contains(repository));
+    assert_eq!(trace(&["rm", &format!("{repository}/other")]), "0 traces are removed\n");
+    assert_eq!(trace(&["rm", repository]), "1 traces are removed\n");
+    assert_eq!(trace(&["show", repository]), "nothing is known of starts\n");
 }
 
 /// A daemon that is killed while it records has learned nothing, and lost nothing.

@@ -22,6 +22,7 @@ use crate::catalog::question::Begun;
 use crate::fetch::{Layer, LayerData as _, Wished};
 use crate::layer::Digest;
 use crate::layer::trace::{Entry, Placed, Trace};
+use crate::store::{LayerSource, StoreError};
 use crate::sync::blocking;
 
 /// Bytes of the first wave: more than most programs read to start.
@@ -89,8 +90,9 @@ impl Catalog {
                 return;
             }
         }
-        let sources = plan.sources.iter();
-        let repositories = sources.map(|source| super::repository(&source.host, &source.repository));
+        let sources = plan.sources.clone();
+        let names = sources.iter();
+        let repositories = names.map(|source| super::repository(&source.host, &source.repository));
         let repositories: Vec<String> = repositories.filter(|name| !name.is_empty()).collect();
         if repositories.is_empty() {
             return;
@@ -109,12 +111,38 @@ impl Catalog {
         let (catalog, manifest) = (Arc::clone(self), plan.manifest);
         tokio::spawn(async move {
             let finder = Arc::clone(&catalog);
-            let found = blocking(move || finder.best_trace(&repositories, &manifest, None)).await;
+            let names = repositories.clone();
+            let mut found = blocking(move || finder.best_trace(&names, &manifest, None)).await;
+            if !matches!(found, Some((Fit::Same, _))) {
+                let shared = catalog.take_shared(&sources, manifest, &repositories[0]).await;
+                found = shared.map(|trace| (Fit::Shared, trace)).or(found);
+            }
             match found {
                 Some((fit, trace)) => catalog.play(manifest, image, coming, fit, trace).await,
                 None => catalog.metrics.trace_plays_total.with_label_values(&["none"]).inc(),
             }
         });
+    }
+
+    /// Takes over what others have published of an image; the trace of it to be played.
+    async fn take_shared(
+        self: &Arc<Self>,
+        places: &[LayerSource],
+        manifest: Digest,
+        repository: &str,
+    ) -> Option<Trace> {
+        let traces = self.shared_traces(places, manifest, repository).await;
+        let known = traces.clone();
+        let kept = self.store.change(move |draft| {
+            for trace in &known {
+                draft.put_trace(trace)?;
+            }
+            Ok::<_, StoreError>(())
+        });
+        if let Err(error) = kept.await {
+            tracing::warn!(%error, %manifest, "what others know of its starts cannot be kept");
+        }
+        Some(super::best(traces, &manifest, None)?.1)
     }
 
     /// Plays a trace for an image with these layers.

@@ -229,10 +229,12 @@ impl Catalog {
         if let Some(trace) = trace {
             let (manifest, program, starts) = (trace.manifest, trace.entry.program.clone(), trace.starts);
             let (ranges, bytes) = (trace.wishes.len(), trace.bytes());
-            let kept = self.store.change(move |draft| draft.put_trace(&trace)).await;
+            let recorded = trace.clone();
+            let kept = self.store.change(move |draft| draft.put_trace(&recorded)).await;
             match kept {
                 Ok(()) => {
-                    tracing::info!(%manifest, program, starts, ranges, bytes, "it is known what this reads when it starts")
+                    tracing::info!(%manifest, program, starts, ranges, bytes, "it is known what this reads when it starts");
+                    self.share(&trace);
                 }
                 Err::<(), StoreError>(error) => {
                     tracing::warn!(%error, %manifest, "what was learned of a start cannot be kept");

@@ -32,6 +32,9 @@
 //! Before a layer is streamed, an index of it is looked for that another machine has built ([`shared`]); one that is built here is
 //! published ([`indexes`]).
 //!
+//! # What is learned
+//! What containers read while they start is recorded, and asked for when their image is pulled again ([`traces`]).
+//!
 //! # Release
 //! [`Layers::retain`] names the layers that snapshots refer to, and those that containers are made on. Any other is taken out of the FUSE
 //! tree, unless it was loaded just now: its snapshot may be about to be committed. Its bytes stay in the cache until the budget needs the
@@ -43,6 +46,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGua
 use std::time::{Duration, Instant};
 
 use crate::cache::InUse;
+use crate::config::{IndexConfig, TraceConfig};
 use crate::fetch::{Layer, LayerData};
 use crate::fs::Faces;
 use crate::layer::{Access, Digest};
@@ -79,10 +83,13 @@ pub mod soci;
 pub mod sources;
 pub mod status;
 pub mod toc;
+pub mod traces;
 pub mod variants;
 
 pub use chains::Lowers;
-pub use contract::{Agreement, Application, Applied, LayerRequest, Layers, Needed, Question, Released, Resolution};
+pub use contract::{
+    Agreement, Application, Applied, LayerRequest, Layers, Needed, Question, Released, Resolution, Start,
+};
 pub use handle::Handle;
 
 use belief::Beliefs;
@@ -97,6 +104,7 @@ use pace::Hosts;
 use shared::Origin;
 use shared::publish::Publisher;
 use sources::{Failover, Repositories, Standings};
+use traces::Traces;
 use variants::Shelf;
 
 /// How long a layer stays live without a snapshot that refers to it. A pull loads all layers of an image at once and commits them
@@ -196,6 +204,8 @@ pub struct Catalog {
     completeness: Mutex<complete::Completeness>,
     /// Images of which layers were asked for lately, and when that was: their snapshots may be about to come.
     asked: Mutex<HashMap<Digest, Instant>>,
+    /// What is learned of starts.
+    traces: Traces,
 }
 
 /// What a [`Catalog`] is made of.
@@ -218,6 +228,10 @@ pub struct Parts {
     pub root: PathBuf,
     /// The cache's budget, for the status document.
     pub cache_max_bytes: u64,
+    /// What is learned of starts.
+    pub trace: TraceConfig,
+    /// How that is shared: as indexes are.
+    pub index: IndexConfig,
 }
 
 impl Catalog {
@@ -233,6 +247,8 @@ impl Catalog {
             publisher,
             root,
             cache_max_bytes,
+            trace,
+            index,
         } = parts;
         let hosts: Arc<Hosts> = Arc::default();
         Arc::new(Catalog {
@@ -263,12 +279,14 @@ impl Catalog {
             completing: tokio::sync::Mutex::default(),
             completeness: Mutex::default(),
             asked: Mutex::default(),
+            traces: Traces::new(trace, &index),
         })
     }
 
     /// Ends everything: waiters get errors, the FUSE mount is taken away, the cache is marked clean. In this order: who stops a daemon waits for
     /// the first two, and the last may take long after much was written.
     pub fn close(&self) {
+        self.end_recordings();
         // Before the first pin goes.
         self.loader.cache().keep_all();
         for (_, live) in self.write_live().drain() {
@@ -324,6 +342,7 @@ impl Catalog {
         }
         let asking = self.loads.ask((plan.namespace.clone(), plan.manifest), position);
         let begun = self.begin_image(&plan, position, &asking, &request);
+        self.play_for(&plan, &begun);
         let result = match self.wait_for(&plan, position, &asking, &begun, deadline).await {
             Ok(_) => {
                 let looks = self.on_its_parents(&plan, position, &begun, &request.below);

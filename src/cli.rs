@@ -41,6 +41,7 @@ mod serve;
 mod soci;
 mod status;
 mod summary;
+mod trace;
 mod upgrade;
 mod work;
 
@@ -88,6 +89,11 @@ enum Command {
     /// Then an image can be exported, pushed, converted and scanned as any other, and needs its registry no more. The daemon does it, behind
     /// everything that somebody waits for; interrupted, it goes on where it was.
     Complete(CompleteArgs),
+    /// Look at what the daemon has learned of starts, publish it, or have it forgotten.
+    ///
+    /// What a container reads while it starts is recorded, and fetched ahead when its image is pulled again, or the next one of its
+    /// repository. Nobody has to do anything for it.
+    Trace(TraceArgs),
     /// Build, share and look at indexes: who has a layer's index starts it without streaming it first.
     ///
     /// An index lies beside its image (as a referrer of the manifest), or in an index repository (--repository, or `index.repository` of
@@ -212,6 +218,45 @@ struct CompleteArgs {
     /// No word about progress
     #[arg(long, short)]
     quiet: bool,
+}
+
+#[derive(Args)]
+struct TraceArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Unix socket of the daemon (overrides `address`)
+    #[arg(long, value_name = "SOCKET")]
+    address: Option<PathBuf>,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    #[command(subcommand)]
+    command: TraceCommand,
+}
+
+#[derive(Subcommand)]
+enum TraceCommand {
+    /// List what is known: by repository, image and entry point.
+    Show {
+        /// Of this repository alone (registry.example/repo), or of one image of it (registry.example/repo@sha256:...)
+        #[arg(value_name = "REPO", value_parser = Reference::parse)]
+        reference: Option<Reference>,
+        /// List the files and ranges as well, in the order in which they are read
+        #[arg(long)]
+        reads: bool,
+    },
+    /// Publish what the daemon knows, for other machines: where its indexes go, signed with its key.
+    Push {
+        /// registry.example/repo, or one image of it: registry.example/repo@sha256:...
+        #[arg(value_name = "REPO", value_parser = Reference::parse)]
+        reference: Reference,
+    },
+    /// Forget what is known of a repository, or of one image of it.
+    Rm {
+        /// registry.example/repo, or registry.example/repo@sha256:...
+        #[arg(value_name = "REPO", value_parser = Reference::parse)]
+        reference: Reference,
+    },
 }
 
 #[derive(Args)]
@@ -340,6 +385,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Mount(args) => mount::run(args),
         Command::Status(args) => status::run(&args),
         Command::Complete(args) => complete::run(&args),
+        Command::Trace(args) => trace::run(&args),
         Command::Index(args) => index::run(args),
         Command::CheckConfig(args) => {
             let config = args.load()?;

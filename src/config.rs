@@ -45,6 +45,8 @@ pub struct Config {
     pub memory: MemoryConfig,
     /// containerd's content store.
     pub content: ContentConfig,
+    /// What is learned of starts.
+    pub trace: TraceConfig,
 }
 
 /// Logs.
@@ -194,6 +196,17 @@ pub struct ContentConfig {
     pub complete: Complete,
 }
 
+/// What is learned of starts.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TraceConfig {
+    /// Record what containers read while they start, and fetch that ahead when their image is pulled again.
+    pub enabled: bool,
+    /// How long a container must have read nothing new for its start to be over, in seconds.
+    #[serde(with = "seconds")]
+    pub settle: Duration,
+}
+
 /// When images are completed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -263,6 +276,7 @@ impl Default for Config {
             fuse: FuseConfig::default(),
             memory: MemoryConfig::default(),
             content: ContentConfig::default(),
+            trace: TraceConfig::default(),
         }
     }
 }
@@ -334,6 +348,16 @@ impl Default for FetchConfig {
             read_deadline: Duration::from_secs(900),
             fill: Fill::Idle,
             background_rate: ByteSize(0),
+        }
+    }
+}
+
+impl Default for TraceConfig {
+    fn default() -> Self {
+        TraceConfig {
+            enabled: true,
+            // A program that waits for another one (a database, a lock) pauses for seconds and goes on reading.
+            settle: Duration::from_secs(10),
         }
     }
 }
@@ -521,6 +545,8 @@ impl Config {
             ("fetch.stream_memory", self.fetch.stream_memory.0, 4 << 20, 64 << 30),
             ("memory.budget", self.memory.budget.0, 64 << 20, 1 << 40),
             ("fetch.read_deadline", self.fetch.read_deadline.as_secs(), 1, 86_400),
+            // Less than the longest start that is recorded.
+            ("trace.settle", self.trace.settle.as_secs(), 1, 100),
             ("index.lookup_deadline", self.index.lookup_deadline.as_secs(), 1, 60),
         ];
         for (key, value, least, most) in bounds {

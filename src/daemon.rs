@@ -291,6 +291,8 @@ async fn run(config: Config, link: Arc<Link>, found: Found) -> Result<(), Daemon
         publisher,
         root: config.root.clone(),
         cache_max_bytes: config.cache.max_size.0,
+        trace: config.trace.clone(),
+        index: config.index.clone(),
     });
     let worker = Worker {
         config,

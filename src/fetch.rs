@@ -21,6 +21,10 @@
 //! What cannot be had now, but later, fails no reader: its chunks go back into the queue, and hosts that deliver nothing are asked again
 //! and again, in turns (outage.rs), until they do or nobody waits any more.
 //!
+//! # What is learned
+//! What is read of a layer while a container starts is recorded for the next start (recording.rs). A layer of which that is known fetches
+//! nothing on its own account while wishes are open ([`Layer::wish`]).
+//!
 //! # Whole layers
 //! While nobody waits for anything, layers that are read lazily are filled (filling.rs). A layer that is complete is given to the kernel as a file ([`LayerData::local_file`]). What an earlier process left of it is verified
 //! before, in the background (verify.rs).
@@ -47,6 +51,7 @@ mod pieces;
 mod pipeline;
 mod queue;
 mod read;
+mod recording;
 mod refill;
 mod request;
 pub mod schedule;
@@ -63,7 +68,8 @@ pub use error::FetchError;
 pub use fetcher::Fetcher;
 pub use filling::{Filled, Rate};
 pub use flights::{Hurried, Paused, Progress, STALL};
-pub use layer::{Layer, LayerStats};
+pub use layer::{Layer, LayerStats, Wished};
+pub use recording::Recording;
 pub use stream::StreamRequest;
 
 /// A layer's data space as a file.

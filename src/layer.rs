@@ -20,6 +20,7 @@ pub mod tar;
 #[cfg(test)]
 mod testing;
 pub mod toc;
+pub mod trace;
 pub mod tree;
 pub mod variant;
 pub mod zchunked;

@@ -87,6 +87,16 @@ pub struct Metrics {
     pub index_publications_total: IntCounterVec,
     /// Layers that are wholly here and whose shared index does not describe them.
     pub index_mismatches_total: IntCounter,
+    /// Starts of containers that were watched, by `outcome` (`recorded`, `empty`: nothing was read, `unknown`: containerd did not tell what runs,
+    /// `failed`).
+    pub trace_starts_total: IntCounterVec,
+    /// Images for which what earlier starts had read was fetched ahead, by `trace` (`same`: of the same image, `repository`: of another one of
+    /// its repository, `none`: nothing is known).
+    pub trace_plays_total: IntCounterVec,
+    /// Bytes of content that were asked for ahead because earlier starts had read them, and were not here.
+    pub trace_wished_bytes_total: IntCounter,
+    /// Those of them that the next start did not read.
+    pub trace_wasted_bytes_total: IntCounter,
     /// Bytes that layers take on disk, with their indexes and everything else that is kept of them.
     pub cache_bytes: IntGauge,
     /// Bytes of memory that names and attributes of layers take.
@@ -307,6 +317,28 @@ impl Metrics {
                 &r,
                 "lazuli_index_mismatches_total",
                 "Layers that are wholly here and whose shared index does not describe them.",
+            ),
+            trace_starts_total: counter_vec(
+                &r,
+                "lazuli_trace_starts_total",
+                "Starts of containers that were watched.",
+                &["outcome"],
+            ),
+            trace_plays_total: counter_vec(
+                &r,
+                "lazuli_trace_plays_total",
+                "Images for which what earlier starts had read was fetched ahead.",
+                &["trace"],
+            ),
+            trace_wished_bytes_total: counter(
+                &r,
+                "lazuli_trace_wished_bytes_total",
+                "Bytes of content that were asked for ahead because earlier starts had read them.",
+            ),
+            trace_wasted_bytes_total: counter(
+                &r,
+                "lazuli_trace_wasted_bytes_total",
+                "Those of them that the next start did not read.",
             ),
             cache_bytes: gauge(
                 &r,

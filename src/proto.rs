@@ -27,6 +27,11 @@ pub mod containerd {
                 tonic::include_proto!("containerd.services.leases.v1");
             }
         }
+        pub mod containers {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.containers.v1");
+            }
+        }
         pub mod diff {
             pub mod v1 {
                 tonic::include_proto!("containerd.services.diff.v1");
@@ -45,7 +50,7 @@ pub mod containerd {
     }
 }
 
-pub use containerd::services::{content, diff, images, leases, namespaces, snapshots, version};
+pub use containerd::services::{containers, content, diff, images, leases, namespaces, snapshots, version};
 pub use containerd::types;
 
 /// Lazuli's own control service.

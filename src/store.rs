@@ -1,4 +1,4 @@
-//! The metadata database: snapshots, layers, images, chains, where indexes came from. One [redb] file, `metadata.redb`, mode 0600.
+//! The metadata database: snapshots, layers, images, chains, where indexes came from, traces. One [redb] file, `metadata.redb`, mode 0600.
 //!
 //! # Layout
 //! | table | key | value |
@@ -11,13 +11,14 @@
 //! | `images` | SHA-256 of the manifest, 32 bytes | [`ImageRecord`] as JSON |
 //! | `chains` | digest of the chain, 32 bytes | [`ChainRecord`] as JSON |
 //! | `indexes` | id of the layer, 32 bytes | [`IndexRecord`] as JSON |
+//! | `traces` | repository, manifest, entry point: digests of 32 bytes each | time and trace (traces.rs) |
 //!
 //! The id of a layer is the SHA-256 of its blob if its index was built from that, and another one for each thing that somebody else said of it
 //! (`crate::catalog::belief`).
 //!
 //! JSON, because a record is small, read rarely, and has to be readable by the next version: fields may be added with a
-//! default, and tables whose records may be lost; anything else raises [`SCHEMA`] and adds a step to the migrations. (`chains` is such a
-//! table: a version that does not know it leaves records behind, which the next one that does removes.)
+//! default, and tables whose records may be lost; anything else raises [`SCHEMA`] and adds a step to the migrations. (`chains` and `traces` are such
+//! tables: a version that does not know it leaves records behind, which the next one that does removes.)
 //!
 //! # Rules
 //! Every change is on disk (fsync) before the call returns, as a whole or not at all. One thread writes (writer.rs): what is
@@ -27,7 +28,7 @@
 //!
 //! The writer's thread waits for nobody: a change must not take a lock under which somebody waits for the store.
 //!
-//! Nothing only grows: [`Store::forget_layers`] and [`Store::forget_images`] take away what nothing refers to (forget.rs), and a
+//! Nothing only grows: [`Store::forget_layers`], [`Store::forget_images`] and [`Store::forget_traces`] take away what nothing refers to (forget.rs), and a
 //! file that is mostly free pages is made smaller when it is opened.
 //!
 //! A record that cannot be decoded is an error that names it; all others stay readable. redb itself checks its pages'
@@ -52,6 +53,7 @@ mod layers;
 mod lineage;
 mod schema;
 mod snapshots;
+mod traces;
 mod writer;
 
 use self::backend::{Access, Opened, Opener, Opening};
@@ -69,6 +71,7 @@ pub use indexes::{IndexRecord, Voucher};
 pub use layers::{LayerRecord, LayerSource};
 pub use schema::SCHEMA;
 pub use snapshots::{Ancestor, Kind, SnapshotRecord, SnapshotsWrite, Usage, shown};
+pub use traces::ENTRIES_MAX;
 
 /// A file of at least this size, in bytes, is looked at when it is opened: whether most of it is free.
 const COMPACT_FROM: u64 = 4 << 20;

@@ -19,6 +19,8 @@ use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Request, Status, Streaming};
 
 use crate::layer::Digest;
+use crate::proto::containers::v1 as containers;
+use crate::proto::containers::v1::containers_client::ContainersClient;
 use crate::proto::content::v1 as content;
 use crate::proto::content::v1::content_client::ContentClient;
 use crate::proto::diff::v1 as diff;
@@ -118,6 +120,28 @@ pub struct ContentInfo {
     pub labels: HashMap<String, String>,
     /// When its record was last changed, in nanoseconds since the epoch.
     pub updated: i128,
+}
+
+/// What a container was made of and for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Started {
+    /// Name of its image.
+    pub image: String,
+    /// Its snapshot.
+    pub snapshot_key: String,
+    /// What it runs: the program and its arguments.
+    pub args: Vec<String>,
+}
+
+/// The part of an OCI runtime specification that tells what is run.
+#[derive(serde::Deserialize)]
+struct RuntimeSpec {
+    process: RuntimeProcess,
+}
+
+#[derive(serde::Deserialize)]
+struct RuntimeProcess {
+    args: Vec<String>,
 }
 
 /// A client of one containerd. Cheap to clone.
@@ -292,6 +316,29 @@ impl Containerd {
             Err(status) if status.code() == Code::NotFound => Ok(None),
             Err(status) => Err(self.error(format!("describe image {name}"), status)),
         }
+    }
+
+    /// What the container `id` runs, or `None` if there is none (yet), or it does not say.
+    ///
+    /// # Errors
+    /// [`ContainerdError`] if containerd does not answer.
+    pub async fn container(&self, namespace: &str, id: &str) -> Result<Option<Started>, ContainerdError> {
+        let request = self.request(namespace, containers::GetContainerRequest { id: id.to_owned() })?;
+        let mut client = ContainersClient::new(self.channel()).max_decoding_message_size(MAX_MESSAGE);
+        let container = match client.get(request).await {
+            Ok(answer) => answer.into_inner().container,
+            Err(status) if status.code() == Code::NotFound => None,
+            Err(status) => return Err(self.error(format!("describe container {id}"), status)),
+        };
+        let Some(container) = container else { return Ok(None) };
+        let spec = container.spec.unwrap_or_default().value;
+        // Not every runtime has a specification of this kind.
+        let spec = serde_json::from_slice::<RuntimeSpec>(&spec).ok();
+        Ok(spec.map(|spec| Started {
+            image: container.image,
+            snapshot_key: container.snapshot_key,
+            args: spec.process.args,
+        }))
     }
 
     /// Makes a lease that ends after `hours` unless it is deleted before; one that is there is as good.

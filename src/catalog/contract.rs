@@ -69,6 +69,17 @@ pub enum Resolution {
     Refused(String),
 }
 
+/// A container that is being made on layers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Start {
+    /// Key of its snapshot, as containerd gave it: `<namespace>/<number>/<key>`.
+    pub key: String,
+    /// Chain id of the topmost layer.
+    pub chain_id: String,
+    /// What is shown of it, the lowest first, without what containerd has unpacked.
+    pub layers: Vec<Digest>,
+}
+
 /// What `snapshots` needs to know of layers. ([`Catalog`] implements it; tests use a fake.)
 pub trait Layers: Send + Sync + 'static {
     /// Makes the layer live if it can be, waiting for its index (and for its bytes, where it has to be streamed), but for a few seconds at
@@ -98,6 +109,12 @@ pub trait Layers: Send + Sync + 'static {
 
     /// Tells that containers will be made on these layers, topmost first. Waits for nothing.
     fn expect(&self, layers: &[Digest]);
+
+    /// Tells that a container is being made, so that it can be learned what it reads. Waits for nothing.
+    fn starting(&self, _: Start) {}
+
+    /// Tells that the snapshot with this key is gone. Waits for nothing.
+    fn removed(&self, _: &str) {}
 
     /// Why directories that [`Layers::lowers`] gives cannot be mounted with mapped owners, if they cannot.
     fn no_mapped_owners(&self) -> Option<String>;

@@ -8,6 +8,7 @@ use futures::future::BoxFuture;
 use super::loader::Refusal;
 use super::{
     Agreement, Application, Applied, Catalog, LayerRequest, Layers, Lowers, Needed, Question, Released, Resolution,
+    Start,
 };
 use crate::fetch::LayerData;
 use crate::fs::Faces;
@@ -44,6 +45,14 @@ impl Layers for Handle {
 
     fn expect(&self, layers: &[Digest]) {
         self.0.expect(layers);
+    }
+
+    fn starting(&self, start: Start) {
+        self.0.record_start(start);
+    }
+
+    fn removed(&self, key: &str) {
+        self.0.end_recording(key);
     }
 
     fn no_mapped_owners(&self) -> Option<String> {

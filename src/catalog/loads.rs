@@ -50,6 +50,14 @@ impl<T: Clone> Load<T> {
         self.outcome.clone().await
     }
 
+    /// What comes of it, for who does not keep it going.
+    pub(super) fn later(&self) -> BoxFuture<'static, Outcome<T>>
+    where
+        T: Send + Sync + 'static,
+    {
+        self.outcome.clone().boxed()
+    }
+
     /// What came of it, if it has ended.
     pub(super) fn outcome(&self) -> Option<&Outcome<T>> {
         self.outcome.peek()

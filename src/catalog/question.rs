@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use futures::FutureExt;
+use futures::future::BoxFuture;
 
 use super::images::{ImagePlan, PlannedLayer};
 use super::loader::Refusal;
@@ -39,6 +40,15 @@ impl Begun {
             Begun::Live(id) => Ok(*id),
             Begun::Load(load) => load.wait().await,
             Begun::Left(refusal) => Err(refusal.clone()),
+        }
+    }
+
+    /// The same, without wanting it: if nobody does, it ends.
+    pub(super) fn later(&self) -> BoxFuture<'static, Result<LoadedId, Refusal>> {
+        match self {
+            Begun::Live(id) => std::future::ready(Ok(*id)).boxed(),
+            Begun::Load(load) => load.later(),
+            Begun::Left(refusal) => std::future::ready(Err(refusal.clone())).boxed(),
         }
     }
 

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use super::images::ImagePlan;
 use super::loader::Refusal;
-use super::{Catalog, GRACE};
+use super::{Catalog, GRACE, traces};
 use crate::layer::Digest;
 use crate::store::{ImageLayer, ImageRecord, StoreError};
 use crate::sync::blocking;
@@ -128,8 +128,9 @@ impl Catalog {
             })
         };
         let images = self.store.forget_images(young)?;
-        if layers + images > 0 {
-            tracing::info!(layers, images, "records of what is gone are forgotten");
+        let traces = self.store.forget_traces(traces::now())?;
+        if layers + images + traces > 0 {
+            tracing::info!(layers, images, traces, "records of what is gone are forgotten");
         }
         Ok(())
     }

@@ -41,6 +41,7 @@ impl Catalog {
     /// Decides what goes: what is not needed, and was not asked for just now.
     pub(super) fn release(&self, needed: Needed) -> Going {
         self.tell_idle(needed.layers.iter().chain(needed.bases.iter().flatten()));
+        self.note_used(&needed.bases);
         let mut keep: HashSet<Digest> = needed.layers.into_iter().collect();
         let (variants, bases_of_variants) = self.release_variants(&keep);
         keep.extend(bases_of_variants);

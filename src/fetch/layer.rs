@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::outage::{Outage, Turn};
 use super::queue::{Answer, Next, Queue, Ranks, Terms, View, owners};
+use super::recording::{Recording, Watchers};
 use super::schedule::{Class, Kind, Wish};
 use super::window::Owner;
 use super::{FetchError, Fetcher, LayerData, LocalFile};
@@ -40,6 +41,8 @@ pub struct Layer {
     streamed: AtomicBool,
     /// The outage that its last request met.
     outage: Mutex<Option<Arc<Outage>>>,
+    /// Told what is read.
+    watchers: Watchers,
     /// Told when the bytes come from another source.
     moved: Notify,
     /// Told when a request has come to its end, and each of its chunks was answered or is queued again.
@@ -66,6 +69,16 @@ pub struct LayerStats {
     pub total_bytes: u64,
 }
 
+/// What a wish asked for: what of it was not here.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Wished {
+    pub(super) chunks: Vec<usize>,
+    /// Ranges of the data space: offsets and lengths.
+    pub ranges: Vec<(u64, u64)>,
+    /// Bytes of the blob.
+    pub bytes: u64,
+}
+
 impl Layer {
     pub(super) fn new(fetcher: Arc<Fetcher>, cached: Arc<CachedLayer>, blob: Arc<dyn Blob>) -> Arc<Layer> {
         let streamed = cached.index().access() == Access::Stream;
@@ -78,6 +91,7 @@ impl Layer {
             queue: Mutex::default(),
             streamed: AtomicBool::new(streamed),
             outage: Mutex::default(),
+            watchers: Watchers::default(),
             moved: Notify::new(),
             landed: Notify::new(),
             closing: CancellationToken::new(),
@@ -167,6 +181,58 @@ impl Layer {
     /// Has the chunks of `len` bytes at `offset` fetched after everything that someone waits for. Nobody is told of errors.
     pub fn prefetch(&self, offset: u64, len: u64) {
         self.ask(offset, len, Class::Prefetch);
+    }
+
+    /// Has a recording told what is read of the layer, as of its layer at `position`, until [`Layer::unwatch`].
+    pub fn watch(&self, recording: &Arc<Recording>, position: usize) {
+        self.watchers.add(recording, position);
+    }
+
+    /// Has it told nothing any more.
+    pub fn unwatch(&self, recording: &Arc<Recording>) {
+        self.watchers.remove(recording);
+    }
+
+    /// Has the chunks of these ranges (offset and length) fetched as [`Layer::prefetch`] does, because it is known that they will be read: while any
+    /// of them is queued, requests for the layer take nothing else ahead. The bytes of the data space and of the blob that are fetched for
+    /// it, and what chunks these are.
+    pub fn wish(&self, ranges: &[(u64, u64)]) -> Wished {
+        let mut wished = Wished::default();
+        if self.is_streamed() {
+            return wished;
+        }
+        for &(offset, len) in ranges {
+            let missing = self.cached.missing(offset, len);
+            wished.chunks.extend(missing.filter(|&chunk| !self.is_ready(chunk)));
+        }
+        wished.chunks.sort_unstable();
+        wished.chunks.dedup();
+        for &chunk in &wished.chunks {
+            if let Some(record) = self.cached.index().chunks().get(chunk) {
+                wished.ranges.push((record.data_offset, record.data_len.into()));
+                wished.bytes = wished.bytes.saturating_add(record.blob_len.into());
+            }
+        }
+        self.queue().is_known = true;
+        self.ask_for(&wished.chunks, Class::Prefetch);
+        // What lies in other layers is copied.
+        for &(offset, len) in ranges {
+            self.prefetch(offset, len);
+        }
+        wished
+    }
+
+    /// Whether anything that was asked for ahead waits for its request.
+    pub fn has_wishes(&self) -> bool {
+        self.queue().is_queued(Class::Prefetch)
+    }
+
+    /// Takes back what of `wished` nobody waits for and no request has.
+    pub fn unwish(&self, wished: &Wished) {
+        let mut queue = self.queue();
+        for &chunk in &wished.chunks {
+            queue.forgo(chunk, self.ranks.rank(chunk));
+        }
     }
 
     /// Has the chunks of `len` bytes at `offset` fetched when it is the turn of their class. What is asked for already, or under way, moves to
@@ -391,13 +457,16 @@ impl LayerData for Layer {
     }
 
     fn read_ready(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {
-        self.cached.read_ready(offset, buf)
+        let read = self.cached.read_ready(offset, buf)?;
+        self.watchers.note(offset, buf.len() as u64);
+        Some(read)
     }
 
     fn read(&self, offset: u64, len: u32, deadline: Duration) -> BoxFuture<'static, Result<Bytes, FetchError>> {
         let Some(me) = self.me.upgrade() else {
             return futures::future::ready(Err(self.closed())).boxed();
         };
+        self.watchers.note(offset, len.into());
         async move {
             let (digest, metrics) = (*me.cached.digest(), Arc::clone(&me.fetcher.metrics));
             let begin = Instant::now();

@@ -79,6 +79,8 @@ pub(super) struct Queue {
     pub closed: bool,
     /// Whether the layer is being streamed again.
     pub refilling: bool,
+    /// Whether it is known what will be read, and it is asked for ahead: until all of that has its request, nothing else is taken ahead.
+    pub is_known: bool,
 }
 
 /// A request under way.
@@ -313,9 +315,11 @@ impl Queue {
             // Where others wait, what is less urgent does not travel along.
             least: if terms.contended { class } else { Class::Background },
         };
+        let is_known = self.is_known && !self.queued[Class::Prefetch as usize].is_empty();
         let mut plan = self
             .window
-            .plan(&asked, seed, bounds, class != Class::Demand || damaged);
+            .plan(&asked, seed, bounds, class != Class::Demand || damaged || is_known);
+        self.is_known = is_known;
         let ahead = match terms.contended {
             true => plan.split_ahead(&asked),
             false => Vec::new(),
@@ -359,6 +363,19 @@ impl Queue {
     fn dequeue(&mut self, rank: usize) {
         for queued in &mut self.queued {
             queued.remove(&rank);
+        }
+    }
+
+    /// Whether anything of this class waits for its request.
+    pub fn is_queued(&self, class: Class) -> bool {
+        !self.queued[class as usize].is_empty()
+    }
+
+    /// Takes a chunk back that was asked for ahead, unless somebody waits for it or a request has it.
+    pub fn forgo(&mut self, chunk: usize, rank: usize) {
+        let is_forgone = |pending: &Pending| pending.place == Place::Queued(Class::Prefetch);
+        if self.chunks.get(&chunk).is_some_and(is_forgone) && !self.is_awaited(chunk) {
+            self.take(chunk, rank);
         }
     }
 

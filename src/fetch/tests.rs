@@ -11,3 +11,4 @@ mod sharing;
 mod spans;
 mod streams;
 mod sweeps;
+mod wishes;

@@ -16,12 +16,12 @@ use super::mounts::Overlay;
 use super::rules::{self, Published, REF_LABEL, Wish, check_key, kept_labels};
 use super::usage::usage;
 use super::users::{Mapping, is_labelled};
-use crate::catalog::{Layers, Lowers, Needed};
+use crate::catalog::{Layers, Lowers, Needed, Start};
 use crate::layer::Digest;
 use crate::metrics::Metrics;
 use crate::proto::snapshots::v1::Info;
 use crate::proto::types::Mount;
-use crate::store::{Kind, SnapshotRecord, Store, StoreError, Usage, shown};
+use crate::store::{Ancestor, Kind, SnapshotRecord, Store, StoreError, Usage, shown};
 
 /// In the keys of snapshots in which containerd unpacks a layer: `<namespace>/<number>/extract-<time>-<random> <chain id>`.
 pub(super) const EXTRACTION: &str = "/extract-";
@@ -226,20 +226,24 @@ impl Core {
         }
         let mut shown = shown(&chain);
         for (at, (name, record)) in chain.iter().enumerate() {
-            let labelled = match record.layer {
-                Some(_) => self
-                    .store
-                    .snapshot(name)?
-                    .and_then(|mut record| record.labels.remove(REF_LABEL)),
-                None => None,
-            };
-            let chain_id = labelled.or_else(|| rules::chain_id_of(name));
-            if let Some(chain_id) = chain_id {
+            if let Some(chain_id) = self.chain_id(name, record)? {
                 let above = shown.split_off(shown.len() - at);
                 return Ok(Some(Doubt { chain_id, shown, above }));
             }
         }
         Ok(None)
+    }
+
+    /// Chain id of a committed snapshot, if it shows a layer of an image.
+    fn chain_id(&self, name: &str, record: &Ancestor) -> Result<Option<String>, SnapshotsError> {
+        let labelled = match record.layer {
+            Some(_) => self
+                .store
+                .snapshot(name)?
+                .and_then(|mut record| record.labels.remove(REF_LABEL)),
+            None => None,
+        };
+        Ok(labelled.or_else(|| rules::chain_id_of(name)))
     }
 
     /// The mounts of an active snapshot or a view.
@@ -492,6 +496,24 @@ impl Core {
             let layers: Vec<_> = base.iter().map(|(_, layer)| *layer).collect();
             self.layers.expect(&layers);
         }
+    }
+
+    /// Tells that a container is being made on an image.
+    pub(super) fn start_on(&self, key: &str, chain: &Chain, shown: &[Option<Digest>]) {
+        let top = chain.first().map(|(name, record)| self.chain_id(name, record));
+        let Some(Ok(Some(chain_id))) = top else { return };
+        let mut layers: Vec<Digest> = Vec::new();
+        for part in parts(chain, shown) {
+            if let Part::Remote(remote) = part {
+                layers.extend(remote.iter().map(|(_, layer)| *layer));
+            }
+        }
+        layers.reverse();
+        self.layers.starting(Start {
+            key: key.to_owned(),
+            chain_id,
+            layers,
+        });
     }
 
     /// The directory of a new local snapshot over `lowers`.

@@ -81,6 +81,9 @@ impl Core {
         if !key.contains(EXTRACTION) {
             // A container: containerd unpacks nothing on it.
             self.expect_on(&chain, &shown);
+            if kind == Kind::Active {
+                self.start_on(&key, &chain, &shown);
+            }
         }
         let lowers = self.lowers(&key, &chain, &shown)?;
         // What takes time is done before the transaction.

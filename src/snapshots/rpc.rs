@@ -279,6 +279,7 @@ impl Service {
         let service = self.clone();
         let removing = tokio::spawn(async move {
             let record = service.core.remove_record(&key).await?;
+            service.layers.removed(&key);
             service.writing(move |core| Ok(core.discard(&key, &record))).await
         });
         if removing.await?? {

@@ -5,7 +5,7 @@ use std::path::Path;
 use redb::{Database, ReadableTable as _, TableDefinition, WriteTransaction};
 
 use super::draft::{Draft, table};
-use super::{StoreError, chains, ids, images, indexes, layers, snapshots};
+use super::{StoreError, chains, ids, images, indexes, layers, snapshots, traces};
 
 /// Version of the tables and records that this program writes.
 pub const SCHEMA: u64 = MIGRATIONS.len() as u64 + FIRST_SCHEMA;
@@ -62,6 +62,7 @@ fn migrate(db: &Database, path: &Path, steps: &[Step]) -> Result<(), StoreError>
     images::create_tables(&transaction)?;
     chains::create_tables(&transaction)?;
     indexes::create_tables(&transaction)?;
+    traces::create_tables(&transaction)?;
     transaction.open_table(META)?.insert(SCHEMA_KEY, known)?;
     transaction.commit()?;
     Ok(())

@@ -42,6 +42,7 @@ mod soci;
 mod stage;
 mod takeover;
 mod tenants;
+mod trace;
 mod trees;
 mod users;
 mod variants;

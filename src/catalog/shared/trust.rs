@@ -21,6 +21,8 @@ use crate::store::LayerSource;
 
 /// First line of what is signed.
 const DOMAIN: &str = "lazuli layer index signature v1";
+/// First line of what is signed of a trace.
+const TRACE_DOMAIN: &str = "lazuli trace signature v1";
 /// Largest file of a key, in bytes.
 const MAX_KEY_FILE: u64 = 64 << 10;
 /// What stands in front of the 32 bytes of an ed25519 public key in DER (RFC 8410).
@@ -100,6 +102,11 @@ pub fn statement(layer: &Digest, index: &Digest) -> Vec<u8> {
     format!("{DOMAIN}\n{layer}\n{index}\n").into_bytes()
 }
 
+/// What is signed of a trace: that it is that image's.
+fn trace_statement(manifest: &Digest, trace: &Digest) -> Vec<u8> {
+    format!("{TRACE_DOMAIN}\n{manifest}\n{trace}\n").into_bytes()
+}
+
 /// Parses the name of a repository, without tag and digest.
 ///
 /// # Errors
@@ -161,10 +168,23 @@ impl Policy {
         if named_by_manifest {
             return Some(Trust::Manifest);
         }
-        if let Some(key) = signature.and_then(|text| self.signer(layer, index, text)) {
+        if let Some(key) = signature.and_then(|text| self.signer(&statement(layer, index), text)) {
             return Some(Trust::Signed(key));
         }
         self.trusts_unsigned(place).then_some(Trust::Repository)
+    }
+
+    /// Whether the trace with digest `trace`, found in `place`, is believed to be that of the image with this manifest.
+    pub fn judges_trace(
+        &self,
+        place: &LayerSource,
+        manifest: &Digest,
+        trace: &Digest,
+        signature: Option<&str>,
+    ) -> bool {
+        let statement = trace_statement(manifest, trace);
+        let signer = signature.and_then(|text| self.signer(&statement, text));
+        signer.is_some() || self.trusts_unsigned(place)
     }
 
     /// Whether nothing is believed that is neither signed nor named by the image's own manifest.
@@ -178,15 +198,14 @@ impl Policy {
     }
 
     /// The key that made a signature.
-    fn signer(&self, layer: &Digest, index: &Digest, text: &str) -> Option<PathBuf> {
+    fn signer(&self, statement: &[u8], text: &str) -> Option<PathBuf> {
         if text.len() > MAX_SIGNATURE_TEXT {
             return None;
         }
         let signature = STANDARD.decode(text).ok()?;
-        let statement = statement(layer, index);
         let key = self.keys.iter().find(|key| {
             let public = UnparsedPublicKey::new(&ED25519, &key.key);
-            public.verify(&statement, &signature).is_ok()
+            public.verify(statement, &signature).is_ok()
         })?;
         Some(key.file.clone())
     }
@@ -243,6 +262,11 @@ impl SigningKey {
     /// The signature that this index is that layer's, as text.
     pub fn sign(&self, layer: &Digest, index: &Digest) -> String {
         STANDARD.encode(self.0.sign(&statement(layer, index)))
+    }
+
+    /// The signature that this trace is that image's, as text.
+    pub fn sign_trace(&self, manifest: &Digest, trace: &Digest) -> String {
+        STANDARD.encode(self.0.sign(&trace_statement(manifest, trace)))
     }
 }
 
@@ -329,6 +353,28 @@ mod tests {
         assert_eq!(right.judge(&place("anywhere"), &layer, &index, None, false), None);
         assert_eq!(judge(&policy(OTHER), &layer, &index, &signature), None);
         assert!(right.may_trust(&place("anywhere")));
+    }
+
+    #[test]
+    fn a_signature_of_a_trace_is_none_of_an_index() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = SigningKey::load(&file(&dir, "key", PRIVATE)).unwrap();
+        let config = IndexConfig {
+            public_keys: vec![file(&dir, "public", PUBLIC)],
+            trusted_repositories: vec!["r.example/team".to_owned()],
+            ..IndexConfig::default()
+        };
+        let policy = Policy::new(&config).unwrap();
+        let (image, trace) = digests();
+        let (of_trace, of_index) = (key.sign_trace(&image, &trace), key.sign(&image, &trace));
+        let judges = |place: &LayerSource, signature| policy.judges_trace(place, &image, &trace, signature);
+        assert!(judges(&place("any"), Some(&of_trace)) && judges(&place("team"), None));
+        assert!(!judges(&place("any"), Some(&of_index)) && !judges(&place("any"), None));
+        assert_eq!(
+            policy.judge(&place("any"), &image, &trace, Some(&of_trace), false),
+            None
+        );
+        assert!(!policy.judges_trace(&place("any"), &trace, &image, Some(&of_trace)));
     }
 
     #[test]

@@ -1,0 +1,258 @@
+//! What starts of containers teach: what they read is recorded ([`record`]), kept by repository, image and entry point
+//! ([`crate::store`]), asked for ahead ([`play`]) when the image is pulled again, or the next one of its repository, and shared with other
+//! machines ([`share`]).
+//!
+//! # A start
+//! begins when `snapshots` makes the snapshot of a container, and ends when the container has read nothing new for a while (`trace.settle`), when
+//! its snapshot goes, or after [`LONGEST`]. What it runs is told by containerd, which is asked a moment later, off every path that anybody waits
+//! on. Without an answer nothing is recorded: a trace that belongs to nobody would be played for everybody.
+//!
+//! # What a start proves
+//! A layer is seen *clearly* if all that is read of it comes through Lazuli, and for this container alone: it is not wholly in the cache when
+//! the container is made (the kernel reads such a layer by itself), and no other container was made on it since it was last unmounted
+//! (the kernel has its pages then) nor is made on it meanwhile. What is not read of a layer that was seen clearly counts as missed; of others
+//! nothing is concluded. So containers that start side by side, or one after the other, do not take anything from each other's
+//! traces, and what they seem to have read is forgotten by the first clear start that does not.
+//!
+//! # Whose traces are played
+//! Those of the repository that an image is pulled from: what was recorded of one tenant's image decides nothing for another's. Of an image with
+//! several entry points the one is played that was started most often, because nobody tells a pull what will be run; when it turns
+//! out to be another, what is still asked for is taken back, and the right one is played.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::{Catalog, Live};
+use crate::config::{IndexConfig, TraceConfig};
+use crate::fs::Face;
+use crate::layer::Digest;
+use crate::layer::trace::Trace;
+
+pub mod play;
+pub mod record;
+pub mod share;
+pub mod show;
+
+use play::Played;
+use record::Running;
+
+/// Longest start that is recorded: what is read later is a program's work, not its start.
+const LONGEST: Duration = Duration::from_secs(120);
+/// Starts that are recorded at once: each may take megabytes. A node that starts more has other things to do.
+const RUNNING_MAX: usize = 64;
+/// How long a layer counts as used after a container was made on it: its snapshot may not be listed yet.
+const FRESH: Duration = Duration::from_secs(60);
+/// Images of which is remembered what was played, until a container is made on them.
+const PLAYED_MAX: usize = 256;
+/// How long that is.
+const PLAYED_FOR: Duration = Duration::from_secs(600);
+
+/// Seconds since the epoch.
+pub(super) fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| now.as_secs())
+}
+
+/// What a repository is called in traces.
+pub(super) fn repository(host: &str, repository: &str) -> String {
+    match (host, repository) {
+        ("", _) | (_, "") => String::new(),
+        (host, repository) => format!("{host}/{repository}"),
+    }
+}
+
+/// What is known of starts that go on, and of images that are about to be started.
+pub(super) struct Traces {
+    config: TraceConfig,
+    share: ShareConfig,
+    state: Mutex<State>,
+}
+
+/// How traces are shared: as indexes are.
+struct ShareConfig {
+    /// Whether others are asked for theirs.
+    enabled: bool,
+    /// Whether what is recorded here is published.
+    publish: bool,
+    /// Longest search.
+    deadline: Duration,
+    /// File of the key that signs what is published.
+    signing_key: Option<PathBuf>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Starts that are recorded, by the keys of their snapshots.
+    running: HashMap<String, Arc<Running>>,
+    /// Layers of which the kernel may have pages, and when a container was last made on them.
+    used: HashMap<Digest, Instant>,
+    /// What was played, by manifest.
+    played: HashMap<Digest, Arc<Played>>,
+}
+
+impl Traces {
+    pub(super) fn new(config: TraceConfig, index: &IndexConfig) -> Self {
+        Traces {
+            config,
+            share: ShareConfig {
+                enabled: index.enabled,
+                publish: index.publish,
+                deadline: index.lookup_deadline,
+                signing_key: index.signing_key.clone(),
+            },
+            state: Mutex::default(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How a trace fits an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fit {
+    /// It is of this image.
+    Same,
+    /// It is of this image, and was recorded elsewhere.
+    Shared,
+    /// It is of another image of the repository.
+    Repository,
+}
+
+impl Fit {
+    fn word(self) -> &'static str {
+        match self {
+            Fit::Same => "same",
+            Fit::Shared => "shared",
+            Fit::Repository => "repository",
+        }
+    }
+}
+
+/// The best of these traces for an image: of itself, or else of the image of the repository that was started last; and of that the entry point
+/// that was started most often, or `entry` alone.
+fn best(traces: Vec<Trace>, manifest: &Digest, entry: Option<&Digest>) -> Option<(Fit, Trace)> {
+    let fits = |trace: &Trace| entry.is_none_or(|entry| trace.entry.id == *entry) && !trace.wishes.is_empty();
+    let traces: Vec<Trace> = traces.into_iter().filter(fits).collect();
+    let is_own = |trace: &Trace| trace.manifest == *manifest;
+    let (fit, of) = match traces.iter().any(is_own) {
+        true => (Fit::Same, *manifest),
+        false => (
+            Fit::Repository,
+            traces.iter().max_by_key(|trace| trace.recorded)?.manifest,
+        ),
+    };
+    let of_it = traces.into_iter().filter(|trace| trace.manifest == of);
+    let best = of_it.max_by_key(|trace| (trace.starts, trace.recorded))?;
+    Some((fit, best))
+}
+
+impl Catalog {
+    /// The trace to be played for an image from one of these repositories.
+    fn best_trace(&self, repositories: &[String], manifest: &Digest, entry: Option<&Digest>) -> Option<(Fit, Trace)> {
+        let mut traces = Vec::new();
+        for repository in repositories {
+            match self.store.traces_of(repository) {
+                Ok(found) => traces.extend(found),
+                Err(error) => tracing::warn!(%error, repository, "what was learned of it cannot be read"),
+            }
+        }
+        best(traces, manifest, entry)
+    }
+
+    /// Knows what containers are made on: of everything else the kernel has no pages any more.
+    pub(super) fn note_used(&self, bases: &[Vec<Digest>]) {
+        let ids = self.layer_ids(bases.iter().flatten());
+        // Directories of the session keep their pages whether they are mounted or not.
+        let forgets = self.with_faces(|faces| faces.serving().face) == Some(Face::Image);
+        let mut state = self.traces.state();
+        if forgets {
+            state
+                .used
+                .retain(|layer, at| ids.contains(layer) || at.elapsed() < FRESH);
+        }
+        for id in ids {
+            state.used.entry(id).or_insert_with(Instant::now);
+        }
+    }
+
+    /// Ids of the layers that are shown as these layers and variants.
+    fn layer_ids<'a>(&self, shown: impl Iterator<Item = &'a Digest>) -> Vec<Digest> {
+        let lives = self.read_live();
+        let id = |live: &Live| *live.layer.cached().id();
+        shown.filter_map(|shown| lives.get(shown).map(id)).collect()
+    }
+
+    /// Ends all recordings: what they have is not enough, and the next start makes another.
+    pub(super) fn end_recordings(&self) {
+        let running: Vec<_> = self.traces.state().running.drain().collect();
+        running.iter().for_each(|(_, running)| running.stop());
+        let played: Vec<_> = self.traces.state().played.drain().collect();
+        played.iter().for_each(|(_, played)| played.end.cancel());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::trace::{Entry, File, Wish};
+
+    fn trace(manifest: &str, program: &str, starts: u32, recorded: u64) -> Trace {
+        Trace {
+            repository: "r/app".to_owned(),
+            manifest: Digest::of(manifest.as_bytes()),
+            entry: Entry::of(&[program.to_owned()]),
+            starts,
+            recorded,
+            layers: vec![Digest::of(b"layer")],
+            files: vec![File {
+                layer: 0,
+                path: "a".to_owned(),
+                size: 1,
+            }],
+            wishes: vec![Wish {
+                file: 0,
+                offset: 0,
+                len: 1,
+                at: 0,
+                missed: 0,
+            }],
+        }
+    }
+
+    #[test]
+    fn the_best_trace_is_the_images_own_and_started_most() {
+        let all = || {
+            vec![
+                trace("1", "app", 9, 10),
+                trace("2", "app", 5, 20),
+                trace("2", "debug", 1, 30),
+                trace("3", "app", 1, 25),
+            ]
+        };
+        let chosen = |manifest: &str, entry: Option<&str>| {
+            let entry = entry.map(|program| Entry::of(&[program.to_owned()]).id);
+            let (fit, trace) = best(all(), &Digest::of(manifest.as_bytes()), entry.as_ref())?;
+            Some((fit, trace.recorded))
+        };
+        assert_eq!(chosen("2", None), Some((Fit::Same, 20)));
+        assert_eq!(chosen("2", Some("debug")), Some((Fit::Same, 30)));
+        // Of the repository, the image that was started last.
+        assert_eq!(chosen("4", None), Some((Fit::Repository, 20)));
+        assert_eq!(chosen("4", Some("app")), Some((Fit::Repository, 25)));
+        assert_eq!(chosen("1", Some("debug")), Some((Fit::Repository, 30)));
+        assert_eq!(chosen("1", Some("else")), None);
+        let mut empty = trace("1", "app", 1, 1);
+        empty.wishes.clear();
+        assert_eq!(best(vec![empty], &Digest::of(b"1"), None), None);
+    }
+
+    #[test]
+    fn an_image_from_nowhere_has_no_repository() {
+        assert_eq!(repository("r.example:5000", "team/app"), "r.example:5000/team/app");
+        assert_eq!(repository("", "app"), "");
+    }
+}

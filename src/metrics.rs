@@ -90,8 +90,8 @@ pub struct Metrics {
     /// Starts of containers that were watched, by `outcome` (`recorded`, `empty`: nothing was read, `unknown`: containerd did not tell what runs,
     /// `failed`).
     pub trace_starts_total: IntCounterVec,
-    /// Images for which what earlier starts had read was fetched ahead, by `trace` (`same`: of the same image, `repository`: of another one of
-    /// its repository, `none`: nothing is known).
+    /// Images for which what earlier starts had read was fetched ahead, by `trace` (`same`: of the same image, `shared`: the same, recorded
+    /// elsewhere, `repository`: of another one of its repository, `none`: nothing is known).
     pub trace_plays_total: IntCounterVec,
     /// Bytes of content that were asked for ahead because earlier starts had read them, and were not here.
     pub trace_wished_bytes_total: IntCounter,

@@ -182,11 +182,11 @@ mod tests {
         };
         let lines: Vec<String> = table(&learned).lines().map(str::to_owned).collect();
         assert_eq!(lines[0], "r.example/app 0123456789ab");
-        assert_eq!(lines[1], "  /bin/a: 3 starts, 2 files, 4KiB (fedcba987654)");
+        assert_eq!(lines[1], "  /bin/a: 3 starts, 2 files, 4.0 KiB (fedcba987654)");
         assert!(lines[2].starts_with("  /bin/b"));
         assert_eq!(
             lines[3],
-            "        12 ms  aaaaaaaaaaaa /bin/app from 512: 1KiB  not read in the last 1 starts"
+            "        12 ms  aaaaaaaaaaaa /bin/app from 512: 1.0 KiB  not read in the last 1 starts"
         );
         assert_eq!(
             (lines[4].as_str(), lines.len()),

@@ -281,7 +281,7 @@ mod tests {
             store
                 .write(move |draft| draft.write::<Traces>(&place, Some(value)).map(drop))
                 .unwrap();
-            assert_eq!(store.traces_of("r").unwrap(), [b.clone()]);
+            assert_eq!(store.traces_of("r").unwrap(), std::slice::from_ref(&b));
         }
         // One that is right, in the place of another.
         let value = [&8u64.to_le_bytes()[..], &b.encode()].concat();

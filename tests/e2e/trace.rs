@@ -7,6 +7,7 @@ use std::process::Command;
 use ::lazuli::layer::trace::Trace;
 use ::lazuli::store::Store;
 
+use crate::shared::{Ground, Machine};
 use crate::stage::{Stage, subject};
 use crate::support::containerd::Generation;
 use crate::support::image::{Compression, Flavour, Image, Layer, base_entries, digest_of};
@@ -362,6 +363,75 @@ fn a_start_is_over_when_it_has_settled() {
     assert_eq!(trace(&["rm", &format!("{repository}/other")]), "0 traces are removed\n");
     assert_eq!(trace(&["rm", repository]), "1 traces are removed\n");
     assert_eq!(trace(&["show", repository]), "nothing is known of starts\n");
+}
+
+/// What one machine has learned serves another that trusts it, and no stranger: published by itself, or by hand.
+#[test]
+fn machines_share_what_they_have_learned() {
+    if subject() != SNAPSHOTTER {
+        return;
+    }
+    let ground = Ground::new("machines_share_what_they_have_learned");
+    let image = image(&[]);
+    let trusting = "trusted_repositories = [\"REGISTRY/trace/*\"]\n";
+    let cluster = "repository = \"REGISTRY/cluster/index\"\n";
+    let start = |machine: &Machine, reference: &str, dirs: &[usize]| {
+        let id = machine.containerd.new_id();
+        let flags = ["run", "--rm", "--null-io", "--snapshotter", SNAPSHOTTER];
+        let mut command = machine.containerd.ctr(&flags);
+        command.args([reference, &id, "sh", "-c", &script(dirs)]);
+        run(&mut command, COMMAND_TIMEOUT).expect_success();
+    };
+    let said = |machine: &Machine, text: &str| {
+        let is_said = || machine.lazuli.log().contains(text).then_some(());
+        wait_until(PATIENCE, is_said).unwrap_or_else(|| panic!("it does not say {text:?}: {}", machine.lazuli.log()));
+    };
+    for (at, (by_itself, place)) in [(true, cluster), (false, trusting)].into_iter().enumerate() {
+        let publish = if by_itself { "publish = true\n" } else { "" };
+        let first = ground.machine(&format!("first{at}"), &format!("{place}{publish}"));
+        let plain = ground.push(&image, &format!("trace/plain{at}:1"));
+        let reference = format!("{}/trace/app{at}:1", ground.proxy.host());
+        first.containerd.fetch(&plain);
+        first.containerd.convert(&plain, &reference, &["--estargz"]);
+        first.containerd.push(&reference);
+        first.containerd.remove_image(&plain);
+        first.containerd.remove_image(&reference);
+        first.pull(&reference);
+        start(&first, &reference, &OTHER);
+        said(&first, "it is known what this reads");
+        if !by_itself {
+            let repository = reference.rsplit_once(':').unwrap().0;
+            let pushed = run(&mut first.lazuli.command("trace", &["push", repository]), PATIENCE).expect_success();
+            assert_eq!(pushed.text(), "1 traces are published\n");
+        }
+        said(&first, "what is known of its starts is shared");
+
+        let second = ground.machine(&format!("second{at}"), place);
+        ground.proxy.take();
+        second.pull(&reference);
+        said(&second, "fit=\"shared\"");
+        said(&second, "what was to be fetched ahead is under way");
+        let fetched = || total_bytes(&ground.proxy.exchanges());
+        let is_here = || (fetched() >= len(&OTHER)).then_some(());
+        wait_until(PATIENCE, is_here).unwrap_or_else(|| panic!("{} bytes came ahead", fetched()));
+        ground.proxy.take();
+        start(&second, &reference, &OTHER);
+        let started: Vec<_> = ground.proxy.take().into_iter().filter(Exchange::is_blob).collect();
+        assert!(started.is_empty(), "all of it was here: {started:#?}");
+
+        let stranger = ground.machine(&format!("stranger{at}"), "");
+        ground.proxy.take();
+        stranger.pull(&reference);
+        start(&stranger, &reference, &OTHER);
+        let asked = ground.proxy.take();
+        assert!(
+            !asked
+                .iter()
+                .any(|asked| asked.path.contains("/referrers/") || asked.path.contains("/manifests/sha256-")),
+            "whom it does not trust it does not ask: {asked:#?}"
+        );
+        assert!(!stranger.lazuli.log().contains("fit=\"shared\""));
+    }
 }
 
 /// A daemon that is killed while it records has learned nothing, and lost nothing.

@@ -514,7 +514,7 @@ impl Config {
                 format!("{:?} is not a log level or filter", self.log.level),
             );
         }
-        let bounds: [(&'static str, u64, u64, u64); 11] = [
+        let bounds: [(&'static str, u64, u64, u64); 12] = [
             (
                 "registry.connect_timeout",
                 self.registry.connect_timeout.as_secs(),

@@ -71,13 +71,37 @@ tree_digest() {
     ) | tee "$2" | sha256sum | cut -d ' ' -f 1
 }
 
-# measure FORMAT SNAPSHOTTER ROUND: appends one JSON line to the results.
+# learn DIR REFERENCE: has Lazuli find out what a start reads; then the image, and all that is here of it, goes.
+learn() {
+    local dir=$1 reference=$2 end=$((SECONDS + START_DEADLINE * 3)) address pid
+    pull lazuli "$dir" "$reference" >"$dir/learn.log" 2>&1
+    "${CTR[@]}" containers create --snapshotter lazuli -- "$reference" demo "${COMMAND[@]}" >>"$dir/learn.log" 2>&1
+    start_until_ready demo "$dir/learn.log"
+    address=$(sed -n 's/^admin_address = "\(.*\)"/\1/p' "$dir/lazuli.toml")
+    until curl -fsS "http://$address/metrics" | grep -q '^lazuli_trace_starts_total{outcome="recorded"} [1-9]'; do
+        [ $SECONDS -lt $end ] || die "nothing was learned of $reference"
+        sleep 0.2
+    done
+    timeout 30 "${CTR[@]}" tasks delete --force demo >/dev/null 2>&1 || true
+    "${CTR[@]}" containers delete demo >>"$dir/learn.log" 2>&1
+    "${CTR[@]}" images rm --sync "$reference" >>"$dir/learn.log" 2>&1
+    pid=$(pgrep -of "$BIN/lazuli serve --config $dir/lazuli.toml")
+    kill -INT "$pid"
+    while kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
+    rm -rf --one-file-system "$dir/lazuli/layers"
+    start_lazuli "$dir" auto ""
+    # containerd pauses before it looks for it again.
+    until_true "containerd's way to lazuli" $PID "${CTR[@]}" snapshots --snapshotter lazuli ls
+}
+
+# measure FORMAT SNAPSHOTTER ROUND [learned]: appends one JSON line to the results.
 measure() {
-    local format=$1 snapshotter=$2 round=$3 dir=$WORK/$1-$2-$3 reference=$LINK/$REPOSITORY:$1
+    local format=$1 snapshotter=$2 round=$3 dir=$WORK/$1-$2-$3 reference=$LINK/$REPOSITORY:$1 known=${4:-}
     local begin pulled created ready again_begin again_end read_begin read_end bytes0 bytes1 bytes2 requests0 requests1 digest
     mkdir -p "$dir"
     [ "$snapshotter" = overlayfs ] || "start_$snapshotter" "$dir"
     start_containerd "$dir" "$CONTAINERD_PATH" "$snapshotter"
+    [ -z "$known" ] || learn "$dir" "$reference"
     sync
     bytes0=$(link_bytes) requests0=$(requests)
 
@@ -109,7 +133,7 @@ measure() {
     read_end=$EPOCHREALTIME
     bytes2=$(link_bytes)
 
-    jq -cn --arg format "$format" --arg snapshotter "$snapshotter" --arg digest "$digest" \
+    jq -cn --arg format "$format" --arg snapshotter "$snapshotter${known:+-$known}" --arg digest "$digest" \
         --argjson pull "$(seconds "$begin" "$pulled")" --argjson create "$(seconds "$pulled" "$created")" \
         --argjson run "$(seconds "$created" "$ready")" --argjson ready "$(seconds "$begin" "$ready")" \
         --argjson again "$(seconds "$again_begin" "$again_end")" --arg image "${NAME:-}" --arg profile "${PROFILE:-}" \

@@ -10,7 +10,7 @@ use std::time::Instant;
 
 use super::images::ImagePlan;
 use super::loader::Refusal;
-use super::{Catalog, GRACE, traces};
+use super::{Catalog, GRACE};
 use crate::layer::Digest;
 use crate::store::{ImageLayer, ImageRecord, StoreError};
 use crate::sync::blocking;
@@ -128,7 +128,7 @@ impl Catalog {
             })
         };
         let images = self.store.forget_images(young)?;
-        let traces = self.store.forget_traces(traces::now())?;
+        let traces = self.forget_traces()?;
         if layers + images + traces > 0 {
             tracing::info!(layers, images, traces, "records of what is gone are forgotten");
         }

@@ -29,6 +29,7 @@ use crate::config::{IndexConfig, TraceConfig};
 use crate::fs::Face;
 use crate::layer::Digest;
 use crate::layer::trace::Trace;
+use crate::store::StoreError;
 
 pub mod play;
 pub mod record;
@@ -49,8 +50,11 @@ const PLAYED_MAX: usize = 256;
 /// How long that is.
 const PLAYED_FOR: Duration = Duration::from_secs(600);
 
+/// How often traces that nobody needs are taken away: all of them are looked at for it.
+const FORGET_EVERY: Duration = Duration::from_secs(600);
+
 /// Seconds since the epoch.
-pub(super) fn now() -> u64 {
+fn now() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.map_or(0, |now| now.as_secs())
 }
@@ -90,6 +94,8 @@ struct State {
     used: HashMap<Digest, Instant>,
     /// What was played, by manifest.
     played: HashMap<Digest, Arc<Played>>,
+    /// When traces that nobody needs were last taken away.
+    forgot: Option<Instant>,
 }
 
 impl Traces {
@@ -161,6 +167,18 @@ impl Catalog {
             }
         }
         best(traces, manifest, entry)
+    }
+
+    /// Takes away traces that nobody needs, now and then; how many.
+    pub(super) fn forget_traces(&self) -> Result<usize, StoreError> {
+        {
+            let mut state = self.traces.state();
+            if state.forgot.is_some_and(|at| at.elapsed() < FORGET_EVERY) {
+                return Ok(0);
+            }
+            state.forgot = Some(Instant::now());
+        }
+        self.store.forget_traces(now())
     }
 
     /// Knows what containers are made on: of everything else the kernel has no pages any more.

@@ -35,6 +35,8 @@ const PLAYED_BYTES: u64 = 1 << 30;
 const CACHE_PART: u64 = 4;
 /// How often it is looked whether a wave has its requests.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// How long after a playback began the image is not played again: a pull asks for one layer after the other.
+const AGAIN: Duration = Duration::from_secs(30);
 /// Longest playback: layers that are not live by then are streamed.
 const LONGEST: Duration = Duration::from_secs(60);
 
@@ -86,7 +88,8 @@ impl Catalog {
         {
             let mut state = self.traces.state();
             state.played.retain(|_, played| played.at.elapsed() < PLAYED_FOR);
-            if state.played.contains_key(&plan.manifest) || state.played.len() >= PLAYED_MAX {
+            let known = state.played.get(&plan.manifest);
+            if known.is_some_and(|played| played.at.elapsed() < AGAIN) || state.played.len() >= PLAYED_MAX {
                 return;
             }
         }
@@ -163,7 +166,9 @@ impl Catalog {
         });
         {
             let mut state = self.traces.state();
-            let is_played = |other: &Arc<Played>| other.entry == played.entry && !other.end.is_cancelled();
+            let is_played = |other: &Arc<Played>| {
+                other.entry == played.entry && !other.end.is_cancelled() && other.at.elapsed() < AGAIN
+            };
             if state.played.get(&manifest).is_some_and(is_played) {
                 return;
             }
@@ -223,11 +228,17 @@ impl Player {
             let (trace, image) = (Arc::clone(&trace), Arc::clone(&image));
             async move {
                 let (digest, layer) = coming.await?;
+                // Of what is here nothing is asked for, and the names are not needed.
+                if layer.cached().is_complete()
+                    && let Some(known) = trace.known(&digest)
+                {
+                    return Some((digest, None, known));
+                }
                 blocking(move || {
                     // Without names nothing can be found.
                     let names = layer.names().ok()?;
                     let placed = trace.placed(&digest, &names, &image);
-                    Some((digest, layer, placed))
+                    Some((digest, Some(layer), placed))
                 })
                 .await
             }
@@ -251,9 +262,11 @@ impl Player {
                 () = &mut over => return bytes,
                 Some(found) = placed.next(), if !placed.is_empty() => {
                     if let Some((digest, layer, places)) = found {
-                        let number = self.layers.len();
-                        self.waiting.extend(places.iter().map(|place| ((place.wish, number), *place)));
-                        self.layers.push(layer);
+                        if let Some(layer) = layer {
+                            let number = self.layers.len();
+                            self.waiting.extend(places.iter().map(|place| ((place.wish, number), *place)));
+                            self.layers.push(layer);
+                        }
                         self.played.state().found.push((digest, places));
                     }
                 }

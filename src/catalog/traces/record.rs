@@ -288,8 +288,17 @@ impl Catalog {
                 played.end.cancel();
             }
         }
-        let layers = running.layers.iter().map(|watched| Arc::clone(&watched.layer));
-        let coming = layers.map(|layer| async move { Some((*layer.digest(), layer)) }.boxed());
+        let layers: Vec<_> = running
+            .layers
+            .iter()
+            .map(|watched| Arc::clone(&watched.layer))
+            .collect();
+        if layers.iter().all(|layer| layer.cached().is_complete()) {
+            return;
+        }
+        let coming = layers
+            .into_iter()
+            .map(|layer| async move { Some((*layer.digest(), layer)) }.boxed());
         let coming: Vec<_> = coming.collect();
         let digests = image.layers.iter().filter_map(|layer| layer.digest.parse().ok());
         let (digests, manifest, entry) = (digests.collect(), image.manifest, entry.id);

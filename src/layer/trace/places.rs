@@ -214,6 +214,22 @@ impl Trace {
         placed
     }
 
+    /// Its wishes of a layer that it knows, where nobody needs to know where they lie: the layer is the same.
+    pub fn known(&self, layer: &Digest) -> Option<Vec<Placed>> {
+        let number = self.layers.iter().position(|digest| digest == layer)?;
+        let place = |(wish, of): (usize, &Wish)| {
+            let file = self.files.get(of.file as usize)?;
+            (file.layer as usize == number).then_some(Placed {
+                wish,
+                offset: of.offset,
+                len: of.len,
+                size: file.size,
+                data: 0,
+            })
+        };
+        Some(self.wishes.iter().enumerate().filter_map(place).collect())
+    }
+
     /// The same for another image, of what was found in its layers.
     pub fn moved(&self, manifest: Digest, found: &[(Digest, Vec<Placed>)]) -> Trace {
         let mut moved = Trace {

@@ -171,6 +171,17 @@ fn another_image_of_the_repository_is_searched_for_the_files() {
     moved.check().unwrap();
 }
 
+/// What is here already need not be looked for, and is carried along as it is.
+#[test]
+fn a_layer_that_stays_is_carried_without_its_names() {
+    let names = layer(&[("a", 1000), ("b", 1000)]);
+    let trace = start("l", &names, Sight::Clear, &[(1536, 512), (512, 1000)]);
+    let known = trace.known(&digest("l")).unwrap();
+    let moved = trace.moved(digest("m2"), &[(digest("l"), known)]);
+    assert_eq!((wishes(&moved), moved.layers), (wishes(&trace), trace.layers.clone()));
+    assert_eq!(trace.known(&digest("other")), None);
+}
+
 #[test]
 fn a_shorter_file_is_not_read_behind_its_end() {
     let old = layer(&[("a", 10_000)]);

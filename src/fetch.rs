@@ -7,7 +7,8 @@
 //! # How a read that misses travels
 //! [`Layer::read`] (read.rs) puts the missing chunks into the layer's queue (queue.rs) and waits for their bytes. A *dispatcher* asks the
 //! scheduler ([`schedule`]) for a place at the host, and plans a request only when it has one (window.rs): what was asked for meanwhile goes
-//! into the same request, and what may be read next as well, unless others wait for places. The request (request.rs) hands members of the
+//! into the same request, and what may be read next as well, unless others wait for places; of a file that is read from one end to the other,
+//! what comes after that is asked for in further requests (onward.rs). The request (request.rs) hands members of the
 //! body to a blocking thread as they are complete, which decodes, verifies and stores their chunks and answers who waits for each, while
 //! the body still arrives.
 //!
@@ -46,6 +47,7 @@ mod filling;
 mod flights;
 mod lanes;
 mod layer;
+pub mod onward;
 mod outage;
 mod pieces;
 mod pipeline;

@@ -25,6 +25,10 @@ pub(super) const LOOK_EVERY: Duration = Duration::from_millis(100);
 const WINDOW: Duration = Duration::from_millis(500);
 /// How long a connection takes to find its pace.
 const SETTLE: Duration = Duration::from_millis(700);
+/// How long a stream may take to find out how many connections make it faster, and how many times as fast it may become by that: in this time
+/// they are doubled three times.
+const GROWN: Duration = Duration::from_millis(2500);
+const GROWTH: f64 = 8.0;
 /// How long the others have to pause until the link is the stream's alone: what kernels take for a connection that nobody reads from still
 /// comes (6 MiB each here, and 4 MiB in a proxy on the way: tcp(7), `tcp_rmem` and `tcp_wmem`).
 const EMPTIED: Duration = Duration::from_secs(4);
@@ -127,7 +131,8 @@ impl Watch {
         let left = total.saturating_sub(done) as f64;
         let room = (self.deadline - now).as_secs_f64();
         let takes = |pace: f64| if left == 0.0 { 0.0 } else { left / pace.max(1.0) };
-        if takes(own) <= room * TOLERANCE || grows {
+        let may_grow = grows && now < seen + GROWN && takes(own * GROWTH) <= room;
+        if takes(own) <= room * TOLERANCE || may_grow {
             return Verdict::Wait;
         }
         if self.favoured.is_none() && takes(of_all) <= room * TOLERANCE {
@@ -320,6 +325,15 @@ mod tests {
             assert_eq!(look(step * 100, 3 * step, true), Verdict::Wait);
         }
         assert!(matches!(look(2000, 60, false), Verdict::Slow(_)));
+        // Not for ever, and not where no number of connections would do.
+        assert!(matches!(look(3000, 90, true), Verdict::Slow(_)));
+        let mut watch = Watch::new(begin, begin + BOUND);
+        let mut look = |ms: u64, done: u64| {
+            let at = begin + Duration::from_millis(ms);
+            watch.look(at, None, Some((done * MB, 9000 * MB)), true, done * MB)
+        };
+        let verdicts: Vec<_> = (1..12).map(|step| look(step * 100, 3 * step)).collect();
+        assert!(matches!(verdicts.last(), Some(Verdict::Slow(_))), "{verdicts:?}");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use super::FetchError;
+use super::onward::Runs;
 use super::schedule::{Class, Remote};
 use super::window::{Bounds, Chunks, Owner, PART, Plan, State, Window};
 use crate::layer::{ChunkTable, Codec, LayerIndex, ROOT_INO};
@@ -71,6 +72,8 @@ pub(super) struct Queue {
     /// Ranks by class.
     queued: [BTreeSet<usize>; 4],
     window: Window,
+    /// Files that are read from one end to the other.
+    runs: Runs,
     /// Whether a dispatcher waits for a place, by class.
     dispatching: [bool; 4],
     /// Requests under way, by their number.
@@ -213,8 +216,8 @@ fn bounds<V: View>(view: &V, chunk: usize, max_request: u64) -> (Bounds, u64) {
 }
 
 impl Queue {
-    /// Asks for a chunk.
-    pub fn want(&mut self, chunk: usize, rank: usize, class: Class, waiter: Option<Waiter>) {
+    /// Asks for a chunk. Whether a request that reads ahead has it, and is waited for from now on.
+    pub fn want(&mut self, chunk: usize, rank: usize, class: Class, waiter: Option<Waiter>) -> bool {
         let queued = &mut self.queued;
         let pending = self.chunks.entry(chunk).or_insert_with(|| {
             queued[class as usize].insert(rank);
@@ -234,10 +237,39 @@ impl Queue {
             }
             Place::Flying(id) => {
                 if let Some(flight) = self.flights.get_mut(&id).filter(|flight| class < flight.class) {
+                    let ahead = flight.class == Class::ReadAhead && class == Class::Demand;
                     flight.rank(class);
+                    return ahead;
                 }
             }
             Place::Queued(_) => {}
+        }
+        false
+    }
+
+    /// Somebody waits for the chunk at `rank`, with which comes what is before `end` in the blob: if it is of a file that is read from one end to
+    /// the other, what comes next is asked for too.
+    pub fn go_on<V: View>(&mut self, ranks: &Ranks, view: &V, rank: usize, end: u64) {
+        let chunk = ranks.chunk(rank);
+        let (owner, blob) = (view.owner(chunk), view.blob(chunk));
+        if owner.file == 0 {
+            return;
+        }
+        let comes = blob.start..blob.end.max(end);
+        let Some(end) = self.runs.wait(owner, &comes) else {
+            return;
+        };
+        for rank in rank + 1..view.len() {
+            let chunk = ranks.chunk(rank);
+            let next = view.owner(chunk);
+            let is_same = (next.dir, next.file) == (owner.dir, owner.file);
+            let is_full = self.queued[Class::ReadAhead as usize].len() >= AHEAD_QUEUED;
+            if !is_same || is_full || view.blob(chunk).start >= end {
+                break;
+            }
+            if !self.chunks.contains_key(&chunk) && !view.is_ready(chunk) {
+                self.want(chunk, rank, Class::ReadAhead, None);
+            }
         }
     }
 
@@ -339,6 +371,9 @@ impl Queue {
             if self.queued[Class::ReadAhead as usize].len() < AHEAD_QUEUED {
                 self.want(ranks.chunk(rank), rank, Class::ReadAhead, None);
             }
+        }
+        if class == Class::Demand && !damaged && !terms.contended {
+            self.go_on(ranks, view, seed, plan.range.end);
         }
         let chunks: Vec<usize> = plan.ranks.iter().map(|&rank| ranks.chunk(rank)).collect();
         let decoded = chunks.iter().map(|&chunk| view.decoded(chunk)).max().unwrap_or(0);

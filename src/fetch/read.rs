@@ -100,6 +100,7 @@ impl Layer {
             layer: Arc::clone(self),
             chunks: VecDeque::with_capacity(chunks.len()),
         };
+        let mut caught_up = false;
         {
             let mut queue = self.queue();
             if queue.closed {
@@ -117,7 +118,12 @@ impl Layer {
                 } else if streamed {
                     queue.want_streamed(chunk, waiter);
                 } else {
-                    queue.want(chunk, self.ranks.rank(chunk), Class::Demand, Some(waiter));
+                    let rank = self.ranks.rank(chunk);
+                    if queue.want(chunk, rank, Class::Demand, Some(waiter)) {
+                        // He has come up with what is read ahead for him.
+                        queue.go_on(&self.ranks, &**self, rank, 0);
+                        caught_up = true;
+                    }
                 }
             }
         }
@@ -125,6 +131,9 @@ impl Layer {
             self.refill();
         } else {
             self.dispatch(Class::Demand);
+            if caught_up {
+                self.dispatch(Class::ReadAhead);
+            }
         }
         Ok(waits)
     }

@@ -17,8 +17,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Part of its proportional gain that a wider (or narrower) choice must have to be kept.
-const WORTH: f64 = 0.5;
+/// Part of its proportional gain that a wider (or narrower) choice must have to be kept. Ranges have gaps between them, a round trip each, so
+/// that even connections that are held back bring less than each as much; and of a link on which somebody else has one connection,
+/// two would take a third more than one, which is not to be worth it.
+const WORTH: f64 = 0.4;
 /// How long connections take to be made and to find their pace, before anything is measured.
 const SETTLE: Duration = Duration::from_millis(150);
 /// How long is measured, at least.
@@ -304,7 +306,18 @@ impl Stream {
                 .hungry
                 .is_some_and(|at| now.saturating_duration_since(at) < HUNGER),
         };
+        let before = state.width.extra;
         state.width.see(&seen);
+        if state.width.extra != before {
+            let (streams, extra) = (seen.streams, state.width.extra);
+            tracing::debug!(
+                streams,
+                extra,
+                before,
+                bytes = seen.bytes,
+                "connections of streams beside one for each"
+            );
+        }
         hungry && state.fixed.is_none() && state.width.may_grow(seen.now)
     }
 

@@ -151,6 +151,17 @@ fn estargz_is_lazy() {
                 "containerd downloaded {digest}"
             );
         }
+        let exchanges = stage.proxy.exchanges();
+        for layer in layers {
+            let digest = layer["digest"].as_str().unwrap();
+            let asked = exchanges.iter().filter(|exchange| exchange.path.contains(digest));
+            // Footer, table of contents, and that there are ranges, all in one.
+            assert_eq!(
+                asked.count(),
+                1,
+                "requests for {digest} before it is there: {exchanges:?}"
+            );
+        }
         let pulled = total_bytes(&stage.blob_requests());
         assert!(pulled < size / 4, "the pull fetched {pulled} of {size} bytes");
         assert_eq!(

@@ -413,3 +413,42 @@ async fn a_complete_layer_is_a_file_once_it_is_verified() {
     // Who closes a layer does not have to wait for its verification.
     layer.close();
 }
+
+/// What a reader who goes from one end of a large file to the other asks for beyond what he has read; and one who looks here and there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_read_on_and_on_is_read_ahead_and_one_that_is_looked_into_is_not() {
+    const FILE: usize = 40 << 20;
+    const STEP: u64 = 128 << 10;
+    let tar = super::streams::tar(&[FILE]);
+    let fetched = async |places: &[u64]| {
+        let bench = Bench::new();
+        let blob = FakeBlob::new(tar.clone());
+        let cached = bench
+            .fetcher
+            .stream(super::streams::request(&blob, &tar, &tar))
+            .await
+            .unwrap();
+        let layer = bench.fetcher.open(Arc::clone(&cached), blob.clone());
+        cached.evict_all();
+        blob.asked.lock().unwrap().clear();
+        for &place in places {
+            let read = layer.read(place, STEP as u32, super::streams::LONG).await.unwrap();
+            assert!(read[..] == tar[place as usize..(place + STEP) as usize]);
+        }
+        super::flights::until(|| bench.fetcher.scheduler().counts() == (0, 0)).await;
+        let asked = blob.asked.lock().unwrap().clone();
+        assert!(
+            asked.iter().all(|range| range.end - range.start <= 4 << 20),
+            "{asked:?}"
+        );
+        asked.iter().map(|range| range.end - range.start).sum::<u64>()
+    };
+    let read = 12_u64 << 20;
+    let onward: Vec<u64> = (0..read / STEP).map(|step| 1024 + step * STEP).collect();
+    let bytes = fetched(&onward).await;
+    assert!(bytes >= read + (4 << 20), "{bytes}");
+    assert!(bytes <= 3 * read, "never more in vain than were of use: {bytes}");
+    let around: Vec<u64> = [30_u64, 3, 24, 9, 36, 15].map(|at| (at << 20) + 1024).into();
+    let bytes = fetched(&around).await;
+    assert!(bytes <= 6 * (4 << 20), "{bytes}");
+}

@@ -194,7 +194,8 @@ async fn a_damaged_range_is_healed_by_a_pass_over_one_connection() {
     let asked = blob.asked.lock().unwrap();
     let whole = 0..bytes.len() as u64;
     let wholes: Vec<usize> = (0..asked.len()).filter(|&at| asked[at] == whole).collect();
-    assert_eq!(wholes, [0, asked.len() - 1], "{asked:?}");
+    assert_eq!(wholes.len(), 2, "{asked:?}");
+    assert_eq!(asked.last(), Some(&whole), "nothing beside the second pass: {asked:?}");
     assert!(asked.len() > 3, "{asked:?}");
     let held = [&bench.fetcher.pieces, &bench.fetcher.ahead, bench.fetcher.memory()].map(|budget| budget.held());
     assert_eq!(held, [0, 0, 0], "all memory is given back");

@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 
 use super::{Catalog, Live};
 use crate::config::{Complete, Fill};
-use crate::fetch::{Layer, LayerData};
+use crate::fetch::{Filled, Layer, LayerData};
 use crate::layer::Digest;
 use crate::registry::causes;
+use crate::sync::caught;
 
 /// How long nobody may have waited for a byte: longer than a container pauses that is about to start.
 const IDLE_FOR: Duration = Duration::from_secs(10);
@@ -121,7 +122,11 @@ impl Catalog {
             return false;
         };
         let begun = Instant::now();
-        let filled = layer.fill_up().await;
+        // A bug in it must not end everything that is done while the machine is idle.
+        let filled = caught(layer.fill_up()).await.unwrap_or_else(|bug| {
+            tracing::error!(layer = %layer.digest(), %bug, "filling failed");
+            Filled::default()
+        });
         if filled.whole {
             let seconds = begun.elapsed().as_secs_f64();
             tracing::info!(layer = %layer.digest(), bytes = filled.bytes, seconds, "the layer is whole now");

@@ -86,11 +86,30 @@ struct Piece {
     data: u64,
 }
 
+/// A layer that is being filled.
+struct Filling {
+    filled: Filled,
+    /// Pieces under way.
+    flying: VecDeque<Piece>,
+    /// Bytes of the next piece.
+    size: u64,
+    /// When the last piece had come, or the only one was asked for.
+    landed: Instant,
+}
+
+impl Filling {
+    /// Bytes of the disk that a piece takes, with those under way.
+    fn room(&self, piece: &Piece) -> u64 {
+        let flying = self.flying.iter().map(|piece| piece.data);
+        flying.fold(piece.data, u64::saturating_add)
+    }
+}
+
 /// The size of the next piece, after one of `size` bytes took `time`.
 fn next_size(size: u64, time: Duration) -> u64 {
     let part = PIECE_TIME.as_secs_f64() / time.as_secs_f64().max(0.001);
     let fits = (size as f64 * part) as u64;
-    fits.clamp(PIECE_LEAST, PIECE_MOST.min(size.saturating_mul(GROWTH)))
+    fits.min(size.saturating_mul(GROWTH)).clamp(PIECE_LEAST, PIECE_MOST)
 }
 
 impl Layer {
@@ -107,51 +126,71 @@ impl Layer {
     /// Fetches what is missing, behind everything that anybody wants, until all of it is there, or it does not go on: the layer is closed, its
     /// source does not deliver, or there is no room that nobody needs.
     pub async fn fill_up(self: &Arc<Self>) -> Filled {
-        let mut filled = Filled::default();
-        let (mut rank, mut size) = (0, PIECE_LEAST);
-        let mut flying: VecDeque<Piece> = VecDeque::new();
-        let mut landed = Instant::now();
+        let mut filling = Filling {
+            filled: Filled::default(),
+            flying: VecDeque::new(),
+            size: PIECE_LEAST,
+            landed: Instant::now(),
+        };
+        let mut rank = 0;
         loop {
-            let piece = self.next_piece(&mut rank, size);
-            let is_last = piece.chunks.is_empty();
-            if !is_last {
-                let room = piece.data + flying.iter().map(|piece| piece.data).sum::<u64>();
-                if !self.may_ask(piece.bytes, room).await {
-                    return filled;
+            let piece = self.next_piece(&mut rank, filling.size);
+            if piece.chunks.is_empty() {
+                while !filling.flying.is_empty() {
+                    if !self.land(&mut filling).await {
+                        return filling.filled;
+                    }
                 }
-                if flying.is_empty() {
-                    landed = Instant::now();
-                }
-                flying.push_back(self.ask_for_piece(piece).await);
+                filling.filled.whole = self.is_there();
+                return filling.filled;
             }
-            if flying.len() >= FLYING || is_last {
-                let Some(piece) = flying.pop_front() else {
-                    filled.whole = self.is_there();
-                    return filled;
-                };
-                if !self.arrived(&piece).await {
-                    return filled;
+            // Of those under way, nobody knows how much has been written.
+            while filling.flying.len() >= FLYING || !self.has_room(filling.room(&piece)).await {
+                if !self.land(&mut filling).await {
+                    return filling.filled;
                 }
-                filled.bytes += piece.bytes;
-                self.fetcher.metrics.filled_bytes_total.inc_by(piece.bytes);
-                size = next_size(piece.bytes, landed.elapsed());
-                landed = Instant::now();
             }
+            if !self.may_ask(piece.bytes).await {
+                return filling.filled;
+            }
+            if filling.flying.is_empty() {
+                filling.landed = Instant::now();
+            }
+            filling.flying.push_back(self.ask_for_piece(piece).await);
         }
     }
 
-    /// Waits until a piece of so many bytes may be asked for, which with those under way takes so much room. `false`: it may not, now.
-    async fn may_ask(self: &Arc<Self>, bytes: u64, room: u64) -> bool {
+    /// Waits for the piece that was asked for first. `false`: there is none, or it has not come.
+    async fn land(&self, filling: &mut Filling) -> bool {
+        let Some(piece) = filling.flying.pop_front() else {
+            return false;
+        };
+        if !self.arrived(&piece).await {
+            return false;
+        }
+        filling.filled.bytes += piece.bytes;
+        self.fetcher.metrics.filled_bytes_total.inc_by(piece.bytes);
+        filling.size = next_size(piece.bytes, filling.landed.elapsed());
+        filling.landed = Instant::now();
+        true
+    }
+
+    /// Whether there is room for so many bytes that nobody needs.
+    async fn has_room(self: &Arc<Self>, bytes: u64) -> bool {
+        let me = Arc::clone(self);
+        // Asks the file system.
+        blocking(move || me.fetcher.cache.spare_bytes()).await >= bytes
+    }
+
+    /// Waits until a piece may be asked for. `false`: none may any more.
+    async fn may_ask(&self, bytes: u64) -> bool {
         while self.fetcher.scheduler.calm() < CALM || self.fetcher.metrics.waiting_reads.get() > 0 {
             if timeout(LOOK, self.closing.cancelled()).await.is_ok() {
                 return false;
             }
         }
         self.fetcher.background.pass(bytes).await;
-        let me = Arc::clone(self);
-        // Asks the file system.
-        let spare = blocking(move || me.fetcher.cache.spare_bytes());
-        spare.await >= room && !self.is_streamed() && !self.closing.is_cancelled()
+        !self.is_streamed() && !self.closing.is_cancelled()
     }
 
     /// The next chunks that are missing, from `rank` on: `size` bytes of the blob, or a chunk more.
@@ -218,6 +257,8 @@ mod tests {
         assert_eq!(next_size(4 << 20, Duration::ZERO), 8 << 20);
         assert_eq!(next_size(15 << 20, second / 100), PIECE_MOST);
         assert_eq!(next_size(PIECE_LEAST, second * 100), PIECE_LEAST);
+        // The rest of a layer, and of a small one all of it.
+        assert_eq!(next_size(1000, Duration::ZERO), PIECE_LEAST);
     }
 
     #[tokio::test(start_paused = true)]

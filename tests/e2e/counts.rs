@@ -12,6 +12,9 @@ use crate::support::tar::{Entry, noise};
 /// What a start may cost more than its figures, in percent.
 const MOST: u64 = 105;
 
+/// How many connections a stream tries to use depends on how fast they are.
+const CONFIG: &str = "[fetch]\nmax_stream_connections = 1\n";
+
 /// Requests for blobs, and their bytes, from the beginning of the pull to the end of the start's reads.
 struct Figures {
     format: &'static str,
@@ -68,7 +71,7 @@ fn a_start_costs_its_registry_no_more_than_it_did() {
     }
     let mut dearer = Vec::new();
     for figures in &FIGURES {
-        let stage = Stage::new("a_start_costs_its_registry", generation.clone());
+        let stage = Stage::with("a_start_costs_its_registry", generation.clone(), CONFIG, |_| ());
         let reference = match figures.options {
             None => stage.push(&image(), "counts/this:1"),
             Some(options) => stage.push_converted(&image(), "counts/this:1", options),

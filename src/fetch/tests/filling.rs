@@ -103,9 +103,9 @@ async fn a_layer_that_is_closed_is_not_filled_any_more() {
 async fn nothing_gives_way_to_it() {
     let (index, _, bytes) = ranged(&SIZES);
     let total = bytes.len() as u64;
-    // Room for most of it, while another layer that is used has its bytes.
+    // Room for it and its files, but not while another layer that is used has its bytes.
     let (other, _, other_bytes) = ranged(&[400_000, 400_000]);
-    let bench = Bench::with(total, FetchConfig::default());
+    let bench = Bench::with(total + (256 << 10), FetchConfig::default());
     let used = FakeBlob::new(other_bytes);
     let (other_cached, used) = bench.open("used", other, &used);
     let pin = other_cached.pin();

@@ -5,7 +5,7 @@ use std::os::unix::fs::{MetadataExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 
-use lazuli::sys::mountinfo;
+use lazuli::sys::mountinfo::{self, Mount};
 use rustix::mount::UnmountFlags;
 use tonic::Code;
 
@@ -26,9 +26,15 @@ fn owner(path: impl AsRef<Path>) -> (u32, u32) {
 
 /// Mount points below the root directory of the daemon.
 fn mounts(daemon: &Daemon) -> Vec<PathBuf> {
+    let mounts = mounted(daemon).into_iter();
+    mounts.map(|mount| mount.mount_point).collect()
+}
+
+/// What is mounted below the daemon's root, by what. The machine's other mounts are not this test's.
+fn mounted(daemon: &Daemon) -> Vec<Mount> {
     let root = daemon.root().canonicalize().unwrap();
-    let mounts = mountinfo::mounts().unwrap().into_iter().map(|mount| mount.mount_point);
-    mounts.filter(|path| path.starts_with(&root)).collect()
+    let mounts = mountinfo::mounts().unwrap().into_iter();
+    mounts.filter(|mount| mount.mount_point.starts_with(&root)).collect()
 }
 
 fn entries(path: &Path) -> usize {
@@ -156,9 +162,9 @@ async fn mapped_mounts_outlive_the_daemon_and_are_found_again() {
     let daemon = Daemon::start().await;
     let top = image(&daemon).await;
     let told = daemon.prepare_with("a/9/container", &top, &LABELS).await.unwrap();
-    let before = mountinfo::mounts().unwrap();
+    let before = mounted(&daemon);
     let daemon = daemon.restart().await;
-    assert_eq!(mountinfo::mounts().unwrap(), before);
+    assert_eq!(mounted(&daemon), before);
     // Whoever got its answer before mounts it now.
     check_owners(daemon.mount(&told).path());
     assert_eq!(daemon.mounts("a/9/container").await.unwrap(), told);

@@ -151,9 +151,9 @@ sbom:
 install: build
 	LAZULI_BINARY='$(TARGET)/release/lazuli' deploy/install
 
-## clean-demo  removes the images that the demo keeps
+## clean-demo  removes the images that the demo and the benchmarks keep
 clean-demo:
-	rm -rf '$(TARGET)/demo-images'
+	rm -rf '$(TARGET)/demo-images' '$(TARGET)/corpus-images'
 
 ## help        this text
 help:

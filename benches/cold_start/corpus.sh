@@ -12,7 +12,7 @@ declare -A COMMANDS=(
     [node]="node /app/server.js"
     [redis]="redis-server --port 0 --unixsocket /tmp/redis.sock --save ''"
     [nginx]="nginx -g 'daemon off; error_log /dev/stderr notice;'"
-    [postgres]="setpriv --reuid=postgres --regid=postgres --clear-groups /app/postgres -D /app/data -c listen_addresses="
+    [postgres]="setpriv --reuid=postgres --regid=postgres --clear-groups /app/postgres -D /app/data -c listen_addresses= -c unix_socket_directories=/tmp"
     [java]="java -cp /app Hello"
     [git]="sh -ec 'git init -q /tmp/r; cd /tmp/r; touch a; git add a; git -c user.name=a -c user.email=b commit -qm c; git log --oneline'"
     [science]="python3 -c 'import scipy.optimize, pandas, sklearn.linear_model, pyarrow; print(\"imported\")'"
@@ -22,7 +22,7 @@ declare -A COMMANDS=(
 )
 declare -A READY_LINES=(
     [node]=listening
-    [redis]='Ready to accept connections'
+    [redis]='ready to accept connections'
     [nginx]='start worker process [0-9]'
     [postgres]='database system is ready to accept connections'
 )

@@ -218,7 +218,7 @@ EOF
     until_true containerd $PID "${CTR[@]}" version
 }
 
-# start_lazuli DIR [FACE [MORE [HOSTS]]]: it asks the registry by way of $LINK. MORE are lines of its configuration, HOSTS a quoted directory of
+# start_lazuli DIR [FACE [MORE [HOSTS]]]: sets LAZULI, its process. It asks the registry by way of $LINK. MORE are lines of its configuration, HOSTS a quoted directory of
 # hosts.toml files.
 start_lazuli() {
     local dir=$1
@@ -237,6 +237,7 @@ face = "${2:-auto}"
 ${3:-}
 EOF
     daemon "$dir/lazuli.log" "$BIN/lazuli" serve --config "$dir/lazuli.toml"
+    LAZULI=$PID
     until_true lazuli $PID test -S "$dir/lazuli.sock"
 }
 

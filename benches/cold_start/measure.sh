@@ -73,7 +73,7 @@ tree_digest() {
 
 # learn DIR REFERENCE: has Lazuli find out what a start reads; then the image, and all that is here of it, goes.
 learn() {
-    local dir=$1 reference=$2 end=$((SECONDS + START_DEADLINE * 3)) address pid
+    local dir=$1 reference=$2 end=$((SECONDS + START_DEADLINE * 3)) address
     pull lazuli "$dir" "$reference" >"$dir/learn.log" 2>&1
     "${CTR[@]}" containers create --snapshotter lazuli -- "$reference" demo "${COMMAND[@]}" >>"$dir/learn.log" 2>&1
     start_until_ready demo "$dir/learn.log"
@@ -85,9 +85,8 @@ learn() {
     timeout 30 "${CTR[@]}" tasks delete --force demo >/dev/null 2>&1 || true
     "${CTR[@]}" containers delete demo >>"$dir/learn.log" 2>&1
     "${CTR[@]}" images rm --sync "$reference" >>"$dir/learn.log" 2>&1
-    pid=$(pgrep -of "$BIN/lazuli serve --config $dir/lazuli.toml")
-    kill -INT "$pid"
-    while kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
+    kill -INT "$LAZULI"
+    while kill -0 "$LAZULI" 2>/dev/null; do sleep 0.05; done
     rm -rf --one-file-system "$dir/lazuli/layers"
     start_lazuli "$dir" auto ""
     # containerd pauses before it looks for it again.

@@ -80,9 +80,9 @@ impl Catalog {
         });
     }
 
-    /// Whether nobody has waited for a byte for a while.
+    /// Whether nobody has wanted a byte for a while. Who waits for a registry that is away wants nothing that could be had.
     fn is_idle(&self) -> bool {
-        self.metrics.waiting_reads.get() == 0 && self.loader.fetcher().scheduler().calm() >= IDLE_FOR
+        self.loader.fetcher().scheduler().calm() >= IDLE_FOR
     }
 
     /// Completes an image that is not, if there is one; whether there was.

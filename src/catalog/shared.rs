@@ -32,7 +32,7 @@ use crate::layer::{Digest, LayerError, portable};
 use crate::metrics::Metrics;
 use crate::registry::artifact::Artifact;
 use crate::registry::image::LayerDescriptor;
-use crate::registry::{Referrer, RegistryError};
+use crate::registry::{Referrer, RegistryError, Source};
 use crate::store::LayerSource;
 use crate::sync::{Budget, Share, SingleFlight};
 
@@ -407,29 +407,12 @@ impl SharedIndexes {
             !entry.annotations.get(LAYER_ANNOTATION).is_some_and(of_other)
         });
         let source = self.repositories.at(place);
-        let mut found = Vec::new();
-        for entry in worth.take(MAX_ARTIFACTS) {
-            let artifact = match source.manifest(&entry.digest.to_string()).await {
-                Ok(artifact) => Artifact::parse(&artifact.bytes),
-                // Deleted since it was listed, or never there: lists under tags are kept by clients.
-                Err(RegistryError::NotFound { .. }) => continue,
-                Err(error) => Err(error),
-            };
-            match artifact {
-                Ok(artifact)
-                    if artifact
-                        .subject
-                        .as_ref()
-                        .is_some_and(|subject| subject.digest == manifest) =>
-                {
-                    found.extend(candidates(place, entry.digest, &artifact, Some(layer)));
-                }
-                Ok(_) => tracing::debug!(artifact = %entry.digest, "is not about the image it is listed for"),
-                Err(error) if error.retry_helps() => return Err(error),
-                Err(error) => tracing::debug!(artifact = %entry.digest, %error, "is passed over"),
-            }
-        }
-        Ok(found)
+        let worth = worth.map(|entry| entry.digest).take(MAX_ARTIFACTS);
+        let artifacts = artifacts_about(source.as_ref(), &manifest, worth).await?;
+        let found = artifacts
+            .iter()
+            .flat_map(|(digest, artifact)| candidates(place, *digest, artifact, Some(layer)));
+        Ok(found.collect())
     }
 
     /// Artifacts with indexes beside an image, listed once for all who ask at the same time.
@@ -467,6 +450,39 @@ impl SharedIndexes {
             quiet.insert(place.clone(), now + QUIET);
         }
     }
+}
+
+/// Those of the listed artifacts that are about an image, as they say themselves. What cannot be used is passed over.
+///
+/// # Errors
+/// [`RegistryError`], where asking again may help.
+pub(super) async fn artifacts_about(
+    source: &dyn Source,
+    manifest: &Digest,
+    listed: impl Iterator<Item = Digest>,
+) -> Result<Vec<(Digest, Artifact)>, RegistryError> {
+    let mut found = Vec::new();
+    for digest in listed {
+        let artifact = match source.manifest(&digest.to_string()).await {
+            Ok(artifact) => Artifact::parse(&artifact.bytes),
+            // Deleted since it was listed, or never there: lists under tags are kept by clients.
+            Err(RegistryError::NotFound { .. }) => continue,
+            Err(error) => Err(error),
+        };
+        let is_about = |artifact: &Artifact| {
+            artifact
+                .subject
+                .as_ref()
+                .is_some_and(|subject| subject.digest == *manifest)
+        };
+        match artifact {
+            Ok(artifact) if is_about(&artifact) => found.push((digest, artifact)),
+            Ok(_) => tracing::debug!(artifact = %digest, "is not about the image it is listed for"),
+            Err(error) if error.retry_helps() => return Err(error),
+            Err(error) => tracing::debug!(artifact = %digest, %error, "is passed over"),
+        }
+    }
+    Ok(found)
 }
 
 /// A place that is asked.

@@ -138,35 +138,64 @@ impl Fit {
     }
 }
 
+/// What is looked at of a trace to choose it: traces may take megabytes each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Head {
+    repository: String,
+    manifest: Digest,
+    entry: Digest,
+    starts: u32,
+    recorded: u64,
+    is_empty: bool,
+}
+
+impl From<&Trace> for Head {
+    fn from(trace: &Trace) -> Self {
+        Head {
+            repository: trace.repository.clone(),
+            manifest: trace.manifest,
+            entry: trace.entry.id,
+            starts: trace.starts,
+            recorded: trace.recorded,
+            is_empty: trace.wishes.is_empty(),
+        }
+    }
+}
+
 /// The best of these traces for an image: of itself, or else of the image of the repository that was started last; and of that the entry point
 /// that was started most often, or `entry` alone.
-fn best(traces: Vec<Trace>, manifest: &Digest, entry: Option<&Digest>) -> Option<(Fit, Trace)> {
-    let fits = |trace: &Trace| entry.is_none_or(|entry| trace.entry.id == *entry) && !trace.wishes.is_empty();
-    let traces: Vec<Trace> = traces.into_iter().filter(fits).collect();
-    let is_own = |trace: &Trace| trace.manifest == *manifest;
-    let (fit, of) = match traces.iter().any(is_own) {
+fn best<'a>(heads: &'a [Head], manifest: &Digest, entry: Option<&Digest>) -> Option<(Fit, &'a Head)> {
+    let fits = |head: &&Head| entry.is_none_or(|entry| head.entry == *entry) && !head.is_empty;
+    let fitting = || heads.iter().filter(fits);
+    let (fit, of) = match fitting().any(|head| head.manifest == *manifest) {
         true => (Fit::Same, *manifest),
-        false => (
-            Fit::Repository,
-            traces.iter().max_by_key(|trace| trace.recorded)?.manifest,
-        ),
+        false => (Fit::Repository, fitting().max_by_key(|head| head.recorded)?.manifest),
     };
-    let of_it = traces.into_iter().filter(|trace| trace.manifest == of);
-    let best = of_it.max_by_key(|trace| (trace.starts, trace.recorded))?;
-    Some((fit, best))
+    let of_it = fitting().filter(|head| head.manifest == of);
+    Some((fit, of_it.max_by_key(|head| (head.starts, head.recorded))?))
 }
 
 impl Catalog {
     /// The trace to be played for an image from one of these repositories.
     fn best_trace(&self, repositories: &[String], manifest: &Digest, entry: Option<&Digest>) -> Option<(Fit, Trace)> {
-        let mut traces = Vec::new();
+        let mut heads = Vec::new();
+        let failed = |repository: &str, error: StoreError| {
+            tracing::warn!(%error, repository, "what was learned of it cannot be read");
+        };
         for repository in repositories {
-            match self.store.traces_of(repository) {
-                Ok(found) => traces.extend(found),
-                Err(error) => tracing::warn!(%error, repository, "what was learned of it cannot be read"),
+            let looked = self
+                .store
+                .each_trace(Some(repository), |trace| heads.push(Head::from(&trace)));
+            looked.unwrap_or_else(|error| failed(repository, error));
+        }
+        let (fit, head) = best(&heads, manifest, entry)?;
+        match self.store.trace(&head.repository, &head.manifest, &head.entry) {
+            Ok(trace) => Some((fit, trace?)),
+            Err(error) => {
+                failed(&head.repository, error);
+                None
             }
         }
-        best(traces, manifest, entry)
     }
 
     /// Takes away traces that nobody needs, now and then; how many.
@@ -216,45 +245,31 @@ impl Catalog {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layer::trace::{Entry, File, Wish};
+    use crate::layer::trace::Entry;
 
-    fn trace(manifest: &str, program: &str, starts: u32, recorded: u64) -> Trace {
-        Trace {
+    fn head(manifest: &str, program: &str, starts: u32, recorded: u64) -> Head {
+        Head {
             repository: "r/app".to_owned(),
             manifest: Digest::of(manifest.as_bytes()),
-            entry: Entry::of(&[program.to_owned()]),
+            entry: Entry::of(&[program.to_owned()]).id,
             starts,
             recorded,
-            layers: vec![Digest::of(b"layer")],
-            files: vec![File {
-                layer: 0,
-                path: "a".to_owned(),
-                size: 1,
-            }],
-            wishes: vec![Wish {
-                file: 0,
-                offset: 0,
-                len: 1,
-                at: 0,
-                missed: 0,
-            }],
+            is_empty: false,
         }
     }
 
     #[test]
     fn the_best_trace_is_the_images_own_and_started_most() {
-        let all = || {
-            vec![
-                trace("1", "app", 9, 10),
-                trace("2", "app", 5, 20),
-                trace("2", "debug", 1, 30),
-                trace("3", "app", 1, 25),
-            ]
-        };
+        let all = [
+            head("1", "app", 9, 10),
+            head("2", "app", 5, 20),
+            head("2", "debug", 1, 30),
+            head("3", "app", 1, 25),
+        ];
         let chosen = |manifest: &str, entry: Option<&str>| {
             let entry = entry.map(|program| Entry::of(&[program.to_owned()]).id);
-            let (fit, trace) = best(all(), &Digest::of(manifest.as_bytes()), entry.as_ref())?;
-            Some((fit, trace.recorded))
+            let (fit, head) = best(&all, &Digest::of(manifest.as_bytes()), entry.as_ref())?;
+            Some((fit, head.recorded))
         };
         assert_eq!(chosen("2", None), Some((Fit::Same, 20)));
         assert_eq!(chosen("2", Some("debug")), Some((Fit::Same, 30)));
@@ -263,9 +278,9 @@ mod tests {
         assert_eq!(chosen("4", Some("app")), Some((Fit::Repository, 25)));
         assert_eq!(chosen("1", Some("debug")), Some((Fit::Repository, 30)));
         assert_eq!(chosen("1", Some("else")), None);
-        let mut empty = trace("1", "app", 1, 1);
-        empty.wishes.clear();
-        assert_eq!(best(vec![empty], &Digest::of(b"1"), None), None);
+        let mut empty = head("1", "app", 1, 1);
+        empty.is_empty = true;
+        assert_eq!(best(&[empty], &Digest::of(b"1"), None), None);
     }
 
     #[test]

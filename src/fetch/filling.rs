@@ -33,7 +33,7 @@ const PIECE_MOST: u64 = 16 << 20;
 /// How much a piece may be larger than the one before.
 const GROWTH: u64 = 2;
 /// Longest time until it is looked again whether a piece has come, if nothing tells so.
-const PATIENCE: Duration = Duration::from_secs(1);
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// How far a layer has been filled.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -184,7 +184,7 @@ impl Layer {
 
     /// Waits until a piece may be asked for. `false`: none may any more.
     async fn may_ask(&self, bytes: u64) -> bool {
-        while self.fetcher.scheduler.calm() < CALM || self.fetcher.metrics.waiting_reads.get() > 0 {
+        while self.fetcher.scheduler.calm() < CALM {
             if timeout(LOOK, self.closing.cancelled()).await.is_ok() {
                 return false;
             }
@@ -225,8 +225,10 @@ impl Layer {
         piece
     }
 
-    /// Waits until nothing of a piece is asked for any more; whether any of it has come.
+    /// Waits until nothing of a piece is asked for any more; whether any of it has come. A source that brings nothing, or a place that is not to
+    /// be had, holds up the layers of others no longer than a request.
     async fn arrived(&self, piece: &Piece) -> bool {
+        let (mut present, mut since) = (self.cached.present_bytes(), Instant::now());
         loop {
             let landed = self.landed.notified();
             if !self.queue().asks_for_any(&piece.chunks) {
@@ -234,8 +236,14 @@ impl Layer {
             }
             tokio::select! {
                 () = landed => {}
-                () = sleep(PATIENCE) => {}
+                () = sleep(LOOK_AGAIN) => {}
                 () = self.closing.cancelled() => return false,
+            }
+            let now = self.cached.present_bytes();
+            if now != present {
+                (present, since) = (now, Instant::now());
+            } else if since.elapsed() > self.fetcher.patience {
+                return false;
             }
         }
         let mut chunks = piece.chunks.iter();

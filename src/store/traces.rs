@@ -30,6 +30,8 @@ const GONE_MAX: usize = 3;
 pub const ENTRIES_MAX: usize = 8;
 /// Most traces at all. Each has some ten kilobytes.
 const TRACES_MAX: usize = 2048;
+/// Most bytes of all traces together: what a container reads is its own choice, and a trace of it may be a hundred times as long as others.
+const BYTES_MAX: usize = 64 << 20;
 
 fn prefix(repository: &str) -> Vec<u8> {
     Digest::of(repository.as_bytes()).as_bytes().to_vec()
@@ -80,36 +82,23 @@ impl Store {
         Ok(value.and_then(|value| decode(&key, value.value())))
     }
 
-    /// All traces of a repository.
+    /// Gives all traces, or those of a repository, to `take`, one after the other: each may take megabytes.
     ///
     /// # Errors
     /// An error of the database.
-    pub fn traces_of(&self, repository: &str) -> Result<Vec<Trace>, StoreError> {
-        let prefix = prefix(repository);
+    pub fn each_trace(&self, repository: Option<&str>, mut take: impl FnMut(Trace)) -> Result<(), StoreError> {
+        let prefix = repository.map(prefix).unwrap_or_default();
         let table = self.read()?.open_table(TRACES)?;
-        let mut traces = Vec::new();
         for entry in table.range(prefix.as_slice()..)? {
             let (key, value) = entry?;
             if !key.value().starts_with(&prefix) {
                 break;
             }
-            traces.extend(decode(key.value(), value.value()));
+            if let Some(trace) = decode(key.value(), value.value()) {
+                take(trace);
+            }
         }
-        Ok(traces)
-    }
-
-    /// All traces.
-    ///
-    /// # Errors
-    /// An error of the database.
-    pub fn traces(&self) -> Result<Vec<Trace>, StoreError> {
-        let table = self.read()?.open_table(TRACES)?;
-        let mut traces = Vec::new();
-        for entry in table.iter()? {
-            let (key, value) = entry?;
-            traces.extend(decode(key.value(), value.value()));
-        }
-        Ok(traces)
+        Ok(())
     }
 
     /// Forgets traces, as of `now` (seconds since the epoch): of images without a record those that are old, or of more than a few images of
@@ -125,7 +114,7 @@ impl Store {
             for entry in table.iter()? {
                 let (key, value) = entry?;
                 let time = split(value.value()).map_or(0, |(time, _)| time);
-                known.push((time, key.value().to_vec()));
+                known.push((time, key.value().to_vec(), value.value().len()));
             }
         }
         let unneeded = unneeded(known, &images, now);
@@ -167,15 +156,15 @@ impl Store {
     }
 }
 
-/// Which of these traces (time and key) go.
-fn unneeded(mut known: Vec<(u64, Vec<u8>)>, images: &HashSet<Digest>, now: u64) -> Vec<Vec<u8>> {
+/// Which of these traces (time, key, bytes) go.
+fn unneeded(mut known: Vec<(u64, Vec<u8>, usize)>, images: &HashSet<Digest>, now: u64) -> Vec<Vec<u8>> {
     known.sort_by(|a, b| b.cmp(a));
     // By repository, images that are gone, the youngest first; and by image how many traces it has.
     let mut gone: HashMap<Vec<u8>, Vec<Digest>> = HashMap::new();
     let mut entries: HashMap<Vec<u8>, usize> = HashMap::new();
-    let mut kept = 0;
+    let (mut kept, mut kept_bytes) = (0, 0usize);
     let mut unneeded = Vec::new();
-    for (time, key) in known {
+    for (time, key, bytes) in known {
         let parts = key
             .split_first_chunk::<{ Digest::LEN }>()
             .and_then(|(repository, rest)| Some((repository, rest.first_chunk::<{ Digest::LEN }>()?)));
@@ -193,10 +182,13 @@ fn unneeded(mut known: Vec<(u64, Vec<u8>)>, images: &HashSet<Digest>, now: u64) 
             }
             let entries = entries.entry(key[..2 * Digest::LEN].to_vec()).or_default();
             *entries += 1;
-            *entries <= ENTRIES_MAX && kept < TRACES_MAX
+            *entries <= ENTRIES_MAX && kept < TRACES_MAX && kept_bytes.saturating_add(bytes) <= BYTES_MAX
         });
         match stays {
-            true => kept += 1,
+            true => {
+                kept += 1;
+                kept_bytes += bytes;
+            }
             false => unneeded.push(key),
         }
     }
@@ -260,13 +252,13 @@ mod tests {
         let store = Store::open(&path).unwrap();
         assert_eq!(store.trace("r/app", &a.manifest, &a.entry.id).unwrap(), Some(a.clone()));
         assert_eq!(store.trace("r/app", &a.manifest, &Digest::of(b"c")).unwrap(), None);
-        let mut of = store.traces_of("r/app").unwrap();
+        let mut of = all(&store, Some("r/app"));
         of.sort_by_key(|trace| trace.recorded);
         assert_eq!(of, [a.clone(), b]);
-        assert_eq!(store.traces().unwrap().len(), 3);
+        assert_eq!(all(&store, None).len(), 3);
         assert_eq!(store.remove_traces("r/app", Some(&Digest::of(b"2"))).unwrap(), 0);
         assert_eq!(store.remove_traces("r/app", Some(&a.manifest)).unwrap(), 2);
-        assert_eq!(store.traces().unwrap(), [other]);
+        assert_eq!(all(&store, None), [other]);
     }
 
     #[test]
@@ -281,7 +273,7 @@ mod tests {
             store
                 .write(move |draft| draft.write::<Traces>(&place, Some(value)).map(drop))
                 .unwrap();
-            assert_eq!(store.traces_of("r").unwrap(), std::slice::from_ref(&b));
+            assert_eq!(all(&store, Some("r")), std::slice::from_ref(&b));
         }
         // One that is right, in the place of another.
         let value = [&8u64.to_le_bytes()[..], &b.encode()].concat();
@@ -291,29 +283,44 @@ mod tests {
         assert_eq!(store.trace("r", &a.manifest, &a.entry.id).unwrap(), None);
     }
 
+    fn all(store: &Store, repository: Option<&str>) -> Vec<Trace> {
+        let mut traces = Vec::new();
+        store.each_trace(repository, |trace| traces.push(trace)).unwrap();
+        traces
+    }
+
+    #[test]
+    fn long_traces_do_not_fill_the_disk() {
+        let here = Digest::of(b"here");
+        let keyed = |at: u8| key(&format!("r{at}"), &here, &Digest::of(b"entry"));
+        let known = (0..8).map(|at| (u64::from(at), keyed(at), BYTES_MAX / 4));
+        let went = unneeded(known.collect(), &HashSet::from([here]), 10);
+        assert_eq!(went, [3, 2, 1, 0].map(keyed), "the oldest ones");
+    }
+
     #[test]
     fn traces_of_images_that_are_gone_go_later() {
         let here = Digest::of(b"here");
         let keyed = |repository: &str, manifest: &Digest, entry: u8| key(repository, manifest, &Digest::of(&[entry]));
         let gone = |at: u8| Digest::of(&[at]);
-        let old = (1, keyed("r", &here, 0));
+        let old = (1, keyed("r", &here, 0), 1);
         assert!(unneeded(vec![old], &HashSet::from([here]), 10 * KEEP).is_empty());
         let images: Vec<_> = (0..5)
-            .map(|at| (100 + u64::from(at), keyed("r", &gone(at), 0)))
+            .map(|at| (100 + u64::from(at), keyed("r", &gone(at), 0), 1))
             .collect();
-        let second = (100, keyed("r", &gone(4), 1));
+        let second = (100, keyed("r", &gone(4), 1), 1);
         let mut known = images.clone();
         known.push(second.clone());
         let went = unneeded(known.clone(), &HashSet::new(), 200);
         assert_eq!(went, [images[1].1.clone(), images[0].1.clone()]);
         let mut all: Vec<_> = unneeded(known, &HashSet::new(), 200 + KEEP);
         all.sort();
-        let mut expected: Vec<_> = images.into_iter().chain([second]).map(|(_, key)| key).collect();
+        let mut expected: Vec<_> = images.into_iter().chain([second]).map(|(_, key, _)| key).collect();
         expected.sort();
         assert_eq!(all, expected);
-        let many = (0..10).map(|at| (u64::from(at), keyed("r", &here, at)));
+        let many = (0..10).map(|at| (u64::from(at), keyed("r", &here, at), 1));
         let went = unneeded(many.collect(), &HashSet::from([here]), 1);
         assert_eq!(went, [keyed("r", &here, 1), keyed("r", &here, 0)]);
-        assert_eq!(unneeded(vec![(1, b"short".to_vec())], &HashSet::new(), 1).len(), 1);
+        assert_eq!(unneeded(vec![(1, b"short".to_vec(), 1)], &HashSet::new(), 1).len(), 1);
     }
 }

@@ -129,11 +129,22 @@ impl Node {
         self.stage.proxy.take();
     }
 
+    /// Pushes an image and has a first start of it learned, of which nothing else is left; its reference.
+    fn known(&mut self, name: &str, dirs: &[usize]) -> String {
+        let reference = self.stage.push_converted(&image(&[]), name, &["--estargz"]);
+        self.stage.pull(&reference);
+        self.start(&reference, &script(dirs));
+        self.learned(1);
+        self.forget(&reference, |_| {});
+        reference
+    }
+
     /// What is known of starts.
     fn traces(&mut self) -> Vec<Trace> {
         assert!(self.stage.lazuli().stop());
         let store = Store::open(&self.stage.lazuli().root().join("metadata.redb")).unwrap();
-        let traces = store.traces().unwrap();
+        let mut traces = Vec::new();
+        store.each_trace(None, |trace| traces.push(trace)).unwrap();
         drop(store);
         self.stage.restart_daemon();
         traces
@@ -193,11 +204,7 @@ fn entry_points_do_not_poison_each_other() {
     let Some(mut node) = Node::new("entry_points_do_not_poison_each_other") else {
         return;
     };
-    let reference = node.stage.push_converted(&image(&[]), "trace/app:1", &["--estargz"]);
-    node.stage.pull(&reference);
-    node.start(&reference, &script(&ONE));
-    node.learned(1);
-    node.forget(&reference, |_| {});
+    let reference = node.known("trace/app:1", &ONE);
     // What the first one reads comes ahead, and the other reads right.
     node.pull(&reference, len(&ONE));
     node.start(&reference, &script(&OTHER));
@@ -226,11 +233,7 @@ fn a_new_tag_is_fetched_by_what_is_known_of_the_old_one() {
     let Some(mut node) = Node::new("a_new_tag_is_fetched_by_what_is_known_of_the_old_one") else {
         return;
     };
-    let old = node.stage.push_converted(&image(&[]), "trace/app:1", &["--estargz"]);
-    node.stage.pull(&old);
-    node.start(&old, &script(&ONE));
-    node.learned(1);
-    node.forget(&old, |_| {});
+    node.known("trace/app:1", &ONE);
     let more = [
         Entry::file("data/d2/a new file", noise(4711, FILE_LEN)),
         Entry::file("data/d0/new", "x"),
@@ -258,11 +261,7 @@ fn another_repository_is_not_fetched_by_it() {
     let Some(mut node) = Node::new("another_repository_is_not_fetched_by_it") else {
         return;
     };
-    let one = node.stage.push_converted(&image(&[]), "trace/app:1", &["--estargz"]);
-    node.stage.pull(&one);
-    node.start(&one, &script(&ONE));
-    node.learned(1);
-    node.forget(&one, |_| {});
+    node.known("trace/app:1", &ONE);
     let other = node.stage.push_converted(&image(&[]), "trace/other:1", &["--estargz"]);
     node.stage.pull(&other);
     node.start(&other, &script(&OTHER));
@@ -277,11 +276,7 @@ fn a_damaged_trace_is_not_used() {
     let Some(mut node) = Node::new("a_damaged_trace_is_not_used") else {
         return;
     };
-    let reference = node.stage.push_converted(&image(&[]), "trace/app:1", &["--estargz"]);
-    node.stage.pull(&reference);
-    node.start(&reference, &script(&ONE));
-    node.learned(1);
-    node.forget(&reference, |_| {});
+    let reference = node.known("trace/app:1", &ONE);
     assert!(node.stage.lazuli().stop());
     let path = node.stage.lazuli().root().join("metadata.redb");
     {

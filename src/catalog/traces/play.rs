@@ -15,7 +15,7 @@ use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use tokio_util::sync::CancellationToken;
 
-use super::{Fit, PLAYED_FOR, PLAYED_MAX};
+use super::{Fit, Head, PLAYED_FOR, PLAYED_MAX};
 use crate::catalog::Catalog;
 use crate::catalog::images::ImagePlan;
 use crate::catalog::question::Begun;
@@ -145,7 +145,9 @@ impl Catalog {
         if let Err(error) = kept.await {
             tracing::warn!(%error, %manifest, "what others know of its starts cannot be kept");
         }
-        Some(super::best(traces, &manifest, None)?.1)
+        let heads: Vec<Head> = traces.iter().map(Head::from).collect();
+        let (_, chosen) = super::best(&heads, &manifest, None)?;
+        traces.into_iter().find(|trace| trace.entry.id == chosen.entry)
     }
 
     /// Plays a trace for an image with these layers.

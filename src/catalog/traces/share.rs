@@ -16,14 +16,14 @@
 //! With `index.publish`, whoever was first to record a start of an image, in the background, unless one of the same entry point is there already; and
 //! `lazuli trace push`, for the daemon that it asks.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::ShareConfig;
 use crate::catalog::Catalog;
 use crate::catalog::shared::publish::Target;
 use crate::catalog::shared::trust::{IndexError, Policy, SigningKey};
-use crate::catalog::shared::{SIGNATURE_ANNOTATION, name_of};
+use crate::catalog::shared::{SIGNATURE_ANNOTATION, artifacts_about, name_of};
 use crate::layer::Digest;
 use crate::layer::trace::{MAX_LEN, Trace};
 use crate::registry::RegistryError;
@@ -199,34 +199,13 @@ impl Catalog {
     /// What lies beside an image.
     async fn offered_beside(&self, place: &LayerSource, manifest: &Digest) -> Result<Vec<Offer>, RegistryError> {
         let source = self.images.repositories().at(place);
-        let mut found = Vec::new();
-        for entry in source
-            .referrers(*manifest, ARTIFACT_TYPE)
-            .await?
+        let listed = source.referrers(*manifest, ARTIFACT_TYPE).await?;
+        let listed = listed.iter().map(|entry| entry.digest).take(ARTIFACTS_MAX);
+        let artifacts = artifacts_about(source.as_ref(), manifest, listed).await?;
+        let offered = artifacts
             .iter()
-            .take(ARTIFACTS_MAX)
-        {
-            let artifact = match source.manifest(&entry.digest.to_string()).await {
-                Ok(artifact) => Artifact::parse(&artifact.bytes),
-                // Deleted since it was listed.
-                Err(RegistryError::NotFound { .. }) => continue,
-                Err(error) => Err(error),
-            };
-            match artifact {
-                Ok(artifact)
-                    if artifact
-                        .subject
-                        .as_ref()
-                        .is_some_and(|subject| subject.digest == *manifest) =>
-                {
-                    found.extend(offers(place, manifest, &artifact));
-                }
-                Ok(_) => {}
-                Err(error) if error.retry_helps() => return Err(error),
-                Err(error) => tracing::debug!(artifact = %entry.digest, %error, "is passed over"),
-            }
-        }
-        Ok(found)
+            .flat_map(|(_, artifact)| offers(place, manifest, artifact));
+        Ok(offered.collect())
     }
 
     /// Publishes what is known of a repository, or of one image of it, where indexes are published; how many traces that were.
@@ -235,13 +214,16 @@ impl Catalog {
     /// [`PushError`]; what was published before stays.
     pub async fn push_traces(self: &Arc<Self>, repository: &str, manifest: Option<Digest>) -> Result<usize, PushError> {
         let (catalog, name) = (Arc::clone(self), repository.to_owned());
-        let known = blocking(move || catalog.store.traces_of(&name)).await?;
-        let mut images: BTreeMap<Digest, Vec<Trace>> = BTreeMap::new();
-        for trace in known {
-            if manifest.is_none_or(|manifest| manifest == trace.manifest) && !trace.wishes.is_empty() {
-                images.entry(trace.manifest).or_default().push(trace);
-            }
-        }
+        let listed = blocking(move || {
+            let mut images: BTreeSet<Digest> = BTreeSet::new();
+            let listed = catalog.store.each_trace(Some(&name), |trace| {
+                if manifest.is_none_or(|manifest| manifest == trace.manifest) && !trace.wishes.is_empty() {
+                    images.insert(trace.manifest);
+                }
+            });
+            listed.map(|()| images)
+        });
+        let images = listed.await?;
         if images.is_empty() {
             let of = manifest.map(|manifest| format!("@{manifest}")).unwrap_or_default();
             let what = format!("{repository}{of}");
@@ -250,7 +232,19 @@ impl Catalog {
         let file = self.traces.share.signing_key.clone();
         let key = blocking(move || file.as_deref().map(SigningKey::load).transpose()).await?;
         let mut pushed = 0;
-        for (manifest, traces) in images {
+        for manifest in images {
+            let (catalog, name) = (Arc::clone(self), repository.to_owned());
+            // Those of one image at a time: each may take megabytes.
+            let known = blocking(move || {
+                let mut traces: Vec<Trace> = Vec::new();
+                let known = catalog.store.each_trace(Some(&name), |trace| {
+                    if trace.manifest == manifest && !trace.wishes.is_empty() && traces.len() < ENTRIES_MAX {
+                        traces.push(trace);
+                    }
+                });
+                known.map(|()| traces)
+            });
+            let traces = known.await?;
             pushed += self.push_image(repository, manifest, traces, key.as_ref()).await?;
         }
         Ok(pushed)
@@ -276,7 +270,7 @@ impl Catalog {
         let place = target.place();
         let pusher = self.registry.pusher(&place.host, &place.repository);
         let mut blobs = Vec::with_capacity(traces.len());
-        for trace in traces.iter().take(ENTRIES_MAX) {
+        for trace in &traces {
             let bytes = trace.encode();
             let size = bytes.len() as u64;
             let digest = pusher.put_blob(bytes.into()).await?;

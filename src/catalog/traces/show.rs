@@ -3,13 +3,17 @@
 use serde::{Deserialize, Serialize};
 
 use crate::catalog::Catalog;
+use crate::catalog::containerd::MAX_MESSAGE;
 use crate::layer::Digest;
 use crate::layer::trace::Trace;
 use crate::store::StoreError;
 
-/// Most traces in one answer, and most reads: what fits into a message.
+/// Most traces in one answer, and most bytes of their reads: what fits into a message.
 const SHOWN_MAX: usize = 4096;
-const READS_MAX: usize = 40_000;
+const READS_BYTES: usize = MAX_MESSAGE / 2;
+/// Bytes of a read but for its path; and of each byte of a path at most, as JSON writes it.
+const READ_BYTES: usize = 256;
+const PATH_FACTOR: usize = 6;
 
 /// What was learned of starts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,7 +66,8 @@ pub struct ReadStatus {
 }
 
 impl TraceStatus {
-    fn of(trace: &Trace, with_reads: usize) -> Self {
+    /// With as many of its reads as fit into `room` bytes, which they take.
+    fn of(trace: &Trace, room: &mut usize) -> Self {
         let read = |wish: &crate::layer::trace::Wish| {
             let file = trace.files.get(wish.file as usize)?;
             Some(ReadStatus {
@@ -74,6 +79,17 @@ impl TraceStatus {
                 missed: wish.missed,
             })
         };
+        let mut fits = |read: &ReadStatus| {
+            let left = room.checked_sub(READ_BYTES + PATH_FACTOR * read.path.len());
+            *room = left.unwrap_or(0);
+            left.is_some()
+        };
+        let reads = trace
+            .wishes
+            .iter()
+            .filter_map(read)
+            .take_while(|read| fits(read))
+            .collect();
         TraceStatus {
             repository: trace.repository.clone(),
             manifest: trace.manifest.to_string(),
@@ -83,7 +99,7 @@ impl TraceStatus {
             recorded: trace.recorded,
             files: trace.files.len() as u64,
             bytes: trace.bytes(),
-            reads: trace.wishes.iter().take(with_reads).filter_map(read).collect(),
+            reads,
         }
     }
 }
@@ -94,22 +110,21 @@ impl Catalog {
     /// # Errors
     /// An error of the database.
     pub fn learned(&self, repository: &str, manifest: Option<&Digest>, reads: bool) -> Result<Learned, StoreError> {
-        let mut traces = match repository {
-            "" => self.store.traces()?,
-            repository => self.store.traces_of(repository)?,
-        };
-        traces.retain(|trace| manifest.is_none_or(|manifest| trace.manifest == *manifest));
-        let name = |trace: &Trace| (trace.repository.clone(), trace.manifest, trace.entry.program.clone());
-        traces.sort_by_cached_key(name);
-        let left_out = traces.len().saturating_sub(SHOWN_MAX) as u64;
-        let mut left = if reads { READS_MAX } else { 0 };
-        let shown = traces.iter().take(SHOWN_MAX).map(|trace| {
-            let shown = TraceStatus::of(trace, left);
-            left -= shown.reads.len();
-            shown
-        });
-        let traces = shown.collect();
-        Ok(Learned { traces, left_out })
+        let repository = Some(repository).filter(|name| !name.is_empty());
+        let mut learned = Learned::default();
+        let mut room = if reads { READS_BYTES } else { 0 };
+        self.store.each_trace(repository, |trace| {
+            if manifest.is_some_and(|manifest| trace.manifest != *manifest) {
+                return;
+            }
+            match learned.traces.len() < SHOWN_MAX {
+                true => learned.traces.push(TraceStatus::of(&trace, &mut room)),
+                false => learned.left_out += 1,
+            }
+        })?;
+        let name = |shown: &TraceStatus| (shown.repository.clone(), shown.manifest.clone(), shown.program.clone());
+        learned.traces.sort_by_cached_key(name);
+        Ok(learned)
     }
 
     /// Forgets what was learned of a repository, or of one image of it; how many traces that were. Blocks for the database.

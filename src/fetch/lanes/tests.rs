@@ -3,14 +3,14 @@
 
 use std::sync::Mutex;
 
-use futures::stream;
+use futures::{StreamExt, stream};
 
 use super::*;
 use crate::fetch::schedule::{Class, Limits, Scheduler};
 use crate::fetch::tests::fake::noise;
 use crate::fetch::width::Links;
 use crate::metrics::Metrics;
-use crate::registry::Origin;
+use crate::registry::{Body, Origin, RegistryError};
 
 /// Bytes per piece of a body.
 const PIECE: usize = 64 << 10;

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use futures::FutureExt;
+
 use super::fake::{Bench, FakeBlob, Fault, ranged};
 use super::streams::LONG;
 use crate::config::FetchConfig;
@@ -80,6 +82,37 @@ async fn whoever_wants_anything_comes_first() {
     assert!(bench.metrics.filled_bytes_total.get() == 0 && !filling.is_finished());
     drop(place);
     assert!(filling.await.unwrap().whole);
+}
+
+/// Other layers come after it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_for_which_there_is_no_place_is_given_up() {
+    let (index, _, bytes) = ranged(&SIZES);
+    let config = FetchConfig {
+        read_deadline: Duration::from_secs(1),
+        ..FetchConfig::default()
+    };
+    let (bench, blob) = (Bench::with(0, config), FakeBlob::new(bytes));
+    let (_, layer) = bench.open("layer", index, &blob);
+    // All places that background work has at this host.
+    let mut held = Vec::new();
+    loop {
+        let wish = Wish {
+            owner: blob.origin(),
+            class: Class::Background,
+            kind: Kind::Request,
+            bytes: 0,
+            deadline: Duration::ZERO,
+        };
+        match bench.fetcher.scheduler().enter(wish).now_or_never() {
+            Some(place) => held.push(place),
+            None => break,
+        }
+    }
+    assert!(!layer.fill_up().await.whole);
+    assert_eq!(blob.requests(), 0);
+    held.clear();
+    assert!(layer.fill_up().await.whole);
 }
 
 #[tokio::test(flavor = "multi_thread")]

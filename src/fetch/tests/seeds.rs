@@ -12,6 +12,7 @@ use super::fake::{Bench, noise};
 use super::spans::{frames, gzip, streamed};
 use super::streams::{entry, tar};
 use crate::layer::portable::{HEADER_LEN, inspect};
+use crate::layer::trace::{Entry, Trace};
 use crate::layer::{Digest, LayerIndex, TarIndexer, estargz, portable};
 
 /// The variable that names the directory with a directory for each target.
@@ -202,6 +203,14 @@ async fn seeds() {
     );
 
     tables();
+    let (layer, entry) = (Digest::of(b"layer"), Entry::of(&["/bin/app".to_owned()]));
+    let file = |path: &str| json!({"layer": 0, "path": path, "size": 100});
+    let trace = json!({"repository": "r/app", "manifest": Digest::of(b"manifest"), "entry": entry, "starts": 2, "recorded": 7,
+        "layers": [layer], "files": [file("bin/app"), file("lib/one")],
+        "wishes": [[0, 0, 100, 3, 0], [1, 10, 20, 40, 1], [1, 50, 50, 60, 0]]});
+    let document = serde_json::to_vec(&trace).unwrap();
+    assert!(serde_json::from_slice::<Trace>(&document).is_ok());
+    write("trace", "small", &[&document]);
 }
 
 /// Tables of contents in their dialects, and footers.

@@ -261,6 +261,7 @@ fn passes(c: &mut Criterion) {
         compression: Compression::Gzip,
         diff_id: None,
         what: "bench".to_owned(),
+        keep: false,
     };
     let fetcher = |(cache, metrics)| {
         let memory = Budget::new(MEMORY);

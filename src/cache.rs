@@ -67,6 +67,7 @@ mod offline;
 mod pages;
 mod pins;
 mod places;
+mod spool;
 mod staging;
 #[cfg(test)]
 mod tests;
@@ -83,4 +84,5 @@ pub use hold::{Hold, NotWhole};
 pub use layer::{CachedLayer, Stored};
 pub use offline::portable_of;
 pub use pins::InUse;
+pub use spool::{Spool, SpoolEnd, Spooled};
 pub use staging::Staging;

@@ -5,7 +5,7 @@
 //! containerd asks for layers one after the other, lowest first. The first question makes the whole image known ([`images`]), and
 //! all its layers are loaded at once, side by side ([`loading`], [`loader`]): one task per layer, which every later question for that layer
 //! joins, and which ends when nobody wants it any more ([`loads`]). A question waits for its layer for a few seconds ([`pace`]); what
-//! cannot be had by then is left to containerd ([`question`]). A layer that is loaded gets a *slot*, its directory in the FUSE tree, for
+//! cannot be had by then is left to containerd ([`question`]), which is lent what is coming already ([`lend`]). A layer that is loaded gets a *slot*, its directory in the FUSE tree, for
 //! ever the same number for the same id.
 //!
 //! Layers are known by what is believed of them ([`belief`]): an image is served with what it vouches for, the configuration vouches for, or is
@@ -67,6 +67,7 @@ mod handle;
 mod idle;
 pub mod images;
 mod indexes;
+mod lend;
 pub mod loader;
 mod loading;
 mod loads;
@@ -127,6 +128,8 @@ struct Wanted {
     names: Vec<String>,
     /// What must be live in the end.
     how: How,
+    /// Whether containerd may be lent its blob as it comes ([`lend`]).
+    lendable: bool,
 }
 
 /// What is wanted of a layer.
@@ -206,6 +209,10 @@ pub struct Catalog {
     asked: Mutex<HashMap<Digest, Instant>>,
     /// What is learned of starts.
     traces: Traces,
+    /// Whether containerd is lent what does not come in time.
+    lends: bool,
+    /// What containerd is kept from fetching, by pull.
+    held: Mutex<HashMap<loads::PullKey, lend::Held>>,
 }
 
 /// What a [`Catalog`] is made of.
@@ -232,6 +239,8 @@ pub struct Parts {
     pub trace: TraceConfig,
     /// How that is shared: as indexes are.
     pub index: IndexConfig,
+    /// Whether containerd is lent what does not come in time.
+    pub lends: bool,
 }
 
 impl Catalog {
@@ -249,6 +258,7 @@ impl Catalog {
             cache_max_bytes,
             trace,
             index,
+            lends,
         } = parts;
         let hosts: Arc<Hosts> = Arc::default();
         Arc::new(Catalog {
@@ -280,6 +290,8 @@ impl Catalog {
             completeness: Mutex::default(),
             asked: Mutex::default(),
             traces: Traces::new(trace, &index),
+            lends,
+            held: Mutex::default(),
         })
     }
 

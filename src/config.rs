@@ -196,11 +196,22 @@ pub struct IndexConfig {
 }
 
 /// containerd's content store.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ContentConfig {
     /// When the blobs of lazily pulled images are written into it.
     pub complete: Complete,
+    /// Write a layer that is being streamed and left to containerd into it, instead of having containerd fetch it once more.
+    pub lend: bool,
+}
+
+impl Default for ContentConfig {
+    fn default() -> Self {
+        ContentConfig {
+            complete: Complete::default(),
+            lend: true,
+        }
+    }
 }
 
 /// What is learned of starts.

@@ -293,6 +293,7 @@ async fn run(config: Config, link: Arc<Link>, found: Found) -> Result<(), Daemon
         cache_max_bytes: config.cache.max_size.0,
         trace: config.trace.clone(),
         index: config.index.clone(),
+        lends: config.content.lend,
     });
     let worker = Worker {
         config,

@@ -32,6 +32,10 @@ pub struct Metrics {
     pub apply_seconds: Histogram,
     /// Bytes of blobs that were written into containerd's content store to complete images.
     pub completed_bytes_total: IntCounter,
+    /// Bytes of blobs that containerd was lent while they were streamed.
+    pub lent_bytes_total: IntCounter,
+    /// Layers that containerd was lent, by `outcome`.
+    pub lent_layers_total: IntCounterVec,
     /// Bytes of blobs that were fetched to make layers whole.
     pub filled_bytes_total: IntCounter,
     /// FUSE requests, by `op`.
@@ -180,6 +184,17 @@ impl Metrics {
                 &r,
                 "lazuli_completed_bytes_total",
                 "Bytes of blobs that were written into containerd's content store to complete images.",
+            ),
+            lent_bytes_total: counter(
+                &r,
+                "lazuli_lent_bytes_total",
+                "Bytes of blobs that were written into containerd's content store while they were streamed.",
+            ),
+            lent_layers_total: counter_vec(
+                &r,
+                "lazuli_lent_layers_total",
+                "Layers that containerd was lent while they were streamed, by what became of that.",
+                &["outcome"],
             ),
             fuse_requests_total: counter_vec(&r, "lazuli_fuse_requests_total", "FUSE requests.", &["op"]),
             fuse_errors_total: counter_vec(

@@ -70,7 +70,7 @@ pub use images::{ImageLayer, ImageRecord};
 pub use indexes::{IndexRecord, Voucher};
 pub use layers::{LayerRecord, LayerSource};
 pub use schema::SCHEMA;
-pub use snapshots::{Ancestor, Kind, SnapshotRecord, SnapshotsWrite, Usage, shown};
+pub use snapshots::{Ancestor, EXTRACTION, Kind, SnapshotRecord, SnapshotsWrite, Usage, shown};
 pub use traces::ENTRIES_MAX;
 
 /// A file of at least this size, in bytes, is looked at when it is opened: whether most of it is free.

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use lazuli::cache::{Cache, CachedLayer};
 use lazuli::catalog::belief::Ground;
-use lazuli::catalog::loader::{LayerSpec, Loaded, Loader};
+use lazuli::catalog::loader::{Asked, LayerSpec, Loaded, Loader};
 use lazuli::catalog::shared::publish::{Publisher, Target, push};
 use lazuli::catalog::shared::trust::SigningKey;
 use lazuli::catalog::shared::{NAMED_DIGEST, NAMED_SIZE, Origin, SharedIndexes, check, tag_of};
@@ -227,12 +227,11 @@ impl Node {
         let mut judged = self.loader.alone(&self.spec);
         let known = self.known.lock().unwrap().clone();
         judged.usable.extend(known.into_iter().map(|id| (Ground::Place, id)));
-        let origin = Some(&self.origin);
-        let loaded = self
-            .loader
-            .load(&self.spec, blob, &[], origin, "", &judged)
-            .await
-            .unwrap();
+        let asked = Asked {
+            origin: Some(&self.origin),
+            ..Asked::default()
+        };
+        let loaded = self.loader.load(&self.spec, blob, &[], asked, &judged).await.unwrap();
         self.known.lock().unwrap().push(*loaded.layer.id());
         loaded
     }
@@ -673,7 +672,7 @@ async fn swapped_names_are_found_out() {
     let blob = source.blob(stage.layer, node.spec.size);
     let loaded = node
         .loader
-        .load(&node.spec, blob, &[], None, "", &node.loader.alone(&node.spec))
+        .load(&node.spec, blob, &[], Asked::default(), &node.loader.alone(&node.spec))
         .await
         .unwrap();
     assert!(matches!(loaded.index, Some(IndexRecord::Built { .. })));

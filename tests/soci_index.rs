@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use lazuli::cache::Cache;
-use lazuli::catalog::loader::{LayerSpec, Loaded, Loader};
+use lazuli::catalog::loader::{Asked, LayerSpec, Loaded, Loader};
 use lazuli::catalog::shared::{Origin, check};
 use lazuli::catalog::soci::manifest::{self, INDEX_DIGEST};
 use lazuli::catalog::soci::{LABEL, SociIndexes};
@@ -170,10 +170,11 @@ impl Node {
         };
         let blob = source.blob(spec.digest, spec.size);
         let judged = self.loader.alone(&spec);
-        self.loader
-            .load(&spec, blob, &[], Some(&self.origin), "", &judged)
-            .await
-            .unwrap()
+        let asked = Asked {
+            origin: Some(&self.origin),
+            ..Asked::default()
+        };
+        self.loader.load(&spec, blob, &[], asked, &judged).await.unwrap()
     }
 
     fn count(&self, word: &str) -> u64 {

@@ -91,25 +91,36 @@ impl Cache {
     /// Bytes that can be written before anything gives way that is used, and before the disk is fuller than the low mark: room for what nobody
     /// waits for.
     pub fn spare_bytes(&self) -> u64 {
+        let Some((room, on_disk)) = self.room() else { return 0 };
+        let below_mark = match self.config.high_percent {
+            100.. => u64::MAX,
+            _ => {
+                let available = on_disk.available.saturating_add(self.trash.bytes());
+                available.saturating_sub(on_disk.free_at(self.config.low_percent))
+            }
+        };
+        room.min(below_mark).saturating_add(self.unused_bytes())
+    }
+
+    /// Bytes that can be written before anything has to give way, however full the disk is: room for what goes again in a moment.
+    pub(super) fn room_bytes(&self) -> u64 {
+        self.room().map_or(0, |(room, _)| room)
+    }
+
+    /// Bytes within the limits that always hold, and how full the disk is.
+    fn room(&self) -> Option<(u64, Fullness)> {
         let max = match self.config.max_size.0 {
             0 => u64::MAX,
             max => max,
         };
         let within_limit = max.saturating_sub(self.used_bytes());
-        let Ok(stat) = rustix::fs::fstatvfs(&self.lock) else {
-            return 0;
-        };
+        let stat = rustix::fs::fstatvfs(&self.lock).ok()?;
         let on_disk = Fullness::from(&stat);
         let available = on_disk.available.saturating_add(self.trash.bytes());
-        let above_floor = available.saturating_sub(self.config.min_free.0);
-        let below_mark = match self.config.high_percent {
-            100.. => u64::MAX,
-            _ => available.saturating_sub(on_disk.free_at(self.config.low_percent)),
-        };
-        within_limit
-            .min(above_floor)
-            .min(below_mark)
-            .saturating_add(self.unused_bytes())
+        Some((
+            within_limit.min(available.saturating_sub(self.config.min_free.0)),
+            on_disk,
+        ))
     }
 
     /// Bytes of layers that no container uses.

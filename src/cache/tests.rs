@@ -31,7 +31,7 @@ const NO_MARKS: CacheConfig = CacheConfig {
     low_percent: 99,
 };
 
-fn open(root: &Path, max_size: u64) -> Arc<Cache> {
+pub(super) fn open(root: &Path, max_size: u64) -> Arc<Cache> {
     let config = CacheConfig {
         max_size: ByteSize(max_size),
         min_free: ByteSize(0),

@@ -187,6 +187,7 @@ impl Catalog {
                 origin: plan.origin(),
                 names: plan.name.iter().cloned().collect(),
                 how,
+                lendable: false,
             });
             match load.wait().await {
                 Ok(id) if accepted(&id) => return Ok(id),

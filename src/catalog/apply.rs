@@ -43,6 +43,7 @@ impl Catalog {
             },
             names: Vec::new(),
             how: How::Applied,
+            lendable: false,
         };
         // A pull of its own: if containerd gives up, so does this, after a moment.
         let asking = self.loads.ask((namespace.clone(), spec.digest), 0);

@@ -247,6 +247,7 @@ impl Catalog {
             let ingest = Ingest {
                 namespace,
                 lease,
+                reference: format!("lazuli-{}", layer.digest),
                 digest: layer.digest,
                 size: layer.size,
                 labels: labels.clone(),

@@ -35,7 +35,7 @@ use crate::proto::version::v1::version_client::VersionClient;
 
 mod ingest;
 
-pub use ingest::{Ingest, IngestError, Ingested};
+pub use ingest::{Ingest, IngestError, IngestWriter, Ingested, layer_reference};
 
 /// Longest wait for one answer of containerd. Its own bolt transactions take milliseconds; a node under heavy load, seconds.
 pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(20);
@@ -545,20 +545,15 @@ pub struct BlobWriter {
 }
 
 impl BlobWriter {
-    /// Messages for the blob `expected` of `size` bytes, which gets `labels`. `owner` tells writers of the same blob apart.
-    pub fn new(owner: &str, expected: &Digest, size: u64, labels: HashMap<String, String>) -> Self {
+    /// Messages for the blob `expected` of `size` bytes, which gets `labels`. `reference` tells writers of the same blob apart.
+    pub fn new(reference: String, expected: &Digest, size: u64, labels: HashMap<String, String>) -> Self {
         BlobWriter {
-            reference: Self::reference(owner, expected),
+            reference,
             expected: expected.to_string(),
             total: i64::try_from(size).unwrap_or(i64::MAX),
             offset: 0,
             labels,
         }
-    }
-
-    /// What containerd calls the writer.
-    fn reference(owner: &str, expected: &Digest) -> String {
-        format!("{owner}-{expected}")
     }
 
     /// Asks how much of the blob is there.
@@ -610,7 +605,7 @@ mod tests {
     fn a_blob_is_written_in_order_and_labelled_at_the_end() {
         let labels = HashMap::from([("a".to_owned(), "b".to_owned())]);
         let digest = Digest::of(b"hello");
-        let mut writer = BlobWriter::new("me", &digest, 5, labels.clone());
+        let mut writer = BlobWriter::new("me".to_owned(), &digest, 5, labels.clone());
         let messages = [writer.piece(b"hel"), writer.piece(b"lo"), writer.commit()];
         assert_eq!(messages.each_ref().map(|m| m.offset), [0, 3, 5]);
         assert!(

@@ -170,6 +170,17 @@ impl Loaded {
     }
 }
 
+/// How a layer is asked for.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Asked<'a> {
+    /// Where to look for shared indexes; without it none is looked for.
+    pub origin: Option<&'a Origin>,
+    /// Where its blob comes from, empty if that is not known.
+    pub host: &'a str,
+    /// Whether containerd may be lent the blob as it comes: that it will not be there in time is no reason not to begin then.
+    pub lendable: bool,
+}
+
 /// What is known of a layer, as one image may see it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Judged {
@@ -303,8 +314,7 @@ impl Loader {
     }
 
     /// A readable layer: from a stored index that may be shown to the image, as `judged` says; else from its table of contents, else from an index
-    /// that others share, else streamed. Waits for the network. If the table is in another image, it is looked for in `images`. `origin`
-    /// says where to look for shared indexes; without it none is looked for. `host` is where the blob comes from, empty if it is not known.
+    /// that others share, else streamed. Waits for the network. If the table is in another image, it is looked for in `images`.
     ///
     /// # Errors
     /// [`Refusal`] says why Lazuli cannot serve it.
@@ -313,10 +323,10 @@ impl Loader {
         spec: &LayerSpec,
         blob: Arc<dyn Blob>,
         images: &[TocImage],
-        origin: Option<&Origin>,
-        host: &str,
+        asked: Asked<'_>,
         judged: &Judged,
     ) -> Result<Loaded, Refusal> {
+        let Asked { origin, host, lendable } = asked;
         if let Some(proof) = judged.proof {
             keeps_its_promise(spec, proof)?;
         }
@@ -368,30 +378,31 @@ impl Loader {
         }
         match self.hosts.hopeless(host, spec.size, pace::BOUND, Instant::now()) {
             Some(Hopeless::Silent) => return Err(silent(host)),
-            Some(Hopeless::Slow(pace)) => {
+            Some(Hopeless::Slow(pace)) if !lendable => {
                 return Err(Refusal {
                     word: "slow",
                     text: question::too_slow(host, spec.size, pace),
                     retry_helps: true,
                 });
             }
-            None => {}
+            _ => {}
         }
         if let Some(NotLazy { word, text }) = &not_lazy {
             tracing::info!(layer = %spec.digest, word, reason = text, "is streamed");
         }
-        let loaded = self.build(spec, blob).await?;
+        let loaded = self.build(spec, blob, lendable).await?;
         Ok(Loaded {
             streamed: not_lazy,
             ..loaded
         })
     }
 
-    /// The layer as its blob says, whatever anybody else says of it: the index is built by streaming all of it.
+    /// The layer as its blob says, whatever anybody else says of it: the index is built by streaming all of it, and the blob is kept as it comes
+    /// if it is `lendable`.
     ///
     /// # Errors
     /// [`Refusal`] says why Lazuli cannot serve it.
-    pub async fn build(&self, spec: &LayerSpec, blob: Arc<dyn Blob>) -> Result<Loaded, Refusal> {
+    pub async fn build(&self, spec: &LayerSpec, blob: Arc<dyn Blob>, lendable: bool) -> Result<Loaded, Refusal> {
         let compression = supported(spec)?;
         let request = StreamRequest {
             digest: spec.digest,
@@ -399,6 +410,7 @@ impl Loader {
             compression,
             diff_id: spec.diff_id,
             what: blob.describe(),
+            keep: lendable,
         };
         let cached = self
             .fetcher

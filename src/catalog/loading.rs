@@ -7,7 +7,7 @@ use futures::FutureExt;
 
 use super::contact::Contact;
 use super::content::{self, ContentStore};
-use super::loader::{self, LayerSpec, Loaded, NotLazy, Refusal};
+use super::loader::{self, Asked, LayerSpec, Loaded, NotLazy, Refusal};
 use super::question::Begun;
 use super::shared::Origin;
 use super::toc::TocImage;
@@ -135,6 +135,7 @@ impl Catalog {
             origin,
             names: images,
             how,
+            lendable,
         } = wanted;
         let (spec, sources) = (&spec, origin.sources.clone());
         let is_here = self.is_in_content(spec).await;
@@ -160,18 +161,20 @@ impl Catalog {
         let contact = Contact::new(Arc::clone(&blob), host.clone(), Arc::clone(&self.hosts));
         let _noted = self.contacts.note(spec.digest, &contact);
         let loaded = match how {
-            How::Built => self.loader.build(spec, contact).await?,
+            How::Built => self.loader.build(spec, contact, false).await?,
             How::Applied => Loaded {
                 streamed: Some(NotLazy::applied()),
-                ..self.loader.build(spec, contact).await?
+                ..self.loader.build(spec, contact, false).await?
             },
             How::AsImageSays | How::Again(_) => {
                 let toc_images = self.toc_images(&images);
                 // What is read within a moment needs no index, and nobody else need be asked for one.
-                let asks = (!is_here || spec.size > INDEX_ABOVE).then_some(&origin);
-                self.loader
-                    .load(spec, contact, &toc_images, asks, &host, &judged)
-                    .await?
+                let asked = Asked {
+                    origin: (!is_here || spec.size > INDEX_ABOVE).then_some(&origin),
+                    host: &host,
+                    lendable: lendable && !is_here,
+                };
+                self.loader.load(spec, contact, &toc_images, asked, &judged).await?
             }
         };
         let layer = loaded.layer;

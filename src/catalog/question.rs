@@ -2,7 +2,7 @@
 //! [`pace::BOUND`].
 //!
 //! What is not there by then, or will not be, is left to containerd: it fetches and unpacks that layer itself, and downloads the layers
-//! above it with it, so that streams of those end as well. Layers that are lazy go on: containerd asks for them later, and need not unpack
+//! above it with it. Streams that have begun are lent to it ([`super::lend`]), or else end. Layers that are lazy go on: containerd asks for them later, and need not unpack
 //! them then.
 
 use std::cmp::Ordering;
@@ -69,6 +69,7 @@ fn wanted(plan: &ImagePlan, planned: &PlannedLayer) -> Wanted {
         origin: plan.origin(),
         names: plan.name.iter().cloned().collect(),
         how: How::AsImageSays,
+        lendable: false,
     }
 }
 
@@ -83,7 +84,10 @@ impl Catalog {
         request: &LayerRequest,
     ) -> Vec<Begun> {
         let begin = |(at, planned): (usize, &PlannedLayer)| {
-            let wanted = wanted(plan, planned);
+            let wanted = Wanted {
+                lendable: self.lends,
+                ..wanted(plan, planned)
+            };
             if let Some(id) = self.live_for(&wanted) {
                 return Begun::Live(id);
             }
@@ -111,14 +115,15 @@ impl Catalog {
 
     /// Waits for the layer at `position`, until `deadline` at the latest.
     pub(super) async fn wait_for(
-        &self,
+        self: &Arc<Self>,
         plan: &ImagePlan,
         position: usize,
         asking: &Asking<LoadKey, LoadedId>,
         begun: &[Begun],
         deadline: Instant,
     ) -> Result<LoadedId, Refusal> {
-        let (Some(planned), Some(begun)) = (plan.layers.get(position), begun.get(position)) else {
+        let all = begun;
+        let (Some(planned), Some(begun)) = (plan.layers.get(position), all.get(position)) else {
             return Err(Refusal::unresolved("the image has no such layer", false));
         };
         let digest = planned.spec.digest;
@@ -132,6 +137,9 @@ impl Catalog {
         let host = self.contacts.host(&digest).or_else(|| first_host(plan));
         let host = host.unwrap_or_else(|| "its registry".to_owned());
         let refusal = too_late(&host, planned.spec.size, verdict);
+        if verdict != Verdict::Silent {
+            self.lend(plan, position, all).await;
+        }
         for (at, planned) in plan.layers.iter().enumerate().skip(position) {
             if at == position || self.loader.fetcher().progress(&planned.spec.digest).is_some() {
                 asking.leave(&self.load_key(&wanted(plan, planned)), &refusal);

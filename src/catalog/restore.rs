@@ -77,6 +77,7 @@ impl Catalog {
                         origin,
                         names: record.images,
                         how: How::Again(digest),
+                        lendable: false,
                     };
                     absent.insert(digest, (wanted, record.slot));
                 }

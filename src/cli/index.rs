@@ -11,7 +11,7 @@ use bytes::Bytes;
 
 use crate::cache::{Cache, portable_of};
 use crate::catalog::images::{PlannedLayer, plan_layers};
-use crate::catalog::loader::Loader;
+use crate::catalog::loader::{Asked, Loader};
 use crate::catalog::shared::publish::{Target, push};
 use crate::catalog::shared::trust::SigningKey;
 use crate::catalog::shared::{
@@ -220,7 +220,10 @@ impl<'a> Tool<'a> {
             return Ok(Err("it is small, and fetched at once".to_owned()));
         }
         let blob = subject.source.blob(spec.digest, spec.size);
-        let loaded = match loader.load(spec, blob, &[], None, "", &loader.alone(spec)).await {
+        let loaded = match loader
+            .load(spec, blob, &[], Asked::default(), &loader.alone(spec))
+            .await
+        {
             Ok(loaded) => loaded,
             // What the layer is like is a reason; that it cannot be had is a failure.
             Err(refusal) if !refusal.retry_helps && refusal.word != "source" => return Ok(Err(refusal.text)),

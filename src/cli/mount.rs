@@ -15,7 +15,7 @@ use futures::future::try_join_all;
 
 use crate::cache::Cache;
 use crate::catalog::images::plan_layers;
-use crate::catalog::loader::{Loaded, Loader};
+use crate::catalog::loader::{Asked, Loaded, Loader};
 use crate::catalog::toc::TocImage;
 use crate::catalog::variants;
 use crate::config::Config;
@@ -132,8 +132,7 @@ async fn fetch(
             &layer.spec,
             source.blob(layer.spec.digest, layer.spec.size),
             toc_images,
-            None,
-            "",
+            Asked::default(),
             judged,
         )
     });

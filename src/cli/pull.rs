@@ -15,7 +15,8 @@ use tonic::transport::Channel;
 use tonic::{Code, Request};
 
 use crate::catalog::containerd::{
-    BlobWriter, CONFIG_LABEL, Containerd, LEASE_HEADER, MAX_MESSAGE, header, layer_label, source_label,
+    BlobWriter, CONFIG_LABEL, Containerd, Ingest, IngestError, LEASE_HEADER, MAX_MESSAGE, header, layer_label,
+    layer_reference, source_label,
 };
 use crate::config::Config;
 use crate::layer::Digest;
@@ -26,7 +27,7 @@ use crate::proto::snapshots::v1::snapshots_client::SnapshotsClient;
 use crate::proto::types::{Descriptor, Mount};
 use crate::proto::{content, diff, images, snapshots};
 use crate::registry::image::{Image, LayerDescriptor};
-use crate::registry::{Reference, Registry, RegistryError, Source};
+use crate::registry::{Reference, Registry, Source};
 
 use super::failure::Interrupted;
 use super::progress::Progress;
@@ -48,8 +49,8 @@ const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
 const RECONNECT_DEADLINE: Duration = Duration::from_secs(10);
 /// How often that is tried.
 const RECONNECT_INTERVAL: Duration = Duration::from_millis(200);
-/// Pieces of a blob that may wait for containerd to take them.
-const WRITES_AHEAD: usize = 8;
+/// How often it is looked whether another writer of a blob has ended.
+const TAKEN_INTERVAL: Duration = Duration::from_millis(200);
 /// Most bytes of labels that list an image's layers; containerd refuses labels over 4096 bytes with their keys.
 const LAYERS_LABEL_MAX: usize = 4000;
 
@@ -135,6 +136,11 @@ impl Pull {
         let outcomes = result?;
         deleted?;
         Ok(outcomes)
+    }
+
+    /// What containerd calls the writer of a blob.
+    fn writer(&self, digest: &Digest) -> String {
+        format!("{}-{digest}", self.lease)
     }
 
     async fn run_leased(&self, progress: &Progress) -> anyhow::Result<Vec<Outcome>> {
@@ -240,27 +246,8 @@ impl Pull {
         progress: &Progress,
     ) -> anyhow::Result<()> {
         let layer = &self.image.layers[i];
-        let mut received = 0;
-        progress.downloaded(i, received);
-        let mut body = self.source.blob(layer.digest, layer.size).read(0..layer.size).await?;
-        let (sender, messages) = tokio::sync::mpsc::channel(WRITES_AHEAD);
-        let mut writer = BlobWriter::new(&self.lease, &layer.digest, layer.size, self.source_labels());
-        let feed = async move {
-            while let Some(bytes) = body.try_next().await? {
-                received += bytes.len() as u64;
-                progress.downloaded(i, received);
-                // Without a receiver the call has ended; its own answer says why.
-                if sender.send(writer.piece(&bytes)).await.is_err() {
-                    return Ok(());
-                }
-            }
-            let _ = sender.send(writer.commit()).await;
-            Ok::<_, RegistryError>(())
-        };
-        let stored = self.store(&layer.digest, tokio_stream::wrappers::ReceiverStream::new(messages));
-        let (fed, stored) = tokio::join!(feed, stored);
-        fed?;
-        stored?;
+        self.download(layer, |received| progress.downloaded(i, received))
+            .await?;
         let apply = diff::v1::ApplyRequest {
             diff: Some(descriptor(layer)),
             mounts,
@@ -292,6 +279,32 @@ impl Pull {
         committed
             .map(|_| ())
             .map_err(|s| self.failed(format!("commit snapshot {chain_id}"), s))
+    }
+
+    /// Writes a layer into the content store. Its writer is called as containerd calls its own, so that two of them do not write the same: while
+    /// another one does, perhaps Lazuli itself with what it streams, that one is waited for.
+    async fn download(&self, layer: &LayerDescriptor, arrived: impl Fn(u64)) -> anyhow::Result<()> {
+        let begin = Instant::now();
+        arrived(0);
+        loop {
+            let ingest = Ingest {
+                namespace: &self.namespace,
+                lease: &self.lease,
+                reference: layer_reference(&layer.digest, &layer.annotations),
+                digest: layer.digest,
+                size: layer.size,
+                labels: self.source_labels(),
+            };
+            let blob = self.source.blob(layer.digest, layer.size);
+            let read = |range| async move { blob.read(range).await };
+            match self.containerd.ingest(ingest, read, &arrived).await {
+                Ok(_) => return Ok(()),
+                Err(IngestError::Taken { .. }) if begin.elapsed() < LAYER_DEADLINE => {
+                    tokio::time::sleep(TAKEN_INTERVAL).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     fn snapshot_labels(&self, i: usize, chain_id: &str) -> HashMap<String, String> {
@@ -355,7 +368,7 @@ impl Pull {
     /// Writes a small blob into the content store.
     async fn write(&self, digest: &Digest, bytes: Bytes, mut labels: HashMap<String, String>) -> anyhow::Result<()> {
         labels.extend(self.source_labels());
-        let mut writer = BlobWriter::new(&self.lease, digest, bytes.len() as u64, labels.clone());
+        let mut writer = BlobWriter::new(self.writer(digest), digest, bytes.len() as u64, labels.clone());
         let messages = vec![writer.piece(&bytes), writer.commit()];
         if !self.store(digest, tokio_stream::iter(messages)).await? {
             // It is there already, perhaps from another pull: it needs our labels all the same.

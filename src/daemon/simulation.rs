@@ -27,7 +27,7 @@ use futures::{FutureExt as _, StreamExt as _};
 use rustix::io::Errno;
 
 use crate::cache::{Cache, Fault, InUse, Key, Point};
-use crate::catalog::loader::{LayerSpec, Loader};
+use crate::catalog::loader::{Asked, LayerSpec, Loader};
 use crate::config::{ByteSize, CacheConfig, FetchConfig, FormatsConfig};
 use crate::fetch::{Fetcher, Layer, LayerData as _};
 use crate::layer::index::{IndexParts, Inode, mode};
@@ -533,7 +533,10 @@ impl Simulation {
             }
             None => {
                 let judged = node.loader.alone(&truth.spec);
-                let loaded = node.loader.load(&truth.spec, blob, &[], None, "", &judged).await;
+                let loaded = node
+                    .loader
+                    .load(&truth.spec, blob, &[], Asked::default(), &judged)
+                    .await;
                 loaded.map(|loaded| loaded.layer).map_err(|refusal| refusal.to_string())
             }
         };

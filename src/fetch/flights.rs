@@ -5,7 +5,7 @@
 //! progress for [`STALL`], or fail, his own stream begins. The first one to finish answers all who wait for the layer, and ends the others.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt;
@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::{FetchError, Fetcher, StreamRequest};
-use crate::cache::CachedLayer;
+use crate::cache::{CachedLayer, Spool};
 use crate::layer::Digest;
 use crate::registry::Origin;
 
@@ -24,12 +24,13 @@ pub const STALL: Duration = Duration::from_secs(1);
 type Outcome = Result<Arc<CachedLayer>, FetchError>;
 
 /// How far a stream is, in bytes of the blob; and what makes it wait.
-#[derive(Debug)]
 pub struct Progress {
     pub(super) done: AtomicU64,
     pub(super) total: u64,
     /// Whether more connections may yet make it faster.
     pub(super) grows: AtomicBool,
+    /// The blob as it came, if that is kept.
+    pub(super) spool: OnceLock<Arc<Spool>>,
     /// Shared by all streams of a layer.
     wishes: Arc<watch::Sender<Wishes>>,
 }
@@ -40,6 +41,7 @@ impl Progress {
             done: AtomicU64::new(0),
             total,
             grows: AtomicBool::new(false),
+            spool: OnceLock::new(),
             wishes,
         })
     }
@@ -57,6 +59,11 @@ impl Progress {
     /// Whether it is being tried if more connections make it faster: its pace says little then.
     pub fn grows(&self) -> bool {
         self.grows.load(Ordering::Relaxed)
+    }
+
+    /// The blob as it came, if that is kept.
+    pub fn spool(&self) -> Option<Arc<Spool>> {
+        self.spool.get().cloned()
     }
 
     /// Whether it waits for others.

@@ -23,6 +23,7 @@ use super::flights::Wishes;
 use super::lanes::{Lanes, Piece, Shape};
 use super::schedule::{Class, Scheduler};
 use super::width::Links;
+use crate::cache::{Spool, SpoolEnd};
 use crate::layer::checkpoint::{Scanned, Scanner};
 use crate::layer::compression::{Compression, MAGIC_LEN, decoder};
 use crate::layer::digest::Hasher;
@@ -139,6 +140,8 @@ pub(super) struct Resources {
     pub links: Arc<Links>,
     /// Whether it may have more than one.
     pub wide: bool,
+    /// Keeps the blob as it comes.
+    pub spool: Option<Arc<Spool>>,
     pub shape: Shape,
 }
 
@@ -162,7 +165,7 @@ pub(super) async fn run<S: Sink>(
     let (spent, empty) = threads::channel::<Vec<u8>>();
     // Set when the sink cannot go on for a reason that has nothing to do with the bytes.
     let gone = Arc::new(AtomicBool::new(false));
-    let input = Input::new(download);
+    let input = Input::new(download, resources.spool.clone());
     let (consume_gone, gone) = (Arc::clone(&gone), gone);
     let decompress = tokio::task::spawn_blocking(move || decompress(input, expected, S::CUTS, full, &empty, &gone));
     let consume = tokio::task::spawn_blocking(move || consume(sink, &buffers, &spent, &consume_gone));
@@ -204,15 +207,20 @@ struct InputState {
     pieces: VecDeque<Piece>,
     hasher: Hasher,
     size: u64,
+    spool: Option<Arc<Spool>>,
 }
 
 impl Input {
-    fn new(download: mpsc::Receiver<Piece>) -> Self {
+    fn new(download: mpsc::Receiver<Piece>, spool: Option<Arc<Spool>>) -> Self {
+        if let Some(spool) = &spool {
+            spool.begin();
+        }
         Input(Arc::new(Mutex::new(InputState {
             download,
             pieces: VecDeque::new(),
             hasher: Hasher::new(),
             size: 0,
+            spool,
         })))
     }
 
@@ -227,6 +235,9 @@ impl InputState {
             return false;
         };
         self.hasher.update(&piece.bytes);
+        if let Some(spool) = &self.spool {
+            spool.push(&piece.bytes);
+        }
         self.size += piece.bytes.len() as u64;
         self.pieces.push_back(piece);
         true
@@ -311,12 +322,13 @@ fn decompress(
         return Err(Fault::Closed);
     }
     // What follows the compressed data belongs to the blob, and to its digest.
-    let (actual, blob_size) = input.with(|state| {
+    let (actual, blob_size, spool) = input.with(|state| {
         state.pieces.clear();
         while state.receive() {
             state.pieces.clear();
         }
-        (std::mem::take(&mut state.hasher).finish(), state.size)
+        let actual = std::mem::take(&mut state.hasher).finish();
+        (actual, state.size, state.spool.take())
     });
     if actual != expected {
         return Err(Fault::Layer(LayerError::DigestMismatch {
@@ -324,6 +336,9 @@ fn decompress(
             expected,
             actual,
         }));
+    }
+    if let Some(spool) = spool {
+        spool.settle(SpoolEnd::Verified);
     }
     decoded.map(|()| Sums { blob_size, compression })
 }

@@ -15,7 +15,7 @@ use super::pipeline::{self, Fault, Resources, Sink, Sums};
 use super::schedule::Class;
 use super::spans::{Cut, Cutting, Ranges, STREAM};
 use super::{FetchError, Fetcher, Progress};
-use crate::cache::{CacheError, CachedLayer, Staging};
+use crate::cache::{CacheError, CachedLayer, Spool, SpoolEnd, Staging};
 use crate::layer::checkpoint::Scanned;
 use crate::layer::compression::Compression;
 use crate::layer::digest::Hasher;
@@ -43,6 +43,8 @@ pub struct StreamRequest {
     pub diff_id: Option<Digest>,
     /// Name for logs: the image and the position of the layer in it.
     pub what: String,
+    /// Keep the blob as it comes, if there is room, until the stream has ended: somebody may want that as well ([`Progress::spool`]).
+    pub keep: bool,
 }
 
 impl Fetcher {
@@ -56,6 +58,13 @@ impl Fetcher {
         if let Some(cached) = self.cached(layer).await? {
             return Ok(cached);
         }
+        if request.keep {
+            let (cache, size) = (Arc::clone(&self.cache), request.blob.size());
+            if let Some(spool) = blocking(move || cache.spool(size)).await {
+                let _ = progress.spool.set(spool);
+            }
+        }
+        let _ended = progress.spool().map(Ended);
         let _place = self.enter_stream(request.blob.origin(), Class::Prefetch).await;
         let begin = std::time::Instant::now();
         let mut pass = 1;
@@ -119,6 +128,7 @@ impl Fetcher {
         let resources = Resources {
             grows: Box::new(move |grows| grown.grows.store(grows, Ordering::Relaxed)),
             wide,
+            spool: progress.spool(),
             ..self.resources(request.blob.origin(), Class::Prefetch, progress.wishes(), arrived)
         };
         let (sink, sums) = pipeline::run(&request.blob, request.digest, sink, resources).await?;
@@ -155,6 +165,7 @@ impl Fetcher {
             scheduler: Arc::clone(&self.scheduler),
             links: Arc::clone(&self.links),
             wide: true,
+            spool: None,
             shape: self.shape,
         }
     }
@@ -203,6 +214,15 @@ impl From<CacheError> for Fault {
 impl From<LayerError> for Fault {
     fn from(error: LayerError) -> Fault {
         Fault::Layer(error)
+    }
+}
+
+/// The end of a stream whose blob is kept: nothing more will come.
+struct Ended(Arc<Spool>);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.settle(SpoolEnd::Failed);
     }
 }
 

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use super::SnapshotsError;
 use super::chain::shown_by;
-use super::core::{Core, EXTRACTION};
+use super::core::Core;
 use super::dirs::Content;
 use super::error::quoted;
 use super::info::now;
@@ -20,7 +20,7 @@ use super::rules::{self, kept_labels};
 use crate::catalog::Applied;
 use crate::layer::Digest;
 use crate::proto::types::Mount;
-use crate::store::{Kind, Usage};
+use crate::store::{EXTRACTION, Kind, Usage};
 
 /// A snapshot that a layer is to be applied to.
 #[derive(Debug, Clone)]

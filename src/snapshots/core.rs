@@ -21,10 +21,7 @@ use crate::layer::Digest;
 use crate::metrics::Metrics;
 use crate::proto::snapshots::v1::Info;
 use crate::proto::types::Mount;
-use crate::store::{Ancestor, Kind, SnapshotRecord, Store, StoreError, Usage, shown};
-
-/// In the keys of snapshots in which containerd unpacks a layer: `<namespace>/<number>/extract-<time>-<random> <chain id>`.
-pub(super) const EXTRACTION: &str = "/extract-";
+use crate::store::{Ancestor, EXTRACTION, Kind, SnapshotRecord, Store, StoreError, Usage, shown};
 
 /// What a layer's image says of it and of those below, the lowest first, as [`Resolution::Live`](crate::catalog::Resolution) has it.
 #[derive(Debug, Clone)]
@@ -474,14 +471,9 @@ impl Core {
         })
     }
 
-    /// Chain ids of layers that containerd is unpacking: the active snapshots that it makes for that are named so.
+    /// Chain ids of layers that containerd is unpacking.
     pub fn unpacking(&self) -> HashSet<String> {
-        let active = self.store.keys(|ancestor| ancestor.kind == Kind::Active);
-        let chain_id = |key: &String| {
-            let (begin, chain_id) = key.rsplit_once(' ')?;
-            begin.contains(EXTRACTION).then(|| chain_id.to_owned())
-        };
-        active.iter().filter_map(chain_id).collect()
+        self.store.unpacking()
     }
 
     /// Tells the layers that containers will be made on the snapshot `name`.

@@ -7,13 +7,13 @@ use std::sync::Arc;
 
 use super::SnapshotsError;
 use super::chain::shown_by;
-use super::core::{Core, Doubt, EXTRACTION};
+use super::core::{Core, Doubt};
 use super::dirs::Built;
 use super::info::now;
 use super::rules::{self, NewSnapshot, check_key, kept_labels};
 use crate::layer::Digest;
 use crate::proto::types::Mount;
-use crate::store::Kind;
+use crate::store::{EXTRACTION, Kind};
 
 /// A local snapshot that is wanted.
 #[derive(Clone)]

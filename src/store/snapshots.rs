@@ -25,6 +25,9 @@ fn snapshot_key(key: &[u8]) -> Option<&str> {
     std::str::from_utf8(key).ok()
 }
 
+/// In the keys of snapshots in which containerd unpacks a layer: `<namespace>/<number>/extract-<time>-<random> <chain id>`.
+pub const EXTRACTION: &str = "/extract-";
+
 /// Longest chain of parents that is followed. overlayfs takes 500 layers; more than this is a circle.
 const MAX_CHAIN: usize = 10_000;
 
@@ -289,6 +292,16 @@ impl Store {
         let known = self.inner.lineage.read();
         let such = known.iter().filter(|(_, known)| is_such(&known.ancestor));
         such.map(|(key, _)| key.clone()).collect()
+    }
+
+    /// Chain ids of layers that containerd is unpacking: the active snapshots that it makes for that are named so.
+    pub fn unpacking(&self) -> HashSet<String> {
+        let active = self.keys(|ancestor| ancestor.kind == Kind::Active);
+        let chain_id = |key: &String| {
+            let (begin, chain_id) = key.rsplit_once(' ')?;
+            begin.contains(EXTRACTION).then(|| chain_id.to_owned())
+        };
+        active.iter().filter_map(chain_id).collect()
     }
 
     /// Runs `change` on the snapshots in one transaction. An error of `change`, or of the commit, changes nothing.

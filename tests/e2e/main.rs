@@ -26,6 +26,7 @@ mod faults;
 mod filling;
 mod formats;
 mod harness;
+mod lend;
 mod many;
 mod messages;
 mod node;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lazuli::cache::Cache;
-use lazuli::catalog::loader::{LayerSpec, Loaded, Loader};
+use lazuli::catalog::loader::{Asked, LayerSpec, Loaded, Loader};
 use lazuli::config::{ByteSize, CacheConfig, FetchConfig, FormatsConfig, MemoryConfig};
 use lazuli::fetch::{Fetcher, LayerData};
 use lazuli::layer::Digest;
@@ -290,7 +290,10 @@ pub async fn load(node: &Node, registry: &FaultRegistry, layer: &Lazy) -> Loaded
     };
     let blob = source(&config(), &registry.host()).blob(spec.digest, spec.size);
     let judged = node.loader.alone(&spec);
-    node.loader.load(&spec, blob, &[], None, "", &judged).await.unwrap()
+    node.loader
+        .load(&spec, blob, &[], Asked::default(), &judged)
+        .await
+        .unwrap()
 }
 
 /// Reads all files at once, by pieces, from the last to the first.

@@ -43,6 +43,8 @@ pub struct Exchange {
     pub path: String,
     /// The `Range` header.
     pub range: Option<String>,
+    /// Who asked: the `User-Agent` header.
+    pub agent: String,
     /// The status of the answer.
     pub status: u16,
     /// Bytes of the answer's body that were sent so far.
@@ -164,6 +166,7 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Result<
         method: parts.method.to_string(),
         path: path.clone(),
         range: text(header::RANGE),
+        agent: text(header::USER_AGENT).unwrap_or_default(),
         status: 0,
         bytes: 0,
     }));

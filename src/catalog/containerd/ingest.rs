@@ -1,9 +1,9 @@
 //! Writing blobs into containerd's content store, and going on where an earlier attempt was ended.
 //!
 //! containerd keeps what was written of a blob under the *reference* of its writer, verifies the digest when it is committed, and refuses it if it
-//! is another: so nothing wrong is ever in the store. One writer has a reference at a time.
+//! is another: so nothing wrong is ever in the store. One writer has a reference at a time; another one waits, or gives up, as it likes.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::time::Duration;
 
@@ -11,7 +11,8 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{Code, Request};
+use tokio_util::task::AbortOnDropHandle;
+use tonic::{Code, Request, Status};
 
 use super::{BlobWriter, CALL_DEADLINE, Containerd, ContainerdError, LEASE_HEADER, NAMESPACE_HEADER, content, header};
 use crate::layer::Digest;
@@ -26,6 +27,12 @@ const TAKE_DEADLINE: Duration = Duration::from_secs(60);
 /// Longest wait for containerd after its last piece: it reads all of the blob once more if it was written in several attempts.
 const COMMIT_DEADLINE: Duration = Duration::from_secs(600);
 
+/// Annotation of a descriptor that names it within an image.
+const REF_NAME: &str = "org.opencontainers.image.ref.name";
+
+/// What containerd says of a reference that another writer has.
+const LOCKED: &str = "locked";
+
 /// A blob that is to be written.
 #[derive(Debug, Clone)]
 pub struct Ingest<'a> {
@@ -33,12 +40,23 @@ pub struct Ingest<'a> {
     pub namespace: &'a str,
     /// A lease, which keeps what was written until something else refers to it.
     pub lease: &'a str,
+    /// What its writer is called.
+    pub reference: String,
     /// Digest of the blob.
     pub digest: Digest,
     /// Its size in bytes.
     pub size: u64,
     /// Labels that it gets.
     pub labels: HashMap<String, String>,
+}
+
+/// What containerd calls its own writer of a layer's blob.
+/// Source: `MakeRefKey` in core/remotes/handlers.go of containerd.
+pub fn layer_reference(digest: &Digest, annotations: &BTreeMap<String, String>) -> String {
+    match annotations.get(REF_NAME) {
+        Some(name) => format!("layer-{name}@{digest}"),
+        None => format!("layer-{digest}"),
+    }
 }
 
 /// What came of an [`Ingest`].
@@ -62,6 +80,12 @@ pub enum IngestError {
     /// The source failed.
     #[error(transparent)]
     Source(#[from] RegistryError),
+    /// Another writer has its reference.
+    #[error("somebody else is writing {digest}")]
+    Taken {
+        /// Digest of the blob.
+        digest: Digest,
+    },
     /// The source sent other bytes.
     #[error("the bytes that came are not those of {digest}")]
     Corrupt {
@@ -70,7 +94,71 @@ pub enum IngestError {
     },
 }
 
+/// A blob that is being written: its reference is this writer's until it is dropped, and what was written stays.
+pub struct IngestWriter {
+    containerd: Containerd,
+    namespace: String,
+    digest: Digest,
+    from: u64,
+    messages: BlobWriter,
+    sender: mpsc::Sender<content::WriteContentRequest>,
+    /// What comes of the call.
+    ended: AbortOnDropHandle<Result<(), Status>>,
+}
+
 impl Containerd {
+    /// Has a blob's reference given to us; `None` if the blob is there.
+    ///
+    /// # Errors
+    /// [`IngestError::Taken`] while somebody else has it, and [`IngestError::Containerd`].
+    pub async fn open_ingest(&self, ingest: Ingest<'_>) -> Result<Option<IngestWriter>, IngestError> {
+        let Ingest {
+            namespace,
+            lease,
+            reference,
+            digest,
+            size,
+            labels,
+        } = ingest;
+        let messages = BlobWriter::new(reference, &digest, size, labels);
+        let (sender, requests) = mpsc::channel(WRITES_AHEAD);
+        // containerd answers when it knows the writer.
+        let _ = sender.send(messages.status()).await;
+        let mut request = Request::new(ReceiverStream::new(requests));
+        request.metadata_mut().insert(NAMESPACE_HEADER, header(namespace)?);
+        request.metadata_mut().insert(LEASE_HEADER, header(lease)?);
+        let open = async {
+            let mut answers = self.content().write(request).await?.into_inner();
+            let first = answers.message().await?;
+            Ok((answers, first))
+        };
+        let late = |_| Err(Status::deadline_exceeded("containerd does not answer"));
+        let opened = tokio::time::timeout(CALL_DEADLINE, open).await;
+        let (mut answers, first) = match opened.unwrap_or_else(late) {
+            Ok(opened) => opened,
+            Err(status) if status.code() == Code::AlreadyExists => return Ok(None),
+            // A containerd that is not there has no word for it.
+            Err(status) if status.code() == Code::Unavailable && status.message().contains(LOCKED) => {
+                return Err(IngestError::Taken { digest });
+            }
+            Err(status) => return Err(self.error(format!("store {digest}"), status).into()),
+        };
+        let from = first.map_or(0, |first| u64::try_from(first.offset).unwrap_or(0));
+        // There is an answer to each piece.
+        let ended = tokio::spawn(async move { answers.by_ref().try_for_each(|_| async { Ok(()) }).await });
+        let mut writer = IngestWriter {
+            containerd: self.clone(),
+            namespace: namespace.to_owned(),
+            digest,
+            from: from.min(size),
+            messages,
+            sender,
+            ended: AbortOnDropHandle::new(ended),
+        };
+        writer.messages.go_on_at(writer.from);
+        Ok(Some(writer))
+    }
+
     /// Writes a blob whose bytes `read` gives from a range of it on. `arrived` is told how many bytes are there in all.
     ///
     /// # Errors
@@ -84,96 +172,104 @@ impl Containerd {
     where
         F: Future<Output = Result<Body, RegistryError>>,
     {
-        let Ingest {
-            namespace,
-            lease,
-            digest,
-            size,
-            labels,
-        } = ingest;
-        let mut writer = BlobWriter::new("lazuli", &digest, size, labels);
-        let (sender, messages) = mpsc::channel(WRITES_AHEAD);
-        // containerd answers when it knows the writer.
-        let _ = sender.send(writer.status()).await;
-        let mut request = Request::new(ReceiverStream::new(messages));
-        request.metadata_mut().insert(NAMESPACE_HEADER, header(namespace)?);
-        request.metadata_mut().insert(LEASE_HEADER, header(lease)?);
-        let failed = |status: tonic::Status| self.error(format!("store {digest}"), status);
-        let open = async {
-            let mut answers = self.content().write(request).await?.into_inner();
-            let first = answers.message().await?;
-            Ok((answers, first))
+        let size = ingest.size;
+        let Some(mut writer) = self.open_ingest(ingest).await? else {
+            return Ok(Ingested::Present);
         };
-        let late = |_| Err(tonic::Status::deadline_exceeded("containerd does not answer"));
-        let opened = tokio::time::timeout(CALL_DEADLINE, open).await;
-        let (mut answers, from) = match opened.unwrap_or_else(late) {
-            Ok((answers, first)) => (
-                answers,
-                first.map_or(0, |first| u64::try_from(first.offset).unwrap_or(0)),
-            ),
-            Err(status) if status.code() == Code::AlreadyExists => return Ok(Ingested::Present),
-            Err(status) => return Err(failed(status).into()),
-        };
-        let from = from.min(size);
-        writer.go_on_at(from);
-        let (arrived, mut there) = (&arrived, from);
-        let feed = async move {
-            if from < size {
-                let mut body = read(from..size).await?;
-                while let Some(mut bytes) = body.try_next().await? {
-                    while !bytes.is_empty() {
-                        let piece: Bytes = bytes.split_to(bytes.len().min(MESSAGE));
-                        there += piece.len() as u64;
-                        arrived(there);
-                        // Without a receiver the call has ended, and its own answer says why. One that takes nothing is no better.
-                        let taken = sender.send_timeout(writer.piece(&piece), TAKE_DEADLINE).await;
-                        if taken.is_err() {
-                            return Ok(());
-                        }
+        let mut there = writer.from();
+        if there < size {
+            let mut body = read(there..size).await?;
+            'body: while let Some(mut bytes) = body.try_next().await? {
+                while !bytes.is_empty() {
+                    let piece: Bytes = bytes.split_to(bytes.len().min(MESSAGE));
+                    there += piece.len() as u64;
+                    arrived(there);
+                    if !writer.write(&piece).await {
+                        break 'body;
                     }
                 }
             }
-            let _ = sender.send_timeout(writer.commit(), TAKE_DEADLINE).await;
-            Ok::<_, RegistryError>(())
-        };
-        let (fed, ended) = tokio::sync::oneshot::channel::<()>();
-        let feed = async move {
-            let result = feed.await;
-            drop(fed);
-            result
-        };
-        let late = async {
-            let _ = ended.await;
-            tokio::time::sleep(COMMIT_DEADLINE).await;
-        };
-        let drain = async {
-            tokio::select! {
-                drained = answers.by_ref().try_for_each(|_| async { Ok(()) }) => drained,
-                () = late => Err(tonic::Status::deadline_exceeded("the blob was not committed in time")),
-            }
-        };
-        let (fed, drained) = tokio::join!(feed, drain);
-        fed?;
-        match drained {
-            Ok(()) => Ok(Ingested::Written { from }),
-            Err(status) if status.code() == Code::AlreadyExists => Ok(Ingested::Present),
-            // What came is not the blob, or not as long.
-            Err(status) if status.code() == Code::FailedPrecondition => {
-                self.abort(namespace, &digest).await?;
-                Err(IngestError::Corrupt { digest })
-            }
-            Err(status) => Err(failed(status).into()),
         }
+        writer.commit().await
     }
 
     /// Forgets what was written of a blob.
-    async fn abort(&self, namespace: &str, digest: &Digest) -> Result<(), ContainerdError> {
-        let reference = BlobWriter::reference("lazuli", digest);
+    async fn abort(&self, namespace: &str, reference: String, digest: &Digest) -> Result<(), ContainerdError> {
         let request = self.request(namespace, content::AbortRequest { r#ref: reference })?;
         match self.content().abort(request).await {
             Ok(_) => Ok(()),
             Err(status) if status.code() == Code::NotFound => Ok(()),
             Err(status) => Err(self.error(format!("forget what it has of {digest}"), status)),
         }
+    }
+}
+
+impl IngestWriter {
+    /// The first byte that is missing: an earlier attempt has left those before it.
+    pub fn from(&self) -> u64 {
+        self.from
+    }
+
+    /// The next bytes, at most [`MESSAGE`] of them; false if the call has ended, whose own answer says why ([`IngestWriter::commit`]). A containerd that takes
+    /// nothing for long is no better.
+    pub async fn write(&mut self, bytes: &[u8]) -> bool {
+        let piece = self.messages.piece(bytes);
+        self.sender.send_timeout(piece, TAKE_DEADLINE).await.is_ok()
+    }
+
+    /// What was written is wrong: the next bytes are the first ones.
+    pub async fn begin_anew(&mut self) -> bool {
+        self.from = 0;
+        self.messages.go_on_at(0);
+        // containerd empties what it has where something comes at 0, though it be nothing.
+        self.write(&[]).await
+    }
+
+    /// The end: containerd compares the digest.
+    ///
+    /// # Errors
+    /// [`IngestError`].
+    pub async fn commit(self) -> Result<Ingested, IngestError> {
+        let IngestWriter {
+            containerd,
+            namespace,
+            digest,
+            from,
+            messages,
+            sender,
+            ended,
+        } = self;
+        let reference = messages.reference.clone();
+        let _ = sender.send_timeout(messages.commit(), TAKE_DEADLINE).await;
+        drop(sender);
+        let late = || Status::deadline_exceeded("the blob was not committed in time");
+        let ended = tokio::time::timeout(COMMIT_DEADLINE, ended).await;
+        match ended.unwrap_or_else(|_| Ok(Err(late()))) {
+            Ok(Ok(())) => Ok(Ingested::Written { from }),
+            Ok(Err(status)) if status.code() == Code::AlreadyExists => Ok(Ingested::Present),
+            // What came is not the blob, or not as long.
+            Ok(Err(status)) if status.code() == Code::FailedPrecondition => {
+                containerd.abort(&namespace, reference, &digest).await?;
+                Err(IngestError::Corrupt { digest })
+            }
+            Ok(Err(status)) => Err(containerd.error(format!("store {digest}"), status).into()),
+            Err(_) => {
+                let ended = Status::internal("writing it was interrupted");
+                Err(containerd.error(format!("store {digest}"), ended).into())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_writer_of_a_layer_is_called_what_containerd_calls_it() {
+        let digest = Digest::of(b"layer");
+        let named = BTreeMap::from([(REF_NAME.to_owned(), "a:1".to_owned())]);
+        assert_eq!(layer_reference(&digest, &BTreeMap::new()), format!("layer-{digest}"));
+        assert_eq!(layer_reference(&digest, &named), format!("layer-a:1@{digest}"));
     }
 }

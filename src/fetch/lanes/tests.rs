@@ -247,6 +247,7 @@ impl Given {
                 scheduler: Arc::clone(&self.scheduler),
                 links: Arc::clone(&self.links),
                 wide: true,
+                spool: None,
                 shape: self.shape,
             },
         )

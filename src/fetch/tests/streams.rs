@@ -70,6 +70,7 @@ pub(super) fn request(blob: &Arc<FakeBlob>, bytes: &[u8], tar: &[u8]) -> StreamR
         compression: Compression::None,
         diff_id: Some(Digest::of(tar)),
         what: "test".to_owned(),
+        keep: false,
     }
 }
 

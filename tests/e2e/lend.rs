@@ -105,6 +105,29 @@ fn a_layer_that_is_left_to_containerd_comes_once() {
     check_content(&stage, &reference);
 }
 
+/// The same with containerd 1.6, which unpacks by itself, and `lazuli pull`.
+#[test]
+fn lazuli_pull_waits_for_what_is_lent() {
+    if subject() != SNAPSHOTTER {
+        return;
+    }
+    let stage = Stage::new("lazuli_pull_waits_for_what_is_lent", Generation::One);
+    let image = image();
+    let reference = stage.push(&image, "lend/slow:1");
+    stage.proxy.set_link(LINK);
+    stage.proxy.take();
+    let lazuli = stage.lazuli.as_ref().unwrap();
+    lazuli.pull(&reference).expect_success();
+    assert!(
+        lazuli.log().contains("containerd was lent what was streamed"),
+        "{}",
+        lazuli.log()
+    );
+    let (bytes, size) = (total_bytes(&stage.blob_requests()), size(&image));
+    assert!(bytes * 100 <= size * ONCE, "{bytes} bytes came of {size}");
+    check_content(&stage, &reference);
+}
+
 /// containerd fetches everything from a layer on that it is left; not what is there, or lazy.
 #[test]
 fn lazy_layers_above_one_that_is_left_are_not_fetched() {

@@ -18,8 +18,8 @@ use super::{BlobWriter, CALL_DEADLINE, Containerd, ContainerdError, LEASE_HEADER
 use crate::layer::Digest;
 use crate::registry::{Body, RegistryError};
 
-/// Pieces of a blob that may wait for containerd to take them.
-const WRITES_AHEAD: usize = 8;
+/// Pieces of a blob that may wait for containerd to take them, of at most [`MESSAGE`] bytes.
+const WRITES_AHEAD: usize = 4;
 /// Bytes in one message, well below what containerd takes.
 const MESSAGE: usize = 1 << 20;
 /// Longest wait for containerd to take a piece, which it writes to its disk.

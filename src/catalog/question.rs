@@ -182,7 +182,7 @@ impl Catalog {
             }
             for planned in plan.layers.iter() {
                 if let Some(progress) = fetcher.progress(&planned.spec.digest) {
-                    arrived.insert(planned.spec.digest, progress.done());
+                    arrived.insert(planned.spec.digest, progress.arrived());
                 }
             }
             let stream = fetcher.progress(digest);
@@ -192,7 +192,7 @@ impl Catalog {
                 hurried = Some(Hurried::new(Arc::clone(stream)));
             }
             let grows = stream.as_ref().is_some_and(|stream| stream.grows());
-            let stream = stream.map(|progress| (progress.done(), progress.total()));
+            let stream = stream.map(|progress| (progress.arrived(), progress.total()));
             if stream.is_some_and(|(done, total)| done >= total) {
                 // What is left to do is no matter of the link.
                 paused.clear();

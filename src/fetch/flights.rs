@@ -26,6 +26,8 @@ type Outcome = Result<Arc<CachedLayer>, FetchError>;
 /// How far a stream is, in bytes of the blob; and what makes it wait.
 pub struct Progress {
     pub(super) done: AtomicU64,
+    /// The same, with those that come before it is their turn.
+    pub(super) arrived: AtomicU64,
     pub(super) total: u64,
     /// Whether more connections may yet make it faster.
     pub(super) grows: AtomicBool,
@@ -39,6 +41,7 @@ impl Progress {
     pub(super) fn new(total: u64, wishes: Arc<watch::Sender<Wishes>>) -> Arc<Self> {
         Arc::new(Progress {
             done: AtomicU64::new(0),
+            arrived: AtomicU64::new(0),
             total,
             grows: AtomicBool::new(false),
             spool: OnceLock::new(),
@@ -46,9 +49,14 @@ impl Progress {
         })
     }
 
-    /// Bytes that have arrived.
+    /// Bytes that have arrived, from the beginning of the blob to the first one that is missing.
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that have arrived, those included that come before it is their turn: what the source delivers.
+    pub fn arrived(&self) -> u64 {
+        self.arrived.load(Ordering::Relaxed).max(self.done())
     }
 
     /// Bytes of the blob.

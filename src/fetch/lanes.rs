@@ -398,6 +398,11 @@ impl Lanes {
     }
 
     fn look(&mut self, now: Instant) {
+        let ahead = self.lanes.iter().map(|lane| {
+            let from = lane.range.start.max(self.position);
+            lane.run.report.position.load(Ordering::Acquire).saturating_sub(from)
+        });
+        (self.resources.arrived)(self.position.saturating_add(ahead.sum()));
         if self
             .lanes
             .iter()

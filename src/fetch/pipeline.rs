@@ -126,6 +126,8 @@ pub(super) struct Resources {
     pub wishes: watch::Receiver<Wishes>,
     /// Counts the bytes of the blob that are there, in order.
     pub progress: Box<dyn Fn(u64) + Send + Sync>,
+    /// Is told how many bytes of the blob have arrived, those included that come before it is their turn.
+    pub arrived: Box<dyn Fn(u64) + Send + Sync>,
     /// Is told whether more connections may yet make it faster.
     pub grows: Box<dyn Fn(bool) + Send + Sync>,
     /// Counts bytes that arrive.

@@ -111,6 +111,7 @@ impl Fetcher {
         wide: bool,
     ) -> Result<Arc<CachedLayer>, Fault> {
         progress.done.store(0, Ordering::Relaxed);
+        progress.arrived.store(0, Ordering::Relaxed);
         let share = self.memory().take(STREAM).await;
         let (cache, digest) = (Arc::clone(&self.cache), request.digest);
         let staging = blocking(move || cache.stage(&digest)).await.map_err(Fault::from)?;
@@ -121,11 +122,14 @@ impl Fetcher {
             cutting: Cutting::new(|check| drop(tokio::task::spawn_blocking(check)), share),
             offset: 0,
         };
-        let (shown, grown) = (Arc::clone(progress), Arc::clone(progress));
+        let (shown, ahead, grown) = (Arc::clone(progress), Arc::clone(progress), Arc::clone(progress));
         let arrived = move |bytes| {
             shown.done.fetch_add(bytes, Ordering::Relaxed);
         };
         let resources = Resources {
+            arrived: Box::new(move |bytes| {
+                ahead.arrived.fetch_max(bytes, Ordering::Relaxed);
+            }),
             grows: Box::new(move |grows| grown.grows.store(grows, Ordering::Relaxed)),
             wide,
             spool: progress.spool(),
@@ -157,6 +161,7 @@ impl Fetcher {
             patience: self.patience,
             wishes,
             progress: Box::new(arrived),
+            arrived: Box::new(|_| {}),
             grows: Box::new(|_| {}),
             fetched: self.metrics.fetched_bytes_total.with_label_values(&["stream"]),
             stream_ranges: self.metrics.stream_ranges_total.clone(),

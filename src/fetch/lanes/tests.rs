@@ -207,6 +207,7 @@ struct Given {
     wishes: watch::Sender<Wishes>,
     shape: Shape,
     progress: Arc<AtomicU64>,
+    arrived: Arc<AtomicU64>,
 }
 
 impl Given {
@@ -224,6 +225,7 @@ impl Given {
             wishes: watch::Sender::new(Wishes::default()),
             shape: Shape::default(),
             progress: Arc::default(),
+            arrived: Arc::default(),
         }
     }
 
@@ -238,6 +240,12 @@ impl Given {
                 wishes: self.wishes.subscribe(),
                 progress: Box::new(move |bytes| {
                     progress.fetch_add(bytes, Ordering::Relaxed);
+                }),
+                arrived: Box::new({
+                    let arrived = Arc::clone(&self.arrived);
+                    move |bytes| {
+                        arrived.fetch_max(bytes, Ordering::Relaxed);
+                    }
                 }),
                 grows: Box::new(|_| {}),
                 fetched: self.metrics.fetched_bytes_total.with_label_values(&["stream"]),
@@ -295,6 +303,40 @@ async fn where_the_link_is_full_trials_cost_next_to_nothing() {
     let (least, sent) = (alone.sent.load(Ordering::Relaxed), tried.sent.load(Ordering::Relaxed));
     assert!(sent < least * 103 / 100, "{sent} bytes instead of {least}");
     assert!(tried.besides() > 0, "it was tried");
+}
+
+/// Connections that share a link bring less in order, and no less in all: whoever judges the pace has to know.
+#[tokio::test(start_paused = true)]
+async fn what_comes_before_its_turn_has_arrived() {
+    const RATE: u64 = 12_500_000;
+    let net = Net::new(160 * MB, u64::MAX / 4 / MB, RATE, |_, _| Fate::Good);
+    let given = Given::new(Links::new(11));
+    let marks = Mutex::new(Vec::new());
+    let watch = async {
+        loop {
+            let now = [&given.arrived, &given.progress].map(|bytes| bytes.load(Ordering::Relaxed));
+            marks.lock().unwrap().push(now);
+            sleep(Duration::from_millis(500)).await;
+        }
+    };
+    tokio::select! {
+        _ = given.read(&net) => {}
+        () = watch => {}
+    }
+    let marks = marks.into_inner().unwrap();
+    // Without the beginning, in which the first request is under way, and the end.
+    let paces = |which: usize| {
+        marks[1..marks.len() - 1]
+            .windows(2)
+            .map(move |two| two[1][which] - two[0][which])
+    };
+    let least = |which| paces(which).min().unwrap();
+    assert!(least(0) > RATE / 2 * 8 / 10, "{:?}", paces(0).collect::<Vec<_>>());
+    assert!(
+        least(1) < RATE / 2 * 6 / 10,
+        "it shows nothing: {:?}",
+        paces(1).collect::<Vec<_>>()
+    );
 }
 
 #[tokio::test(start_paused = true)]

@@ -94,16 +94,20 @@ EOF
     pack app
 }
 
-# Wheels come from where pip of this machine is told to get them.
+# Wheels come from where pip of this machine is told to get them, and over certificates that this machine believes. What a notebook has beside what the
+# command imports makes it 600 MB and more, installed.
 make_science() {
-    local index
+    local index authorities=/etc/ssl/certs/ca-certificates.crt
     packages python3 python3-pip
     index=$(pip3 config get global.index-url 2>/dev/null || true)
     cp /etc/resolv.conf "$ROOTFS/etc/resolv.conf"
-    chroot "$ROOTFS" env PIP_INDEX_URL="${PIP_INDEX_URL:-${index:-https://pypi.org/simple}}" \
-        pip3 install --quiet --no-cache-dir --break-system-packages scipy pandas scikit-learn pyarrow
-    rm -f "$ROOTFS/etc/resolv.conf"
-    pack "scipy pandas scikit-learn pyarrow"
+    cp "$authorities" "$ROOTFS/tmp/authorities"
+    env -i PATH="$PATH" HOME=/root PIP_INDEX_URL="${PIP_INDEX_URL:-${index:-https://pypi.org/simple}}" PIP_CERT=/tmp/authorities \
+        ${HTTPS_PROXY:+HTTPS_PROXY="$HTTPS_PROXY"} ${https_proxy:+https_proxy="$https_proxy"} \
+        chroot "$ROOTFS" pip3 install --quiet --no-cache-dir --break-system-packages scipy pandas scikit-learn pyarrow matplotlib statsmodels numba
+    rm -f "$ROOTFS/etc/resolv.conf" "$ROOTFS/tmp/authorities"
+    say "  $(du -sm "$ROOTFS/usr/local/lib" | cut -f 1) MiB of wheels, installed"
+    pack "scipy pandas scikit-learn pyarrow matplotlib statsmodels numba"
 }
 
 make_layers() {
@@ -133,9 +137,12 @@ make_fat() {
     pack fat
 }
 
-# prepare_corpus IMAGE...: makes and converts what is not there yet.
+# wants FORMAT: whether the formats that were chosen (formats, an array; all if there is none) have it.
+wants() { [[ " ${formats[*]:-plain estargz chunked} " = *" $1 "* ]]; }
+
+# prepare_corpus IMAGE...: makes what is not there yet, and converts it into the formats that were chosen.
 prepare_corpus() {
-    local name suite mirror
+    local name
     LAYOUT=$WORK/build/oci
     for name in "$@"; do
         [ -n "${COMMANDS[$name]:-}" ] || die "there is no image called $name (${CORPUS[*]})"
@@ -154,8 +161,10 @@ prepare_corpus() {
             skopeo copy --dest-tls-verify=false "oci:$LAYOUT:$name" "docker://$REGISTRY/corpus/$name:plain"
             rm -rf --one-file-system "$BUNDLE"
         fi
-        has "corpus/$name:estargz" || convert "corpus/$name"
-        has "corpus/$name:chunked" || chunk "corpus/$name"
+        ! wants estargz || has "corpus/$name:estargz" || convert "corpus/$name"
+        ! wants chunked || has "corpus/$name:chunked" || chunk "corpus/$name"
+        ! wants soci || has "corpus/$name:soci" || index_soci "corpus/$name"
+        ! wants estargz || [ "${EARLIER:-0}" = 0 ] || has "corpus/$name:estargz-earlier" || rebuild "corpus/$name"
     done >>"$(build_log)" 2>&1
     rm -rf --one-file-system "$WORK/build"
 }

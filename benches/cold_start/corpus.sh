@@ -46,8 +46,8 @@ packages() {
     pack_layer "$LAYOUT:$image" "$BUNDLE" "$*"
 }
 
-# pack COMMENT: what was written into the tree becomes a layer.
-pack() { pack_layer "$LAYOUT:$(basename "$BUNDLE")" "$BUNDLE" "$1"; }
+# written COMMENT: what was written into the tree becomes a layer.
+written() { pack_layer "$LAYOUT:$(basename "$BUNDLE")" "$BUNDLE" "$1"; }
 
 make_python() {
     packages python3
@@ -63,7 +63,7 @@ const app = require("/usr/share/nodejs/express")();
 app.get("/", (request, answer) => answer.send("hello"));
 app.listen("/tmp/socket", () => console.log("listening"));
 EOF
-    pack app
+    written app
 }
 
 make_redis() { packages redis-server; }
@@ -78,7 +78,7 @@ make_postgres() {
     ln -s "/$bin/postgres" "$ROOTFS/app/postgres"
     chroot "$ROOTFS" chown postgres:postgres /app/data
     chroot "$ROOTFS" setpriv --reuid=postgres --regid=postgres --clear-groups "/$bin/initdb" -D /app/data
-    pack data
+    written data
 }
 
 make_java() {
@@ -91,7 +91,7 @@ AANvdXQBABVMamF2YS9pby9QcmludFN0cmVhbTsIAA4BAAVoZWxsbwoAEAARBwASDAATABQBABNqYXZh
 amF2YS9sYW5nL1N0cmluZzspVgcAFgEABUhlbGxvAQAEQ29kZQEABG1haW4BABYoW0xqYXZhL2xhbmcvU3RyaW5nOylWACAAFQACAAAAAAACAAAABQAGAAEA
 FwAAABEAAQABAAAABSq3AAGxAAAAAAAJABgAGQABABcAAAAVAAIAAQAAAAmyAAcSDbYAD7EAAAAAAAA=
 EOF
-    pack app
+    written app
 }
 
 # Wheels come from where pip of this machine is told to get them, and over certificates that this machine believes. What a notebook has beside what the
@@ -107,7 +107,7 @@ make_science() {
         chroot "$ROOTFS" pip3 install --quiet --no-cache-dir --break-system-packages scipy pandas scikit-learn pyarrow matplotlib statsmodels numba
     rm -f "$ROOTFS/etc/resolv.conf" "$ROOTFS/tmp/authorities"
     say "  $(du -sm "$ROOTFS/usr/local/lib" | cut -f 1) MiB of wheels, installed"
-    pack "scipy pandas scikit-learn pyarrow matplotlib statsmodels numba"
+    written "scipy pandas scikit-learn pyarrow matplotlib statsmodels numba"
 }
 
 make_layers() {
@@ -116,7 +116,7 @@ make_layers() {
         mkdir -p "$ROOTFS/layers/$number"
         head -c 20000 /dev/urandom >"$ROOTFS/layers/$number/first"
         head -c 200000 /dev/urandom >"$ROOTFS/layers/$number/second"
-        pack "layer $number"
+        written "layer $number"
     done
 }
 
@@ -128,13 +128,13 @@ make_files() {
         head -c 1500000 /dev/urandom | base64 -w 0 | head -c 2000000 | (cd "$ROOTFS/files/$number" && split -a 3 -d -b 2000 - '')
         (cd "$ROOTFS/files/$number" && mv 007 7)
     done
-    pack files
+    written files
 }
 
 make_fat() {
     # Compresses to three quarters, as binaries do at best.
     head -c 1500000000 /dev/urandom | base64 -w 0 | head -c 2000000000 >"$ROOTFS/fat"
-    pack fat
+    written fat
 }
 
 # wants FORMAT: whether the formats that were chosen (formats, an array; all if there is none) have it.

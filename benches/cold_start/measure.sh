@@ -178,7 +178,7 @@ learn() {
 # node finds indexes that another one has published.
 measure() {
     local format=$1 snapshotter=$2 round=$3 dir=$WORK/$1-$2-$3 reference=$LINK/$REPOSITORY:$1 known=${4:-} seen
-    local begin pulled created ready again_begin again_end read_begin read_end bytes0 bytes1 bytes2 requests0 requests1 digest
+    local begin pulled created ready again_begin again_end read_begin read_end bytes0 bytes1 bytes2 requests0 requests1 requests2 digest
     [ "$format" != indexed ] || reference=$LINK/$REPOSITORY:plain
     seen=$reference
     [ "$known" != earlier ] || seen=$reference-earlier
@@ -187,7 +187,7 @@ measure() {
     case $snapshotter in
         overlayfs | erofs) ;;
         lazuli) start_lazuli "$dir" auto "$MORE_CONFIG" ;;
-        *) "start_$snapshotter" "$dir" ;;
+        *) "start_$snapshotter" "$dir" "$format" ;;
     esac
     start_containerd "$dir" "$CONTAINERD_PATH" "$snapshotter"
     [ -z "$known" ] || learn "$dir" "$seen"
@@ -220,7 +220,7 @@ measure() {
     digest=
     [ "${FULL:-1}" = 0 ] || digest=$(tree_digest "$dir/view" "$WORK/tree-${NAME:+$NAME-}$format-$snapshotter")
     read_end=$EPOCHREALTIME
-    bytes2=$(link_bytes)
+    bytes2=$(link_bytes) requests2=$(requests)
 
     jq -cn --arg format "$format" --arg snapshotter "$snapshotter${known:+-$known}" --arg digest "$digest" \
         --argjson pull "$(seconds "$begin" "$pulled")" --argjson create "$(seconds "$pulled" "$created")" \
@@ -228,7 +228,8 @@ measure() {
         --argjson again "$(seconds "$again_begin" "$again_end")" --arg image "${NAME:-}" --arg profile "${PROFILE:-}" \
         --argjson bytes $((bytes1 - bytes0)) --argjson requests $((requests1 - requests0)) \
         --argjson full "$(seconds "$read_begin" "$read_end")" --argjson all_bytes $((bytes2 - bytes0)) \
-        '{$profile, $image, $format, $snapshotter, $pull, $create, $run, $ready, $again, $bytes, $requests, $full, $all_bytes, $digest}' >>"$RESULTS"
+        --argjson all_requests $((requests2 - requests0)) \
+        '{$profile, $image, $format, $snapshotter, $pull, $create, $run, $ready, $again, $bytes, $requests, $full, $all_bytes, $all_requests, $digest}' >>"$RESULTS"
     if [ "$round" = 1 ]; then
         printf '%s/%s: %s\n' "$format" "$snapshotter" "$(tail -n 1 "$dir/output.log" | cut -c 1-100)"
         if [ "$snapshotter" = lazuli ]; then

@@ -266,11 +266,10 @@ start_stargz() {
 start_soci() {
     local dir=$1
     {
+        # It asks containerd for manifests in either case.
+        printf '[content_store]\n  type = "%s"\n  containerd_address = "%s"\n' "$([ "$2" = plain ] && echo containerd || echo soci)" "$dir/containerd.sock"
         if [ "$2" = plain ]; then
             cat <<EOF
-[content_store]
-  type = "containerd"
-  containerd_address = "$dir/containerd.sock"
 [pull_modes.parallel_pull_unpack]
   enable = true
   max_concurrent_downloads = 50

@@ -165,10 +165,18 @@ requests() { grep -c '" [1-5][0-9][0-9] ' "$ACCESS_LOG" || true; }
 # --- containerd and snapshotters ----------------------------------------------------------------------------------------
 
 # start_containerd DIR PATH SNAPSHOTTER [DIFFER]: containerd of PATH, with its root and state in DIR; layers of the snapshotter are applied by
-# DIFFER, if it is a 2.x. overlayfs and erofs are its own, every other one is a proxy with a socket in DIR. Sets CTR.
+# DIFFER, if it is a 2.x: if none is stated by what deploy/containerd, or EROFS' documentation, has for it. overlayfs and erofs are containerd's own, every
+# other snapshotter is a proxy with a socket in DIR. Sets CTR.
 start_containerd() {
-    local dir=$1 path=$2 snapshotter=$3 differ=${4:-walking} name
-    [ "$snapshotter" != erofs ] || differ=erofs
+    local dir=$1 path=$2 snapshotter=$3 differ=${4:-} name
+    if [ -z "$differ" ]; then
+        case $snapshotter-$(containerd_major "$path") in
+            erofs-*) differ=erofs ;;
+            lazuli-1) differ=walking ;;
+            lazuli-*) differ=lazuli-diff ;;
+            *) differ=walking ;;
+        esac
+    fi
     mkdir -p "$dir"
     {
         if [ "$(containerd_major "$path")" = 1 ]; then

@@ -74,7 +74,7 @@ pull() {
 
 # Starts the container, and returns when it is ready. Its output goes to FILE.
 start_until_ready() {
-    local id=$1 file=$2 pattern=${READY:-} line output pid status=0
+    local id=$1 file=$2 pattern=${READY:-} line output pid status=0 end=$((SECONDS + RUN_DEADLINE))
     if [ -z "$pattern" ] && [ -n "${IMAGE:-}" ] && [ -z "${CMD:-}" ]; then
         pattern=.
     fi
@@ -82,6 +82,7 @@ start_until_ready() {
     pid=$!
     while read -r -t $RUN_DEADLINE -u "$output" line; do
         printf '%s\n' "$line" >>"$file"
+        [ $SECONDS -lt $end ] || die "the container's command is not ready after $RUN_DEADLINE s: $line"
         if [ -n "$pattern" ] && [[ $line =~ $pattern ]]; then
             exec {output}<&-
             return
@@ -155,15 +156,15 @@ view_erofs() {
 learn() {
     local dir=$1 reference=$2 end=$((SECONDS + START_DEADLINE * 3)) address
     pull lazuli "$dir" "$reference" >"$dir/learn.log" 2>&1
-    "${CTR[@]}" containers create --snapshotter lazuli -- "$reference" "$CONTAINER" "${COMMAND[@]}" >>"$dir/learn.log" 2>&1
-    start_until_ready "$CONTAINER" "$dir/learn.log"
+    "${CTR[@]}" containers create --snapshotter lazuli -- "$reference" "$CONTAINER-seen" "${COMMAND[@]}" >>"$dir/learn.log" 2>&1
+    start_until_ready "$CONTAINER-seen" "$dir/learn.log"
     address=$(sed -n 's/^admin_address = "\(.*\)"/\1/p' "$dir/lazuli.toml")
     until curl -fsS "http://$address/metrics" | grep -q '^lazuli_trace_starts_total{outcome="recorded"} [1-9]'; do
         [ $SECONDS -lt $end ] || die "nothing was learned of $reference"
         sleep 0.2
     done
-    timeout 30 "${CTR[@]}" tasks delete --force "$CONTAINER" >/dev/null 2>&1 || true
-    "${CTR[@]}" containers delete "$CONTAINER" >>"$dir/learn.log" 2>&1
+    timeout 30 "${CTR[@]}" tasks delete --force "$CONTAINER-seen" >/dev/null 2>&1 || true
+    "${CTR[@]}" containers delete "$CONTAINER-seen" >>"$dir/learn.log" 2>&1
     "${CTR[@]}" images rm --sync "$reference" >>"$dir/learn.log" 2>&1
     kill -INT "$LAZULI"
     while kill -0 "$LAZULI" 2>/dev/null; do sleep 0.05; done

@@ -85,7 +85,7 @@ convert() {
     say "converting $1 to eStargz (once)"
     start_containerd "$dir" "$path" overlayfs
     # Only the blobs: the tool that converts decompresses them itself.
-    "${CTR[@]}" content fetch --plain-http --platform "linux/$(image_architecture)" "$from"
+    "${CTR[@]}" content fetch --plain-http --platform "linux/$(go_arch)" "$from"
     ctr-remote --address "$dir/containerd.sock" images convert --estargz --oci "$from" "$to"
     "${CTR[@]}" images push --plain-http "$to"
     clear_dir "$dir"
@@ -102,7 +102,7 @@ chunk() {
 }
 
 # This machine's architecture, as images call it.
-image_architecture() {
+go_arch() {
     case $(uname -m) in
         x86_64) echo amd64 ;;
         aarch64) echo arm64 ;;

@@ -117,7 +117,7 @@ INDEXES=run/index
 PUBLISH_DEADLINE=300 # seconds until a node has streamed an image and published its indexes
 LEAST_INDEXED=262144 # bytes of the smallest blob that is indexed
 
-# publish REPOSITORY: a node streams its tag "plain", and publishes what it has found out.
+# publish REPOSITORY: a node streams its tag "plain", and publishes what it has found out. A layer that another image has as well may be indexed already.
 publish() {
     local dir=$WORK/publish LINK=$REGISTRY end=$((SECONDS + PUBLISH_DEADLINE))
     mkdir -p "$dir"
@@ -127,7 +127,7 @@ publish = true"
     start_containerd "$dir" "$CONTAINERD_PATH" lazuli
     pull lazuli "$dir" "$REGISTRY/$1:plain" >"$dir/pull.log" 2>&1 || die "pulling $1 in order to index it failed"
     until "$BIN/lazuli" status --json --config "$dir/lazuli.toml" |
-        jq -e --argjson least $LEAST_INDEXED '[.layers[] | select(.blob_bytes >= $least)] | length > 0 and all(.index.published)' >/dev/null; do
+        jq -e --argjson least $LEAST_INDEXED '[.layers[] | select(.blob_bytes >= $least)] | length > 0 and all(.index.published or .index.source == "shared")' >/dev/null; do
         [ $SECONDS -lt $end ] || die "the indexes of $1 were not published within $PUBLISH_DEADLINE s"
         sleep 0.2
     done

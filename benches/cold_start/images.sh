@@ -9,7 +9,7 @@ build_log() { echo "$WORK/build.log"; }
 
 # has REPOSITORY:TAG: whether the registry holds it.
 has() {
-    curl -fsS -o /dev/null -H 'Accept: application/vnd.oci.image.manifest.v1+json' \
+    curl -fsS -o /dev/null -H 'Accept: application/vnd.oci.image.manifest.v1+json' -H 'Accept: application/vnd.oci.image.index.v1+json' \
         -H 'Accept: application/vnd.docker.distribution.manifest.v2+json' \
         "http://$REGISTRY/v2/${1%:*}/manifests/${1##*:}" 2>/dev/null
 }

@@ -15,7 +15,7 @@ HOST := $(shell uname -m | tr a-z A-Z)
 export CARGO_TARGET_$(HOST)_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help demo test test-slow test-faults test-takeover test-soak test-posix suite bench bench-coldstart fmt lint deny fuzz advisories build sbom install clean-demo
+.PHONY: help demo test test-slow test-faults test-takeover test-soak test-posix suite bench bench-coldstart bench-crowd fmt lint deny fuzz advisories build sbom install clean-demo
 
 ## build       the release binary
 build:
@@ -97,11 +97,19 @@ bench:
 	@CARGO_TARGET_DIR='$(TARGET)' benches/cold_start/run bench
 
 ## bench-coldstart  cold starts of eleven images over four links, with every snapshotter at hand; a table, target/coldstart.json and .svg
-##             (IMAGES="python node", PROFILES="lan region far store", FORMATS="plain estargz chunked", RUNS=3, FULL=0). The first run makes the images
+##             (IMAGES="python node", PROFILES="lan region far store", FORMATS="plain estargz chunked soci indexed", RUNS=3, FULL=0, LEARNED=0, EARLIER=0).
+##             The first run makes the images, and builds containerd 2.3 (needs Go); all of it takes hours
 bench-coldstart:
-	@$(SETUP) build demo
+	@$(SETUP) build demo reference
 	$(CARGO) build --release --locked --bin lazuli --example link
 	@CARGO_TARGET_DIR='$(TARGET)' benches/cold_start/matrix
+
+## bench-crowd  on an empty node: fifty containers of one image at once, twenty images at once; and a restart over a million files
+##             (PARTS="same different restart", COUNT=50, RUNS=3; CHECK=1 fails if a target is missed). The first run makes the images
+bench-crowd:
+	@$(SETUP) build test demo reference
+	$(CARGO) build --release --locked --bin lazuli --example link
+	@CARGO_TARGET_DIR='$(TARGET)' benches/cold_start/crowd
 
 ## fmt         formats the code
 fmt:

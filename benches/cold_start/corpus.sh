@@ -46,8 +46,8 @@ packages() {
     pack_layer "$LAYOUT:$image" "$BUNDLE" "$*"
 }
 
-# pack COMMENT: what was written into the tree becomes a layer.
-pack() { pack_layer "$LAYOUT:$(basename "$BUNDLE")" "$BUNDLE" "$1"; }
+# written COMMENT: what was written into the tree becomes a layer.
+written() { pack_layer "$LAYOUT:$(basename "$BUNDLE")" "$BUNDLE" "$1"; }
 
 make_python() {
     packages python3
@@ -63,7 +63,7 @@ const app = require("/usr/share/nodejs/express")();
 app.get("/", (request, answer) => answer.send("hello"));
 app.listen("/tmp/socket", () => console.log("listening"));
 EOF
-    pack app
+    written app
 }
 
 make_redis() { packages redis-server; }
@@ -78,7 +78,7 @@ make_postgres() {
     ln -s "/$bin/postgres" "$ROOTFS/app/postgres"
     chroot "$ROOTFS" chown postgres:postgres /app/data
     chroot "$ROOTFS" setpriv --reuid=postgres --regid=postgres --clear-groups "/$bin/initdb" -D /app/data
-    pack data
+    written data
 }
 
 make_java() {
@@ -91,19 +91,23 @@ AANvdXQBABVMamF2YS9pby9QcmludFN0cmVhbTsIAA4BAAVoZWxsbwoAEAARBwASDAATABQBABNqYXZh
 amF2YS9sYW5nL1N0cmluZzspVgcAFgEABUhlbGxvAQAEQ29kZQEABG1haW4BABYoW0xqYXZhL2xhbmcvU3RyaW5nOylWACAAFQACAAAAAAACAAAABQAGAAEA
 FwAAABEAAQABAAAABSq3AAGxAAAAAAAJABgAGQABABcAAAAVAAIAAQAAAAmyAAcSDbYAD7EAAAAAAAA=
 EOF
-    pack app
+    written app
 }
 
-# Wheels come from where pip of this machine is told to get them.
+# Wheels come from where pip of this machine is told to get them, and over certificates that this machine believes. What a notebook has beside what the
+# command imports makes it 600 MB and more, installed.
 make_science() {
-    local index
+    local index authorities=/etc/ssl/certs/ca-certificates.crt
     packages python3 python3-pip
     index=$(pip3 config get global.index-url 2>/dev/null || true)
     cp /etc/resolv.conf "$ROOTFS/etc/resolv.conf"
-    chroot "$ROOTFS" env PIP_INDEX_URL="${PIP_INDEX_URL:-${index:-https://pypi.org/simple}}" \
-        pip3 install --quiet --no-cache-dir --break-system-packages scipy pandas scikit-learn pyarrow
-    rm -f "$ROOTFS/etc/resolv.conf"
-    pack "scipy pandas scikit-learn pyarrow"
+    cp "$authorities" "$ROOTFS/tmp/authorities"
+    env -i PATH="$PATH" HOME=/root PIP_INDEX_URL="${PIP_INDEX_URL:-${index:-https://pypi.org/simple}}" PIP_CERT=/tmp/authorities \
+        ${HTTPS_PROXY:+HTTPS_PROXY="$HTTPS_PROXY"} ${https_proxy:+https_proxy="$https_proxy"} \
+        chroot "$ROOTFS" pip3 install --quiet --no-cache-dir --break-system-packages scipy pandas scikit-learn pyarrow matplotlib statsmodels numba
+    rm -f "$ROOTFS/etc/resolv.conf" "$ROOTFS/tmp/authorities"
+    say "  $(du -sm "$ROOTFS/usr/local/lib" | cut -f 1) MiB of wheels, installed"
+    written "scipy pandas scikit-learn pyarrow matplotlib statsmodels numba"
 }
 
 make_layers() {
@@ -112,7 +116,7 @@ make_layers() {
         mkdir -p "$ROOTFS/layers/$number"
         head -c 20000 /dev/urandom >"$ROOTFS/layers/$number/first"
         head -c 200000 /dev/urandom >"$ROOTFS/layers/$number/second"
-        pack "layer $number"
+        written "layer $number"
     done
 }
 
@@ -124,18 +128,21 @@ make_files() {
         head -c 1500000 /dev/urandom | base64 -w 0 | head -c 2000000 | (cd "$ROOTFS/files/$number" && split -a 3 -d -b 2000 - '')
         (cd "$ROOTFS/files/$number" && mv 007 7)
     done
-    pack files
+    written files
 }
 
 make_fat() {
-    # Compresses to three quarters, as binaries do at best.
+    # Six bits in each byte: gzip -6 makes three quarters of it, while umoci's stores what it cannot compress at once, so that the plain blob has 2 GB.
     head -c 1500000000 /dev/urandom | base64 -w 0 | head -c 2000000000 >"$ROOTFS/fat"
-    pack fat
+    written fat
 }
 
-# prepare_corpus IMAGE...: makes and converts what is not there yet.
+# wants FORMAT: whether the formats that were chosen (formats, an array; all if there is none) have it.
+wants() { [[ " ${formats[*]:-plain estargz chunked} " = *" $1 "* ]]; }
+
+# prepare_corpus IMAGE...: makes what is not there yet, and converts it into the formats that were chosen.
 prepare_corpus() {
-    local name suite mirror
+    local name
     LAYOUT=$WORK/build/oci
     for name in "$@"; do
         [ -n "${COMMANDS[$name]:-}" ] || die "there is no image called $name (${CORPUS[*]})"
@@ -154,8 +161,10 @@ prepare_corpus() {
             skopeo copy --dest-tls-verify=false "oci:$LAYOUT:$name" "docker://$REGISTRY/corpus/$name:plain"
             rm -rf --one-file-system "$BUNDLE"
         fi
-        has "corpus/$name:estargz" || convert "corpus/$name"
-        has "corpus/$name:chunked" || chunk "corpus/$name"
+        ! wants estargz || has "corpus/$name:estargz" || convert "corpus/$name"
+        ! wants chunked || has "corpus/$name:chunked" || chunk "corpus/$name"
+        ! wants soci || has "corpus/$name:soci" || index_soci "corpus/$name"
+        ! wants estargz || [ "${EARLIER:-0}" = 0 ] || has "corpus/$name:estargz-earlier" || rebuild "corpus/$name"
     done >>"$(build_log)" 2>&1
     rm -rf --one-file-system "$WORK/build"
 }

@@ -9,7 +9,7 @@ build_log() { echo "$WORK/build.log"; }
 
 # has REPOSITORY:TAG: whether the registry holds it.
 has() {
-    curl -fsS -o /dev/null -H 'Accept: application/vnd.oci.image.manifest.v1+json' \
+    curl -fsS -o /dev/null -H 'Accept: application/vnd.oci.image.manifest.v1+json' -H 'Accept: application/vnd.oci.image.index.v1+json' \
         -H 'Accept: application/vnd.docker.distribution.manifest.v2+json' \
         "http://$REGISTRY/v2/${1%:*}/manifests/${1##*:}" 2>/dev/null
 }
@@ -79,14 +79,15 @@ add_packages() {
     rm -f "$root/etc/resolv.conf"
 }
 
-# convert REPOSITORY: its tag "plain" becomes eStargz under the tag "estargz".
+# convert REPOSITORY [FROM TO]: its tag "plain" becomes eStargz under the tag "estargz".
 convert() {
-    local dir=$WORK/convert path=$PATH
+    local dir=$WORK/convert path=$PATH from=$REGISTRY/$1:${2:-plain} to=$REGISTRY/$1:${3:-estargz}
     say "converting $1 to eStargz (once)"
     start_containerd "$dir" "$path" overlayfs
-    "${CTR[@]}" images pull --plain-http --all-platforms=false "$REGISTRY/$1:plain"
-    ctr-remote --address "$dir/containerd.sock" images convert --estargz --oci "$REGISTRY/$1:plain" "$REGISTRY/$1:estargz"
-    "${CTR[@]}" images push --plain-http "$REGISTRY/$1:estargz"
+    # Only the blobs: the tool that converts decompresses them itself.
+    "${CTR[@]}" content fetch --plain-http --platform "linux/$(go_arch)" "$from"
+    ctr-remote --address "$dir/containerd.sock" images convert --estargz --oci "$from" "$to"
+    "${CTR[@]}" images push --plain-http "$to"
     clear_dir "$dir"
 }
 
@@ -98,6 +99,54 @@ chunk() {
     skopeo copy --src-tls-verify=false --dest-compress-format zstd:chunked "docker://$REGISTRY/$1:plain" "oci:$layout:chunked"
     skopeo copy --dest-tls-verify=false "oci:$layout:chunked" "docker://$REGISTRY/$1:chunked"
     rm -rf --one-file-system "$layout"
+}
+
+# This machine's architecture, as images call it.
+go_arch() {
+    case $(uname -m) in
+        x86_64) echo amd64 ;;
+        aarch64) echo arm64 ;;
+        *) uname -m ;;
+    esac
+}
+
+# index_soci REPOSITORY: its tag "plain" with a SOCI index (v2) becomes the tag "soci". Spans and least layer are SOCI's own defaults.
+index_soci() {
+    local dir=$WORK/soci
+    say "indexing $1 for SOCI (once)"
+    mkdir -p "$dir"
+    printf 'root = "%s"\naddress = "%s/lazuli.sock"\n' "$dir/lazuli" "$dir" >"$dir/lazuli.toml"
+    "$BIN/lazuli" index --config "$dir/lazuli.toml" --plain-http export "$REGISTRY/$1:plain" --soci v2 --push "$REGISTRY/$1:soci"
+    rm -rf --one-file-system "$dir"
+}
+
+# rebuild REPOSITORY: the image as an earlier build of it might have been, as eStargz under the tag "estargz-earlier": its uppermost layer has one small
+# file more, so that its digest is another one, and every other file of it is the same.
+rebuild() {
+    local dir=$WORK/rebuild top config diff digest
+    say "making an earlier build of $1 (once)"
+    skopeo copy --src-tls-verify=false "docker://$REGISTRY/$1:plain" "dir:$dir"
+    top=$(jq -r '.layers[-1].digest | split(":")[1]' "$dir/manifest.json")
+    config=$(jq -r '.config.digest | split(":")[1]' "$dir/manifest.json")
+    gunzip <"$dir/$top" >"$dir/layer"
+    mkdir -p "$dir/add/etc"
+    echo earlier >"$dir/add/etc/build"
+    tar -C "$dir/add" --owner=0 --group=0 --append -f "$dir/layer" etc/build
+    diff=$(sha256sum "$dir/layer" | cut -d ' ' -f 1)
+    gzip -n "$dir/layer"
+    digest=$(sha256sum "$dir/layer.gz" | cut -d ' ' -f 1)
+    mv "$dir/layer.gz" "$dir/$digest"
+    jq -c --arg diff "sha256:$diff" '.rootfs.diff_ids[-1] = $diff' "$dir/$config" >"$dir/config"
+    config=$(sha256sum "$dir/config" | cut -d ' ' -f 1)
+    mv "$dir/config" "$dir/$config"
+    jq -c --arg layer "sha256:$digest" --argjson layer_size "$(stat -c %s "$dir/$digest")" \
+        --arg config "sha256:$config" --argjson config_size "$(stat -c %s "$dir/$config")" \
+        '.layers[-1] += {digest: $layer, size: $layer_size} | .config += {digest: $config, size: $config_size}' "$dir/manifest.json" >"$dir/manifest"
+    mv "$dir/manifest" "$dir/manifest.json"
+    rm -r "$dir/add"
+    skopeo copy --dest-tls-verify=false "dir:$dir" "docker://$REGISTRY/$1:plain-earlier"
+    rm -rf --one-file-system "$dir"
+    convert "$1" plain-earlier estargz-earlier
 }
 
 unavailable() { die "$IMAGE cannot be copied: $(tail -n 1 "$(build_log)") (for a private image: skopeo login)"; }

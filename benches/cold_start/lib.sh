@@ -48,11 +48,14 @@ unmount_below() {
 
 # Removes a directory below the temporary root, with whatever still runs or is mounted in it.
 clear_dir() {
-    local dir=$1 attempt file
+    local dir=$1 attempt file bundle
     case $dir in "$WORK"*) ;; *) die "$dir is not below the temporary root" ;; esac
-    # A container's first process outlives its shim.
+    # A container's first process outlives its shim, and what runc remembers of it outlives both.
     for file in "$dir"/{,*/}state/io.containerd.runtime.v2.task/*/*/init.pid; do
-        [ ! -e "$file" ] || kill -KILL "$(cat "$file")" 2>/dev/null || true
+        [ -e "$file" ] || continue
+        kill -KILL "$(cat "$file")" 2>/dev/null || true
+        bundle=${file%/init.pid}
+        timeout 10 runc --root "/run/containerd/runc/$(basename "$(dirname "$bundle")")" delete --force "${bundle##*/}" 2>/dev/null || true
     done
     for attempt in 1 2 3 4 5 6 7 8 9 10; do
         end_processes "$([ "$attempt" -lt 5 ] && echo TERM || echo KILL)" "$dir" || break
@@ -162,9 +165,18 @@ requests() { grep -c '" [1-5][0-9][0-9] ' "$ACCESS_LOG" || true; }
 # --- containerd and snapshotters ----------------------------------------------------------------------------------------
 
 # start_containerd DIR PATH SNAPSHOTTER [DIFFER]: containerd of PATH, with its root and state in DIR; layers of the snapshotter are applied by
-# DIFFER, if it is a 2.x. Sets CTR.
+# DIFFER, if it is a 2.x: if none is stated by what deploy/containerd, or EROFS' documentation, has for it. overlayfs and erofs are containerd's own, every
+# other snapshotter is a proxy with a socket in DIR. Sets CTR.
 start_containerd() {
-    local dir=$1 path=$2 snapshotter=$3 differ=${4:-walking} name
+    local dir=$1 path=$2 snapshotter=$3 differ=${4:-} name
+    if [ -z "$differ" ]; then
+        case $snapshotter-$(containerd_major "$path") in
+            erofs-*) differ=erofs ;;
+            lazuli-1) differ=walking ;;
+            lazuli-*) differ=lazuli-diff ;;
+            *) differ=walking ;;
+        esac
+    fi
     mkdir -p "$dir"
     {
         if [ "$(containerd_major "$path")" = 1 ]; then
@@ -195,14 +207,22 @@ EOF
 EOF
             done
         fi
-        if [ "$differ" != walking ]; then
+        if [ "$snapshotter" = erofs ]; then
+            # What its documentation asks for, and advises for speed.
+            cat <<EOF
+[plugins."io.containerd.service.v1.diff-service"]
+  default = ["erofs", "walking"]
+[plugins."io.containerd.differ.v1.erofs"]
+  mkfs_options = ["-T0", "--mkfs-time", "--sort=none"]
+EOF
+        elif [ "$differ" != walking ]; then
             cat <<EOF
 [proxy_plugins.$differ]
   type = "diff"
   address = "$dir/$snapshotter.sock"
 EOF
         fi
-        if [ "$snapshotter" != overlayfs ]; then
+        if [ "$snapshotter" != overlayfs ] && [ "$snapshotter" != erofs ]; then
             cat <<EOF
 [proxy_plugins.$snapshotter]
   type = "snapshot"
@@ -247,6 +267,30 @@ start_stargz() {
     printf '[snapshotter]\n' >"$dir/stargz.toml"
     daemon "$dir/stargz.log" containerd-stargz-grpc --address "$dir/stargz.sock" --root "$dir/stargz" --config "$dir/stargz.toml"
     until_true containerd-stargz-grpc $PID test -S "$dir/stargz.sock"
+}
+
+# start_soci DIR FORMAT: the SOCI snapshotter, where somebody has installed it. Plain images it pulls in parallel, as its documentation shows that; others by
+# their index.
+start_soci() {
+    local dir=$1
+    {
+        # It asks containerd for manifests in either case.
+        printf '[content_store]\n  type = "%s"\n  containerd_address = "%s"\n' "$([ "$2" = plain ] && echo containerd || echo soci)" "$dir/containerd.sock"
+        if [ "$2" = plain ]; then
+            cat <<EOF
+[pull_modes.parallel_pull_unpack]
+  enable = true
+  max_concurrent_downloads = 50
+  max_concurrent_downloads_per_image = 10
+  concurrent_download_chunk_size = "8mb"
+  max_concurrent_unpacks = 20
+  max_concurrent_unpacks_per_image = 10
+  discard_unpacked_layers = true
+EOF
+        fi
+    } >"$dir/soci.toml"
+    daemon "$dir/soci.log" soci-snapshotter-grpc --address "$dir/soci.sock" --root "$dir/soci" --config "$dir/soci.toml"
+    until_true soci-snapshotter-grpc $PID test -S "$dir/soci.sock"
 }
 
 # The version of the containerd that PATH $1 finds: the third word, with or without a "v".

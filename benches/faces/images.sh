@@ -64,15 +64,6 @@ add_document() {
     mv "$file" "$1/blobs/sha256/$digest"
 }
 
-# This machine's architecture, as images call it.
-go_arch() {
-    case $(uname -m) in
-        x86_64) echo amd64 ;;
-        aarch64) echo arm64 ;;
-        *) uname -m ;;
-    esac
-}
-
 # count DIR: sets ENTRIES and BYTES.
 count() {
     ENTRIES=$(find "$1" | wc -l)

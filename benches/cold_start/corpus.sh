@@ -135,7 +135,7 @@ make_fat() {
 
 # prepare_corpus IMAGE...: makes and converts what is not there yet.
 prepare_corpus() {
-    local name suite mirror
+    local name suite mirror tag command
     LAYOUT=$WORK/build/oci
     for name in "$@"; do
         [ -n "${COMMANDS[$name]:-}" ] || die "there is no image called $name (${CORPUS[*]})"
@@ -156,6 +156,10 @@ prepare_corpus() {
         fi
         has "corpus/$name:estargz" || convert "corpus/$name"
         has "corpus/$name:chunked" || chunk "corpus/$name"
+        eval "command=(${COMMANDS[$name]})"
+        for tag in plain estargz chunked; do
+            says_what_it_runs "corpus/$name" "$tag" "${command[@]}"
+        done
     done >>"$(build_log)" 2>&1
     rm -rf --one-file-system "$WORK/build"
 }

@@ -93,14 +93,14 @@ learn() {
     until_true "containerd's way to lazuli" $PID "${CTR[@]}" snapshots --snapshotter lazuli ls
 }
 
-# measure FORMAT SNAPSHOTTER ROUND [learned]: appends one JSON line to the results.
+# measure FORMAT SNAPSHOTTER ROUND [learned | unwalked]: appends one JSON line to the results.
 measure() {
     local format=$1 snapshotter=$2 round=$3 dir=$WORK/$1-$2-$3 reference=$LINK/$REPOSITORY:$1 known=${4:-}
     local begin pulled created ready again_begin again_end read_begin read_end bytes0 bytes1 bytes2 requests0 requests1 digest
     mkdir -p "$dir"
-    [ "$snapshotter" = overlayfs ] || "start_$snapshotter" "$dir"
+    [ "$snapshotter" = overlayfs ] || "start_$snapshotter" "$dir" auto "$([ "$known" != unwalked ] || printf '[trace]\nwalk = false')"
     start_containerd "$dir" "$CONTAINERD_PATH" "$snapshotter"
-    [ -z "$known" ] || learn "$dir" "$reference"
+    [ "$known" != learned ] || learn "$dir" "$reference"
     sync
     bytes0=$(link_bytes) requests0=$(requests)
 

@@ -47,3 +47,4 @@ mod trees;
 mod users;
 mod variants;
 mod waits;
+mod walk;

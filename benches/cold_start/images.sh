@@ -106,7 +106,7 @@ says_what_it_runs() {
     place=$(curl -fsS -o /dev/null -D - -X POST "$url/blobs/uploads/" | tr -d '\r' | sed -n 's/^[Ll]ocation: //p')
     case $place in /*) place=http://$REGISTRY$place ;; esac
     printf %s "$config" | curl -fsS -X PUT -H 'Content-Type: application/octet-stream' --data-binary @- "$place&digest=$digest"
-    type=$(jq -r .mediaType <<<"$manifest")
+    type=$(jq -r '.mediaType // "application/vnd.oci.image.manifest.v1+json"' <<<"$manifest")
     jq -c --arg digest "$digest" --argjson size "$(printf %s "$config" | wc -c)" '.config.digest = $digest | .config.size = $size' \
         <<<"$manifest" | curl -fsS -X PUT -H "Content-Type: $type" --data-binary @- "$url/manifests/$tag"
 }

@@ -53,8 +53,8 @@ const STEPS: usize = 8192;
 const DEPTH: u32 = 64;
 /// Steps side by side: each holds a part of a file.
 const STEPS_AT_ONCE: usize = 32;
-/// Paths that are looked up: a module may lie in several directories under several names.
-const LOOKUPS: usize = 200_000;
+/// Bytes of the names and arguments of all steps: a script may hand on what it was given, and more each time.
+const STEPS_BYTES: usize = 4 << 20;
 /// Longest wait for bytes that are read for it: the container has started meanwhile.
 const READ_DEADLINE: Duration = Duration::from_secs(5);
 /// A file of up to so many bytes is wished for as a whole: libraries and modules are read in several places, and what lies between comes with them.
@@ -75,6 +75,22 @@ enum Step {
     Python(python::Module),
     /// A file of Node's.
     Node(String),
+}
+
+impl Step {
+    /// Bytes of its names and arguments.
+    fn len(&self) -> usize {
+        match self {
+            Step::Program(args) => args.iter().map(String::len).sum(),
+            Step::Library(library) => {
+                let dirs = library.own.iter().chain(&library.near);
+                library.name.len() + dirs.map(String::len).sum::<usize>()
+            }
+            Step::File(path) | Step::Sourced(path) | Step::Node(path) | Step::Python(python::Module(path)) => {
+                path.len()
+            }
+        }
+    }
 }
 
 /// A part of a file that is wished for.
@@ -107,7 +123,8 @@ struct State {
     seen: HashSet<(usize, Ino)>,
     wished: u64,
     read: u64,
-    lookups: usize,
+    /// Bytes of all steps.
+    text: usize,
     /// Bytes that were read, and were not here.
     fetched: u64,
 }
@@ -235,7 +252,8 @@ impl Walk {
     /// Whether a step was not made yet, and may be.
     fn is_new(&self, step: &Step) -> bool {
         let mut state = self.state();
-        state.steps.len() < STEPS && state.steps.insert(step.clone())
+        state.text = state.text.saturating_add(step.len());
+        state.steps.len() < STEPS && state.text <= STEPS_BYTES && state.steps.insert(step.clone())
     }
 
     /// Makes a step; those that follow from it.
@@ -256,13 +274,6 @@ impl Walk {
 
     /// The file at a path, from the directory in which the program begins.
     fn find(&self, path: &str) -> Option<File> {
-        {
-            let mut state = self.state();
-            state.lookups += 1;
-            if state.lookups > LOOKUPS {
-                return None;
-            }
-        }
         let directory = match self.command.directory.is_empty() {
             true => "/",
             false => &self.command.directory,

@@ -5,6 +5,7 @@
 //! hundred paths.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::layer::tree::OPAQUE_XATTR;
 use crate::layer::{Ino, LayerIndex, ROOT_INO};
@@ -12,12 +13,15 @@ use crate::layer::{Ino, LayerIndex, ROOT_INO};
 /// Symbolic links on the way to one file, as the kernel counts them.
 const MAX_LINKS: usize = 40;
 /// Names on the way to one file, links included.
-const MAX_NAMES: usize = 512;
+const MAX_NAMES: usize = 256;
+/// Names that are looked up in all, in each layer that may have them. Each takes some hundred nanoseconds.
+const MAX_LOOKED: u64 = 8 << 20;
 
 /// Layers on each other.
 pub struct View {
     /// The topmost first.
     layers: Vec<Arc<LayerIndex>>,
+    looked: AtomicU64,
 }
 
 /// A directory: those that it is merged of, the topmost first.
@@ -74,7 +78,10 @@ pub fn join(dir: &str, path: &str) -> String {
 impl View {
     /// That of these layers, the topmost first.
     pub fn new(layers: Vec<Arc<LayerIndex>>) -> Self {
-        View { layers }
+        View {
+            layers,
+            looked: AtomicU64::new(0),
+        }
     }
 
     /// The regular file at a path from the root.
@@ -163,6 +170,10 @@ impl View {
 
     /// What a directory has of that name.
     fn entry(&self, dir: &Dir, name: &[u8]) -> Option<Node> {
+        let looked = self.looked.fetch_add(dir.0.len() as u64, Ordering::Relaxed);
+        if looked > MAX_LOOKED {
+            return None;
+        }
         let mut merged = Vec::new();
         for &(layer, dir) in &dir.0 {
             let index = &self.layers[layer];

@@ -103,7 +103,10 @@ fn a_config_says_what_is_run() {
     let texts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect::<Vec<_>>();
     let found = found.unwrap();
     assert_eq!(found.args, texts(&["/entry", "-x", "app"]));
-    assert_eq!((found.env, found.directory), (texts(&["PATH=/bin", "A=b"]), "/srv".to_owned()));
+    assert_eq!(
+        (found.env, found.directory),
+        (texts(&["PATH=/bin", "A=b"]), "/srv".to_owned())
+    );
     let only = command(json!({"config": {"Entrypoint": null, "Cmd": ["sh"], "Env": 7}})).unwrap();
     assert_eq!((only.args, only.env.len()), (texts(&["sh"]), 0));
     for nothing in [

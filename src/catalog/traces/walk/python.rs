@@ -138,7 +138,7 @@ impl Walk {
         }
         next.extend(STARTS.map(|name| Step::Python(Module(name.to_owned()))));
         next.extend(match run {
-            Run::Text(text) => self.imported("", false, &python::imports(text.as_bytes())),
+            Run::Text(text) => self.imported("", false, &python::imports(text.as_bytes())).await,
             Run::Module(name) => vec![
                 Step::Python(Module("runpy".to_owned())),
                 Step::Python(Module(name.clone())),
@@ -154,7 +154,7 @@ impl Walk {
         let file = self.find(path)?;
         self.wish_whole(&file);
         let text = self.read_head(&file, MAX_MODULE).await?;
-        Some(self.imported("", false, &python::imports(&text)))
+        Some(self.imported("", false, &python::imports(&text)).await)
     }
 
     /// The directory of the library of an interpreter, and its version.
@@ -210,26 +210,18 @@ impl Walk {
                 python::imports(&self.read_head(&file, MAX_MODULE).await?)
             }
         };
-        Some(self.imported(&module.0, is_package, &imports))
+        Some(self.imported(&module.0, is_package, &imports).await)
     }
 
     /// The modules that these imports load, in a module of this name.
-    fn imported(&self, module: &str, is_package: bool, imports: &[Import]) -> Vec<Step> {
+    async fn imported(&self, module: &str, is_package: bool, imports: &[Import]) -> Vec<Step> {
         let Some(places) = self.python.get() else {
             return Vec::new();
         };
         let mut next = Vec::new();
-        let mut add = |name: &str| {
-            // Whoever loads a module loads the packages that it is in.
-            let ends = name.match_indices('.').map(|(at, _)| at).chain([name.len()]);
-            for end in ends {
-                let step = Step::Python(Module(name[..end].to_owned()));
-                if !next.contains(&step) {
-                    next.push(step);
-                }
-            }
-        };
         for import in imports {
+            // Each takes some look-ups.
+            tokio::task::yield_now().await;
             let base = match import.level {
                 0 => Some(""),
                 level => ancestor(module, level as usize - usize::from(is_package)),
@@ -243,12 +235,12 @@ impl Walk {
             if name.is_empty() {
                 continue;
             }
-            add(&name);
+            add(&mut next, &name);
             for part in import.names.iter().filter(|part| *part != "*") {
                 let part = format!("{name}.{part}");
                 // What is no module is something in one.
                 if self.locate(places, &part).is_some() {
-                    add(&part);
+                    add(&mut next, &part);
                 }
             }
         }
@@ -281,6 +273,17 @@ impl Walk {
             }
         }
         None
+    }
+}
+
+/// Adds a module, and before it the packages that it is in: whoever loads it loads them.
+fn add(steps: &mut Vec<Step>, name: &str) {
+    let ends = name.match_indices('.').map(|(at, _)| at).chain([name.len()]);
+    for end in ends {
+        let step = Step::Python(Module(name[..end].to_owned()));
+        if !steps.contains(&step) {
+            steps.push(step);
+        }
     }
 }
 

@@ -76,8 +76,17 @@ fn layers() -> Vec<Layer> {
 
 fn stage(name: &str, config: &str) -> Option<Stage> {
     let generation = Generation::two().unwrap_or(Generation::One);
-    let stage = Stage::with(name, generation, config, |_| {});
-    (subject() == SNAPSHOTTER).then_some(stage)
+    let mut stage = Stage::with(name, generation, config, |_| {});
+    if subject() != SNAPSHOTTER {
+        return None;
+    }
+    // With its metrics.
+    assert!(stage.lazuli().stop());
+    let config = fs::read_to_string(stage.lazuli().config()).unwrap();
+    let config = config.replace("admin_address = \"\"", "admin_address = \"127.0.0.1:0\"");
+    fs::write(stage.lazuli().config(), config).unwrap();
+    stage.restart_daemon();
+    Some(stage)
 }
 
 /// Requests for parts of layers since the last call.
@@ -156,8 +165,8 @@ fn what_an_image_runs_is_here_before_its_container() {
     eprintln!("pull: {} requests, {} bytes", pulled.len(), total_bytes(&pulled));
     assert!(started.is_empty(), "all of it was here: {started:#?}");
     let files = closure();
-    // The shell, the script, and what the script becomes.
-    assert_eq!(metric(&stage, "lazuli_walk_files_total"), files.len() as u64 + 2);
+    // The shell, the script, what the script becomes, and who its user is.
+    assert_eq!(metric(&stage, "lazuli_walk_files_total"), files.len() as u64 + 4);
     let wished = metric(&stage, "lazuli_walk_wished_bytes_total");
     assert!(
         wished <= len_of(&files) + SHELL,

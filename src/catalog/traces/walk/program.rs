@@ -59,9 +59,9 @@ pub(super) struct Library {
     pub is_musl: bool,
 }
 
-/// Files that nearly every program reads, by way of its C library.
+/// Files that nearly every start reads: containerd does, to know who the user is, and the C library, to load others.
 pub(super) fn usual() -> impl Iterator<Item = &'static str> {
-    [LOADER_CACHE].into_iter()
+    ["/etc/passwd", "/etc/group", LOADER_CACHE].into_iter()
 }
 
 impl Walk {

@@ -119,7 +119,7 @@ fn is_path(text: &str) -> bool {
 fn statement_of(statement: &str) -> Vec<Import> {
     let first = |text: &str| text.split_whitespace().next().unwrap_or_default().to_owned();
     if let Some(modules) = statement.strip_prefix("import ") {
-        let modules = modules.split(',').take(MAX_NAMES).map(|part| first(part));
+        let modules = modules.split(',').take(MAX_NAMES).map(first);
         return modules
             .filter(|module| is_path(module))
             .map(|module| Import {
@@ -141,7 +141,7 @@ fn statement_of(statement: &str) -> Vec<Import> {
         return Vec::new();
     }
     let names = names.trim_matches(|c: char| c.is_whitespace() || c == '(' || c == ')');
-    let names = names.split(',').take(MAX_NAMES).map(|part| first(part));
+    let names = names.split(',').take(MAX_NAMES).map(first);
     vec![Import {
         level: level as u32,
         module: module.to_owned(),

@@ -289,10 +289,7 @@ fn add(steps: &mut Vec<Step>, name: &str) {
 
 /// The package that is so many levels above a name.
 fn ancestor(name: &str, levels: usize) -> Option<&str> {
-    (0..levels).try_fold(name, |name, _| match name.rsplit_once('.') {
-        Some((package, _)) => Some(package),
-        None => None,
-    })
+    (0..levels).try_fold(name, |name, _| name.rsplit_once('.').map(|(package, _)| package))
 }
 
 /// What a machine is called in names of compiled modules.

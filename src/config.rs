@@ -223,6 +223,8 @@ pub struct TraceConfig {
     /// How long a container must have read nothing new for its start to be over, in seconds.
     #[serde(with = "seconds")]
     pub settle: Duration,
+    /// Fetch ahead what an image of which nothing is known will read to start, as far as what it runs tells.
+    pub walk: bool,
 }
 
 /// When images are completed.
@@ -376,6 +378,7 @@ impl Default for TraceConfig {
             enabled: true,
             // A program that waits for another one (a database, a lock) pauses for seconds and goes on reading.
             settle: Duration::from_secs(10),
+            walk: true,
         }
     }
 }

@@ -9,6 +9,7 @@ mod acl;
 pub mod checkpoint;
 pub mod compression;
 pub mod digest;
+pub mod entry;
 pub mod erofs;
 pub mod error;
 pub mod estargz;

@@ -101,6 +101,15 @@ pub struct Metrics {
     pub trace_wished_bytes_total: IntCounter,
     /// Those of them that the next start did not read.
     pub trace_wasted_bytes_total: IntCounter,
+    /// Images of which nothing was known and what they read to start was to be guessed, by `outcome` (`walked`, `unknown`: it was not told what
+    /// runs, or it was not found, `given-up`: not all layers were there, or it took too long).
+    pub walks_total: IntCounterVec,
+    /// Files that were asked for ahead because what runs will read them, or parts of them.
+    pub walk_files_total: IntCounter,
+    /// Bytes of content that were asked for ahead for that reason, and were not here.
+    pub walk_wished_bytes_total: IntCounter,
+    /// Those of them that the start did not read.
+    pub walk_wasted_bytes_total: IntCounter,
     /// Bytes that layers take on disk, with their indexes and everything else that is kept of them.
     pub cache_bytes: IntGauge,
     /// Bytes of memory that names and attributes of layers take.
@@ -354,6 +363,27 @@ impl Metrics {
                 &r,
                 "lazuli_trace_wasted_bytes_total",
                 "Those of them that the next start did not read.",
+            ),
+            walks_total: counter_vec(
+                &r,
+                "lazuli_walks_total",
+                "Images of which nothing was known and what they read to start was to be guessed.",
+                &["outcome"],
+            ),
+            walk_files_total: counter(
+                &r,
+                "lazuli_walk_files_total",
+                "Files that were asked for ahead because what runs will read them.",
+            ),
+            walk_wished_bytes_total: counter(
+                &r,
+                "lazuli_walk_wished_bytes_total",
+                "Bytes of content that were asked for ahead because what runs will read them.",
+            ),
+            walk_wasted_bytes_total: counter(
+                &r,
+                "lazuli_walk_wasted_bytes_total",
+                "Those of them that the start did not read.",
             ),
             cache_bytes: gauge(
                 &r,

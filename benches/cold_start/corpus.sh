@@ -4,7 +4,7 @@
 # shellcheck shell=bash
 
 # Changes whenever a recipe below changes.
-CORPUS_RECIPE=1
+CORPUS_RECIPE=2
 CORPUS=(python node redis nginx postgres java git science layers files fat)
 
 declare -A COMMANDS=(
@@ -142,7 +142,7 @@ wants() { [[ " ${formats[*]:-plain estargz chunked} " = *" $1 "* ]]; }
 
 # prepare_corpus IMAGE...: makes what is not there yet, and converts it into the formats that were chosen.
 prepare_corpus() {
-    local name
+    local name suite mirror tag command
     LAYOUT=$WORK/build/oci
     for name in "$@"; do
         [ -n "${COMMANDS[$name]:-}" ] || die "there is no image called $name (${CORPUS[*]})"
@@ -161,10 +161,16 @@ prepare_corpus() {
             skopeo copy --dest-tls-verify=false "oci:$LAYOUT:$name" "docker://$REGISTRY/corpus/$name:plain"
             rm -rf --one-file-system "$BUNDLE"
         fi
+        eval "command=(${COMMANDS[$name]})"
+        # What is made of the plain one says it as well; those that were stored before do not.
+        says_what_it_runs "corpus/$name" plain "${command[@]}"
         ! wants estargz || has "corpus/$name:estargz" || convert "corpus/$name"
         ! wants chunked || has "corpus/$name:chunked" || chunk "corpus/$name"
         ! wants soci || has "corpus/$name:soci" || index_soci "corpus/$name"
         ! wants estargz || [ "${EARLIER:-0}" = 0 ] || has "corpus/$name:estargz-earlier" || rebuild "corpus/$name"
+        for tag in estargz chunked estargz-earlier; do
+            ! has "corpus/$name:$tag" || says_what_it_runs "corpus/$name" "$tag" "${command[@]}"
+        done
     done >>"$(build_log)" 2>&1
     rm -rf --one-file-system "$WORK/build"
 }

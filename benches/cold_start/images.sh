@@ -91,6 +91,27 @@ convert() {
     clear_dir "$dir"
 }
 
+# says_what_it_runs REPOSITORY TAG COMMAND...: the image's config names this command from now on, as images do.
+says_what_it_runs() {
+    local url=http://$REGISTRY/v2/$1 tag=$2 manifest type config command digest place
+    shift 2
+    command=$(jq -cn '$ARGS.positional' --args -- "$@")
+    manifest=$(curl -fsS -H 'Accept: application/vnd.oci.image.manifest.v1+json' \
+        -H 'Accept: application/vnd.docker.distribution.manifest.v2+json' "$url/manifests/$tag")
+    config=$(curl -fsS "$url/blobs/$(jq -r .config.digest <<<"$manifest")")
+    if jq -e --argjson command "$command" '.config.Cmd == $command' <<<"$config" >/dev/null; then
+        return
+    fi
+    config=$(jq -c --argjson command "$command" '.config.Cmd = $command' <<<"$config")
+    digest=sha256:$(printf %s "$config" | sha256sum | cut -d ' ' -f 1)
+    place=$(curl -fsS -o /dev/null -D - -X POST "$url/blobs/uploads/" | tr -d '\r' | sed -n 's/^[Ll]ocation: //p')
+    case $place in /*) place=http://$REGISTRY$place ;; esac
+    printf %s "$config" | curl -fsS -X PUT -H 'Content-Type: application/octet-stream' --data-binary @- "$place&digest=$digest"
+    type=$(jq -r '.mediaType // "application/vnd.oci.image.manifest.v1+json"' <<<"$manifest")
+    jq -c --arg digest "$digest" --argjson size "$(printf %s "$config" | wc -c)" '.config.digest = $digest | .config.size = $size' \
+        <<<"$manifest" | curl -fsS -X PUT -H "Content-Type: $type" --data-binary @- "$url/manifests/$tag"
+}
+
 # chunk REPOSITORY: its tag "plain" becomes zstd:chunked, as podman, buildah and skopeo write it, under the tag "chunked".
 chunk() {
     local layout=$WORK/chunked

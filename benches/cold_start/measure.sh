@@ -174,8 +174,8 @@ learn() {
     until_true "containerd's way to lazuli" $PID "${CTR[@]}" snapshots --snapshotter lazuli ls
 }
 
-# measure FORMAT SNAPSHOTTER ROUND [learned|earlier]: appends one JSON line to the results. learned: by a node that has seen the image start before, and
-# has nothing of it any more; earlier: by one that has seen the image of an earlier tag. The format "indexed" is the plain image, of which the
+# measure FORMAT SNAPSHOTTER ROUND [learned|earlier|unwalked]: appends one JSON line to the results. learned: by a node that has seen the image start before, and
+# has nothing of it any more; earlier: by one that has seen the image of an earlier tag; unwalked: nothing is guessed. The format "indexed" is the plain image, of which the
 # node finds indexes that another one has published.
 measure() {
     local format=$1 snapshotter=$2 round=$3 dir=$WORK/$1-$2-$3 reference=$LINK/$REPOSITORY:$1 known=${4:-} seen
@@ -185,13 +185,14 @@ measure() {
     [ "$known" != earlier ] || seen=$reference-earlier
     mkdir -p "$dir"
     more_config "$format"
+    [ "$known" != unwalked ] || MORE_CONFIG+=$'\n[trace]\nwalk = false\n'
     case $snapshotter in
         overlayfs | erofs) ;;
         lazuli) start_lazuli "$dir" auto "$MORE_CONFIG" ;;
         *) "start_$snapshotter" "$dir" "$format" ;;
     esac
     start_containerd "$dir" "$CONTAINERD_PATH" "$snapshotter"
-    [ -z "$known" ] || learn "$dir" "$seen"
+    case $known in learned | earlier) learn "$dir" "$seen" ;; esac
     sync
     bytes0=$(link_bytes) requests0=$(requests)
 

@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use lazuli::registry::image::{Document, ImageConfig, Manifest};
+use lazuli::registry::image::{Command, Document, ImageConfig, Manifest};
 use lazuli::registry::{attempts, auth, hosts, location, range, reference};
 use libfuzzer_sys::fuzz_target;
 
@@ -10,6 +10,7 @@ fuzz_target!(|input: &[u8]| {
     let _ = Document::parse(input);
     let _ = Manifest::parse(input);
     let _ = ImageConfig::parse(input);
+    let _ = Command::parse(input);
     let Ok(text) = std::str::from_utf8(input) else {
         return;
     };

@@ -32,6 +32,7 @@ use crate::proto::leases::v1::leases_client::LeasesClient;
 use crate::proto::namespaces::v1 as namespaces;
 use crate::proto::namespaces::v1::namespaces_client::NamespacesClient;
 use crate::proto::version::v1::version_client::VersionClient;
+use crate::registry::image::Command;
 
 mod ingest;
 
@@ -131,6 +132,21 @@ pub struct Started {
     pub snapshot_key: String,
     /// What it runs: the program and its arguments.
     pub args: Vec<String>,
+    /// Its environment.
+    pub env: Vec<String>,
+    /// The directory that it begins in.
+    pub directory: String,
+}
+
+impl Started {
+    /// What it runs, as an image would say it.
+    pub fn command(&self) -> Command {
+        Command {
+            args: self.args.clone(),
+            env: self.env.clone(),
+            directory: self.directory.clone(),
+        }
+    }
 }
 
 /// The part of an OCI runtime specification that tells what is run.
@@ -142,6 +158,10 @@ struct RuntimeSpec {
 #[derive(serde::Deserialize)]
 struct RuntimeProcess {
     args: Vec<String>,
+    #[serde(default)]
+    env: Vec<String>,
+    #[serde(default)]
+    cwd: String,
 }
 
 /// A client of one containerd. Cheap to clone.
@@ -338,6 +358,8 @@ impl Containerd {
             image: container.image,
             snapshot_key: container.snapshot_key,
             args: spec.process.args,
+            env: spec.process.env,
+            directory: spec.process.cwd,
         }))
     }
 

@@ -13,7 +13,7 @@ use lru::LruCache;
 
 use crate::layer::Digest;
 use crate::registry::image::MAX_CONFIG;
-use crate::registry::image::{ImageConfig, Manifest, chain_ids};
+use crate::registry::image::{Command, ImageConfig, Manifest, chain_ids};
 use crate::registry::{Reference, Registry};
 use crate::store::LayerSource;
 
@@ -273,11 +273,35 @@ impl Images {
         self.remember(digest, &manifest, &config)
     }
 
+    /// What an image says that it runs, from containerd's content store, or where the image comes from; `None` if it says nothing, or it cannot be
+    /// read.
+    pub(super) async fn command(&self, plan: &ImagePlan) -> Option<Command> {
+        let read = async |digest: &Digest| self.containerd.read(&plan.namespace, digest).await;
+        let config = match read(&plan.manifest).await {
+            Ok(bytes) => read(&Manifest::parse(&bytes).ok()?.config.digest).await.ok()?,
+            // Some clients keep it to themselves.
+            Err(_) => {
+                let reference = Reference::parse(plan.name.as_deref()?).ok()?;
+                self.config_from_registry(&reference, &plan.manifest).await.ok()?.1
+            }
+        };
+        Command::parse(&config)
+    }
+
     async fn layers_from_registry(
         &self,
         reference: &Reference,
         digest: &Digest,
     ) -> Result<Arc<Vec<PlannedLayer>>, Refusal> {
+        let (manifest, config) = self.config_from_registry(reference, digest).await?;
+        self.remember(digest, &manifest, &config)
+    }
+
+    async fn config_from_registry(
+        &self,
+        reference: &Reference,
+        digest: &Digest,
+    ) -> Result<(Manifest, Vec<u8>), Refusal> {
         let source = self.repositories.of(reference);
         let failed =
             |error: crate::registry::RegistryError| Refusal::unresolved(error.to_string(), error.retry_helps());
@@ -287,7 +311,7 @@ impl Images {
             .read_small(manifest.config.digest, manifest.config.size, MAX_CONFIG)
             .await
             .map_err(failed)?;
-        self.remember(digest, &manifest, &config)
+        Ok((manifest, config.to_vec()))
     }
 
     fn remember(&self, digest: &Digest, manifest: &Manifest, config: &[u8]) -> Result<Arc<Vec<PlannedLayer>>, Refusal> {

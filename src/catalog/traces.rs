@@ -14,6 +14,9 @@
 //! nothing is concluded. So containers that start side by side, or one after the other, do not take anything from each other's
 //! traces, and what they seem to have read is forgotten by the first clear start that does not.
 //!
+//! # When nothing is known
+//! it is guessed from what the image says it runs ([`walk`]).
+//!
 //! # Whose traces are played
 //! Those of the repository that an image is pulled from: what was recorded of one tenant's image decides nothing for another's. Of an image with
 //! several entry points the one is played that was started most often, because nobody tells a pull what will be run; when it turns
@@ -35,6 +38,8 @@ pub mod play;
 pub mod record;
 pub mod share;
 pub mod show;
+mod walk;
+mod waves;
 
 use play::Played;
 use record::Running;

@@ -222,6 +222,23 @@ impl Layer {
         wished
     }
 
+    /// The bytes, for Lazuli's own eyes: what is missing is fetched as [`Layer::prefetch`] does, after everything that a container waits for, and no
+    /// recording is told. A layer of which it would take a stream is not read.
+    ///
+    /// # Errors
+    /// [`FetchError`] if they are not to be had within the deadline.
+    pub async fn read_ahead(self: &Arc<Self>, offset: u64, len: u32, deadline: Duration) -> Result<Bytes, FetchError> {
+        if self.is_streamed() && !self.cached.is_ready(offset, len.into()) {
+            return Err(self.closed());
+        }
+        let reading = Arc::clone(self).fill(offset, len, Class::Prefetch);
+        let late = |_| FetchError::Deadline {
+            layer: *self.cached.digest(),
+            after: deadline,
+        };
+        tokio::time::timeout(deadline, reading).await.map_err(late)?
+    }
+
     /// Whether anything that was asked for ahead waits for its request.
     pub fn has_wishes(&self) -> bool {
         self.queue().is_queued(Class::Prefetch)
@@ -470,7 +487,7 @@ impl LayerData for Layer {
         async move {
             let (digest, metrics) = (*me.cached.digest(), Arc::clone(&me.fetcher.metrics));
             let begin = Instant::now();
-            let result = tokio::time::timeout(deadline, me.fill(offset, len)).await;
+            let result = tokio::time::timeout(deadline, me.fill(offset, len, Class::Demand)).await;
             metrics.cold_read_seconds.observe(begin.elapsed().as_secs_f64());
             result.unwrap_or(Err(FetchError::Deadline {
                 layer: digest,

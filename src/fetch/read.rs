@@ -37,8 +37,8 @@ enum Part {
 }
 
 impl Layer {
-    /// The bytes, without a deadline.
-    pub(super) async fn fill(self: Arc<Self>, offset: u64, len: u32) -> Result<Bytes, FetchError> {
+    /// The bytes, without a deadline; what is missing is asked for as of this class.
+    pub(super) async fn fill(self: Arc<Self>, offset: u64, len: u32, class: Class) -> Result<Bytes, FetchError> {
         // What arrived, by where it is in the read. It is kept until the end: an eviction in the meantime costs nothing, and every turn of
         // the loop adds some, so that it ends.
         let mut arrived: BTreeMap<usize, Bytes> = BTreeMap::new();
@@ -49,7 +49,7 @@ impl Layer {
             .collect();
         loop {
             if !missing.is_empty() {
-                let mut waits = self.want(&missing, offset, len)?;
+                let mut waits = self.want(&missing, offset, len, class)?;
                 while let Some((chunk, wait)) = waits.chunks.front_mut() {
                     let (chunk, answer) = (*chunk, wait.await);
                     waits.chunks.pop_front();
@@ -94,7 +94,7 @@ impl Layer {
     }
 
     /// Asks for chunks; where to wait for each. A chunk that has become ready meanwhile is left out.
-    fn want(self: &Arc<Self>, chunks: &[usize], offset: u64, len: u32) -> Result<Waits, FetchError> {
+    fn want(self: &Arc<Self>, chunks: &[usize], offset: u64, len: u32, class: Class) -> Result<Waits, FetchError> {
         let streamed = self.is_streamed();
         let mut waits = Waits {
             layer: Arc::clone(self),
@@ -119,7 +119,7 @@ impl Layer {
                     queue.want_streamed(chunk, waiter);
                 } else {
                     let rank = self.ranks.rank(chunk);
-                    if queue.want(chunk, rank, Class::Demand, Some(waiter)) {
+                    if queue.want(chunk, rank, class, Some(waiter)) {
                         // He has come up with what is read ahead for him.
                         queue.go_on(&self.ranks, &**self, rank, 0);
                         caught_up = true;
@@ -130,7 +130,7 @@ impl Layer {
         if streamed {
             self.refill();
         } else {
-            self.dispatch(Class::Demand);
+            self.dispatch(class);
             if caught_up {
                 self.dispatch(Class::ReadAhead);
             }

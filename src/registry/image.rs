@@ -112,6 +112,47 @@ pub struct ImageConfig {
     pub diff_ids: Vec<Digest>,
 }
 
+/// What an image runs unless it is told otherwise.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Command {
+    /// The program and its arguments: the entry point, and what follows it.
+    pub args: Vec<String>,
+    /// The environment: `NAME=value`.
+    pub env: Vec<String>,
+    /// The directory that it begins in; empty: the root.
+    pub directory: String,
+}
+
+impl Command {
+    /// What the config of an image says; nothing, if that is nothing that can be run.
+    pub fn parse(config: &[u8]) -> Option<Self> {
+        #[derive(Deserialize)]
+        struct Document {
+            #[serde(default, deserialize_with = "json::loose")]
+            config: Option<Parts>,
+        }
+        #[derive(Deserialize, Default)]
+        #[serde(rename_all = "PascalCase")]
+        struct Parts {
+            #[serde(default, deserialize_with = "json::loose")]
+            entrypoint: Vec<String>,
+            #[serde(default, deserialize_with = "json::loose")]
+            cmd: Vec<String>,
+            #[serde(default, deserialize_with = "json::loose")]
+            env: Vec<String>,
+            #[serde(default, deserialize_with = "json::loose")]
+            working_dir: String,
+        }
+        let parts = json::from_slice::<Document>(config).ok()?.config?;
+        let command = Command {
+            args: [parts.entrypoint, parts.cmd].concat(),
+            env: parts.env,
+            directory: parts.working_dir,
+        };
+        (!command.args.is_empty()).then_some(command)
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase", expecting = "a manifest or an index")]
 struct RawDocument {

@@ -48,3 +48,4 @@ mod trees;
 mod users;
 mod variants;
 mod waits;
+mod walk;

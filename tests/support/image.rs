@@ -214,12 +214,17 @@ pub fn architecture() -> &'static str {
 impl Image {
     /// An image of these layers, lowest first.
     pub fn new(flavour: Flavour, layers: Vec<Layer>) -> Self {
+        Self::running(flavour, layers, &["sh"])
+    }
+
+    /// The same, of which containers run this command unless they are told otherwise.
+    pub fn running(flavour: Flavour, layers: Vec<Layer>, command: &[&str]) -> Self {
         let diff_ids: Vec<&str> = layers.iter().map(|layer| layer.diff_id.as_str()).collect();
         let config = json!({
             "architecture": architecture(),
             "os": "linux",
             "created": "2024-01-01T00:00:00Z",
-            "config": { "Env": ["PATH=/usr/bin:/bin"], "Cmd": ["sh"], "WorkingDir": "/" },
+            "config": { "Env": ["PATH=/usr/bin:/bin"], "Cmd": command, "WorkingDir": "/" },
             "rootfs": { "type": "layers", "diff_ids": diff_ids },
         });
         let config = Blob::new(config.to_string().into_bytes());

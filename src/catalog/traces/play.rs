@@ -1,12 +1,9 @@
-//! Asking ahead for what earlier starts have read: as soon as layers are live, in the order of the first read, in waves.
-//!
-//! A layer's queue makes large requests of what is asked for at once, in the order of the blob. So wishes are given to it in waves: the first is
-//! large enough for most starts, and a later one follows when all of the one before has its request, and is twice as large. What a
-//! reader waits for overtakes all of it, and a wish that a reader waits for is a reader's.
+//! Asking ahead for what earlier starts have read: as soon as layers are live, in the order of the first read, in waves ([`super::waves`]). Of an image
+//! of which nothing is known it is guessed ([`super::walk`]).
 //!
 //! Nobody waits for a playback, and none can fail: a layer that does not become live is not asked for anything.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,6 +12,7 @@ use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use tokio_util::sync::CancellationToken;
 
+use super::waves::{CACHE_PART, Waves};
 use super::{Fit, Head, PLAYED_FOR, PLAYED_MAX};
 use crate::catalog::Catalog;
 use crate::catalog::images::ImagePlan;
@@ -25,23 +23,17 @@ use crate::layer::trace::{Entry, Placed, Trace};
 use crate::store::{LayerSource, StoreError};
 use crate::sync::blocking;
 
-/// Bytes of the first wave: more than most programs read to start.
-const FIRST_WAVE: u64 = 32 << 20;
-/// Bytes of the largest wave: the order within it is that of the blob.
-const LARGEST_WAVE: u64 = 256 << 20;
 /// Most bytes that are played for one image. Who reads more than this has started long before.
 const PLAYED_BYTES: u64 = 1 << 30;
-/// Part of the cache that they may be, if that is limited: one in so many.
-const CACHE_PART: u64 = 4;
 /// How often it is looked whether a wave has its requests.
-const LOOK_EVERY: Duration = Duration::from_millis(10);
+pub(super) const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// How long after a playback began the image is not played again: a pull asks for one layer after the other.
 const AGAIN: Duration = Duration::from_secs(30);
 /// Longest playback: layers that are not live by then are streamed.
-const LONGEST: Duration = Duration::from_secs(60);
+pub(super) const LONGEST: Duration = Duration::from_secs(60);
 
 /// A layer that will be live: the digest of its blob, and itself.
-type Coming = BoxFuture<'static, Option<(Digest, Arc<Layer>)>>;
+pub(super) type Coming = BoxFuture<'static, Option<(Digest, Arc<Layer>)>>;
 
 /// What is played, or was.
 pub(super) struct Played {
@@ -51,6 +43,8 @@ pub(super) struct Played {
     pub(super) entry: Entry,
     /// Ends it.
     pub(super) end: CancellationToken,
+    /// Whether it was guessed.
+    pub(super) is_guess: bool,
     manifest: Digest,
     state: Mutex<PlayedState>,
 }
@@ -59,7 +53,7 @@ pub(super) struct Played {
 struct PlayedState {
     trace: Option<Trace>,
     found: Vec<(Digest, Vec<Placed>)>,
-    wished: HashMap<Digest, Vec<(u64, u64)>>,
+    wished: HashMap<Digest, BTreeSet<(u64, u64)>>,
 }
 
 impl Played {
@@ -75,7 +69,16 @@ impl Played {
 
     /// What was fetched for it of the layer with this id: ranges of its data space.
     pub(super) fn wished(&self, layer: &Digest) -> Vec<(u64, u64)> {
-        self.state().wished.get(layer).cloned().unwrap_or_default()
+        let state = self.state();
+        state.wished.get(layer).into_iter().flatten().copied().collect()
+    }
+
+    /// Notes what is fetched for it of a layer; bytes that were not noted before.
+    pub(super) fn note(&self, layer: &Digest, wished: &Wished) -> u64 {
+        let mut state = self.state();
+        let known = state.wished.entry(*layer).or_default();
+        let new = wished.ranges.iter().filter(|range| known.insert(**range));
+        new.map(|(_, len)| len).sum()
     }
 }
 
@@ -100,16 +103,14 @@ impl Catalog {
         if repositories.is_empty() {
             return;
         }
-        let mut seen = HashSet::new();
-        let layers = plan.layers.iter().zip(begun);
-        let coming = layers
-            .filter(|(planned, _)| seen.insert(planned.spec.digest))
-            .map(|(planned, begun)| {
-                // It does not keep alive what it waits for: the pull may be given up.
-                let (catalog, digest, outcome) = (Arc::clone(self), planned.spec.digest, begun.later());
-                async move { Some((digest, catalog.live_layer(&outcome.await.ok()?)?)) }.boxed()
-            });
-        let coming: Vec<Coming> = coming.collect();
+        let layers = plan.layers.iter().zip(begun).map(|(planned, begun)| {
+            // It does not keep alive what it waits for: the pull may be given up.
+            let (catalog, digest, outcome) = (Arc::clone(self), planned.spec.digest, begun.later());
+            let coming = async move { Some((digest, catalog.live_layer(&outcome.await.ok()?)?)) };
+            (digest, coming.boxed())
+        });
+        let layers: Vec<(Digest, Coming)> = layers.collect();
+        let plan = plan.clone();
         let image = plan.layers.iter().map(|planned| planned.spec.digest).collect();
         let (catalog, manifest) = (Arc::clone(self), plan.manifest);
         tokio::spawn(async move {
@@ -121,8 +122,17 @@ impl Catalog {
                 found = shared.map(|trace| (Fit::Shared, trace)).or(found);
             }
             match found {
-                Some((fit, trace)) => catalog.play(manifest, image, coming, fit, trace).await,
-                None => catalog.metrics.trace_plays_total.with_label_values(&["none"]).inc(),
+                Some((fit, trace)) => {
+                    let mut seen = HashSet::new();
+                    let coming = layers.into_iter().filter(|(digest, _)| seen.insert(*digest));
+                    let coming = coming.map(|(_, coming)| coming).collect();
+                    catalog.play(manifest, image, coming, fit, trace).await;
+                }
+                None => {
+                    catalog.metrics.trace_plays_total.with_label_values(&["none"]).inc();
+                    let coming = layers.into_iter().map(|(_, coming)| coming).collect();
+                    catalog.walk_for(&plan, coming).await;
+                }
             }
         });
     }
@@ -159,47 +169,58 @@ impl Catalog {
         fit: Fit,
         trace: Trace,
     ) {
-        let played = Arc::new(Played {
-            at: Instant::now(),
-            entry: trace.entry.clone(),
-            end: CancellationToken::new(),
-            manifest,
-            state: Mutex::default(),
-        });
-        {
-            let mut state = self.traces.state();
-            let is_played = |other: &Arc<Played>| {
-                other.entry == played.entry && !other.end.is_cancelled() && other.at.elapsed() < AGAIN
-            };
-            if state.played.get(&manifest).is_some_and(is_played) {
-                return;
-            }
-            if let Some(other) = state.played.insert(manifest, Arc::clone(&played)) {
-                other.end.cancel();
-            }
-        }
+        let Some(played) = self.begin_play(manifest, trace.entry.clone(), false) else {
+            return;
+        };
         let metrics = Arc::clone(&self.metrics);
         metrics.trace_plays_total.with_label_values(&[fit.word()]).inc();
         tracing::info!(%manifest, program = trace.entry.program, fit = fit.word(), bytes = trace.bytes(), "what it read before is fetched ahead");
-        let mut limit = PLAYED_BYTES;
-        if self.cache_max_bytes > 0 {
-            limit = limit.min(self.cache_max_bytes / CACHE_PART);
-        }
         let trace = Arc::new(trace);
         played.state().trace = Some((*trace).clone());
         let player = Player {
             played: Arc::clone(&played),
             trace,
             image: Arc::new(image),
-            waiting: BTreeMap::new(),
-            layers: Vec::new(),
-            wave: Vec::new(),
-            size: FIRST_WAVE,
-            left: limit,
+            waves: self.waves(&played, PLAYED_BYTES),
         };
         let bytes = player.run(coming).await;
         metrics.trace_wished_bytes_total.inc_by(bytes);
         tracing::debug!(%manifest, bytes, "what was to be fetched ahead is under way");
+    }
+
+    /// Something is to be fetched ahead for an image; `None` if that has begun already for the same entry point. What is played for another one
+    /// ends.
+    pub(super) fn begin_play(&self, manifest: Digest, entry: Entry, is_guess: bool) -> Option<Arc<Played>> {
+        let played = Arc::new(Played {
+            at: Instant::now(),
+            entry,
+            end: CancellationToken::new(),
+            is_guess,
+            manifest,
+            state: Mutex::default(),
+        });
+        let mut state = self.traces.state();
+        let is_played = |other: &Arc<Played>| {
+            // What is known is better than a guess.
+            let is_better = other.is_guess && !is_guess;
+            other.entry == played.entry && !other.end.is_cancelled() && other.at.elapsed() < AGAIN && !is_better
+        };
+        if state.played.get(&manifest).is_some_and(is_played) {
+            return None;
+        }
+        if let Some(other) = state.played.insert(manifest, Arc::clone(&played)) {
+            other.end.cancel();
+        }
+        Some(played)
+    }
+
+    /// Waves of what is fetched ahead, of so many bytes at most.
+    pub(super) fn waves(&self, played: &Arc<Played>, most: u64) -> Waves {
+        let part = match self.cache_max_bytes {
+            0 => u64::MAX,
+            limited => limited / CACHE_PART,
+        };
+        Waves::new(Arc::clone(played), most.min(part))
     }
 }
 
@@ -208,15 +229,7 @@ struct Player {
     played: Arc<Played>,
     trace: Arc<Trace>,
     image: Arc<HashSet<Digest>>,
-    layers: Vec<Arc<Layer>>,
-    /// What is to be asked for, by its place in the trace and the layer.
-    waiting: BTreeMap<(usize, usize), Placed>,
-    /// What was asked for last.
-    wave: Vec<(Arc<Layer>, Wished)>,
-    /// Bytes of the next wave.
-    size: u64,
-    /// Bytes that may still be asked for.
-    left: u64,
+    waves: Waves,
 }
 
 impl Player {
@@ -248,62 +261,29 @@ impl Player {
         let mut placed: FuturesUnordered<_> = placed.collect();
         let mut bytes = 0;
         loop {
-            let is_open = self.wave.iter().any(|(layer, _)| layer.has_wishes());
-            if !is_open && !self.waiting.is_empty() {
-                bytes += self.next_wave();
-            }
-            if placed.is_empty() && self.waiting.is_empty() && !is_open {
+            bytes += self.waves.go_on();
+            let is_over = self.waves.are_over();
+            if placed.is_empty() && is_over {
                 return bytes;
             }
             tokio::select! {
                 biased;
                 () = end.cancelled() => {
-                    self.wave.iter().for_each(|(layer, wished)| layer.unwish(wished));
+                    self.waves.take_back();
                     return bytes;
                 }
                 () = &mut over => return bytes,
                 Some(found) = placed.next(), if !placed.is_empty() => {
                     if let Some((digest, layer, places)) = found {
                         if let Some(layer) = layer {
-                            let number = self.layers.len();
-                            self.waiting.extend(places.iter().map(|place| ((place.wish, number), *place)));
-                            self.layers.push(layer);
+                            let ranges = places.iter().map(|place| (place.wish, (place.data, place.len)));
+                            self.waves.add(layer, ranges);
                         }
                         self.played.state().found.push((digest, places));
                     }
                 }
-                () = tokio::time::sleep(LOOK_EVERY), if is_open || !self.waiting.is_empty() => {}
+                () = tokio::time::sleep(LOOK_EVERY), if !is_over => {}
             }
         }
-    }
-
-    /// Asks for the next wave; bytes of it that were not here.
-    fn next_wave(&mut self) -> u64 {
-        let mut asked: BTreeMap<usize, Vec<(u64, u64)>> = BTreeMap::new();
-        let mut room = self.size.min(self.left);
-        while room > 0
-            && let Some(((_, layer), place)) = self.waiting.pop_first()
-        {
-            asked.entry(layer).or_default().push((place.data, place.len));
-            room = room.saturating_sub(place.len);
-        }
-        self.left = self.left.saturating_sub(self.size - room.min(self.size));
-        if self.left == 0 {
-            self.waiting.clear();
-        }
-        self.size = self.size.saturating_mul(2).min(LARGEST_WAVE);
-        self.wave.clear();
-        let mut bytes = 0;
-        for (layer, ranges) in asked {
-            let layer = Arc::clone(&self.layers[layer]);
-            let wished = layer.wish(&ranges);
-            bytes += wished.ranges.iter().map(|(_, len)| len).sum::<u64>();
-            let mut state = self.played.state();
-            let known = state.wished.entry(*layer.id()).or_default();
-            known.extend(&wished.ranges);
-            drop(state);
-            self.wave.push((layer, wished));
-        }
-        bytes
     }
 }

@@ -14,6 +14,7 @@ use crate::catalog::{Catalog, Start};
 use crate::fetch::{Layer, LayerData as _, Recording};
 use crate::layer::Digest;
 use crate::layer::trace::{Entry, Looked, Sight, Trace, observe};
+use crate::registry::image::Command;
 use crate::store::{ImageRecord, StoreError};
 use crate::sync::blocking;
 
@@ -209,7 +210,7 @@ impl Catalog {
         };
         let entry = Entry::of(&started.args);
         if !over {
-            self.expect_entry(running, &image, &entry);
+            self.expect_entry(running, &image, &entry, started.command());
             tokio::select! {
                 () = running.stopped.cancelled() => return,
                 () = running.removed.cancelled() => {}
@@ -277,8 +278,9 @@ impl Catalog {
     }
 
     /// It is known what is started: if something else is being played, that ends, and the right trace is played.
-    fn expect_entry(self: &Arc<Self>, running: &Arc<Running>, image: &ImageRecord, entry: &Entry) {
+    fn expect_entry(self: &Arc<Self>, running: &Arc<Running>, image: &ImageRecord, entry: &Entry, command: Command) {
         let played = self.traces.state().played.get(&image.manifest).cloned();
+        let mut walks = true;
         if let Some(played) = played {
             if played.entry == *entry {
                 return;
@@ -286,6 +288,8 @@ impl Catalog {
             // Unless it is as good as what is known of this one, which is found out below.
             if !played.entry.resembles(entry) {
                 played.end.cancel();
+            } else {
+                walks = played.is_guess;
             }
         }
         let layers: Vec<_> = running
@@ -307,8 +311,10 @@ impl Catalog {
         self.runtime.spawn(async move {
             let finder = Arc::clone(&catalog);
             let found = blocking(move || finder.best_trace(&[repository], &manifest, Some(&entry))).await;
-            if let Some((fit, trace)) = found {
-                catalog.play(manifest, digests, coming, fit, trace).await;
+            match found {
+                Some((fit, trace)) => catalog.play(manifest, digests, coming, fit, trace).await,
+                None if walks => catalog.walk(manifest, Some(command), coming).await,
+                None => {}
             }
         });
     }
@@ -376,7 +382,11 @@ impl Catalog {
                 }
             }
         }
-        self.metrics.trace_wasted_bytes_total.inc_by(wasted);
+        let total = match played.is_guess {
+            true => &self.metrics.walk_wasted_bytes_total,
+            false => &self.metrics.trace_wasted_bytes_total,
+        };
+        total.inc_by(wasted);
     }
 }
 
@@ -412,6 +422,8 @@ mod tests {
                 image: name.to_owned(),
                 snapshot_key: String::new(),
                 args: Vec::new(),
+                env: Vec::new(),
+                directory: String::new(),
             };
             image_of(images(), &started).map(|image| image.repository)
         };

@@ -93,6 +93,34 @@ fn malformed_documents_are_named() {
     assert!(ImageConfig::parse(b"{\"rootfs\": {\"diff_ids\": [\"x\"]}}").is_err());
 }
 
+/// What an image runs is its entry point and what follows it; whatever else is in that place says nothing, and spoils nothing.
+#[test]
+fn a_config_says_what_is_run() {
+    let command = |document: serde_json::Value| Command::parse(&bytes(document));
+    let found = command(json!({"config": {
+        "Entrypoint": ["/entry", "-x"], "cmd": ["app"], "Env": ["PATH=/bin", "A=b"], "WorkingDir": "/srv", "Labels": {"a": 1}
+    }}));
+    let texts = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect::<Vec<_>>();
+    let found = found.unwrap();
+    assert_eq!(found.args, texts(&["/entry", "-x", "app"]));
+    assert_eq!(
+        (found.env, found.directory),
+        (texts(&["PATH=/bin", "A=b"]), "/srv".to_owned())
+    );
+    let only = command(json!({"config": {"Entrypoint": null, "Cmd": ["sh"], "Env": 7}})).unwrap();
+    assert_eq!((only.args, only.env.len()), (texts(&["sh"]), 0));
+    for nothing in [
+        json!({}),
+        json!({"config": null}),
+        json!({"config": {"Cmd": []}}),
+        json!({"config": {"Cmd": "sh"}}),
+        json!({"config": [[]]}),
+    ] {
+        assert_eq!(command(nothing.clone()), None, "{nothing}");
+    }
+    assert_eq!(Command::parse(b"nothing"), None);
+}
+
 #[test]
 fn an_index_gives_the_platform_that_runs() {
     let entry = |name: &str, platform: serde_json::Value| {
@@ -131,6 +159,7 @@ proptest! {
     fn any_bytes_are_parsed_or_refused(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
         let _ = Document::parse(&bytes);
         let _ = ImageConfig::parse(&bytes);
+        let _ = Command::parse(&bytes);
     }
 
     #[test]

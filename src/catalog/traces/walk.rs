@@ -1,0 +1,359 @@
+//! The very first start: what an image will read is guessed from what it says it runs.
+//!
+//! Where nothing is known of an image, its config names a program. That is looked up as the kernel will, in what the container will see
+//! ([`View`]), and what it says of itself is followed: the loader and the libraries of an ELF file ([`program`]), the interpreter of a script and
+//! what the script becomes ([`shell`]), the modules that a program for Python or Node loads ([`python`], [`node`]), the parts of a Java
+//! runtime ([`java`]). What is found is wished for as what is known is ([`super::waves`]).
+//!
+//! A step of a walk reads a little of a file and names others, and steps go side by side: it takes as many round trips as files name each other in
+//! a row, while containerd still prepares the container. Everything is read as everybody reads it, verified, behind what containers wait for.
+//! Nobody waits for a walk, and nothing can fail by it: whatever is not found, not understood or too large is left to the container. What an image
+//! may have a node do by it is bounded: in steps, files, bytes that are read and wished for, and time.
+
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::StreamExt;
+use futures::future::{BoxFuture, join_all};
+use futures::stream::FuturesUnordered;
+use tokio::sync::OnceCell;
+use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
+
+use super::play::{Coming, LONGEST, LOOK_EVERY, Played};
+use crate::catalog::Catalog;
+use crate::catalog::images::ImagePlan;
+use crate::fetch::{Layer, LayerData as _};
+use crate::layer::entry::view::{File, View, join};
+use crate::layer::trace::Entry;
+use crate::layer::{Digest, Ino};
+use crate::registry::image::Command;
+use crate::sync::blocking;
+
+mod java;
+mod node;
+mod program;
+mod python;
+mod shell;
+
+use program::Library;
+
+/// Bytes that are wished for in all: large programs read some ten to start.
+const WISHED_BYTES: u64 = 128 << 20;
+/// Files that are wished for: a Python program with a large library loads a thousand modules.
+const WISHED_FILES: usize = 4096;
+/// Bytes that are read for it.
+const READ_BYTES: u64 = 48 << 20;
+/// Longest part of a file that is read at once.
+const READ_MOST: u64 = 1 << 20;
+/// Steps in all, and in a row: a program runs a program that loads a library.
+const STEPS: usize = 8192;
+const DEPTH: u32 = 64;
+/// Steps side by side: each holds a part of a file.
+const STEPS_AT_ONCE: usize = 32;
+/// Bytes of the names and arguments of all steps: a script may hand on what it was given, and more each time.
+const STEPS_BYTES: usize = 4 << 20;
+/// Longest wait for bytes that are read for it: the container has started meanwhile.
+const READ_DEADLINE: Duration = Duration::from_secs(5);
+/// A file of up to so many bytes is wished for as a whole: libraries and modules are read in several places, and what lies between comes with them.
+const WHOLE: u64 = 4 << 20;
+
+/// One step: something that was named.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Step {
+    /// A program, with its arguments, of which the first one is its name.
+    Program(Vec<String>),
+    /// A library.
+    Library(Library),
+    /// A file that is read as a whole.
+    File(String),
+    /// A script that a shell reads.
+    Sourced(String),
+    /// A module of Python.
+    Python(python::Module),
+    /// A file of Node's.
+    Node(String),
+}
+
+impl Step {
+    /// Bytes of its names and arguments.
+    fn len(&self) -> usize {
+        match self {
+            Step::Program(args) => args.iter().map(String::len).sum(),
+            Step::Library(library) => {
+                let dirs = library.own.iter().chain(&library.near);
+                library.name.len() + dirs.map(String::len).sum::<usize>()
+            }
+            Step::File(path) | Step::Sourced(path) | Step::Node(path) | Step::Python(python::Module(path)) => {
+                path.len()
+            }
+        }
+    }
+}
+
+/// A part of a file that is wished for.
+struct Found {
+    layer: usize,
+    data: u64,
+    len: u64,
+}
+
+/// A walk under way.
+struct Walk {
+    view: View,
+    /// The topmost first.
+    layers: Vec<Arc<Layer>>,
+    command: Command,
+    played: Arc<Played>,
+    found: UnboundedSender<Found>,
+    state: Mutex<State>,
+    /// The loader's cache, once it was read.
+    cache: OnceCell<Option<Bytes>>,
+    /// Where Python's modules are, once that is known.
+    python: OnceCell<python::Places>,
+}
+
+#[derive(Default)]
+struct State {
+    steps: HashSet<Step>,
+    /// Files that are wished for, and those that were looked at.
+    files: HashSet<(usize, Ino)>,
+    seen: HashSet<(usize, Ino)>,
+    wished: u64,
+    read: u64,
+    /// Bytes of all steps.
+    text: usize,
+    /// Bytes that were read, and were not here.
+    fetched: u64,
+}
+
+impl Catalog {
+    /// Walks through an image of which nothing is known and whose layers are coming, the lowest first.
+    pub(super) async fn walk_for(self: &Arc<Self>, plan: &ImagePlan, coming: Vec<Coming>) {
+        if !self.traces.config.walk {
+            return;
+        }
+        let command = self.images.command(plan).await;
+        Arc::clone(self).walk(plan.manifest, command, coming).await;
+    }
+
+    /// The same, for a command.
+    pub(super) async fn walk(self: Arc<Self>, manifest: Digest, command: Option<Command>, coming: Vec<Coming>) {
+        if !self.traces.config.walk {
+            return;
+        }
+        let count = |outcome: &str| self.metrics.walks_total.with_label_values(&[outcome]).inc();
+        let Some(command) = command.filter(|command| !command.args.is_empty()) else {
+            return count("unknown");
+        };
+        let entry = Entry::of(&command.args);
+        let program = entry.program.clone();
+        let Some(played) = self.begin_play(manifest, entry, true) else {
+            return;
+        };
+        let end = played.end.clone();
+        let walked = async {
+            let layers = join_all(coming).await.into_iter().rev();
+            let layers: Option<Vec<_>> = layers.map(|layer| layer.map(|(_, layer)| layer)).collect();
+            // One that containerd unpacks may hide anything below it.
+            let layers = layers?;
+            if layers.iter().all(|layer| layer.cached().is_complete()) {
+                return Some((0, 0));
+            }
+            let walk = blocking(move || {
+                let names = layers.iter().map(|layer| layer.names().ok());
+                let view = View::new(names.collect::<Option<_>>()?);
+                Some((view, layers))
+            });
+            let (view, layers) = walk.await?;
+            let (found, coming) = mpsc::unbounded_channel();
+            let walk = Arc::new(Walk {
+                view,
+                layers,
+                command,
+                played: Arc::clone(&played),
+                found,
+                state: Mutex::default(),
+                cache: OnceCell::new(),
+                python: OnceCell::new(),
+            });
+            let waves = self.waves(&played, WISHED_BYTES);
+            Some(run(walk, coming, waves).await)
+        };
+        let walked = tokio::select! {
+            walked = tokio::time::timeout(LONGEST, walked) => walked.ok().flatten(),
+            () = end.cancelled() => None,
+        };
+        let Some((files, bytes)) = walked else {
+            return count("given-up");
+        };
+        self.metrics.walk_files_total.inc_by(files);
+        self.metrics.walk_wished_bytes_total.inc_by(bytes);
+        count(if files > 0 { "walked" } else { "unknown" });
+        tracing::info!(%manifest, program, files, bytes, "what it runs tells what it will read, which is fetched ahead");
+    }
+}
+
+/// Walks to the end, or until it is cancelled; files, and bytes that were not here.
+async fn run(walk: Arc<Walk>, mut found: UnboundedReceiver<Found>, mut waves: super::waves::Waves) -> (u64, u64) {
+    let end = walk.played.end.clone();
+    let mut steps: FuturesUnordered<BoxFuture<'static, (u32, Vec<Step>)>> = FuturesUnordered::new();
+    let mut queued = vec![(0, Step::Program(walk.command.args.clone()))];
+    queued.extend(program::usual().map(|path| (0, Step::File(path.to_owned()))));
+    queued.reverse();
+    let (mut bytes, mut place) = (0, 0);
+    loop {
+        while steps.len() < STEPS_AT_ONCE
+            && let Some((depth, step)) = queued.pop()
+        {
+            if walk.is_new(&step) && depth < DEPTH {
+                let walk = Arc::clone(&walk);
+                steps.push(Box::pin(async move { (depth + 1, walk.step(step).await) }));
+            }
+        }
+        while let Ok(part) = found.try_recv() {
+            let range = (place, (part.data, part.len));
+            waves.add(Arc::clone(&walk.layers[part.layer]), std::iter::once(range));
+            place += 1;
+        }
+        bytes += waves.go_on();
+        let is_over = waves.are_over();
+        if steps.is_empty() && is_over {
+            let state = walk.state();
+            return (state.files.len() as u64, bytes + state.fetched);
+        }
+        tokio::select! {
+            biased;
+            () = end.cancelled() => {
+                waves.take_back();
+                return (0, bytes);
+            }
+            Some((depth, next)) = steps.next(), if !steps.is_empty() => {
+                // Those that were named first are the next ones.
+                queued.splice(0..0, next.into_iter().rev().map(|step| (depth, step)));
+            }
+            Some(part) = found.recv() => {
+                let range = (place, (part.data, part.len));
+                waves.add(Arc::clone(&walk.layers[part.layer]), std::iter::once(range));
+                place += 1;
+            }
+            () = tokio::time::sleep(LOOK_EVERY), if !is_over => {}
+        }
+    }
+}
+
+impl Walk {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether a step was not made yet, and may be.
+    fn is_new(&self, step: &Step) -> bool {
+        let mut state = self.state();
+        state.text = state.text.saturating_add(step.len());
+        state.steps.len() < STEPS && state.text <= STEPS_BYTES && state.steps.insert(step.clone())
+    }
+
+    /// Makes a step; those that follow from it.
+    async fn step(self: Arc<Self>, step: Step) -> Vec<Step> {
+        let next = match step {
+            Step::Program(args) => self.program(args).await,
+            Step::Library(library) => self.library(library).await,
+            Step::File(path) => self.find(&path).map(|file| {
+                self.wish_whole(&file);
+                Vec::new()
+            }),
+            Step::Sourced(path) => self.sourced(&path).await,
+            Step::Python(module) => self.python_module(module).await,
+            Step::Node(path) => self.node_file(&path).await,
+        };
+        next.unwrap_or_default()
+    }
+
+    /// The file at a path, from the directory in which the program begins.
+    fn find(&self, path: &str) -> Option<File> {
+        let directory = match self.command.directory.is_empty() {
+            true => "/",
+            false => &self.command.directory,
+        };
+        self.view.file(&join(directory, path))
+    }
+
+    /// The value of a variable of the environment.
+    fn variable(&self, name: &str) -> Option<&str> {
+        let entries = self.command.env.iter().rev();
+        entries
+            .filter_map(|entry| entry.split_once('='))
+            .find(|(known, _)| *known == name)
+            .map(|(_, value)| value)
+    }
+
+    /// Wishes for a part of a file.
+    fn wish(&self, file: &File, part: Range<u64>) {
+        let end = part.end.min(file.size);
+        let len = end.saturating_sub(part.start);
+        {
+            let mut state = self.state();
+            state.files.insert((file.layer, file.ino));
+            if len == 0 || state.files.len() > WISHED_FILES || state.wished >= WISHED_BYTES {
+                return;
+            }
+            state.wished += len;
+        }
+        // Whoever took it is over.
+        let _ = self.found.send(Found {
+            layer: file.layer,
+            data: file.data.saturating_add(part.start),
+            len,
+        });
+    }
+
+    /// Wishes for a file, unless it is large.
+    fn wish_whole(&self, file: &File) {
+        let is_new = !self.state().files.contains(&(file.layer, file.ino));
+        if is_new && file.size <= WHOLE {
+            self.wish(file, 0..file.size);
+        }
+    }
+
+    /// Whether a file is looked at for the first time, under whatever name.
+    fn is_first(&self, file: &File) -> bool {
+        self.state().seen.insert((file.layer, file.ino))
+    }
+
+    /// A part of a file, as far as there is one. It is asked for at once, whatever else is wished for.
+    async fn read(&self, file: &File, part: Range<u64>) -> Option<Bytes> {
+        let layer = self.layers.get(file.layer)?;
+        let end = part.end.min(file.size);
+        let len = end.checked_sub(part.start)?;
+        if len == 0 || len > READ_MOST {
+            return None;
+        }
+        {
+            let mut state = self.state();
+            state.read += len;
+            if state.read > READ_BYTES {
+                return None;
+            }
+        }
+        let data = file.data.checked_add(part.start)?;
+        let wished = layer.wish(&[(data, len)]);
+        let fetched = self.played.note(layer.id(), &wished);
+        self.state().fetched += fetched;
+        let read = layer.read_ahead(data, u32::try_from(len).ok()?, READ_DEADLINE).await;
+        match read {
+            Ok(bytes) => Some(bytes),
+            Err(error) => {
+                tracing::debug!(path = file.path, %error, "it cannot be seen what this will read");
+                None
+            }
+        }
+    }
+
+    /// The beginning of a file, up to so many bytes.
+    async fn read_head(&self, file: &File, most: u64) -> Option<Bytes> {
+        self.read(file, 0..most.min(file.size)).await
+    }
+}

@@ -1,0 +1,106 @@
+//! Wishes in waves.
+//!
+//! A layer's queue makes large requests of what is asked for at once, in the order of the blob. So wishes are given to it in waves: the first is
+//! large enough for most starts, and a later one follows when all of the one before has its request, and is twice as large. What a
+//! reader waits for overtakes all of it, and a wish that a reader waits for is a reader's.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::play::Played;
+use crate::fetch::{Layer, LayerData as _, Wished};
+
+/// Bytes of the first wave: more than most programs read to start.
+const FIRST_WAVE: u64 = 32 << 20;
+/// Bytes of the largest wave: the order within it is that of the blob.
+const LARGEST_WAVE: u64 = 256 << 20;
+/// Part of the cache that all of them may be, if that is limited: one in so many.
+pub(super) const CACHE_PART: u64 = 4;
+
+/// What is wished for an image.
+pub(super) struct Waves {
+    played: Arc<Played>,
+    layers: Vec<Arc<Layer>>,
+    /// Ranges of data spaces that are to be asked for, by their place in the order and the layer.
+    waiting: BTreeMap<(usize, usize), (u64, u64)>,
+    /// What was asked for last.
+    wave: Vec<(Arc<Layer>, Wished)>,
+    /// Bytes of the next wave.
+    size: u64,
+    /// Bytes that may still be asked for.
+    left: u64,
+}
+
+impl Waves {
+    /// None yet, of `left` bytes in all.
+    pub(super) fn new(played: Arc<Played>, left: u64) -> Self {
+        Waves {
+            played,
+            layers: Vec::new(),
+            waiting: BTreeMap::new(),
+            wave: Vec::new(),
+            size: FIRST_WAVE,
+            left,
+        }
+    }
+
+    /// Adds what is wished of a layer: its place in the order, offset and length.
+    pub(super) fn add(&mut self, layer: Arc<Layer>, ranges: impl Iterator<Item = (usize, (u64, u64))>) {
+        let known = self.layers.iter().position(|known| Arc::ptr_eq(known, &layer));
+        let number = known.unwrap_or(self.layers.len());
+        if known.is_none() {
+            self.layers.push(layer);
+        }
+        if self.left > 0 {
+            self.waiting
+                .extend(ranges.map(|(place, range)| ((place, number), range)));
+        }
+    }
+
+    /// Asks for the next wave if the one before has its requests; bytes of it that were not here.
+    pub(super) fn go_on(&mut self) -> u64 {
+        match self.waiting.is_empty() || self.is_open() {
+            true => 0,
+            false => self.next(),
+        }
+    }
+
+    /// Whether all is under way.
+    pub(super) fn are_over(&self) -> bool {
+        self.waiting.is_empty() && !self.is_open()
+    }
+
+    /// Takes back what nobody waits for and no request has.
+    pub(super) fn take_back(&self) {
+        self.wave.iter().for_each(|(layer, wished)| layer.unwish(wished));
+    }
+
+    fn is_open(&self) -> bool {
+        self.wave.iter().any(|(layer, _)| layer.has_wishes())
+    }
+
+    fn next(&mut self) -> u64 {
+        let mut asked: BTreeMap<usize, Vec<(u64, u64)>> = BTreeMap::new();
+        let mut room = self.size.min(self.left);
+        while room > 0
+            && let Some(((_, layer), range)) = self.waiting.pop_first()
+        {
+            asked.entry(layer).or_default().push(range);
+            room = room.saturating_sub(range.1);
+        }
+        self.left = self.left.saturating_sub(self.size - room.min(self.size));
+        if self.left == 0 {
+            self.waiting.clear();
+        }
+        self.size = self.size.saturating_mul(2).min(LARGEST_WAVE);
+        self.wave.clear();
+        let mut bytes = 0;
+        for (layer, ranges) in asked {
+            let layer = Arc::clone(&self.layers[layer]);
+            let wished = layer.wish(&ranges);
+            bytes += self.played.note(layer.id(), &wished);
+            self.wave.push((layer, wished));
+        }
+        bytes
+    }
+}

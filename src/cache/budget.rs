@@ -36,6 +36,9 @@ impl Cache {
         let Some((missing, _)) = self.take(bytes) else {
             return Ok(());
         };
+        if self.end_spools() > 0 && self.take(bytes).is_none() {
+            return Ok(());
+        }
         self.make_room(missing, writer);
         self.take(bytes).map_or(Ok(()), |(_, reason)| Err(reason))
     }
@@ -163,6 +166,9 @@ impl Cache {
 
     /// Makes room on a disk that is full: evicts until about `bytes` are freed, and waits until they are.
     pub(super) fn make_room_now(&self, bytes: u64, writer: Option<&Digest>) {
+        if self.end_spools() >= bytes {
+            return;
+        }
         if self.trash.bytes() < bytes {
             self.make_room(bytes, writer);
         }

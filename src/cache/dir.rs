@@ -20,6 +20,7 @@ use super::hot::HotChunks;
 use super::layer::Files;
 use super::map::{self, MapFile};
 use super::names::Residents;
+use super::spool::Spool;
 use super::staging::{Staging, sync_dir};
 use super::twins::Twins;
 use super::windows::{RecentWindows, WindowFile};
@@ -48,6 +49,8 @@ pub struct Cache {
     pub(super) freed: AtomicU64,
     /// Held while something is evicted.
     pub(super) evicting: Mutex<()>,
+    /// Blobs that are kept while they come.
+    pub(super) spools: Mutex<Vec<Weak<Spool>>>,
     /// Whether the daemon ends: see [`Cache::keep_all`].
     pub(super) keeps_all: AtomicBool,
     /// Counts up with every store: the time by which uses are ordered.
@@ -133,6 +136,7 @@ impl Cache {
             used: AtomicU64::new(0),
             freed: AtomicU64::new(0),
             evicting: Mutex::new(()),
+            spools: Mutex::default(),
             keeps_all: AtomicBool::new(false),
             clock: AtomicU64::new(1),
             hot: HotChunks::new(),

@@ -1,14 +1,14 @@
 //! A blob as it comes, kept for as long as it may be wanted by somebody else as well: whoever reads it here does not fetch it once more.
 //!
 //! It is a file without a name, so that nothing is left of it when the process ends, and it takes room that is there:
-//! no layer is evicted for it. What its one reader has read is given back to the disk. Nothing depends on it: where a
+//! before anything is evicted or refused, all spools go. What its one reader has read is given back to the disk. Nothing depends on it: where a
 //! byte cannot be written or read, the spool has failed, and the stream that fills it goes on.
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::fs::FallocateFlags;
 use tokio::sync::watch;
@@ -48,6 +48,8 @@ pub struct Spool {
     occupied: AtomicU64,
     /// Up to where bytes were given back.
     given_back: AtomicU64,
+    /// Held while bytes are written, and while all of them go.
+    writing: Mutex<()>,
 }
 
 impl Cache {
@@ -66,13 +68,30 @@ impl Cache {
             there: 0,
             end: None,
         };
-        Some(Arc::new(Spool {
+        let spool = Arc::new(Spool {
             cache: Arc::clone(self),
             file,
             state: watch::Sender::new(begun),
             occupied: AtomicU64::new(0),
             given_back: AtomicU64::new(0),
-        }))
+            writing: Mutex::default(),
+        });
+        let mut spools = self.spools();
+        spools.retain(|spool| spool.strong_count() > 0);
+        spools.push(Arc::downgrade(&spool));
+        drop(spools);
+        Some(spool)
+    }
+
+    /// Takes all spools off the disk; the bytes that are free by that.
+    pub(super) fn end_spools(&self) -> u64 {
+        let spools = std::mem::take(&mut *self.spools());
+        let spools: Vec<_> = spools.iter().filter_map(Weak::upgrade).collect();
+        spools.iter().map(|spool| spool.give_way()).sum()
+    }
+
+    fn spools(&self) -> MutexGuard<'_, Vec<Weak<Spool>>> {
+        self.spools.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -95,6 +114,7 @@ impl Spool {
 
     /// The next bytes.
     pub fn push(&self, bytes: &[u8]) {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
         let state = *self.state.borrow();
         if state.end.is_some() {
             return;
@@ -107,6 +127,19 @@ impl Spool {
         let there = state.there + bytes.len() as u64;
         self.account(there);
         self.state.send_modify(|state| state.there = there);
+    }
+
+    /// All of it goes, whether somebody reads it or not; the bytes that it took.
+    fn give_way(&self) -> u64 {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.state.send_modify(|state| state.end = Some(SpoolEnd::Failed));
+        if let Err(error) = self.file.set_len(0) {
+            tracing::warn!(%error, "a blob that was kept while it came stays on the disk until its reader has ended");
+            return 0;
+        }
+        let freed = self.occupied.swap(0, Ordering::Relaxed);
+        self.cache.release(freed);
+        freed
     }
 
     /// It is over, unless it was before.
@@ -138,7 +171,10 @@ impl Spool {
         // Held meanwhile: another download would write where this makes a hole.
         let state = self.state.borrow();
         let done = self.given_back.load(Ordering::Relaxed);
-        if state.download != download || offset.saturating_sub(done) < GIVE_BACK {
+        if state.download != download
+            || self.occupied.load(Ordering::Relaxed) == 0
+            || offset.saturating_sub(done) < GIVE_BACK
+        {
             return;
         }
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -217,5 +253,13 @@ mod tests {
         let spool = cache.spool(1 << 20).unwrap();
         spool.push(&[0; 1000]);
         assert!(cache.spool(1 << 20).is_none(), "what is taken is taken");
+        // It gives way to whoever needs the room.
+        cache.reserve(1 << 20, None).unwrap();
+        assert_eq!(cache.used_bytes(), 1 << 20);
+        assert_eq!(spool.watch().borrow().end, Some(SpoolEnd::Failed));
+        assert!(spool.read(0, 1000).is_err());
+        spool.push(&[0; 1000]);
+        drop(spool);
+        assert_eq!(cache.used_bytes(), 1 << 20);
     }
 }

@@ -196,7 +196,8 @@ async fn what_a_reader_left_sinks_to_the_background() {
     let mut waits = stays.1.read(0, 10, LONG);
     stays.3.flowing.send_replace(false);
     assert!(futures::poll!(&mut waits).is_pending());
-    until(|| bench.fetcher.scheduler().counts().0 >= 2).await;
+    // What has gone has asked twice: while somebody waited, and behind everybody.
+    until(|| bench.fetcher.scheduler().counts().0 >= 3).await;
     first.3.flowing.send_replace(true);
     until(|| stays.3.requests() == 1).await;
     assert_eq!(left.3.requests(), 0, "it asked first, and has gone");

@@ -21,12 +21,12 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::{Arc, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures::StreamExt;
 use futures::future::join_all;
 use futures::stream::FuturesUnordered;
-use tokio::time::{sleep, timeout};
+use tokio::time::{sleep, timeout, timeout_at};
 
 use super::containerd::{Ingest, IngestError, IngestWriter, layer_reference, source_label};
 use super::images::{ImagePlan, PlannedLayer};
@@ -39,8 +39,9 @@ use crate::sync::blocking;
 
 /// What is smaller, in bytes, is fetched again within a moment.
 const LEAST: u64 = 1 << 20;
-/// Longest wait for containerd to give a reference: Prepare waits meanwhile. It takes a transaction of its database.
-const OPEN_DEADLINE: Duration = Duration::from_secs(2);
+/// How long containerd may take to give references, even where Prepare's bound is reached: each takes a transaction of its database, which waits for
+/// a disk that may be busy.
+const OPEN_LEAST: Duration = Duration::from_secs(2);
 /// After how many hours a lease ends that nobody could end: no pull takes longer that is lent anything.
 const LEASE_HOURS: u64 = 1;
 /// Longest pull that is lent anything.
@@ -78,8 +79,8 @@ enum LendError {
 
 impl Catalog {
     /// Lends containerd what is being streamed of an image from the layer at `position` on, keeps it from fetching what will be shown lazily, and
-    /// comes back when containerd has to wait for all of that.
-    pub(super) async fn lend(self: &Arc<Self>, plan: &ImagePlan, position: usize, begun: &[Begun]) {
+    /// comes back when containerd has to wait for all of that, at `deadline` or a moment later at the latest.
+    pub(super) async fn lend(self: &Arc<Self>, plan: &ImagePlan, position: usize, begun: &[Begun], deadline: Instant) {
         if !self.lends {
             return;
         }
@@ -102,9 +103,10 @@ impl Catalog {
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let lease = format!("lazuli-lend-{}-{}", plan.manifest, now.as_nanos());
-        let opened = timeout(OPEN_DEADLINE, self.open_writers(plan, &lease, wanted, held)).await;
+        let deadline = deadline.max(Instant::now() + OPEN_LEAST);
+        let opened = timeout_at(deadline.into(), self.open_writers(plan, &lease, wanted, held)).await;
         let opened = opened.unwrap_or_else(|_| {
-            tracing::debug!(manifest = %plan.manifest, "containerd does not take what it could be lent in time");
+            tracing::warn!(manifest = %plan.manifest, "containerd does not take what it could be lent in time");
             Vec::new()
         });
         let (mut lent, mut held) = (Vec::new(), BTreeMap::new());

@@ -138,7 +138,7 @@ impl Catalog {
         let host = host.unwrap_or_else(|| "its registry".to_owned());
         let refusal = too_late(&host, planned.spec.size, verdict);
         if verdict != Verdict::Silent {
-            self.lend(plan, position, all).await;
+            self.lend(plan, position, all, deadline).await;
         }
         for (at, planned) in plan.layers.iter().enumerate().skip(position) {
             if at == position || self.loader.fetcher().progress(&planned.spec.digest).is_some() {

@@ -358,6 +358,7 @@ impl Catalog {
         let result = match self.wait_for(&plan, position, &asking, &begun, deadline).await {
             Ok(_) => {
                 let looks = self.on_its_parents(&plan, position, &begun, &request.below);
+                let deadline = pace::local_deadline(deadline, Instant::now());
                 let looks = tokio::time::timeout_at(deadline.into(), looks).await;
                 looks.map_err(late).flatten()
             }

@@ -32,16 +32,13 @@ use super::containerd::{Ingest, IngestError, IngestWriter, layer_reference, sour
 use super::images::{ImagePlan, PlannedLayer};
 use super::loads::{Load, PullKey};
 use super::question::Begun;
-use super::{Catalog, LoadedId};
+use super::{Catalog, LoadedId, pace};
 use crate::cache::{Spool, SpoolEnd, Spooled};
 use crate::fetch::{Hurried, Progress};
 use crate::sync::blocking;
 
 /// What is smaller, in bytes, is fetched again within a moment.
 const LEAST: u64 = 1 << 20;
-/// How long containerd may take to give references, even where Prepare's bound is reached: each takes a transaction of its database, which waits for
-/// a disk that may be busy.
-const OPEN_LEAST: Duration = Duration::from_secs(2);
 /// After how many hours a lease ends that nobody could end: no pull takes longer that is lent anything.
 const LEASE_HOURS: u64 = 1;
 /// Longest pull that is lent anything.
@@ -103,7 +100,7 @@ impl Catalog {
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let lease = format!("lazuli-lend-{}-{}", plan.manifest, now.as_nanos());
-        let deadline = deadline.max(Instant::now() + OPEN_LEAST);
+        let deadline = pace::local_deadline(deadline, Instant::now());
         let opened = timeout_at(deadline.into(), self.open_writers(plan, &lease, wanted, held)).await;
         let opened = opened.unwrap_or_else(|_| {
             tracing::warn!(manifest = %plan.manifest, "containerd does not take what it could be lent in time");

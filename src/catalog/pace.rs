@@ -16,6 +16,9 @@ use std::time::{Duration, Instant};
 
 /// Longest wait for a layer in Prepare.
 pub(super) const BOUND: Duration = Duration::from_secs(8);
+/// How much longer it may wait for what is no matter of the network any more: what a layer looks like that has come, and that containerd takes
+/// what it is lent. The disk may be busy with just that layer.
+const BEYOND: Duration = Duration::from_secs(2);
 /// Longest wait for a host that does not answer at all: connections, tokens and redirects take less than a second each, and a proxy that has
 /// to fetch a blob itself begins to send within a few.
 pub(super) const SILENCE: Duration = Duration::from_secs(5);
@@ -42,6 +45,11 @@ const SHUN_FIRST: Duration = Duration::from_secs(10);
 const SHUN_MOST: Duration = Duration::from_secs(60);
 /// Hosts that are remembered.
 const HOSTS_MAX: usize = 1024;
+
+/// Until when what is no matter of the network is waited for, where everything ends at `deadline`.
+pub(super) fn local_deadline(deadline: Instant, now: Instant) -> Instant {
+    deadline.max(now + BEYOND)
+}
 
 /// What to do about a stream that is waited for.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -334,6 +342,17 @@ mod tests {
         };
         let verdicts: Vec<_> = (1..12).map(|step| look(step * 100, 3 * step)).collect();
         assert!(matches!(verdicts.last(), Some(Verdict::Slow(_))), "{verdicts:?}");
+    }
+
+    #[test]
+    fn what_has_come_is_looked_at_even_at_the_end() {
+        let now = Instant::now();
+        assert_eq!(
+            local_deadline(now, now),
+            now + BEYOND,
+            "all the time went to the network"
+        );
+        assert_eq!(local_deadline(now + BOUND, now), now + BOUND);
     }
 
     #[test]

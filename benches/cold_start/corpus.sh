@@ -97,12 +97,12 @@ EOF
 # Wheels come from where pip of this machine is told to get them, and over certificates that this machine believes. What a notebook has beside what the
 # command imports makes it 600 MB and more, installed.
 make_science() {
-    local index authorities=/etc/ssl/certs/ca-certificates.crt
+    local index=${PIP_INDEX_URL:-} authorities=/etc/ssl/certs/ca-certificates.crt
     packages python3 python3-pip
-    index=$(pip3 config get global.index-url 2>/dev/null || true)
+    index=${index:-$(pip3 config get global.index-url 2>/dev/null || true)}
     cp /etc/resolv.conf "$ROOTFS/etc/resolv.conf"
     cp "$authorities" "$ROOTFS/tmp/authorities"
-    env -i PATH="$PATH" HOME=/root PIP_INDEX_URL="${PIP_INDEX_URL:-${index:-https://pypi.org/simple}}" PIP_CERT=/tmp/authorities \
+    env -i PATH="$PATH" HOME=/root PIP_CERT=/tmp/authorities ${index:+PIP_INDEX_URL="$index"} \
         ${HTTPS_PROXY:+HTTPS_PROXY="$HTTPS_PROXY"} ${https_proxy:+https_proxy="$https_proxy"} \
         chroot "$ROOTFS" pip3 install --quiet --no-cache-dir --break-system-packages scipy pandas scikit-learn pyarrow matplotlib statsmodels numba
     rm -f "$ROOTFS/etc/resolv.conf" "$ROOTFS/tmp/authorities"

@@ -14,7 +14,8 @@
 //!
 //! What will be shown lazily above such a layer, containerd would fetch as well, for nothing. So these references are held too, with nothing written,
 //! until the pull is over: containerd asks for these layers meanwhile, hears that they exist, and ends its fetches with the pull. They are let go
-//! when it unpacks a layer above them, since they would take the places in which it has to fetch that one.
+//! when it unpacks a layer above them, since they would take the places in which it has to fetch that one; and after two minutes, because whoever
+//! pulls the same layer for another snapshotter waits as well.
 //!
 //! These are calls that write. They may be made while containerd waits in Prepare, which it asks outside of its transactions.
 
@@ -41,6 +42,8 @@ use crate::sync::blocking;
 const LEAST: u64 = 1 << 20;
 /// After how many hours a lease ends that nobody could end: no pull takes longer that is lent anything.
 const LEASE_HOURS: u64 = 1;
+/// How long references are held with nothing written. Whoever pulls the same layer for another snapshotter waits for them.
+const HELD_FOR: Duration = Duration::from_secs(120);
 /// Longest pull that is lent anything.
 const LONGEST: Duration = Duration::from_secs(3600);
 /// Longest wait for a layer to be live whose blob is written: its files are made durable.
@@ -287,11 +290,17 @@ impl Catalog {
         }
     }
 
-    /// Comes back when containerd unpacks none of these layers any more. While it unpacks one, what is held below that is let go.
+    /// Comes back when containerd unpacks none of these layers any more. While it unpacks one, what is held below that is let go, and all of it
+    /// after [`HELD_FOR`].
     async fn is_over(&self, pull: &PullKey, layers: &[(usize, String)]) {
+        let begun = Instant::now();
         let mut gone = 0;
         while gone < GONE {
             sleep(LOOK).await;
+            if begun.elapsed() >= HELD_FOR {
+                let held = self.held().remove(pull);
+                drop(held);
+            }
             let unpacking = self.store.unpacking();
             let unpacked = layers.iter().filter(|(_, chain_id)| unpacking.contains(chain_id));
             match unpacked.map(|(at, _)| *at).max() {

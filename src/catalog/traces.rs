@@ -27,6 +27,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use tokio::sync::Semaphore;
+
 use super::{Catalog, Live};
 use crate::config::{IndexConfig, TraceConfig};
 use crate::fs::Face;
@@ -77,6 +79,8 @@ pub(super) struct Traces {
     config: TraceConfig,
     share: ShareConfig,
     state: Mutex<State>,
+    /// Places for images that are walked.
+    walks: Semaphore,
 }
 
 /// How traces are shared: as indexes are.
@@ -114,6 +118,7 @@ impl Traces {
                 signing_key: index.signing_key.clone(),
             },
             state: Mutex::default(),
+            walks: Semaphore::new(walk::WALKS),
         }
     }
 

@@ -119,7 +119,7 @@ impl Width {
         }
         let (since, bytes) = self.mark;
         self.peak = self.peak.max(seen.used);
-        let (time, got) = (seen.now - since, seen.bytes.saturating_sub(bytes));
+        let (time, got) = (seen.now.saturating_sub(since), seen.bytes.saturating_sub(bytes));
         if time < MEASURE || (got < ENOUGH && time < LONGEST) {
             return;
         }
@@ -292,8 +292,9 @@ impl Stream {
 
     /// Looks at the host: now and then, whether the stream is `hungry` or not. Whether more connections may come of it yet.
     pub(super) fn look(&self, hungry: bool) -> bool {
-        let now = Instant::now();
         let mut state = self.0.lock();
+        // Under the lock: the streams of a host look side by side, and time goes on from one look to the next.
+        let now = Instant::now();
         if hungry {
             state.hungry = Some(now);
         }

@@ -10,7 +10,7 @@
 //! Nobody waits for a walk, and nothing can fail by it: whatever is not found, not understood or too large is left to the container. What an image
 //! may have a node do by it is bounded: in steps, files, bytes that are read and wished for, and time.
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -46,6 +46,8 @@ const WISHED_BYTES: u64 = 128 << 20;
 const WISHED_FILES: usize = 4096;
 /// Bytes that are read for it.
 const READ_BYTES: u64 = 48 << 20;
+/// Images that are walked at a time: a walk holds [`STEPS_AT_ONCE`] parts of files, and the names of all layers.
+pub(super) const WALKS: usize = 4;
 /// Longest part of a file that is read at once.
 const READ_MOST: u64 = 1 << 20;
 /// Steps in all, and in a row: a program runs a program that loads a library.
@@ -162,6 +164,8 @@ impl Catalog {
             if layers.iter().all(|layer| layer.cached().is_complete()) {
                 return Some((0, 0));
             }
+            // Not before the layers are there: whoever waits for a registry holds up no other.
+            let _one = self.traces.walks.acquire().await.ok()?;
             let walk = blocking(move || {
                 let names = layers.iter().map(|layer| layer.names().ok());
                 let view = View::new(names.collect::<Option<_>>()?);
@@ -200,18 +204,25 @@ impl Catalog {
 async fn run(walk: Arc<Walk>, mut found: UnboundedReceiver<Found>, mut waves: super::waves::Waves) -> (u64, u64) {
     let end = walk.played.end.clone();
     let mut steps: FuturesUnordered<BoxFuture<'static, (u32, Vec<Step>)>> = FuturesUnordered::new();
-    let mut queued = vec![(0, Step::Program(walk.command.args.clone()))];
-    queued.extend(program::usual().map(|path| (0, Step::File(path.to_owned()))));
-    queued.reverse();
+    let first = [Step::Program(walk.command.args.clone())].into_iter();
+    let first = first.chain(program::usual().map(|path| Step::File(path.to_owned())));
+    let mut queued = VecDeque::new();
+    // What is not new, or one too many, does not even wait.
+    let enqueue = |queued: &mut VecDeque<(u32, Step)>, depth: u32, steps: &mut dyn Iterator<Item = Step>| {
+        queued.extend(
+            steps
+                .filter(|step| depth < DEPTH && walk.is_new(step))
+                .map(|step| (depth, step)),
+        );
+    };
+    enqueue(&mut queued, 0, &mut first.into_iter());
     let (mut bytes, mut place) = (0, 0);
     loop {
         while steps.len() < STEPS_AT_ONCE
-            && let Some((depth, step)) = queued.pop()
+            && let Some((depth, step)) = queued.pop_front()
         {
-            if walk.is_new(&step) && depth < DEPTH {
-                let walk = Arc::clone(&walk);
-                steps.push(Box::pin(async move { (depth + 1, walk.step(step).await) }));
-            }
+            let walk = Arc::clone(&walk);
+            steps.push(Box::pin(async move { (depth + 1, walk.step(step).await) }));
         }
         while let Ok(part) = found.try_recv() {
             let range = (place, (part.data, part.len));
@@ -231,8 +242,7 @@ async fn run(walk: Arc<Walk>, mut found: UnboundedReceiver<Found>, mut waves: su
                 return (0, bytes);
             }
             Some((depth, next)) = steps.next(), if !steps.is_empty() => {
-                // Those that were named first are the next ones.
-                queued.splice(0..0, next.into_iter().rev().map(|step| (depth, step)));
+                enqueue(&mut queued, depth, &mut next.into_iter());
             }
             Some(part) = found.recv() => {
                 let range = (place, (part.data, part.len));

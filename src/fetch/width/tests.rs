@@ -155,3 +155,21 @@ async fn a_host_is_remembered_for_a_while_and_extras_are_given_back() {
     let _another = links.join(&"another".into());
     assert_eq!(links.links.lock().unwrap().len(), 1);
 }
+
+/// Streams look side by side; a look that was late to be taken is none that ends a stream.
+#[test]
+fn a_look_from_before_the_last_one_says_nothing() {
+    let mut width = Width::new(8);
+    let mut see = |ms: u64| {
+        width.see(&Seen {
+            now: Duration::from_millis(ms),
+            bytes: 0,
+            streams: 1,
+            used: 0,
+            hungry: true,
+        });
+    };
+    for ms in [0, 10_000, 20_000, 19_999] {
+        see(ms);
+    }
+}

@@ -20,9 +20,8 @@ pub const MAX_INTERPRETER: u64 = 4096;
 const PT_LOAD: u32 = 1;
 const PT_DYNAMIC: u32 = 2;
 const PT_INTERP: u32 = 3;
-/// The flags of a segment: executable, writable.
+/// The flag of a segment that is executable.
 const PF_X: u32 = 1;
-const PF_W: u32 = 2;
 
 const DT_NULL: u64 = 0;
 const DT_NEEDED: u64 = 1;
@@ -58,11 +57,6 @@ impl Segment {
     /// Whether it is code.
     pub fn is_code(&self) -> bool {
         self.flags & PF_X != 0
-    }
-
-    /// Whether the program may write to it: the loader does, to relocate it.
-    pub fn is_writable(&self) -> bool {
-        self.flags & PF_W != 0
     }
 }
 

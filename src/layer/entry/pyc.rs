@@ -14,6 +14,8 @@ use super::python::{Import, MAX_IMPORTS, MAX_NAMES};
 
 /// Longest compiled module that is read, in bytes.
 pub const MAX_MODULE: u64 = 1 << 20;
+/// Most objects of a module: the largest ones have some ten thousand, and one takes 32 bytes where it took one in the file.
+const MAX_OBJECTS: u32 = 1 << 17;
 /// Objects within objects.
 const MAX_DEPTH: u32 = 64;
 /// Where the code begins.
@@ -79,6 +81,7 @@ pub fn imports(module: &[u8]) -> Option<Vec<Import>> {
         version,
         known: Vec::new(),
         left: MAX_MODULE,
+        objects: 0,
     };
     let (code, constants, names) = reader.module()?;
     let text = |object: &Object| match object {
@@ -136,6 +139,8 @@ struct Reader<'a> {
     /// Objects that are referred to later, and bytes that may still be copied for that.
     known: Vec<Object>,
     left: u64,
+    /// Objects so far.
+    objects: u32,
 }
 
 impl<'a> Reader<'a> {
@@ -200,7 +205,8 @@ impl<'a> Reader<'a> {
 
     fn object(&mut self, depth: u32) -> Option<Object> {
         let depth = depth + 1;
-        if depth > MAX_DEPTH {
+        self.objects += 1;
+        if depth > MAX_DEPTH || self.objects > MAX_OBJECTS {
             return None;
         }
         let byte = self.byte()?;

@@ -103,6 +103,7 @@ impl View {
     }
 
     /// Whether there is a directory at a path from the root.
+    #[cfg(test)]
     pub fn is_dir(&self, path: &str) -> bool {
         matches!(self.walk(path), Some((Node::Dir(_), _)))
     }

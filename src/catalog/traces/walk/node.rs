@@ -66,7 +66,11 @@ impl Walk {
         } else if !file.name().ends_with(".json") {
             let text = self.read_head(&file, MAX_MODULE).await?;
             let names = javascript::required(&text);
-            next.extend(names.iter().flat_map(|name| self.required(parent(&file.path), name)));
+            for name in &names {
+                // Each takes some hundred look-ups.
+                tokio::task::yield_now().await;
+                next.extend(self.required(parent(&file.path), name));
+            }
         }
         Some(next)
     }

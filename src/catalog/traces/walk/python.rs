@@ -53,6 +53,8 @@ const STARTS: [&str; 14] = [
 const MAX_LISTED: usize = 4096;
 /// Those files.
 const MAX_PTH: usize = 16;
+/// Modules that one module loads: large packages load a few hundred.
+const MAX_LOADED: usize = 1024;
 /// Options of the interpreter that have a value.
 const VALUED: [&str; 3] = ["-W", "-X", "--check-hash-based-pycs"];
 
@@ -220,8 +222,9 @@ impl Walk {
         };
         let mut next = Vec::new();
         for import in imports {
-            // Each takes some look-ups.
-            tokio::task::yield_now().await;
+            if next.len() >= MAX_LOADED {
+                break;
+            }
             let base = match import.level {
                 0 => Some(""),
                 level => ancestor(module, level as usize - usize::from(is_package)),
@@ -237,6 +240,8 @@ impl Walk {
             }
             add(&mut next, &name);
             for part in import.names.iter().filter(|part| *part != "*") {
+                // Each takes some look-ups.
+                tokio::task::yield_now().await;
                 let part = format!("{name}.{part}");
                 // What is no module is something in one.
                 if self.locate(places, &part).is_some() {

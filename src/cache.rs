@@ -75,6 +75,7 @@ mod twins;
 mod windows;
 
 pub use adopt::Key;
+pub(crate) use bitmap::Bitmap;
 pub use check::Checked;
 pub use dir::Cache;
 pub use error::CacheError;

@@ -41,6 +41,7 @@ use futures::future::BoxFuture;
 use crate::cache::Hold;
 use crate::layer::{BlobIndex, Digest, LayerIndex};
 
+mod density;
 pub mod error;
 mod fetcher;
 mod filling;

@@ -38,6 +38,8 @@ pub struct Metrics {
     pub lent_layers_total: IntCounterVec,
     /// Bytes of blobs that were fetched to make layers whole.
     pub filled_bytes_total: IntCounter,
+    /// Bytes of blobs that were asked for because all of a layer seemed to be read.
+    pub dense_bytes_total: IntCounter,
     /// FUSE requests, by `op`.
     pub fuse_requests_total: IntCounterVec,
     /// FUSE requests answered with an error other than ENOENT and ENODATA, by `errno`.
@@ -188,6 +190,11 @@ impl Metrics {
                 &r,
                 "lazuli_filled_bytes_total",
                 "Bytes of blobs that were fetched because they were missing, while nobody waited for anything.",
+            ),
+            dense_bytes_total: counter(
+                &r,
+                "lazuli_dense_bytes_total",
+                "Bytes of blobs that were asked for ahead of readers who left nothing out.",
             ),
             completed_bytes_total: counter(
                 &r,

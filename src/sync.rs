@@ -5,6 +5,8 @@ mod budget;
 mod caught;
 mod epochs;
 mod flight;
+#[cfg(test)]
+pub mod random;
 mod trash;
 
 pub use blocking::{blocking, may_block, wait};

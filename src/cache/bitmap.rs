@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bits numbered from 0.
-pub(super) struct Bitmap {
+pub(crate) struct Bitmap {
     words: Box<[AtomicU64]>,
     len: usize,
 }

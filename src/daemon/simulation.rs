@@ -35,6 +35,7 @@ use crate::layer::{Access, Chunk, Codec, Digest, LayerIndex, Verify};
 use crate::metrics::Metrics;
 use crate::registry::{Blob, Body, Origin, RegistryError};
 use crate::store::{Kind, SnapshotRecord, Store, Usage};
+use crate::sync::random::Random;
 use crate::sync::{Budget, blocking};
 
 /// Seeds that every run of the tests goes through.
@@ -57,30 +58,6 @@ const LAYERS: u64 = 3;
 const TIGHT: u64 = 700_000;
 /// Block of a file system, in bytes.
 const BLOCK: usize = 4096;
-
-/// Numbers without a pattern, the same for the same seed.
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u64) -> Self {
-        Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 16) % limit
-    }
-
-    fn bytes(&mut self, len: usize) -> Vec<u8> {
-        (0..len).map(|_| self.below(256) as u8).collect()
-    }
-
-    fn of<T: Copy>(&mut self, list: &[T]) -> T {
-        list[self.below(list.len() as u64) as usize]
-    }
-}
 
 /// The weather.
 struct World {

@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::density::Density;
 use super::outage::{Outage, Turn};
 use super::queue::{Answer, Next, Queue, Ranks, Terms, View, owners};
 use super::recording::{Recording, Watchers};
@@ -42,7 +43,9 @@ pub struct Layer {
     /// The outage that its last request met.
     outage: Mutex<Option<Arc<Outage>>>,
     /// Told what is read.
-    watchers: Watchers,
+    pub(super) watchers: Watchers,
+    /// Whether all of it is read.
+    pub(super) density: Density,
     /// Told when the bytes come from another source.
     moved: Notify,
     /// Told when a request has come to its end, and each of its chunks was answered or is queued again.
@@ -92,6 +95,7 @@ impl Layer {
             streamed: AtomicBool::new(streamed),
             outage: Mutex::default(),
             watchers: Watchers::default(),
+            density: Density::default(),
             moved: Notify::new(),
             landed: Notify::new(),
             closing: CancellationToken::new(),
@@ -475,7 +479,7 @@ impl LayerData for Layer {
 
     fn read_ready(&self, offset: u64, buf: &mut [u8]) -> Option<io::Result<()>> {
         let read = self.cached.read_ready(offset, buf)?;
-        self.watchers.note(offset, buf.len() as u64);
+        self.note_read(offset, buf.len() as u64, true);
         Some(read)
     }
 
@@ -483,7 +487,7 @@ impl LayerData for Layer {
         let Some(me) = self.me.upgrade() else {
             return futures::future::ready(Err(self.closed())).boxed();
         };
-        self.watchers.note(offset, len.into());
+        self.note_read(offset, len.into(), false);
         async move {
             let (digest, metrics) = (*me.cached.digest(), Arc::clone(&me.fetcher.metrics));
             let begin = Instant::now();

@@ -1,5 +1,6 @@
 //! The scheduler over a source with faults.
 
+mod dense;
 pub(in crate::fetch) mod fake;
 mod filling;
 mod flights;

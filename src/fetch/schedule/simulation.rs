@@ -13,6 +13,7 @@ use std::time::Duration;
 use super::policy::{Id, LARGE_PART, Limits, Policy, Wish};
 use super::{Class, Kind};
 use crate::registry::Origin;
+use crate::sync::random::Random;
 
 /// Seeds tried for the property that everything is checked for, and for each of the others.
 const SEEDS_OF_ALL: u64 = 200;
@@ -25,26 +26,6 @@ const LIMITS: Limits = Limits {
     streams: 4,
     memory: 256 * MIB,
 };
-
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u64) -> Self {
-        Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
-    }
-
-    /// Less than `bound`.
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 16) % bound
-    }
-
-    fn of<T: Copy>(&mut self, choices: &[T]) -> T {
-        choices[self.below(choices.len() as u64) as usize]
-    }
-}
 
 /// How a host serves.
 #[derive(Debug, Clone, Copy)]

@@ -441,14 +441,17 @@ async fn a_file_that_is_read_on_and_on_is_read_ahead_and_one_that_is_looked_into
             asked.iter().all(|range| range.end - range.start <= 4 << 20),
             "{asked:?}"
         );
-        asked.iter().map(|range| range.end - range.start).sum::<u64>()
+        let ahead = bench.metrics.fetches_total.with_label_values(&["readahead"]).get();
+        (asked.iter().map(|range| range.end - range.start).sum::<u64>(), ahead)
     };
     let read = 12_u64 << 20;
     let onward: Vec<u64> = (0..read / STEP).map(|step| 1024 + step * STEP).collect();
-    let bytes = fetched(&onward).await;
-    assert!(bytes >= read + (4 << 20), "{bytes}");
+    let (bytes, ahead) = fetched(&onward).await;
+    // How far depends on how often he waits; that he does three times in the beginning is certain.
+    assert!(ahead > 0);
     assert!(bytes <= 3 * read, "never more in vain than were of use: {bytes}");
     let around: Vec<u64> = [30_u64, 3, 24, 9, 36, 15].map(|at| (at << 20) + 1024).into();
-    let bytes = fetched(&around).await;
+    let (bytes, ahead) = fetched(&around).await;
+    assert_eq!(ahead, 0);
     assert!(bytes <= 6 * (4 << 20), "{bytes}");
 }

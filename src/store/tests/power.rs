@@ -21,6 +21,7 @@ use super::{image, layer, snapshot};
 use crate::layer::Digest;
 use crate::metrics::Metrics;
 use crate::store::{LayerRecord, SnapshotRecord};
+use crate::sync::random::Random;
 use crate::sync::wait;
 
 /// What a disk writes as a whole or not at all, in bytes.
@@ -120,22 +121,6 @@ impl StorageBackend for Tape {
         tape.bytes[offset..offset + data.len()].copy_from_slice(data);
         tape.ops.push(Op::Write(offset, data.to_vec()));
         Ok(())
-    }
-}
-
-/// Numbers without a pattern, the same for the same seed.
-struct Random(u64);
-
-impl Random {
-    fn new(seed: u64) -> Self {
-        Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1)
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 16) % limit
     }
 }
 

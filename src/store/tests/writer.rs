@@ -12,6 +12,7 @@ use super::super::{IndexRecord, Kind, SnapshotRecord, SnapshotsWrite, Store, Sto
 use super::{image, layer, snapshot};
 use crate::layer::Digest;
 use crate::metrics::Metrics;
+use crate::sync::random::Random;
 
 /// The bytes of a database, of which a power cut keeps what was synced; it can fail, and be held in a sync.
 #[derive(Debug, Clone, Default)]
@@ -108,18 +109,6 @@ fn commits(metrics: &Metrics) -> u64 {
     metrics.database_commit_seconds.get_sample_count()
 }
 
-/// Numbers without a pattern, the same for the same seed.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
-}
-
 /// Two records that always change together, in `snapshots` under the keys `<name>.a` and `<name>.b`.
 fn put_pair(snapshots: &SnapshotsWrite<'_>, name: &str, value: u64) -> Result<(), StoreError> {
     for half in ["a", "b"] {
@@ -149,7 +138,7 @@ const STEPS: u64 = 60;
 fn run(seed: u64) {
     let (disk, metrics) = (Disk::default(), Arc::new(Metrics::new()));
     let store = Arc::new(disk.open(&metrics));
-    let mut random = Random(seed * 2_654_435_761 + 1);
+    let mut random = Random::new(seed);
     let fails = random.below(3) > 0;
     if fails {
         *disk.0.left.lock().unwrap() = Some(random.below(THREADS * STEPS / 2) as usize);
@@ -157,7 +146,7 @@ fn run(seed: u64) {
     // Of each thread: the last value that was answered, and one that may be there or not.
     let threads: Vec<_> = (0..THREADS)
         .map(|thread| {
-            let (store, mut random) = (Arc::clone(&store), Random(seed * 97 + thread + 1));
+            let (store, mut random) = (Arc::clone(&store), Random::new(seed * 97 + thread));
             std::thread::spawn(move || {
                 let (mut sure, mut unsure) = (None, None);
                 for step in 1..=STEPS {

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use super::super::policy::{Limits, REQUEST_COST, Wish};
 use super::super::{Class, Kind};
-use super::{DRIPS, FAST, Host, LIMITS, MIB, Random, SEEDS, SEEDS_OF_ALL, Simulation, THROTTLES, anything};
+use super::{DRIPS, FAST, Host, LIMITS, MIB, SEEDS, SEEDS_OF_ALL, Simulation, THROTTLES, anything};
 use crate::registry::Origin;
+use crate::sync::random::Random;
 
 /// Whatever happens: the bounds hold, no place is idle for which somebody waits, and no wish is lost, promoted ones included.
 #[test]

@@ -15,7 +15,7 @@ HOST := $(shell uname -m | tr a-z A-Z)
 export CARGO_TARGET_$(HOST)_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help demo test test-slow test-faults test-takeover test-soak test-posix suite bench bench-coldstart bench-crowd fmt lint deny fuzz advisories build sbom install clean-demo
+.PHONY: help demo test test-slow test-faults test-takeover test-soak test-posix test-cri suite bench bench-coldstart bench-crowd fmt lint deny fuzz advisories build sbom install clean-demo
 
 ## build       the release binary
 build:
@@ -47,7 +47,7 @@ test:
 ## test-slow   the tests that take minutes: the large torture layers
 test-slow:
 	@$(SETUP) build test
-	$(CARGO) test --locked -- --ignored --skip takeover:: --skip soak:: --skip posix::
+	$(CARGO) test --locked -- --ignored --skip takeover:: --skip soak:: --skip posix:: --skip cri::
 
 ## test-faults  the seeded simulation and power cuts, for LAZULI_FAULT_MINUTES=10 each, with random seeds (LAZULI_SEED=n repeats one)
 test-faults: export LAZULI_FAULT_MINUTES ?= 10
@@ -77,6 +77,17 @@ test-posix:
 	    pjdfstest@0.2.2 fsx@0.3.2
 	LAZULI_POSIX='$(POSIX)' $(CARGO) test --locked --test e2e -- --ignored --nocapture posix::
 	LAZULI_POSIX='$(POSIX)' LAZULI_E2E_FACE=tree $(CARGO) test --locked --test e2e -- --ignored --nocapture posix::
+
+## test-cri    pods, through containerd's CRI plugin: user namespaces, passwords of kubelet, sandboxes without a registry (builds crictl and runc; needs Go)
+CRI := $(abspath $(TARGET))/cri
+test-cri:
+	@$(SETUP) build test cri
+	@tests/support/get-cri '$(CRI)'
+	@LAZULI_CONTAINERD2='$(abspath $(TARGET))/containerd2'; \
+	tests/support/get-containerd2 "$$LAZULI_CONTAINERD2"; \
+	export LAZULI_CONTAINERD2 LAZULI_CRI='$(CRI)'; \
+	$(CARGO) test --locked --test e2e -- --ignored --nocapture --test-threads 1 cri::; \
+	LAZULI_E2E_FACE=tree $(CARGO) test --locked --test e2e -- --ignored --nocapture --test-threads 1 cri::a_pod
 
 ## suite       containerd's own snapshotter suite against the daemon
 suite:

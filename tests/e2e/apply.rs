@@ -295,7 +295,7 @@ fn client(stage: &Stage, runtime: &tokio::runtime::Runtime) -> DiffClient<tonic:
     DiffClient::new(::lazuli::catalog::containerd::unix_channel(&address))
 }
 
-fn runtime() -> tokio::runtime::Runtime {
+pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

@@ -19,6 +19,7 @@ mod calls;
 mod commands;
 mod complete;
 mod counts;
+mod cri;
 mod dense;
 mod disk;
 mod faces;

@@ -46,11 +46,19 @@ impl Stage {
 
     /// All of them around a containerd that has layers applied by Lazuli; `containerd` is added to its configuration.
     pub fn applying(name: &str, generation: Generation, containerd: &str) -> Self {
+        Self::configured(name, generation, |_| containerd.to_owned())
+    }
+
+    /// The same, with what `configure` adds to the configuration of containerd.
+    pub fn configured(name: &str, generation: Generation, configure: impl FnOnce(&Sandbox) -> String) -> Self {
         Self::around(
             name,
             "",
             |_| {},
-            |sandbox| Containerd::start_with(sandbox, generation, &lazuli::address_in(sandbox), DIFFER, containerd),
+            |sandbox| {
+                let more = configure(sandbox);
+                Containerd::start_with(sandbox, generation, &lazuli::address_in(sandbox), DIFFER, &more)
+            },
         )
     }
 

@@ -114,7 +114,7 @@ impl Containerd {
     pub fn start_with(sandbox: &Sandbox, generation: Generation, lazuli: &Path, differ: &str, more: &str) -> Self {
         let dir = sandbox.dir("containerd");
         let config = dir.join("config.toml");
-        let text = configuration(&dir, &generation, lazuli, differ) + more;
+        let text = configuration(&dir, &generation, lazuli, differ, more);
         std::fs::write(&config, text).unwrap();
         let mut containerd = Containerd {
             address: dir.join("c.sock"),
@@ -576,10 +576,13 @@ impl Drop for View<'_> {
     }
 }
 
-fn configuration(dir: &Path, generation: &Generation, lazuli: &Path, differ: &str) -> String {
+fn configuration(dir: &Path, generation: &Generation, lazuli: &Path, differ: &str, more: &str) -> String {
     let dir = dir.display();
     let lazuli = lazuli.display();
-    let disabled = DISABLED.map(|plugin| format!("\"{plugin}\"")).join(", ");
+    // What is configured is not switched off.
+    let disabled = DISABLED.iter().filter(|plugin| !more.contains(*plugin));
+    let disabled: Vec<String> = disabled.map(|plugin| format!("\"{plugin}\"")).collect();
+    let disabled = disabled.join(", ");
     let version = if *generation == Generation::One { 2 } else { 3 };
     let mut text = format!(
         r#"version = {version}
@@ -618,5 +621,5 @@ disabled_plugins = [{disabled}]
             ));
         }
     }
-    text
+    text + more
 }

@@ -6,10 +6,11 @@
 //! with this answer, as one is behind a full line.
 
 use std::num::NonZeroUsize;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use lru::LruCache;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::lock;
 
@@ -22,6 +23,9 @@ const MAX_SHUNNED: Duration = Duration::from_secs(600);
 pub const SILENT: Duration = Duration::from_secs(1);
 /// Time after which another host is asked as well although this one answers other requests.
 pub const SLOW: Duration = Duration::from_secs(4);
+/// Requests that a host may be asked a second time while the first is unanswered: enough for connections that were forgotten, one after the other;
+/// too few to make it harder for a host that is slow with everything.
+const SECONDS: usize = 2;
 /// Hosts that are remembered; the one not heard of longest is forgotten first.
 const MAX_HOSTS: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
 
@@ -56,11 +60,22 @@ impl Shun {
 /// What is remembered of all hosts, by the addresses of their endpoints.
 pub struct Health(Mutex<LruCache<String, Host>>);
 
-#[derive(Default)]
 struct Host {
     shun: Shun,
     /// When anything came from there last.
     heard: Option<Instant>,
+    /// Requests that may be made a second time at once.
+    seconds: Arc<Semaphore>,
+}
+
+impl Default for Host {
+    fn default() -> Self {
+        Host {
+            shun: Shun::default(),
+            heard: None,
+            seconds: Arc::new(Semaphore::new(SECONDS)),
+        }
+    }
 }
 
 impl Default for Health {
@@ -89,10 +104,8 @@ impl Health {
     /// `host` delivered what was asked for.
     pub fn answered(&self, host: &str, now: Instant) {
         self.of(host, |host| {
-            *host = Host {
-                shun: Shun::default(),
-                heard: Some(now),
-            }
+            host.shun = Shun::default();
+            host.heard = Some(now);
         });
     }
 
@@ -106,6 +119,13 @@ impl Health {
         let heard = lock(&self.0).peek(host).and_then(|host| host.heard);
         let silent = heard.map_or(since, |heard| heard.max(since)) + SILENT;
         silent.min(since + SLOW).saturating_duration_since(now)
+    }
+
+    /// Lets a request be made a second time, over another connection, while this is held; `None`: enough are at this host.
+    pub fn second(&self, host: &str) -> Option<OwnedSemaphorePermit> {
+        let mut seconds = None;
+        self.of(host, |host| seconds = Some(Arc::clone(&host.seconds)));
+        seconds?.try_acquire_owned().ok()
     }
 
     /// Hosts that failed again and again, are asked last now, and how much longer.
@@ -135,6 +155,19 @@ mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn a_host_is_asked_a_second_time_by_few() {
+        let health = Health::default();
+        let held: Vec<_> = (0..SECONDS).filter_map(|_| health.second("a")).collect();
+        assert_eq!(held.len(), SECONDS);
+        assert!(health.second("a").is_none() && health.second("b").is_some());
+        // An answer ends none of them.
+        health.answered("a", Instant::now());
+        assert!(health.second("a").is_none());
+        drop(held);
+        assert!(health.second("a").is_some());
+    }
 
     #[test]
     fn failing_hosts_come_last_for_a_while() {

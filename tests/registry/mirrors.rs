@@ -292,3 +292,19 @@ async fn a_body_that_stalls_goes_on_at_the_next_host() {
     assert_eq!(m.asked(), (1, 1));
     assert_eq!(m.origin.seen(On::Blob)[0].range(), Some("bytes=20010-89999"));
 }
+
+/// A single host, and a connection to it that is forgotten by something on the way: before the answer, and in the middle of one.
+#[tokio::test]
+async fn a_connection_that_says_nothing_is_not_waited_for() {
+    for fault in [Fault::Delay(Duration::from_secs(3600)), Fault::Stall(20_000)] {
+        let registry = FaultRegistry::start().await;
+        let bytes = noise(100_000);
+        let digest = registry.add_blob(bytes.clone());
+        registry.fail(On::Blob, 1, fault);
+        let blob = source(&endless(), &registry.host()).blob(digest, bytes.len() as u64);
+        let read = tokio::time::timeout(Duration::from_secs(60), read(&blob, 10..90_000));
+        let read = read.await.expect("it is asked for over another connection");
+        assert!(read.unwrap() == bytes[10..90_000]);
+        assert_eq!(registry.seen(On::Blob).len(), 2);
+    }
+}

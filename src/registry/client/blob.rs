@@ -465,6 +465,7 @@ impl Reader {
                     Failure::new(self.operation.protocol(place, problem), "cut")
                 }
                 Err(Broken::Stalled) => {
+                    self.operation.stalled(place);
                     let what = "the answer stalled".to_owned();
                     let host = self.operation.endpoint(place);
                     Failure::new(RegistryError::Unreachable { host, what }, "slow")

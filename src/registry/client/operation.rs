@@ -2,6 +2,11 @@
 //!
 //! Endpoints are asked one after the other. One that says nothing for a while is asked beside the next one, and the first answer is taken:
 //! whoever waits for a page of a file does not wait until a connection to a dead mirror is given up.
+//!
+//! Where no other is left, the silence may be that of a connection which something on the way has forgotten: once in an operation, what is missing of a
+//! blob is asked for over a connection of its own. A host that is only slow is not asked twice for everything: [`Health::second`] bounds it.
+//!
+//! [`Health::second`]: crate::registry::health::Health::second
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -27,6 +32,8 @@ pub(super) struct Operation {
     pub ask: Ask,
     endpoints: Vec<Arc<Endpoint>>,
     attempts: Attempts,
+    /// Whether a host that said nothing was asked over another connection.
+    again: bool,
 }
 
 impl Operation {
@@ -85,6 +92,7 @@ impl Operation {
             ask,
             endpoints,
             attempts,
+            again: false,
         })
     }
 
@@ -106,7 +114,8 @@ impl Operation {
                 Some((place, since)) => {
                     let patience = self.patience(*place, *since, now);
                     let next = self.attempts.next_beside(&places, now);
-                    next.map(|(place, wait)| (place, wait.max(patience)))
+                    let other = next.map(|(place, wait)| (place, wait.max(patience)));
+                    other.or_else(|| self.may_ask_again().then_some((*place, patience)))
                 }
             };
             let wait = next.map(|(_, wait)| wait);
@@ -120,9 +129,13 @@ impl Operation {
                             self.overtaken(&busy[..turn]);
                             return Ok((place, answer));
                         }
-                        Err(failure) => {
-                            busy.retain(|(other, _)| *other != place);
-                            self.failed(place, failure);
+                        Err::<_, Failure>(failure) => {
+                            busy.remove(turn);
+                            // The other connection may bring it.
+                            let is_asked = busy.iter().any(|(other, _)| *other == place);
+                            if !is_asked || !failure.passing {
+                                self.failed(place, failure);
+                            }
                         }
                     }
                 }
@@ -131,12 +144,25 @@ impl Operation {
                     let Some(endpoint) = self.endpoints.get(place).cloned() else {
                         return Err(self.give_up());
                     };
+                    let (repository, mut ask) = (Arc::clone(&self.repository), self.ask.clone());
+                    let mut second = None;
+                    if places.contains(&place) {
+                        self.again = true;
+                        second = repository.shared.health.second(endpoint.base.as_str());
+                        if second.is_none() {
+                            continue;
+                        }
+                        ask.beside = true;
+                    }
                     if let Some((slow, _)) = busy.last() {
                         self.repository.retried("slow");
-                        tracing::debug!(slow = %self.endpoint(*slow), now = %endpoint.name, what = %self.ask.what, "asking another host as well");
+                        tracing::debug!(slow = %self.endpoint(*slow), now = %endpoint.name, what = %self.ask.what, "asking once more beside it");
                     }
-                    let (repository, ask) = (Arc::clone(&self.repository), self.ask.clone());
-                    asked.push(async move { (place, repository.exchange(&endpoint, &ask).await) });
+                    asked.push(async move {
+                        let outcome = repository.exchange(&endpoint, &ask).await;
+                        drop(second);
+                        (place, outcome)
+                    });
                     busy.push((place, Instant::now()));
                 }
             }
@@ -157,10 +183,22 @@ impl Operation {
         }
     }
 
+    /// Whether a host that says nothing may be asked over another connection. The whole of a blob is asked for once: what comes of it in
+    /// vain would be much.
+    fn may_ask_again(&self) -> bool {
+        !self.again && self.ask.blob.is_some() && self.ask.range.is_some()
+    }
+
     /// How long a body from the endpoint at `place` may bring nothing before it is given up for another one, if there is one that has not
-    /// failed yet. Otherwise the connection's own patience is all there is.
+    /// failed yet, or, once, for another connection. Otherwise the connection's own patience is all there is.
     pub(super) fn stall(&self, place: usize) -> Option<Duration> {
-        self.attempts.has_fresh_beside(place).then_some(SLOW)
+        (!self.again || self.attempts.has_fresh_beside(place)).then_some(SLOW)
+    }
+
+    /// The body from the endpoint at `place` stalled: what is missing is asked for over another connection, whoever is asked.
+    pub(super) fn stalled(&mut self, place: usize) {
+        self.again |= !self.attempts.has_fresh_beside(place);
+        self.ask.beside = true;
     }
 
     /// Something came from the endpoint at `place`.

@@ -3,6 +3,8 @@
 pub(in crate::fetch) mod fake;
 mod filling;
 mod flights;
+#[cfg(feature = "shuttle")]
+mod interleaved;
 mod outages;
 mod panics;
 mod ranges;

@@ -15,7 +15,7 @@ HOST := $(shell uname -m | tr a-z A-Z)
 export CARGO_TARGET_$(HOST)_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help demo test test-slow test-faults test-takeover test-soak test-posix test-cri suite bench bench-coldstart bench-crowd fmt lint deny fuzz advisories build sbom install clean-demo
+.PHONY: help demo test test-slow test-faults test-interleaved test-takeover test-soak test-posix test-cri suite bench bench-coldstart bench-crowd fmt lint deny fuzz advisories build sbom install clean-demo
 
 ## build       the release binary
 build:
@@ -41,6 +41,7 @@ test:
 	    echo 'test: ATTENTION: containerd 2.x cannot be had here; its end-to-end tests are skipped' >&2; \
 	fi; \
 	$(CARGO) test --locked; \
+	$(CARGO) test --locked --lib --features shuttle interleaved; \
 	LAZULI_E2E_FACE=tree $(CARGO) test --locked --test e2e -- trees:: restart:: pull::containers variants:: commands::mount node:: takeover:: \
 	    --skip many_entries --skip huge_file
 
@@ -55,6 +56,12 @@ test-faults:
 	@$(SETUP) build test
 	$(CARGO) test --locked --lib -- --nocapture a_node_in_any_weather what_was_answered_survives_a_power_cut
 	$(CARGO) test --locked --test disk -- --nocapture a_power_cut_loses_nothing
+
+## test-interleaved  single flight, ready map and queue in many orders of their threads (LAZULI_ORDERS=5000 of each test; LAZULI_SEED=n repeats one)
+test-interleaved: export LAZULI_ORDERS ?= 5000
+test-interleaved:
+	@$(SETUP) build
+	$(CARGO) test --locked --lib --features shuttle -- --nocapture --test-threads 2 interleaved
 
 ## test-takeover  many kills, upgrades and restarts under reading containers (LAZULI_TAKEOVERS=200, LAZULI_SEED=n repeats one)
 test-takeover:
@@ -138,22 +145,27 @@ deny:
 	@$(SETUP) build deny
 	$(CARGO) deny --locked check --hide-inclusion-graph licenses bans sources
 
-## fuzz        every parser with random bytes, FUZZ_SECONDS=60 each (needs a nightly Rust; builds cargo-fuzz)
+## fuzz        every parser with random bytes, FUZZ_SECONDS=60 each (FUZZ="tar merge": these alone); what it learns stays in target/fuzz.
+##             `make test` tries the seeds and variations of them
 FUZZ_SECONDS ?= 60
-# MiB that a target may take in all (the sanitizer takes some hundred), and at once for 64 KiB of input; decoders have windows of 128 MiB.
+# MiB that a target may have in memory, and of addresses. (Decoders have windows of 128 MiB; libFuzzer and the program take some hundred.)
 FUZZ_RSS := 1024
-FUZZ_MALLOC := 64
-FUZZ_MALLOC_DECODERS := 192
+FUZZ_ADDRESSES := 2560
+FUZZ_DIR := $(abspath $(TARGET))/fuzz
+FUZZ_HOST := $(shell uname -m)-unknown-linux-gnu
+# What libFuzzer learns from: LLVM's counters of edges and operands of comparisons, which the stable compiler has as well. The code is safe Rust, so that
+# no sanitizer is needed; checks of overflows and assertions are on.
+FUZZ_FLAGS := --cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares
 fuzz:
-	@$(SETUP) build
-	@cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
-	for target in $$(cargo +nightly fuzz list); do \
-	    case "$$target" in \
-	        compression_decode | inflate_span) malloc=$(FUZZ_MALLOC_DECODERS) ;; \
-	        *) malloc=$(FUZZ_MALLOC) ;; \
-	    esac; \
-	    cargo +nightly fuzz run "$$target" -- -max_total_time=$(FUZZ_SECONDS) -max_len=65536 \
-	        -rss_limit_mb=$(FUZZ_RSS) -malloc_limit_mb=$$malloc || exit; \
+	@$(SETUP) build fuzz
+	CARGO_TARGET_DIR='$(FUZZ_DIR)' RUSTFLAGS='$(FUZZ_FLAGS)' $(CARGO) build --locked --manifest-path fuzz/Cargo.toml --target $(FUZZ_HOST)
+	ulimit -v $$(($(FUZZ_ADDRESSES) * 1024)); \
+	for target in $(or $(FUZZ),$(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))); do \
+	    mkdir -p "$(FUZZ_DIR)/corpus/$$target" "$(FUZZ_DIR)/found"; \
+	    "$(FUZZ_DIR)/$(FUZZ_HOST)/debug/$$target" "$(FUZZ_DIR)/corpus/$$target" "fuzz/corpus/$$target" \
+	        -max_total_time=$(FUZZ_SECONDS) -max_len=65536 -timeout=20 -rss_limit_mb=$(FUZZ_RSS) -print_final_stats=1 \
+	        -artifact_prefix="$(FUZZ_DIR)/found/$$target-" || exit; \
 	done
 
 ## advisories  known vulnerabilities of the dependencies (fetches the advisory database)

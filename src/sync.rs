@@ -5,6 +5,9 @@ mod budget;
 mod caught;
 mod epochs;
 mod flight;
+#[cfg(all(test, feature = "shuttle"))]
+mod interleaved;
+pub mod primitives;
 #[cfg(test)]
 pub mod random;
 mod trash;

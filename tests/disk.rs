@@ -1,5 +1,5 @@
 //! The cache and the database on a real, small file system: one that fills up, one that fails (disk/bad.rs), one whose power is cut
-//! (disk/power.rs); and files of the cache that the real kernel has mounted.
+//! (disk/power.rs), one on which nothing can be begun (disk/starts.rs); and files of the cache that the real kernel has mounted.
 //!
 //! Needs root, to mount.
 
@@ -12,6 +12,8 @@ mod power;
 #[allow(dead_code)]
 #[path = "support/skip.rs"]
 mod skip;
+#[path = "disk/starts.rs"]
+mod starts;
 
 use std::fs::{self, File};
 use std::io::Write as _;

@@ -23,8 +23,15 @@ fuzz_target!(|input: &[u8]| {
     let _ = script::interpreter(input);
     let commands = script::commands(input);
     assert!(commands.len() <= 512);
-    assert!(commands.iter().all(|command| !command.words.is_empty() && command.words.len() <= 64));
-    for imports in [Some(python::imports(input)), pyc::imports(input)].into_iter().flatten() {
+    assert!(
+        commands
+            .iter()
+            .all(|command| !command.words.is_empty() && command.words.len() <= 64)
+    );
+    for imports in [Some(python::imports(input)), pyc::imports(input)]
+        .into_iter()
+        .flatten()
+    {
         assert!(imports.len() <= 512);
         assert!(imports.iter().all(|import| import.names.len() <= 256));
     }

@@ -29,7 +29,10 @@ fuzz_target!(|input: &[u8]| {
         ..range::Head::default()
     };
     if let Ok(range::Content::Part { start, end, .. }) = head.content(Some(&(100..200)), 1000) {
-        assert!(start <= 100 && end.is_none_or(|end| end > 100), "it holds the first byte wanted");
+        assert!(
+            start <= 100 && end.is_none_or(|end| end > 100),
+            "it holds the first byte wanted"
+        );
     }
     let _ = range::parse_unsatisfied(text);
     let _ = hosts::proxy::Proxies::new(|_| Some(text.to_owned()));

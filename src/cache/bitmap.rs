@@ -1,6 +1,6 @@
 //! A fixed number of bits that many threads set and test without a lock.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::primitives::{AtomicU64, Ordering};
 
 /// Bits numbered from 0.
 pub(crate) struct Bitmap {

@@ -34,6 +34,15 @@ pub struct Checked {
     pub finished: bool,
 }
 
+/// What a chunk is found to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Look {
+    Ready,
+    Absent,
+    /// It was there, and its bytes were others.
+    Damaged,
+}
+
 impl CachedLayer {
     /// Verifies every chunk on disk that this process has not verified yet, and makes everything between the chunks zeros; after it, a
     /// layer of which nothing is missing is whole. It goes slowly on purpose; when `stop` says so, it ends early.
@@ -76,7 +85,7 @@ impl CachedLayer {
         {
             let _shared = self.mutation.read().unwrap_or_else(PoisonError::into_inner);
             if self.suspect.get(at) {
-                return self.verify(at);
+                return self.look_at(at) != Look::Damaged;
             }
             if !self.ready.get(at) || self.checked.get(at) {
                 return true;
@@ -116,11 +125,20 @@ impl CachedLayer {
 
     /// Verifies a chunk that is suspect; whether it is ready then. The caller holds `mutation`.
     pub(super) fn verify(&self, chunk: usize) -> bool {
+        self.look_at(chunk) == Look::Ready
+    }
+
+    /// The same, and why it is not ready: one that is stored at this moment is neither suspect nor ready, and not damaged.
+    fn look_at(&self, chunk: usize) -> Look {
+        let is_ready = || match self.ready.get(chunk) {
+            true => Look::Ready,
+            false => Look::Absent,
+        };
         if !self.suspect.get(chunk) {
-            return self.ready.get(chunk);
+            return is_ready();
         }
         let Some(record) = self.index.chunks().get(chunk) else {
-            return false;
+            return Look::Absent;
         };
         let intact = match self.index.verify() {
             Verify::Content => self.is_intact(&record),
@@ -133,14 +151,15 @@ impl CachedLayer {
                 self.unready.fetch_sub(1, Ordering::SeqCst);
             }
             self.suspect.clear(chunk);
-            return true;
+            return Look::Ready;
         }
         if self.suspect.clear(chunk) {
             self.present.fetch_sub(u64::from(record.data_len), Ordering::Relaxed);
             let why = intact.err().map_or_else(|| "other bytes".to_owned(), |e| e.to_string());
             self.tell_damage(chunk, &why);
+            return Look::Damaged;
         }
-        self.ready.get(chunk)
+        is_ready()
     }
 
     fn is_intact(&self, record: &Chunk) -> io::Result<bool> {

@@ -4,9 +4,8 @@ use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, Read as _};
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError as TryLock, Weak};
+use std::sync::{Arc, OnceLock, PoisonError, TryLockError as TryLock, Weak};
 use std::time::{Instant, SystemTime};
 
 use lru::LruCache;
@@ -28,6 +27,7 @@ use super::{CacheError, CachedLayer, Key};
 use crate::config::CacheConfig;
 use crate::layer::{Digest, LayerIndex, Windows};
 use crate::metrics::Metrics;
+use crate::sync::primitives::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering};
 use crate::sync::{Trash, may_block};
 
 /// Mode of the cache's directories: for nobody else.
@@ -73,7 +73,7 @@ pub struct Cache {
     pub(super) faults: Faults,
     /// Whether it cannot be told who has a file open, as on a file system without leases.
     #[cfg(test)]
-    pub(super) blind: std::sync::atomic::AtomicBool,
+    pub(super) blind: AtomicBool,
     /// What is removed, until it is deleted.
     pub(super) trash: Arc<Trash>,
     me: Weak<Cache>,
@@ -149,7 +149,7 @@ impl Cache {
             bell: OnceLock::new(),
             faults: Faults::default(),
             #[cfg(test)]
-            blind: std::sync::atomic::AtomicBool::new(false),
+            blind: AtomicBool::new(false),
             trash,
             me: me.clone(),
         });

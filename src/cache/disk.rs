@@ -12,14 +12,15 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::dir::DIR_MODE;
 use super::hold::is_exposed;
 use super::layer::BLOCK;
 use super::{Cache, CachedLayer};
 use crate::layer::Digest;
+use crate::sync::primitives::{Mutex, MutexGuard};
 use crate::sys::lease::is_open_elsewhere;
 
 /// Directory of files that have lost their layer.

@@ -1,11 +1,12 @@
 //! Chunks in memory, for reads that had to go past a full disk: without them, every small read of such a chunk would fetch it again.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
 
 use bytes::Bytes;
 use lru::LruCache;
 
 use crate::layer::Digest;
+use crate::sync::primitives::{Mutex, MutexGuard};
 
 /// Most bytes of chunks kept in memory. A few chunks of every container that starts while the disk is full.
 const MAX_BYTES: usize = 64 << 20;

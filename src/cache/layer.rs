@@ -7,8 +7,7 @@ use std::num::NonZeroU64;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt as _, MetadataExt};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -26,6 +25,7 @@ use super::places::Places;
 use super::windows::WindowFile;
 use super::{Cache, CacheError, Key};
 use crate::layer::{BlobIndex, Chunk, Digest, LayerError, LayerIndex, Verify, Windows, portable};
+use crate::sync::primitives::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Mutex, MutexGuard, Ordering, RwLock};
 use crate::sys::map::Mapping;
 
 /// Unit in which the use of a layer is noted and in which parts of it are evicted, in bytes of the data space: large enough that a
@@ -303,7 +303,7 @@ impl CachedLayer {
             return None;
         }
         // The pread has to be over before the count is loaded again.
-        std::sync::atomic::fence(Ordering::SeqCst);
+        crate::sync::primitives::fence(Ordering::SeqCst);
         (self.evictions.load(Ordering::SeqCst) == evictions).then_some(Ok(()))
     }
 

@@ -8,14 +8,14 @@
 
 use std::fs;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
 
 use super::{Cache, CacheError, CachedLayer};
 use crate::layer::{Digest, LayerIndex};
+use crate::sync::primitives::{AtomicBool, AtomicU64, Mutex, Ordering};
 use crate::sys::malloc;
 
 /// How long names stay that nobody asks for: longer than the pauses in what a tree face is asked.

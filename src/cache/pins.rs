@@ -5,10 +5,11 @@
 //! somebody comes back.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::CachedLayer;
+use crate::sync::primitives::Mutex;
 
 /// How long a layer that nobody has pinned yet is left alone by the marks: it has just been made, and its pull is about to pin it.
 const SETTLE: Duration = Duration::from_secs(60);

@@ -7,14 +7,14 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 
 use rustix::fs::FallocateFlags;
 use tokio::sync::watch;
 
 use super::Cache;
 use crate::sync::may_block;
+use crate::sync::primitives::{AtomicU64, Mutex, MutexGuard, Ordering};
 
 /// Bytes that were read are given back in pieces of so many: a hole costs the file system a transaction.
 const GIVE_BACK: u64 = 64 << 20;

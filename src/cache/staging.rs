@@ -4,7 +4,6 @@ use std::fs::{File, Permissions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use tempfile::TempDir;
 
@@ -20,6 +19,7 @@ use super::map::{self, MapFile};
 use super::windows::{self, WindowFile};
 use super::{Cache, CacheError, CachedLayer, Key};
 use crate::layer::{Digest, LayerIndex, Windows};
+use crate::sync::primitives::{AtomicU64, Ordering};
 
 /// Unit in which file systems give room to files, in bytes; nearly all have this one.
 const FILE_BLOCK: u64 = 4096;

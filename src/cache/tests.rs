@@ -16,6 +16,8 @@ use crate::metrics::Metrics;
 
 mod damage;
 mod disk;
+#[cfg(feature = "shuttle")]
+mod interleaved;
 mod names;
 mod twins;
 mod whole;

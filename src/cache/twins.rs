@@ -10,12 +10,13 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 
 use lru::LruCache;
 
 use super::{CachedLayer, Stored};
 use crate::layer::{Access, Chunk, Codec, Digest, Verify};
+use crate::sync::primitives::{Mutex, MutexGuard};
 
 /// Smallest chunk that is looked for, in bytes. Of the bytes that twelve images of Python services have in common, 92 % are in files of this size
 /// or more, and those are 22 % of the files.

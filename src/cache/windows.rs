@@ -9,13 +9,14 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::PoisonError;
 
 use bytes::Bytes;
 use lru::LruCache;
 
 use crate::layer::checkpoint::WindowTable;
 use crate::layer::{Checkpoint, Digest, LayerError, Windows};
+use crate::sync::primitives::Mutex;
 
 /// Name of the file in the layer's directory.
 pub(super) const FILE: &str = "windows";

@@ -15,12 +15,13 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::PoisonError;
 
 use super::Layer;
 use super::queue::{Ranks, View};
 use super::schedule::Class;
 use crate::cache::Bitmap;
+use crate::sync::primitives::Mutex;
 
 /// Files read after one before that one is judged: as many as several processes are apart that read beside each other. Those that read further
 /// apart each have a neighbourhood of their own.
@@ -41,10 +42,9 @@ const SEARCH: usize = 1 << 16;
 const ASKED: usize = 4096;
 
 /// Who reads a layer, and how.
-#[derive(Default)]
 pub(super) struct Density {
     /// Chunks that were read, by rank. Asked without a lock: most reads are of what was read before.
-    read: OnceLock<Bitmap>,
+    read: Bitmap,
     reading: Mutex<Reading>,
 }
 
@@ -57,9 +57,17 @@ struct Asked {
 }
 
 impl Density {
+    /// Nothing was read yet of a layer with so many chunks.
+    pub fn new(chunks: usize) -> Self {
+        Density {
+            read: Bitmap::new(chunks),
+            reading: Mutex::default(),
+        }
+    }
+
     /// Somebody reads these chunks, and waits for some of them unless all are here: what should be asked for because of that.
     fn note<V: View>(&self, ranks: &Ranks, view: &V, chunks: impl Iterator<Item = usize>, is_here: bool) -> Asked {
-        let read = self.read.get_or_init(|| Bitmap::new(view.len()));
+        let read = &self.read;
         let mut new = chunks
             .map(|chunk| ranks.rank(chunk))
             .filter(|&rank| !read.get(rank))

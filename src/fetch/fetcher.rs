@@ -67,7 +67,7 @@ pub struct Fetcher {
     /// Memory for everything else.
     memory: Arc<Budget>,
     /// First passes under way.
-    pub(super) streams: Streams,
+    pub(super) streams: Arc<Streams>,
     /// Hosts that deliver nothing while readers wait.
     pub(super) outages: Arc<Outages>,
     /// Lets one layer be verified at a time.
@@ -108,7 +108,7 @@ impl Fetcher {
             links: Arc::new(Links::new(config.max_stream_connections.saturating_sub(1))),
             shape: Shape::default(),
             memory,
-            streams: Streams::default(),
+            streams: Arc::default(),
             outages: Outages::new(metrics.outages.clone()),
             cache,
             runtime,

@@ -8,7 +8,7 @@
 //! Nothing gives way to it ([`crate::cache::Cache::spare_bytes`]). What fails is left to the next time.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout};
@@ -17,6 +17,7 @@ use super::Layer;
 use super::schedule::Class;
 use crate::layer::Access;
 use crate::sync::blocking;
+use crate::sync::primitives::Mutex;
 
 /// How long nobody may have wanted anything else before a piece is asked for. A container that starts asks several times within it.
 const CALM: Duration = Duration::from_millis(500);

@@ -4,12 +4,12 @@
 //! and what it had written are free at once. Who comes with another source than those that are at work does not depend on them: if they make no
 //! progress for [`STALL`], or fail, his own stream begins. The first one to finish answers all who wait for the layer, and ends the others.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::select_all;
+use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +17,7 @@ use super::{FetchError, Fetcher, StreamRequest};
 use crate::cache::{CachedLayer, Spool};
 use crate::layer::Digest;
 use crate::registry::Origin;
+use crate::sync::primitives::{AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering, spawn_on};
 
 /// Longest time that a stream may bring nothing before somebody who has another source begins his own.
 pub const STALL: Duration = Duration::from_secs(1);
@@ -137,12 +138,22 @@ impl Drop for Hurried {
 #[derive(Default)]
 pub(super) struct Streams(Mutex<Vec<Arc<Flight>>>);
 
+/// What somebody wants to be streamed.
+#[derive(Clone)]
+pub(super) struct Asked {
+    pub(super) layer: Digest,
+    /// What its tar is promised to be: a false promise fails nobody else's.
+    pub(super) promise: Option<Digest>,
+    pub(super) source: Origin,
+    /// Bytes of the blob.
+    pub(super) total: u64,
+    /// What it is, for messages.
+    pub(super) what: String,
+}
+
 /// A stream under way.
 struct Flight {
-    layer: Digest,
-    /// What its tar is promised to be: a false promise fails nobody else's.
-    promise: Option<Digest>,
-    source: Origin,
+    asked: Asked,
     progress: Arc<Progress>,
     outcome: watch::Sender<Option<Outcome>>,
     /// Ends it.
@@ -162,11 +173,15 @@ impl Flight {
             first
         });
     }
+
+    fn is_of(&self, asked: &Asked) -> bool {
+        self.asked.layer == asked.layer && self.asked.promise == asked.promise
+    }
 }
 
 /// One who waits for a stream.
 struct Seat {
-    fetcher: Arc<Fetcher>,
+    streams: Arc<Streams>,
     flight: Arc<Flight>,
 }
 
@@ -177,14 +192,14 @@ impl Seat {
         let settled = settled.ok().and_then(|settled| settled.clone());
         // The flight lives as long as this seat, and its sender with it.
         settled.unwrap_or(Err(FetchError::Closed {
-            layer: self.flight.layer,
+            layer: self.flight.asked.layer,
         }))
     }
 }
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        let mut flights = self.fetcher.streams.lock();
+        let mut flights = self.streams.lock();
         if self.flight.waiters.fetch_sub(1, Ordering::Relaxed) == 1 {
             // Not joined any more from now on.
             flights.retain(|flight| !Arc::ptr_eq(flight, &self.flight));
@@ -194,14 +209,14 @@ impl Drop for Seat {
 }
 
 /// Takes a flight that has come to its end out of the list, also when it panicked.
-struct Landing(Arc<Fetcher>, Arc<Flight>);
+struct Landing(Arc<Streams>, Arc<Flight>);
 
 impl Drop for Landing {
     fn drop(&mut self) {
-        self.0.streams.lock().retain(|flight| !Arc::ptr_eq(flight, &self.1));
+        self.0.lock().retain(|flight| !Arc::ptr_eq(flight, &self.1));
         let early = std::io::Error::other("the stream ended early");
         self.1.settle(&Err(FetchError::Disk {
-            layer: self.1.layer,
+            layer: self.1.asked.layer,
             source: Arc::new(early),
         }));
     }
@@ -211,26 +226,34 @@ impl Streams {
     fn lock(&self) -> MutexGuard<'_, Vec<Arc<Flight>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
 
-impl Fetcher {
-    /// Downloads, verifies, indexes and stores a whole layer. If it is in the cache already, that one is returned, though some of its bytes
-    /// may have been evicted; [`CachedLayer::diff_id`] tells then whether it is known to be the tar that the request promises. Whoever asks
-    /// for a layer that is being streamed with the same promise waits for the same stream, as long as that brings something. A stream ends
-    /// when the last one who waits for it drops this future.
+    #[cfg(all(test, feature = "shuttle"))]
+    pub(super) fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    /// Waits for the streams under way of what is asked for; `stream` begins one if there is none, or if those from other sources bring nothing.
+    /// It runs as a task of its own, and ends when the last one who waits for it drops this future.
     ///
     /// # Errors
-    /// [`FetchError`]; nothing is left behind then.
-    pub async fn stream(self: &Arc<Self>, request: StreamRequest) -> Result<Arc<CachedLayer>, FetchError> {
-        let source = request.blob.origin();
-        let (mut seats, mut request) = self.join(request);
+    /// Those of the last stream.
+    pub(super) async fn share<S>(
+        self: &Arc<Self>,
+        runtime: &Handle,
+        asked: Asked,
+        stream: impl FnOnce(Arc<Progress>) -> S,
+    ) -> Outcome
+    where
+        S: Future<Output = Outcome> + Send + 'static,
+    {
+        let (mut seats, mut stream) = self.join(runtime, &asked, stream);
         loop {
             let (landed, at) = {
                 let landings = seats.iter().map(|seat| seat.outcome().boxed());
                 let streams: Vec<_> = seats.iter().map(|seat| Arc::clone(&seat.flight.progress)).collect();
                 tokio::select! {
                     (outcome, at, _) = select_all(landings) => (Some(outcome), at),
-                    () = stalled(&streams), if request.is_some() => (None, 0),
+                    () = stalled(&streams), if stream.is_some() => (None, 0),
                 }
             };
             let error = match landed {
@@ -247,9 +270,9 @@ impl Fetcher {
                 FetchError::Corrupt { source, .. } => source.retry_helps(),
                 FetchError::Disk { .. } => false,
             });
-            if let Some(request) = request.take_if(|_| helps) {
-                tracing::info!(layer = %request.digest, what = request.what, "streams from its own source: another one brings nothing");
-                seats.push(self.begin(request, source.clone()));
+            if let Some(stream) = stream.take_if(|_| helps) {
+                tracing::info!(layer = %asked.layer, what = asked.what, "streams from its own source: another one brings nothing");
+                seats.push(self.launch(self.lock(), runtime, asked.clone(), stream));
             }
             if let (Some(error), true) = (error, seats.is_empty()) {
                 return Err(error);
@@ -257,48 +280,46 @@ impl Fetcher {
         }
     }
 
-    /// Takes a seat in each stream of the layer, and begins one if there is none. The request comes back if all of them are from other sources.
-    fn join(self: &Arc<Self>, request: StreamRequest) -> (Vec<Seat>, Option<StreamRequest>) {
-        let source = request.blob.origin();
-        let flights = self.streams.lock();
-        let there: Vec<Arc<Flight>> = flights
-            .iter()
-            .filter(|flight| flight.layer == request.digest && flight.promise == request.diff_id)
-            .cloned()
-            .collect();
-        let seat = |flight: Arc<Flight>| {
+    /// Takes a seat in each stream of what is asked for, and begins one if there is none. What begins one comes back if all of them are from other
+    /// sources.
+    fn join<S, F>(self: &Arc<Self>, runtime: &Handle, asked: &Asked, stream: F) -> (Vec<Seat>, Option<F>)
+    where
+        S: Future<Output = Outcome> + Send + 'static,
+        F: FnOnce(Arc<Progress>) -> S,
+    {
+        let flights = self.lock();
+        let seat = |flight: &Arc<Flight>| {
             flight.waiters.fetch_add(1, Ordering::Relaxed);
             Seat {
-                fetcher: Arc::clone(self),
-                flight,
+                streams: Arc::clone(self),
+                flight: Arc::clone(flight),
             }
         };
-        let own = there.iter().any(|flight| flight.source == source);
-        let seats: Vec<Seat> = there.into_iter().map(seat).collect();
-        if !seats.is_empty() {
-            return (seats, (!own).then_some(request));
+        let seats: Vec<Seat> = flights.iter().filter(|flight| flight.is_of(asked)).map(seat).collect();
+        if seats.is_empty() {
+            return (vec![self.launch(flights, runtime, asked.clone(), stream)], None);
         }
-        (vec![self.launch(flights, request, source)], None)
+        let own = seats.iter().any(|seat| seat.flight.asked.source == asked.source);
+        // Seats lock the list when they are given up.
+        drop(flights);
+        (seats, (!own).then_some(stream))
     }
 
-    fn begin(self: &Arc<Self>, request: StreamRequest, source: Origin) -> Seat {
-        let flights = self.streams.lock();
-        self.launch(flights, request, source)
-    }
-
-    fn launch(
+    fn launch<S>(
         self: &Arc<Self>,
         mut flights: MutexGuard<'_, Vec<Arc<Flight>>>,
-        request: StreamRequest,
-        source: Origin,
-    ) -> Seat {
-        let other = flights.iter().find(|flight| flight.layer == request.digest);
+        runtime: &Handle,
+        asked: Asked,
+        stream: impl FnOnce(Arc<Progress>) -> S,
+    ) -> Seat
+    where
+        S: Future<Output = Outcome> + Send + 'static,
+    {
+        let other = flights.iter().find(|flight| flight.asked.layer == asked.layer);
         let wishes = other.map_or_else(Arc::default, |other| Arc::clone(&other.progress.wishes));
         let flight = Arc::new(Flight {
-            layer: request.digest,
-            promise: request.diff_id,
-            source,
-            progress: Progress::new(request.blob.size(), wishes),
+            progress: Progress::new(asked.total, wishes),
+            asked,
             outcome: watch::Sender::new(None),
             cancel: CancellationToken::new(),
             waiters: AtomicU64::new(1),
@@ -306,22 +327,23 @@ impl Fetcher {
         flights.push(Arc::clone(&flight));
         drop(flights);
         let seat = Seat {
-            fetcher: Arc::clone(self),
+            streams: Arc::clone(self),
             flight: Arc::clone(&flight),
         };
         let landing = Landing(Arc::clone(self), Arc::clone(&flight));
         let me = Arc::clone(self);
-        self.runtime.spawn(async move {
+        let stream = stream(Arc::clone(&flight.progress));
+        spawn_on(runtime, async move {
             let outcome = tokio::select! {
-                outcome = me.stream_once(request, &flight.progress) => outcome,
-                () = flight.cancel.cancelled() => Err(FetchError::Closed { layer: flight.layer }),
+                outcome = stream => outcome,
+                () = flight.cancel.cancelled() => Err(FetchError::Closed { layer: flight.asked.layer }),
             };
-            let mut flights = me.streams.lock();
+            let mut flights = me.lock();
             // First the end of the stream, then its result: who has the result and asks again gets a new one.
             flights.retain(|other| !Arc::ptr_eq(other, &flight));
             if outcome.is_ok() {
                 flights.retain(|other| {
-                    let same = other.layer == flight.layer && other.promise == flight.promise;
+                    let same = other.is_of(&flight.asked);
                     if same {
                         other.settle(&outcome);
                         other.cancel.cancel();
@@ -335,18 +357,40 @@ impl Fetcher {
         });
         seat
     }
+}
+
+impl Fetcher {
+    /// Downloads, verifies, indexes and stores a whole layer. If it is in the cache already, that one is returned, though some of its bytes
+    /// may have been evicted; [`CachedLayer::diff_id`] tells then whether it is known to be the tar that the request promises. Whoever asks
+    /// for a layer that is being streamed with the same promise waits for the same stream, as long as that brings something. A stream ends
+    /// when the last one who waits for it drops this future.
+    ///
+    /// # Errors
+    /// [`FetchError`]; nothing is left behind then.
+    pub async fn stream(self: &Arc<Self>, request: StreamRequest) -> Result<Arc<CachedLayer>, FetchError> {
+        let asked = Asked {
+            layer: request.digest,
+            promise: request.diff_id,
+            source: request.blob.origin(),
+            total: request.blob.size(),
+            what: request.what.clone(),
+        };
+        let me = Arc::clone(self);
+        let stream = move |progress| async move { me.stream_once(request, &progress).await };
+        self.streams.share(&self.runtime, asked, stream).await
+    }
 
     /// How far the stream of a layer is, if it is being streamed: the stream that is farthest.
     pub fn progress(&self, layer: &Digest) -> Option<Arc<Progress>> {
         let flights = self.streams.lock();
-        let of_layer = flights.iter().filter(|flight| flight.layer == *layer);
+        let of_layer = flights.iter().filter(|flight| flight.asked.layer == *layer);
         let farthest = of_layer.max_by_key(|flight| flight.progress.done());
         farthest.map(|flight| Arc::clone(&flight.progress))
     }
 
     /// The streams under way: layer, bytes of the blob that have arrived, and bytes of the blob.
     pub fn streams_under_way(&self) -> Vec<(Digest, u64, u64)> {
-        let mut layers: Vec<Digest> = self.streams.lock().iter().map(|flight| flight.layer).collect();
+        let mut layers: Vec<Digest> = self.streams.lock().iter().map(|flight| flight.asked.layer).collect();
         layers.sort_unstable();
         layers.dedup();
         let shown = layers.into_iter().filter_map(|layer| {

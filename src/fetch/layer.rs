@@ -2,8 +2,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -25,6 +24,9 @@ use crate::cache::{CacheError, CachedLayer};
 use crate::layer::{Access, BlobIndex, Digest, LayerIndex};
 use crate::registry::{Blob, Origin};
 use crate::sync::blocking;
+use crate::sync::primitives::{
+    AtomicBool, AtomicU64, Mutex, MutexGuard, Ordering, RwLock, spawn_blocking_on, spawn_on,
+};
 
 /// Times that a damaged chunk is fetched before its readers get an error: damage on the way is rare, and damage at the source stays.
 pub(super) const DAMAGE_LIMIT: u32 = 3;
@@ -87,6 +89,7 @@ impl Layer {
         let streamed = cached.index().access() == Access::Stream;
         Arc::new_cyclic(|me| Layer {
             ranks: Ranks::new(cached.index().chunks()),
+            density: Density::new(cached.index().chunks().len()),
             owners: ArcSwapOption::empty(),
             fetcher,
             cached,
@@ -95,7 +98,6 @@ impl Layer {
             streamed: AtomicBool::new(streamed),
             outage: Mutex::default(),
             watchers: Watchers::default(),
-            density: Density::default(),
             moved: Notify::new(),
             landed: Notify::new(),
             closing: CancellationToken::new(),
@@ -270,7 +272,7 @@ impl Layer {
         let Some(me) = self.me.upgrade().filter(|_| !near.is_empty()) else {
             return;
         };
-        self.fetcher.runtime.spawn_blocking(move || {
+        spawn_blocking_on(&self.fetcher.runtime, move || {
             let mut left = near;
             left.retain(|&chunk| !me.closing.is_cancelled() && !me.cached.take_from_elsewhere(chunk));
             me.ask_for(&left, class);
@@ -284,7 +286,10 @@ impl Layer {
                 return;
             }
             for &chunk in chunks {
-                queue.want(chunk, self.ranks.rank(chunk), class, None);
+                // Under the lock: a chunk leaves the queue after it is ready, and so it is not asked for again.
+                if !self.cached.is_chunk_ready(chunk) {
+                    queue.want(chunk, self.ranks.rank(chunk), class, None);
+                }
             }
         }
         self.dispatch(class);
@@ -324,7 +329,7 @@ impl Layer {
             return;
         };
         let Some(me) = self.me.upgrade() else { return };
-        self.fetcher.runtime.spawn(async move {
+        spawn_on(&self.fetcher.runtime, async move {
             // Before it has a place: what waits for a host takes nothing from others.
             let turn = tokio::select! {
                 turn = me.turn() => turn,

@@ -8,7 +8,7 @@
 //! asks without a turn: somebody else's trouble may be with one blob alone.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use prometheus::IntGauge;
@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::FetchError;
 use crate::registry::Origin;
+use crate::sync::primitives::{Mutex, MutexGuard};
 
 /// Time between the end of one turn and the next: what the client of the registry waits between its attempts is not counted. Readers hang
 /// meanwhile, and a host that answers with errors at once is asked no more often than this.

@@ -11,6 +11,7 @@ use tokio::sync::oneshot;
 use super::queue::{Answer, Waiter};
 use super::schedule::Class;
 use super::{FetchError, Layer};
+use crate::sync::primitives::spawn_blocking;
 
 /// Chunks that a reader waits for.
 struct Waits {
@@ -72,7 +73,7 @@ impl Layer {
                 }
                 (buf, missing, arrived)
             };
-            let (buf, still, back) = tokio::task::spawn_blocking(assemble)
+            let (buf, still, back) = spawn_blocking(assemble)
                 .await
                 .map_err(|error| self.disk(io::Error::other(error)))?;
             if still.is_empty() {

@@ -11,11 +11,11 @@
 //! A layer that nobody watches pays one relaxed load for each read.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::layer::trace::{MAX_BYTES, MAX_WISHES, Seen};
+use crate::sync::primitives::{AtomicBool, Mutex, MutexGuard, Ordering};
 
 /// What is read of several layers.
 #[derive(Debug)]

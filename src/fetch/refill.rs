@@ -21,6 +21,7 @@ use super::stream::PASSES;
 use crate::layer::tar::{Copy, TarIndexer, TarLayout};
 use crate::layer::{Chunk, ChunkTable, LayerError};
 use crate::sync::caught;
+use crate::sync::primitives::{spawn_blocking, spawn_on};
 
 impl Layer {
     /// Streams the layer again, unless that is happening already, or nobody waits.
@@ -33,7 +34,7 @@ impl Layer {
             queue.refilling = true;
         }
         let me = Arc::clone(self);
-        self.fetcher.runtime.spawn(async move {
+        spawn_on(&self.fetcher.runtime, async move {
             let mut pass = 1;
             let mut known = None;
             loop {
@@ -112,7 +113,7 @@ impl Layer {
             late: known.map(|pieces| Late::new(pieces, self.cached.index().chunks())),
         };
         let (sink, _) = pipeline::run(&blob, *self.cached.digest(), sink, resources).await?;
-        let finish = tokio::task::spawn_blocking(move || sink.finish());
+        let finish = spawn_blocking(move || sink.finish());
         finish
             .await
             .unwrap_or_else(|error| Err(Fault::Disk(io::Error::other(error))))

@@ -10,7 +10,6 @@ use std::sync::atomic::Ordering;
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
-use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::layer::DAMAGE_LIMIT;
@@ -24,6 +23,7 @@ use crate::layer::index::MAX_CHUNK_LEN;
 use crate::layer::{Chunk, Codec, LayerError, Verify};
 use crate::registry::RegistryError;
 use crate::sync::caught;
+use crate::sync::primitives::{JoinHandle, spawn_blocking, spawn_on};
 
 /// Decodes so many bytes after so many others.
 type Decode<'a> = Box<dyn Fn(u32, u32) -> Result<Bytes, LayerError> + 'a>;
@@ -242,7 +242,7 @@ impl Layer {
         most: u64,
     ) -> JoinHandle<Vec<Damage>> {
         let me = Arc::clone(self);
-        self.fetcher.runtime.spawn(async move {
+        spawn_on(&self.fetcher.runtime, async move {
             let class = class(&me);
             let turn = me.fetcher.decodes.take(class).await;
             let work = move || {
@@ -253,7 +253,7 @@ impl Layer {
                 }
                 damaged
             };
-            match tokio::task::spawn_blocking(work).await {
+            match spawn_blocking(work).await {
                 Ok(damaged) => damaged,
                 Err(error) => {
                     tracing::error!("decoding of chunks ended early: {error}");

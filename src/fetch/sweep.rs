@@ -10,7 +10,6 @@ use std::sync::atomic::Ordering;
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures::StreamExt;
-use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::queue::{COPIED, View};
@@ -19,6 +18,7 @@ use super::schedule::Class;
 use super::{FetchError, Layer};
 use crate::layer::LayerError;
 use crate::sync::caught;
+use crate::sync::primitives::{JoinHandle, spawn_on};
 
 impl Layer {
     /// Begins a pass, unless one is under way.
@@ -31,7 +31,7 @@ impl Layer {
             queue.refilling = true;
         }
         let me = Arc::clone(self);
-        self.fetcher.runtime.spawn(async move {
+        spawn_on(&self.fetcher.runtime, async move {
             let origin = me.blob().origin();
             let result = tokio::select! {
                 result = caught(me.sweep_pass(class)) => result.unwrap_or_else(|bug| Err(me.disk(bug))),

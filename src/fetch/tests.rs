@@ -4,6 +4,8 @@ mod dense;
 pub(in crate::fetch) mod fake;
 mod filling;
 mod flights;
+#[cfg(feature = "shuttle")]
+mod interleaved;
 mod outages;
 mod panics;
 mod ranges;

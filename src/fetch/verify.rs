@@ -10,6 +10,7 @@ use std::time::Instant;
 use super::{Layer, LocalFile};
 use crate::cache::NotWhole;
 use crate::sync::caught;
+use crate::sync::primitives::{spawn_blocking, spawn_on};
 
 impl Layer {
     /// The file of a layer that is whole; begins to verify it if that is all that is missing.
@@ -29,7 +30,7 @@ impl Layer {
             return;
         }
         let Some(me) = self.me.upgrade() else { return };
-        self.fetcher.runtime.spawn(async move {
+        spawn_on(&self.fetcher.runtime, async move {
             let verified = tokio::select! {
                 verified = caught(me.verify_in_turn()) => verified.ok().flatten(),
                 () = me.closing.cancelled() => None,
@@ -63,7 +64,7 @@ impl Layer {
             }
             checked
         };
-        let checked = tokio::task::spawn_blocking(work).await.ok()?;
+        let checked = spawn_blocking(work).await.ok()?;
         checked.finished.then_some(checked.damaged)
     }
 }

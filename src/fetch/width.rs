@@ -11,11 +11,12 @@
 //! Every stream has a connection of its own, which is no matter of this file; what is counted here are those beside it ([`Extra`]).
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
+
+use crate::sync::primitives::{AtomicU64, Mutex, MutexGuard, Ordering};
 
 /// Part of its proportional gain that a wider (or narrower) choice must have to be kept. Ranges have gaps between them, a round trip each, so
 /// that even connections that are held back bring less than each as much; and of a link on which somebody else has one connection,

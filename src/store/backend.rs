@@ -67,6 +67,11 @@ impl Opened {
         });
         let db = opened.map_err(|source| match source {
             DatabaseError::DatabaseAlreadyOpen => StoreError::InUse { path: path.to_owned() },
+            // The disk's trouble is not the database's: with one that only has no room, nobody should think of beginning anew.
+            DatabaseError::Storage(StorageError::Io(source)) if source.raw_os_error().is_some() => StoreError::Io {
+                path: path.to_owned(),
+                source,
+            },
             source => StoreError::Open {
                 path: path.to_owned(),
                 source: Box::new(source),

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
+use super::primitives::{joined, spawn_blocking};
+
 /// To be called by what waits for the disk. In a debug build it panics on a thread that runs tasks.
 #[track_caller]
 pub fn may_block() {
@@ -23,14 +25,7 @@ pub fn may_block() {
 
 /// Runs what blocks on a thread where it may. It is finished even if the caller goes away.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(value) => value,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // The runtime ends, and this task with it.
-            Err(_) => std::future::pending().await,
-        },
-    }
+    joined(spawn_blocking(work)).await
 }
 
 /// Waits for a future on a thread that may block.

@@ -1,9 +1,10 @@
 //! Memory that grows with what comes from outside, out of one budget: who needs some takes a share of it before, and waits if there is none.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::primitives::{AtomicU32, AtomicU64, Ordering};
 
 /// Unit in which shares are counted, in bytes: a semaphore has no place for all bytes of a large machine.
 const UNIT: u64 = 4096;

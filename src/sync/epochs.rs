@@ -6,9 +6,11 @@
 //! new one is left alone.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use tokio::sync::Notify;
+
+use super::primitives::{Mutex, MutexGuard};
 
 /// Epochs, and who is inside.
 #[derive(Debug, Default)]

@@ -3,12 +3,14 @@
 use std::collections::HashMap;
 use std::future::Future;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
+
+use super::primitives::{Mutex, MutexGuard, spawn_on};
 
 /// Runs one job per key however many ask for it at once; all of them get its result.
 ///
@@ -48,7 +50,7 @@ where
                         key: key.clone(),
                     };
                     let (answer, result) = oneshot::channel();
-                    runtime.spawn(async move {
+                    spawn_on(runtime, async move {
                         let value = job.await;
                         // First the end of the job, then its result: who has the result and asks again gets a new job.
                         drop(landing);

@@ -228,7 +228,7 @@ fn a_disk_that_takes_nothing_loses_nothing() {
 }
 
 /// Fills a disk to its last byte.
-fn fill_up(root: &Path) {
+pub fn fill_up(root: &Path) {
     let mut file = File::create(root.join("somebody-elses")).unwrap();
     for len in [1 << 20, 64 << 10, 4096, 512] {
         while file.write_all(&vec![1; len]).is_ok() && file.sync_all().is_ok() {}

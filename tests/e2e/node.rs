@@ -284,3 +284,59 @@ fn readers_of_a_silent_registry_stop_nobody_else() {
     });
     stage.containerd.remove_container(&id);
 }
+
+/// Readers that wait, a pull that asks and a stream that has begun, all of a registry that says nothing: the daemon ends within its bound, and so
+/// does everything that waited.
+#[test]
+fn the_daemon_ends_in_time_whatever_waits() {
+    if subject() != SNAPSHOTTER {
+        return;
+    }
+    /// What its steps may take together: 3 s for calls, 5 s for everything that has to be closed, 0.5 s for tasks that do not see it.
+    const END: Duration = Duration::from_millis(8500);
+    let lazy = {
+        let stage = Stage::new("the_daemon_ends_in_time: conversion", Generation::One);
+        let files = [Entry::dir("data"), Entry::file("data/file", noise(1, 3_000_000))];
+        let layers = vec![
+            Layer::of(Compression::Gzip, base_entries()),
+            Layer::of(Compression::Gzip, files),
+        ];
+        stage.converted(&Image::new(Flavour::Oci, layers), &["--estargz"])
+    };
+    let mut stage = Silent::new("the_daemon_ends_in_time_whatever_waits", "idle_timeout = 600\n");
+    let (hung, streamed) = (
+        stage.add(&lazy, "demo/hung:1"),
+        stage.add(&image_with(5, 2_000_000), "demo/streamed:1"),
+    );
+    stage.pull(&hung);
+    let id = stage.containerd.start_container(&hung, SNAPSHOTTER);
+    stage
+        .containerd
+        .exec(&id, "cat /etc/passwd > /dev/null")
+        .expect_success();
+    stage.falls_silent();
+    let mut pull = stage.lazuli.command("pull", &[&streamed]);
+    thread::scope(|scope| {
+        let (containerd, id) = (&stage.containerd, &id);
+        let reader = scope.spawn(move || containerd.exec(id, "cat /data/file > /dev/null"));
+        let pull = scope.spawn(move || run(&mut pull, PATIENCE));
+        let waits = || {
+            let status = stage.lazuli.status();
+            let waiting = status["reads"]["waiting"].as_u64();
+            waiting.filter(|count| *count > 0)
+        };
+        wait_until(PATIENCE, waits).expect("nobody waits");
+        thread::sleep(Duration::from_secs(1));
+        assert!(!pull.is_finished() && !reader.is_finished());
+        let begun = Instant::now();
+        let supervisor = stage.lazuli.supervisor().to_string();
+        run(Command::new("kill").args(["-s", "TERM", &supervisor]), PATIENCE).expect_success();
+        wait_until(PATIENCE, || stage.lazuli.worker().is_none().then_some(())).expect("it does not end");
+        let took = begun.elapsed();
+        assert!(took < END + LEEWAY, "{took:?}");
+        assert_ne!(reader.join().unwrap().status.and_then(|status| status.code()), Some(0));
+        pull.join().unwrap();
+    });
+    assert!(stage.lazuli.stop());
+    stage.containerd.remove_container(&id);
+}

@@ -282,3 +282,48 @@ fn readers_wait_for_an_index_that_is_lost() {
     });
     assert!(stage.lazuli().log().contains("requests waited for this layer"));
 }
+
+/// The worker dies, and its configuration has been broken meanwhile: who reads waits until one can start again, or until the daemon is ended.
+#[test]
+fn readers_wait_while_no_worker_can_start() {
+    if subject() != SNAPSHOTTER {
+        return;
+    }
+    let name = "readers_wait_while_no_worker_can_start";
+    let mut stage = Stage::new(name, crate::support::containerd::Generation::One);
+    let reference = stage.push_converted(&harness::image(), "demo/broken:1", &["--estargz"]);
+    stage.pull(&reference);
+    let id = stage.containerd.start_container(&reference, &subject());
+    let config = stage.lazuli().config();
+    let good = std::fs::read_to_string(&config).unwrap();
+    for is_mended in [true, false] {
+        let lazuli = stage.lazuli.as_ref().unwrap();
+        let worker = wait_until(PATIENCE, || lazuli.worker()).unwrap();
+        let broken = |log: &str| log.matches("this is no configuration").count();
+        let before = broken(&lazuli.log());
+        std::fs::write(&config, format!("{good}\n[this is no configuration\n")).unwrap();
+        run_ok(Command::new("kill").args(["-s", "KILL", &worker.to_string()]));
+        wait_until(PATIENCE, || (broken(&lazuli.log()) > before + 1).then_some(())).expect("it is tried once only");
+        // Nothing of it is here.
+        let file = if is_mended { 7 } else { 8 };
+        let containerd = &stage.containerd;
+        std::thread::scope(|scope| {
+            let read = scope.spawn(|| containerd.exec(&id, &format!("cat /data/small/{file}")));
+            std::thread::sleep(Duration::from_secs(2));
+            assert!(!read.is_finished(), "it did not wait");
+            std::fs::write(&config, &good).unwrap();
+            if is_mended {
+                assert_eq!(read.join().unwrap().expect_success().text(), file.to_string());
+            } else {
+                let supervisor = lazuli.supervisor().to_string();
+                std::fs::write(&config, format!("{good}\n[this is no configuration\n")).unwrap();
+                run_ok(Command::new("kill").args(["-s", "TERM", &supervisor]));
+                read.join().unwrap();
+            }
+        });
+    }
+    std::fs::write(&config, &good).unwrap();
+    stage.containerd.remove_container(&id);
+    stage.restart_daemon();
+    assert_eq!(stage.sh(&reference, "cat /data/small/9"), "9");
+}

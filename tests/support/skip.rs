@@ -23,6 +23,8 @@ pub enum Ability {
     Containerd2,
     /// A `fsck.erofs` that knows several devices.
     FsckErofs,
+    /// `mkfs.xfs`, and the right to mount.
+    Xfs,
 }
 
 impl Ability {
@@ -33,6 +35,7 @@ impl Ability {
             Ability::EscapedMarks => "escaped-marks",
             Ability::Containerd2 => "containerd2",
             Ability::FsckErofs => "fsck-erofs",
+            Ability::Xfs => "xfs",
         }
     }
 
@@ -44,7 +47,7 @@ impl Ability {
             }
             Ability::TmpfsUserXattrs => may_mount() && is_kernel(6, 6) && has_option("TMPFS_XATTR"),
             Ability::EscapedMarks => may_mount() && is_kernel(6, 7) && has_file_system("overlay"),
-            Ability::Containerd2 | Ability::FsckErofs => false,
+            Ability::Containerd2 | Ability::FsckErofs | Ability::Xfs => false,
         }
     }
 }

@@ -30,9 +30,9 @@ impl Fake {
         let files: Vec<u32> = files.flat_map(|(at, &chunks)| vec![at as u32 + 1; chunks]).collect();
         Fake {
             ranks: Ranks::in_order(),
+            density: Density::new(files.len()),
             ready: vec![false; files.len()].into(),
             files,
-            density: Density::default(),
             asked: RefCell::default(),
             waited: RefCell::default(),
         }

@@ -2,13 +2,14 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::policy::{Class, Id, Limits, Policy, Wish};
+use crate::sync::primitives::{Mutex, MutexGuard};
 
 /// Grants places to wishes. There is one per daemon.
 pub struct Scheduler {

@@ -2,11 +2,12 @@
 //! the threads for blocking work with everything else.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use tokio::sync::oneshot;
 
 use super::Class;
+use crate::sync::primitives::{Mutex, MutexGuard};
 
 /// A fixed number of turns at once; the most urgent class first, within a class in order of arrival.
 #[derive(Debug)]

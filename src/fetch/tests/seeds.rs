@@ -1,6 +1,7 @@
 //! What the fuzz targets begin with: small files that pass the checks of headers. `LAZULI_SEEDS=$PWD/fuzz/corpus cargo test --lib seeds`
 //! writes them into the tree; without the variable they are made, and thrown away.
 //!
+//! Those of the targets of texts (`registry_text`, `filters_config`) are written by hand.
 //! A target that takes several values reads numbers from the front, little-endian, and bytes from what remains.
 
 use std::fs;
@@ -201,6 +202,12 @@ async fn seeds() {
         "zstd-frames",
         &[&entered(0, 0, 0, 9), &parts.collect::<Vec<u8>>()],
     );
+
+    let part = |skip: u16, len: u16| [skip, len].map(u16::to_le_bytes).concat();
+    write("compression_decode", "gzip", &[&part(10, 2000), &gzip(&mixed, 3000)]);
+    let frame = zstd::encode_all(&mixed[..], 3).unwrap();
+    write("compression_decode", "zstd", &[&part(10, 2000), &frame]);
+    write("compression_decode", "plain", &[&part(10, 2000), &mixed]);
 
     tables();
     let (layer, entry) = (Digest::of(b"layer"), Entry::of(&["/bin/app".to_owned()]));

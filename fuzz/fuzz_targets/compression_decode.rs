@@ -15,11 +15,15 @@ fuzz_target!(|input: (u16, u16, &[u8])| {
     let _ = Compression::sniff(bytes);
     for compression in [Compression::None, Compression::Gzip, Compression::Zstd] {
         let mut stream = Vec::new();
-        let _ = decoder(compression, Cursor::new(bytes.to_vec()))
+        let read = decoder(compression, Cursor::new(bytes.to_vec()))
             .take(LIMIT)
             .read_to_end(&mut stream);
         if let Ok(chunk) = decode_member(Codec::from(compression), bytes, skip.into(), len.into()) {
-            assert_eq!(chunk, stream[usize::from(skip)..][..usize::from(len)]);
+            // A stream that is damaged somewhere may end earlier for who reads more of it at once.
+            let there = stream.get(usize::from(skip)..).unwrap_or_default();
+            let both = there.len().min(chunk.len());
+            assert_eq!(chunk[..both], there[..both]);
+            assert!(both == chunk.len() || read.is_err(), "it has more than there is");
         }
     }
 });

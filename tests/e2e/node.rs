@@ -2,6 +2,7 @@
 //!
 //! These are acceptance tests, and the only ones that look at the clock: what they bound took tens of seconds to minutes before.
 
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 

@@ -1,7 +1,7 @@
 //! What the fuzz targets begin with: small files that pass the checks of headers. `LAZULI_SEEDS=$PWD/fuzz/corpus cargo test --lib seeds`
 //! writes them into the tree; without the variable they are made, and thrown away.
 //!
-//! Those of the targets of texts (`registry_text`, `filters_config`) are written by hand.
+//! Those of the targets of texts (`registry_text`, `filters_config`) are written by hand, and `late-damage` was found by a fuzzer.
 //! A target that takes several values reads numbers from the front, little-endian, and bytes from what remains.
 
 use std::fs;

@@ -295,6 +295,7 @@ async fn run(config: Config, link: Arc<Link>, found: Found) -> Result<(), Daemon
         trace: config.trace.clone(),
         index: config.index.clone(),
         lends: config.content.lend,
+        address: config.address.clone(),
     });
     let worker = Worker {
         config,

@@ -3,7 +3,7 @@
 //! `LAZULI_E2E_SNAPSHOTTER=overlayfs` runs the tests that make sense for any snapshotter with containerd's own instead of Lazuli, which
 //! shows whether a failure is the harness' or ours.
 
-use crate::support::containerd::{Containerd, DIFFER, Generation, REFERENCE};
+use crate::support::containerd::{Containerd, DIFFER, Generation, REFERENCE, WALKING, differ_proxy};
 use crate::support::image::{Compression, Flavour, Image, Layer};
 use crate::support::lazuli::{self, Lazuli, SNAPSHOTTER};
 use crate::support::proxy::{Exchange, Link, Proxy};
@@ -46,9 +46,31 @@ impl Stage {
 
     /// All of them around a containerd that has layers applied by Lazuli; `containerd` is added to its configuration.
     pub fn applying(name: &str, generation: Generation, containerd: &str) -> Self {
+        Self::applying_with(name, generation, containerd, "")
+    }
+
+    /// All of them around a containerd that knows no differ but its own, whatever the environment says.
+    pub fn unpacking(name: &str, generation: Generation) -> Self {
         Self::around(
             name,
             "",
+            |_| {},
+            |sandbox| {
+                let address = lazuli::address_in(sandbox);
+                let mut containerd = Containerd::start_with(sandbox, generation.clone(), &address, WALKING, "");
+                if generation != Generation::One {
+                    containerd.reconfigure(&differ_proxy(&address), "");
+                }
+                containerd
+            },
+        )
+    }
+
+    /// The same as [`Stage::applying`]; `config` is added to the daemon's configuration.
+    pub fn applying_with(name: &str, generation: Generation, containerd: &str, config: &str) -> Self {
+        Self::around(
+            name,
+            config,
             |_| {},
             |sandbox| Containerd::start_with(sandbox, generation, &lazuli::address_in(sandbox), DIFFER, containerd),
         )

@@ -21,6 +21,12 @@ pub enum Ability {
     EscapedMarks,
     /// containerd 2.x.
     Containerd2,
+    /// containerd 2.4 or later.
+    Containerd24,
+    /// `nerdctl`.
+    Nerdctl,
+    /// `buildkitd` and `buildctl`.
+    Buildkit,
     /// A `fsck.erofs` that knows several devices.
     FsckErofs,
 }
@@ -32,6 +38,9 @@ impl Ability {
             Ability::TmpfsUserXattrs => "tmpfs-user-xattrs",
             Ability::EscapedMarks => "escaped-marks",
             Ability::Containerd2 => "containerd2",
+            Ability::Containerd24 => "containerd24",
+            Ability::Nerdctl => "nerdctl",
+            Ability::Buildkit => "buildkit",
             Ability::FsckErofs => "fsck-erofs",
         }
     }
@@ -44,7 +53,11 @@ impl Ability {
             }
             Ability::TmpfsUserXattrs => may_mount() && is_kernel(6, 6) && has_option("TMPFS_XATTR"),
             Ability::EscapedMarks => may_mount() && is_kernel(6, 7) && has_file_system("overlay"),
-            Ability::Containerd2 | Ability::FsckErofs => false,
+            Ability::Containerd2
+            | Ability::Containerd24
+            | Ability::Nerdctl
+            | Ability::Buildkit
+            | Ability::FsckErofs => false,
         }
     }
 }

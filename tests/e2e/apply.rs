@@ -22,8 +22,6 @@ use crate::support::tree::{Options, compare};
 
 /// Bytes of a layer that takes a while.
 const LARGE: usize = 60_000_000;
-/// Bytes of one that takes longer than a process may take to end.
-const HUGE: usize = 250_000_000;
 /// Nobody listens there.
 const NOWHERE: &str = "127.0.0.1:1";
 
@@ -406,13 +404,13 @@ fn other_snapshotters_have_their_own_differ() {
 
 /// An image with a layer that takes a while, and its pull, which `meanwhile` meets while that layer is being packed.
 fn while_it_packs(stage: &mut Stage, meanwhile: impl FnOnce(&mut Stage)) -> (Image, String) {
-    let (image, reference, _) = while_it_packs_of(stage, LARGE, meanwhile);
+    let (image, reference, _) = while_it_packs_and(stage, meanwhile);
     (image, reference)
 }
 
-/// The same, with a layer of this size; whether the pull succeeds.
-fn while_it_packs_of(stage: &mut Stage, size: usize, meanwhile: impl FnOnce(&mut Stage)) -> (Image, String, bool) {
-    let large = Layer::of(Compression::Gzip, [Entry::file("large", noise(5, size))]);
+/// The same, and whether the pull succeeds.
+fn while_it_packs_and(stage: &mut Stage, meanwhile: impl FnOnce(&mut Stage)) -> (Image, String, bool) {
+    let large = Layer::of(Compression::Gzip, [Entry::file("large", noise(5, LARGE))]);
     let image = Image::new(Flavour::Oci, vec![Layer::of(Compression::Gzip, base_entries()), large]);
     let reference = stage.push(&image, "applied/killed:1");
     let mut pull = stage.containerd.ctr(&[
@@ -432,7 +430,7 @@ fn while_it_packs_of(stage: &mut Stage, size: usize, meanwhile: impl FnOnce(&mut
             .filter_map(|layer| layer.path().join("data").metadata().ok());
         written
             .map(|data| data.len())
-            .any(|bytes| bytes > size as u64 / 8)
+            .any(|bytes| bytes > LARGE as u64 / 8)
             .then_some(())
     };
     while staged().is_none() {
@@ -471,18 +469,23 @@ fn killed_while_it_packs() {
     assert_pulled(&mut stage, &image, &reference);
 }
 
-/// The next process is asked by gRPC itself, and packs the layer from its beginning.
+/// The next process is asked by gRPC itself, and packs the layer from its beginning. However fast the machine is, the layer is not packed before:
+/// containerd, from which its bytes come, stands still meanwhile.
 #[test]
 fn a_program_is_replaced_while_it_packs() {
     let Some(mut stage) = stage("a_program_is_replaced_while_it_packs") else {
         return;
     };
-    let (image, reference, pulled) = while_it_packs_of(&mut stage, HUGE, |stage| {
-        let binary = stage.sandbox.path("lazuli-next");
-        std::fs::copy(lazuli::program(), &binary).unwrap();
-        let binary = binary.display().to_string();
-        let mut upgrade = stage.lazuli().command("upgrade", &["--binary", &binary]);
-        run(&mut upgrade, PATIENCE).expect_success();
+    let binary = stage.sandbox.path("lazuli-next");
+    std::fs::copy(lazuli::program(), &binary).unwrap();
+    let (image, reference, pulled) = while_it_packs_and(&mut stage, |stage| {
+        stage.containerd.halt();
+        let mut upgrade = stage
+            .lazuli()
+            .command("upgrade", &["--binary", &binary.display().to_string()]);
+        let upgraded = run(&mut upgrade, PATIENCE);
+        stage.containerd.go_on();
+        upgraded.expect_success();
     });
     assert!(pulled, "the pull was lost: {}", stage.containerd.log());
     let log = stage.lazuli().log();
@@ -490,9 +493,7 @@ fn a_program_is_replaced_while_it_packs() {
         log.contains("a layer is left to the next process"),
         "it was packed before: {log}"
     );
-    assert_packed(&stage, &image);
-    let sum = stage.sh(&reference, "sha256sum < /large");
-    assert_eq!(sum, format!("{}  -\n", hex_of(&noise(5, HUGE))));
+    assert_pulled(&mut stage, &image, &reference);
 }
 
 #[test]

@@ -200,6 +200,22 @@ impl Containerd {
         self.restart();
     }
 
+    /// Stops its process where it is, until it [goes on](Containerd::go_on).
+    pub fn halt(&self) {
+        self.signal(rustix::process::Signal::STOP);
+    }
+
+    /// Goes on after [`Containerd::halt`].
+    pub fn go_on(&self) {
+        self.signal(rustix::process::Signal::CONT);
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let id = self.process.as_ref().expect("containerd does not run").id();
+        let id = rustix::process::Pid::from_raw(id.cast_signed()).unwrap();
+        rustix::process::kill_process(id, signal).unwrap();
+    }
+
     /// `kill -9`, and starts it again.
     pub fn kill_and_restart(&mut self) {
         if let Some(mut process) = self.process.take() {

@@ -211,6 +211,8 @@ pub struct Catalog {
     traces: Traces,
     /// Whether containerd is lent what does not come in time.
     lends: bool,
+    /// Where Lazuli serves.
+    address: PathBuf,
     /// What containerd is kept from fetching, by pull.
     held: Mutex<HashMap<loads::PullKey, lend::Held>>,
 }
@@ -241,6 +243,8 @@ pub struct Parts {
     pub index: IndexConfig,
     /// Whether containerd is lent what does not come in time.
     pub lends: bool,
+    /// Where Lazuli serves: by that, containerd's differs tell whether it is one of them.
+    pub address: PathBuf,
 }
 
 impl Catalog {
@@ -259,6 +263,7 @@ impl Catalog {
             trace,
             index,
             lends,
+            address,
         } = parts;
         let hosts: Arc<Hosts> = Arc::default();
         Arc::new(Catalog {
@@ -291,6 +296,7 @@ impl Catalog {
             asked: Mutex::default(),
             traces: Traces::new(trace, &index),
             lends,
+            address,
             held: Mutex::default(),
         })
     }

@@ -20,6 +20,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio_stream::wrappers::UnixListenerStream;
+use tower::util::MapResultLayer;
 
 use crate::admin::Admin;
 use crate::cache::{self, Cache, CacheError};
@@ -39,7 +40,7 @@ use crate::layer::Digest;
 use crate::metrics::Metrics;
 use crate::proto::control::control_server::ControlServer;
 use crate::registry::{Registry, RegistryError};
-use crate::snapshots::{Differ, Service, SnapshotsError};
+use crate::snapshots::{Again, Differ, Service, SnapshotsError};
 use crate::store::{self, Store, StoreError};
 use crate::sync::{Budget, blocking};
 use crate::sys::{descriptors, signals};
@@ -294,6 +295,7 @@ async fn run(config: Config, link: Arc<Link>, found: Found) -> Result<(), Daemon
         trace: config.trace.clone(),
         index: config.index.clone(),
         lends: config.content.lend,
+        address: config.address.clone(),
     });
     let worker = Worker {
         config,
@@ -395,12 +397,14 @@ impl Worker {
         listener.set_nonblocking(true).map_err(io_error("socket"))?;
         let listener = UnixListener::from_std(listener).map_err(io_error("socket"))?;
         catalog.work_while_idle(config.content.complete, config.fetch.fill);
-        let differ = Differ::new(service.clone(), Containerd::new(&config.containerd_address));
+        let again = Again::after(handed_over(stop.clone()));
+        let differ = Differ::new(service.clone(), Containerd::new(&config.containerd_address), again);
         let control = ControlServer::new(ControlService(catalog)).max_encoding_message_size(MAX_MESSAGE);
         admin.set_ready(true);
         tracing::info!(address = %config.address.display(), "serving");
         link.say(&Message::Ready, None);
         let serving = tonic::transport::Server::builder()
+            .layer(MapResultLayer::new(Again::refuse))
             .add_service(differ.into_server())
             .add_service(service.into_server())
             .add_service(control)
@@ -471,6 +475,13 @@ impl Worker {
             takeovers = hello.before,
             "this process goes on where another ended"
         );
+    }
+}
+
+/// Ends when another process is to go on, and never if none is.
+async fn handed_over(stop: Stop) {
+    if stop.await != stop::HAND_OVER {
+        std::future::pending::<()>().await;
     }
 }
 

@@ -37,6 +37,11 @@ pub mod containerd {
                 tonic::include_proto!("containerd.services.diff.v1");
             }
         }
+        pub mod introspection {
+            pub mod v1 {
+                tonic::include_proto!("containerd.services.introspection.v1");
+            }
+        }
         pub mod namespaces {
             pub mod v1 {
                 tonic::include_proto!("containerd.services.namespaces.v1");
@@ -50,7 +55,9 @@ pub mod containerd {
     }
 }
 
-pub use containerd::services::{containers, content, diff, images, leases, namespaces, snapshots, version};
+pub use containerd::services::{
+    containers, content, diff, images, introspection, leases, namespaces, snapshots, version,
+};
 pub use containerd::types;
 
 /// Lazuli's own control service.

@@ -47,6 +47,7 @@ use crate::proto::snapshots::v1::snapshots_server::SnapshotsServer;
 use crate::store::Store;
 use crate::sync::Epochs;
 
+mod again;
 mod applied;
 mod chain;
 mod core;
@@ -66,6 +67,7 @@ mod rules;
 mod usage;
 mod users;
 
+pub use again::Again;
 pub use differ::Differ;
 pub use error::SnapshotsError;
 pub use filters::{Fields, FilterError, Filters};

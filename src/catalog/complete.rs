@@ -67,13 +67,18 @@ pub enum CompleteError {
 
 /// How far the completion of an image is.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Step {
-    /// The blob.
-    pub layer: Digest,
-    /// Bytes that containerd has of it.
-    pub done: u64,
-    /// Bytes of it.
-    pub total: u64,
+pub enum Step {
+    /// Another image is being completed first.
+    Waits,
+    /// A blob is being written.
+    Writes {
+        /// The blob.
+        layer: Digest,
+        /// Bytes that containerd has of it.
+        done: u64,
+        /// Bytes of it.
+        total: u64,
+    },
 }
 
 /// What the completion of an image has done.
@@ -152,7 +157,13 @@ impl Catalog {
         told: &(dyn Fn(Step) + Send + Sync),
     ) -> Result<Completed, CompleteError> {
         // Two completions of one image would wait for each other's writers.
-        let _turn = self.completing.lock().await;
+        let _turn = match self.completing.try_lock() {
+            Ok(turn) => turn,
+            Err(_) => {
+                told(Step::Waits);
+                self.completing.lock().await
+            }
+        };
         let containerd = self.content.containerd();
         let info = containerd.info(namespace, digest).await?;
         let labels = info.map(|info| info.labels).unwrap_or_default();
@@ -238,7 +249,7 @@ impl Catalog {
                 async move { Ok(in_pieces(fetcher, scheduled, range)) }
             };
             let arrived = |done| {
-                told(Step {
+                told(Step::Writes {
                     layer: layer.digest,
                     done,
                     total: layer.size,

@@ -35,8 +35,9 @@ use crate::proto::version::v1::version_client::VersionClient;
 use crate::registry::image::Command;
 
 mod ingest;
+mod plugins;
 
-pub use ingest::{Ingest, IngestError, IngestWriter, Ingested, layer_reference};
+pub use ingest::{BlobWriter, Ingest, IngestError, IngestWriter, Ingested, layer_reference};
 
 /// Longest wait for one answer of containerd. Its own bolt transactions take milliseconds; a node under heavy load, seconds.
 pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(20);
@@ -554,88 +555,5 @@ fn content_info(info: content::Info) -> ContentInfo {
         size: u64::try_from(info.size).unwrap_or(0),
         labels: info.labels,
         updated: i128::from(updated.seconds) * 1_000_000_000 + i128::from(updated.nanos),
-    }
-}
-
-/// Makes the messages of one `Content.Write` call: pieces in order, then the commit.
-pub struct BlobWriter {
-    reference: String,
-    expected: String,
-    total: i64,
-    offset: i64,
-    labels: HashMap<String, String>,
-}
-
-impl BlobWriter {
-    /// Messages for the blob `expected` of `size` bytes, which gets `labels`. `reference` tells writers of the same blob apart.
-    pub fn new(reference: String, expected: &Digest, size: u64, labels: HashMap<String, String>) -> Self {
-        BlobWriter {
-            reference,
-            expected: expected.to_string(),
-            total: i64::try_from(size).unwrap_or(i64::MAX),
-            offset: 0,
-            labels,
-        }
-    }
-
-    /// Asks how much of the blob is there.
-    fn status(&self) -> content::WriteContentRequest {
-        self.message(content::WriteAction::Stat, Vec::new(), HashMap::new())
-    }
-
-    /// The next piece is that at `offset`.
-    fn go_on_at(&mut self, offset: u64) {
-        self.offset = i64::try_from(offset).unwrap_or(i64::MAX);
-    }
-
-    /// The next bytes, well below [`MAX_MESSAGE`] of them.
-    pub fn piece(&mut self, bytes: &[u8]) -> content::WriteContentRequest {
-        let message = self.message(content::WriteAction::Write, bytes.to_vec(), HashMap::new());
-        self.offset += bytes.len() as i64;
-        message
-    }
-
-    /// The end: containerd compares the digest.
-    pub fn commit(mut self) -> content::WriteContentRequest {
-        let labels = std::mem::take(&mut self.labels);
-        self.message(content::WriteAction::Commit, Vec::new(), labels)
-    }
-
-    fn message(
-        &self,
-        action: content::WriteAction,
-        data: Vec<u8>,
-        labels: HashMap<String, String>,
-    ) -> content::WriteContentRequest {
-        content::WriteContentRequest {
-            action: action.into(),
-            r#ref: self.reference.clone(),
-            total: self.total,
-            expected: self.expected.clone(),
-            offset: self.offset,
-            data,
-            labels,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_blob_is_written_in_order_and_labelled_at_the_end() {
-        let labels = HashMap::from([("a".to_owned(), "b".to_owned())]);
-        let digest = Digest::of(b"hello");
-        let mut writer = BlobWriter::new("me".to_owned(), &digest, 5, labels.clone());
-        let messages = [writer.piece(b"hel"), writer.piece(b"lo"), writer.commit()];
-        assert_eq!(messages.each_ref().map(|m| m.offset), [0, 3, 5]);
-        assert!(
-            messages
-                .iter()
-                .all(|m| m.total == 5 && m.expected == digest.to_string())
-        );
-        assert_eq!(messages[2].action(), content::WriteAction::Commit);
-        assert_eq!((&messages[0].labels, &messages[2].labels), (&HashMap::new(), &labels));
     }
 }

@@ -7,6 +7,9 @@
 //! is live, the blob is committed; containerd finds it there, and has it applied, for which nothing is left to do where Lazuli is the differ. So
 //! the layer comes once, and at the pace of a stream.
 //!
+//! Where Lazuli is no differ, containerd unpacks the layer whatever else there is of it: so nothing is made of the blob then, but for others who pull
+//! the same layer at that time.
+//!
 //! It holds for all streams of the image from that layer on, because containerd fetches all these at once. It costs nobody anything if it
 //! ends early: the reference is let go with the connection, also if this process dies, and containerd goes on behind the last byte that was
 //! written. Bytes that were found to be wrong are taken back before. It ends too when containerd unpacks nothing of the image any more: then
@@ -120,6 +123,15 @@ impl Catalog {
             tracing::debug!(manifest = %plan.manifest, layers = held.len(), "containerd does not fetch what is lazy");
             self.held().insert(pull.clone(), held);
         }
+        let asked = timeout_at(deadline.into(), self.content.containerd().has_differ(&self.address));
+        // Where that cannot be told, it may.
+        if !lent.is_empty() && matches!(asked.await, Ok(Ok(false))) {
+            for (stream, _) in &lent {
+                if !self.loads.is_wanted_beside(&pull, &stream.load) {
+                    stream.progress.blob_only();
+                }
+            }
+        }
         let layers = plan.layers.iter().enumerate().skip(position);
         let layers: Vec<_> = layers.map(|(at, layer)| (at, layer.chain_id.clone())).collect();
         let me = Arc::clone(self);
@@ -227,7 +239,7 @@ impl Catalog {
         let written = self.copy(&stream, &mut writer).await;
         let came = match written {
             Ok(is_whole) => {
-                // What is applied then is there already. If it does not become live, containerd unpacks it.
+                // What is applied then is there already. If it does not become live, containerd unpacks it: where nothing is made of it, at once.
                 if is_whole {
                     let _ = timeout(LIVE_DEADLINE, stream.load.wait()).await;
                 }

@@ -146,6 +146,13 @@ where
         load
     }
 
+    /// Whether another pull than this one wants a load.
+    pub(super) fn is_wanted_beside(&self, pull: &PullKey, load: &Load<T>) -> bool {
+        let inner = self.lock();
+        let mut others = inner.pulls.iter().filter(|(other, _)| *other != pull);
+        others.any(|(_, other)| other.loads.values().any(|wanted| wanted.number == load.number))
+    }
+
     /// A load under way whose key is such.
     #[cfg(test)]
     pub(super) fn find_by(&self, is_such: impl Fn(&K) -> bool) -> Option<Arc<Load<T>>> {

@@ -61,6 +61,11 @@ async fn complete(
     loop {
         match answers.message().await {
             Ok(Some(answer)) if answer.is_complete => return Ok(Ok(answer)),
+            Ok(Some(step)) if step.waits => {
+                if !args.quiet {
+                    output::tell(&format!("{image}: waits until another image is complete"));
+                }
+            }
             Ok(Some(step)) => {
                 if !args.quiet && stderr().is_terminal() && told.elapsed() >= EVERY {
                     told = Instant::now();

@@ -84,11 +84,17 @@ impl Control for ControlService {
         tokio::spawn(async move {
             let told = |step: Step| {
                 // Who does not read them misses some.
-                let _ = sender.try_send(Ok(CompleteResponse {
-                    layer: step.layer.to_string(),
-                    done: step.done,
-                    total: step.total,
-                    ..CompleteResponse::default()
+                let _ = sender.try_send(Ok(match step {
+                    Step::Waits => CompleteResponse {
+                        waits: true,
+                        ..CompleteResponse::default()
+                    },
+                    Step::Writes { layer, done, total } => CompleteResponse {
+                        layer: layer.to_string(),
+                        done,
+                        total,
+                        ..CompleteResponse::default()
+                    },
                 }));
             };
             let ended = tokio::select! {

@@ -34,6 +34,7 @@ pub struct Progress {
     pub(super) grows: AtomicBool,
     /// The blob as it came, if that is kept.
     pub(super) spool: OnceLock<Arc<Spool>>,
+    blob_only: AtomicBool,
     /// Shared by all streams of a layer.
     wishes: Arc<watch::Sender<Wishes>>,
 }
@@ -46,6 +47,7 @@ impl Progress {
             total,
             grows: AtomicBool::new(false),
             spool: OnceLock::new(),
+            blob_only: AtomicBool::new(false),
             wishes,
         })
     }
@@ -73,6 +75,16 @@ impl Progress {
     /// The blob as it came, if that is kept.
     pub fn spool(&self) -> Option<Arc<Spool>> {
         self.spool.get().cloned()
+    }
+
+    /// Nobody needs the layer, but somebody the blob: the stream goes on for its [spool](Progress::spool), makes nothing else of what comes, and
+    /// fails in the end.
+    pub fn blob_only(&self) {
+        self.blob_only.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_blob_only(&self) -> bool {
+        self.blob_only.load(Ordering::Relaxed)
     }
 
     /// Whether it waits for others.

@@ -112,6 +112,8 @@ pub(super) enum Fault {
     /// The source was silent for that long.
     Silence(Duration),
     Closed,
+    /// Nobody wants what the sink makes of the blob, but somebody the blob: it is read to its end.
+    Unwanted,
 }
 
 /// What a stream uses of the fetcher.
@@ -370,7 +372,8 @@ fn consume<S: Sink>(
             begun = true;
         }
         let pushed = hand_over(&mut sink, buffer.offset, &buffer.bytes, buffer.spans);
-        pushed.inspect_err(|fault| gone.store(!matches!(fault, Fault::Layer(_)), Ordering::Release))?;
+        pushed
+            .inspect_err(|fault| gone.store(!matches!(fault, Fault::Layer(_) | Fault::Unwanted), Ordering::Release))?;
         let _ = spent.send(buffer.bytes);
     }
     Ok(sink)

@@ -119,6 +119,7 @@ impl Fetcher {
             staging,
             indexer: TarIndexer::with_memory(memory_for_blob(request.blob.size())),
             tar: Hasher::new(),
+            progress: Arc::clone(progress),
             cutting: Cutting::new(|check| drop(tokio::task::spawn_blocking(check)), share),
             offset: 0,
         };
@@ -202,7 +203,7 @@ impl Fault {
                 source: Arc::new(source),
             },
             Fault::Silence(after) => FetchError::Deadline { layer, after },
-            Fault::Closed => FetchError::Closed { layer },
+            Fault::Closed | Fault::Unwanted => FetchError::Closed { layer },
         }
     }
 }
@@ -238,6 +239,7 @@ struct Indexing {
     tar: Hasher,
     cutting: Cutting,
     offset: u64,
+    progress: Arc<Progress>,
 }
 
 impl Sink for Indexing {
@@ -252,6 +254,9 @@ impl Sink for Indexing {
     }
 
     fn push(&mut self, bytes: &[u8]) -> Result<(), Fault> {
+        if self.progress.is_blob_only() {
+            return Err(Fault::Unwanted);
+        }
         self.tar.update(bytes);
         self.indexer.push(bytes)?;
         self.cutting.push(bytes);

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
+use super::again::Again;
 use super::applied::{Aim, Target};
 use super::rpc::namespace;
 use super::{MAX_MESSAGE, Service, SnapshotsError};
@@ -40,6 +41,8 @@ pub struct Differ {
     containerd: Containerd,
     /// Ids of snapshots whose layers were given back to containerd and are being unpacked by it.
     given_back: Arc<Mutex<HashSet<u64>>>,
+    /// When another process is to be asked.
+    again: Again,
 }
 
 /// A snapshot in `given_back`, until it is dropped.
@@ -60,12 +63,13 @@ impl Drop for GivenBack<'_> {
 }
 
 impl Differ {
-    /// The differ for the snapshots of `service`; `containerd` is the one that calls it.
-    pub fn new(service: Service, containerd: Containerd) -> Self {
+    /// The differ for the snapshots of `service`; `containerd` is the one that calls it, and `again` tells when it is to call the next process.
+    pub fn new(service: Service, containerd: Containerd, again: Again) -> Self {
         Differ {
             service,
             containerd,
             given_back: Arc::default(),
+            again,
         }
     }
 
@@ -92,7 +96,8 @@ impl Differ {
                 if self.is_given_back(id) {
                     return Err(not_implemented("this layer has to be unpacked"));
                 }
-                match self.apply(&namespace, target, &request).await {
+                // What containerd unpacks is there in part, and is not begun once more.
+                match self.again.unless(self.apply(&namespace, target, &request)).await? {
                     Ok(applied) => return Ok(("packed", applied)),
                     Err(reason) => (id, reason, namespace),
                 }
@@ -175,6 +180,10 @@ impl Diff for Differ {
         let outcome = match &result {
             Ok((word, _)) => word,
             Err(status) if status.code() == tonic::Code::Unimplemented => "declined",
+            Err(status) if Again::is_meant(status) => {
+                tracing::info!("a layer is left to the next process, which containerd asks by itself");
+                "again"
+            }
             Err(status) => {
                 tracing::error!(%status, "a layer was not applied");
                 "failed"

@@ -74,6 +74,15 @@ pub enum SnapshotsError {
         /// Name of the snapshot.
         key: String,
     },
+    /// containerd has been told that this snapshotter can give a snapshot its parent when it is committed.
+    #[error(
+        "layer {chain_id:?} is asked for without those below it, which would be lost: take \"rebase\" out of the capabilities of this snapshotter \
+         in containerd's configuration"
+    )]
+    Rebase {
+        /// Its chain id.
+        chain_id: String,
+    },
     /// Images do not agree on what is to be shown. A later try may succeed.
     #[error("{problem}")]
     Disagreement {
@@ -169,7 +178,9 @@ impl SnapshotsError {
             SnapshotsError::ParentNotCommitted { .. } | SnapshotsError::Invalid { .. } | SnapshotsError::Filter(_) => {
                 Code::InvalidArgument
             }
-            SnapshotsError::Precondition { .. } | SnapshotsError::NoMappedOwners { .. } => Code::FailedPrecondition,
+            SnapshotsError::Precondition { .. }
+            | SnapshotsError::NoMappedOwners { .. }
+            | SnapshotsError::Rebase { .. } => Code::FailedPrecondition,
             SnapshotsError::NotLive { .. } | SnapshotsError::Disagreement { .. } => Code::Unavailable,
             SnapshotsError::Io { source, .. } | SnapshotsError::Mapping(SysError { source, .. }) if is_full(source) => {
                 Code::ResourceExhausted

@@ -11,7 +11,7 @@ use tonic::{Code, Request, Response, Status};
 
 use super::core::{Core, Doubt, Outcome, Resolved};
 use super::making::{Begun, Instead, Wanted};
-use super::rules::REF_LABEL;
+use super::rules::{self, REF_LABEL};
 use super::{Service, SnapshotsError};
 use crate::catalog::{Agreement, LayerRequest, Question, Resolution};
 use crate::layer::Digest;
@@ -182,6 +182,7 @@ impl Service {
         chain_id: &str,
     ) -> Result<Option<String>, SnapshotsError> {
         let (key, parent) = (request.key.clone(), request.parent.clone());
+        rules::check_not_rebased(chain_id, &parent, &request.labels, 0)?;
         let known = self.blocking(move |core| {
             core.check_new(&key, &parent)?;
             Ok((core.remote_below(&parent)?, core.unpacking()))
@@ -208,6 +209,7 @@ impl Service {
                     break;
                 }
             };
+            rules::check_not_rebased(chain_id, &request.parent, &request.labels, resolved.below.len())?;
             let (parent, chain_id, labels) = (request.parent.clone(), chain_id.to_owned(), request.labels.clone());
             // It goes with the work, which goes on if this future is dropped.
             let making = self.making.enter();

@@ -17,6 +17,9 @@ use crate::store::{Kind, SnapshotRecord, SnapshotsWrite, Usage};
 /// Label of the chain id that a snapshot holds, or is asked for.
 pub(super) const REF_LABEL: &str = "containerd.io/snapshot.ref";
 
+/// Label of the chain id below the one that is asked for; containerd 2.3 and later.
+const PARENT_LABEL: &str = "containerd.io/snapshot/parent-chain-id";
+
 /// Prefix of the names of remote snapshots. containerd's own keys have three parts, so that they never look like this.
 const REMOTE_PREFIX: &str = "lazuli/";
 
@@ -46,6 +49,23 @@ pub(super) fn check_parent(parent: &str, kind: Option<Kind>) -> Result<(), Snaps
         Some(Kind::Committed) => Ok(()),
         Some(_) => Err(SnapshotsError::parent_not_committed(parent)),
     }
+}
+
+/// Refuses what is asked for a layer on nothing, though there are layers below it: so does a containerd that wants to state the parent when it commits
+/// (`rebase`, 2.2 and later). It would not do that for a snapshot that exists already, and take it as it is, without what is below.
+pub(super) fn check_not_rebased(
+    chain_id: &str,
+    parent: &str,
+    labels: &HashMap<String, String>,
+    below: usize,
+) -> Result<(), SnapshotsError> {
+    let is_lowest = below == 0 && labels.get(PARENT_LABEL).is_none_or(String::is_empty);
+    if parent.is_empty() && !is_lowest {
+        return Err(SnapshotsError::Rebase {
+            chain_id: quoted(chain_id),
+        });
+    }
+    Ok(())
 }
 
 /// A snapshot that is to be.

@@ -404,6 +404,12 @@ fn other_snapshotters_have_their_own_differ() {
 
 /// An image with a layer that takes a while, and its pull, which `meanwhile` meets while that layer is being packed.
 fn while_it_packs(stage: &mut Stage, meanwhile: impl FnOnce(&mut Stage)) -> (Image, String) {
+    let (image, reference, _) = while_it_packs_and(stage, meanwhile);
+    (image, reference)
+}
+
+/// The same, and whether the pull succeeds.
+fn while_it_packs_and(stage: &mut Stage, meanwhile: impl FnOnce(&mut Stage)) -> (Image, String, bool) {
     let large = Layer::of(Compression::Gzip, [Entry::file("large", noise(5, LARGE))]);
     let image = Image::new(Flavour::Oci, vec![Layer::of(Compression::Gzip, base_entries()), large]);
     let reference = stage.push(&image, "applied/killed:1");
@@ -435,8 +441,8 @@ fn while_it_packs(stage: &mut Stage, meanwhile: impl FnOnce(&mut Stage)) -> (Ima
     }
     meanwhile(stage);
     // containerd may go on with the next worker, or not; without containerd it fails.
-    pulling.wait().unwrap();
-    (image, reference)
+    let pulled = pulling.wait().unwrap();
+    (image, reference, pulled.success())
 }
 
 /// The pull is repeated, and ends right.
@@ -460,6 +466,33 @@ fn killed_while_it_packs() {
         let worker = stage.lazuli().worker();
         kill(worker.expect("there is no worker"));
     });
+    assert_pulled(&mut stage, &image, &reference);
+}
+
+/// The next process is asked by gRPC itself, and packs the layer from its beginning. However fast the machine is, the layer is not packed before:
+/// containerd, from which its bytes come, stands still meanwhile.
+#[test]
+fn a_program_is_replaced_while_it_packs() {
+    let Some(mut stage) = stage("a_program_is_replaced_while_it_packs") else {
+        return;
+    };
+    let binary = stage.sandbox.path("lazuli-next");
+    std::fs::copy(lazuli::program(), &binary).unwrap();
+    let (image, reference, pulled) = while_it_packs_and(&mut stage, |stage| {
+        stage.containerd.halt();
+        let mut upgrade = stage
+            .lazuli()
+            .command("upgrade", &["--binary", &binary.display().to_string()]);
+        let upgraded = run(&mut upgrade, PATIENCE);
+        stage.containerd.go_on();
+        upgraded.expect_success();
+    });
+    assert!(pulled, "the pull was lost: {}", stage.containerd.log());
+    let log = stage.lazuli().log();
+    assert!(
+        log.contains("a layer is left to the next process"),
+        "it was packed before: {log}"
+    );
     assert_pulled(&mut stage, &image, &reference);
 }
 

@@ -71,6 +71,39 @@ fn exported(file: &std::path::Path) -> Vec<String> {
         .collect()
 }
 
+/// One image is completed at a time, and whoever waits is told.
+#[test]
+fn who_waits_for_another_completion_is_told() {
+    if subject() != lazuli::SNAPSHOTTER {
+        return;
+    }
+    let Some(generation) = Generation::two() else { return };
+    let stage = Stage::new("who_waits_for_another_completion_is_told", generation);
+    let lazuli = stage.lazuli.as_ref().unwrap();
+    let images = ["first", "second"];
+    let [first, second] =
+        images.map(|name| stage.push_converted(&image(), &format!("complete/{name}:1"), &["--estargz"]));
+    for reference in [&first, &second] {
+        stage.pull(reference);
+    }
+    // It takes 5 s.
+    stage.proxy.set_link(Link {
+        latency: Duration::from_millis(1),
+        bytes_per_second: Some(LARGE as u64 / 5),
+    });
+    let mut completing = lazuli.command("complete", &[&first]);
+    let mut completing = completing.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let begun = || (!stage.blob_requests().is_empty()).then_some(());
+    stage.proxy.take();
+    wait_until(PATIENCE, begun).expect("nothing is completed");
+    let waited = complete(lazuli, &second).expect_success();
+    assert!(completing.wait().unwrap().success());
+    let told = format!("{second}: waits until another image is complete");
+    assert!(waited.describe().contains(&told), "{}", waited.describe());
+    let alone = complete(lazuli, &second).expect_success();
+    assert!(!alone.describe().contains("waits"), "{}", alone.describe());
+}
+
 #[test]
 fn a_completed_image_is_as_any_other() {
     if subject() != lazuli::SNAPSHOTTER {

@@ -237,7 +237,7 @@ fn until_nothing_is_mapped(lazuli: &Lazuli) {
 #[test]
 #[ignore = "make test-cri"]
 fn a_pod_in_a_user_namespace_copies_nothing_and_fetches_what_it_reads() {
-    let stage = Stage::configured("a_pod_in_a_user_namespace", generation(), configuration);
+    let stage = Stage::configured("a_pod_in_a_user_namespace", generation(), configuration, "");
     import_pause(&stage.sandbox, &stage.containerd);
     let files = (0..FILES).map(|at| Entry::file(format!("data/{at}"), noise(at, FILE)).owner(1000, 50));
     let mut entries = vec![Entry::dir("data")];

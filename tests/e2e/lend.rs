@@ -106,6 +106,62 @@ fn a_layer_that_is_left_to_containerd_comes_once() {
     check_content(&stage, &reference);
 }
 
+/// Where that is not wanted, each fetches for himself.
+#[test]
+fn nothing_is_lent_where_that_is_not_wanted() {
+    if subject() != SNAPSHOTTER {
+        return;
+    }
+    let Some(generation) = Generation::two() else { return };
+    let stage = Stage::configured(
+        "nothing_is_lent",
+        generation,
+        |_| String::new(),
+        "[content]\nlend = false\n",
+    );
+    let image = image();
+    let reference = stage.push(&image, "lend/slow:1");
+    stage.proxy.set_link(LINK);
+    stage.proxy.take();
+    stage.pull(&reference);
+    let log_now = log(&stage);
+    assert!(log_now.contains("is left to containerd"), "it was not slow:\n{log_now}");
+    assert!(!log_now.contains("lent"), "{log_now}");
+    let asked = stage.blob_requests();
+    let large = &image.layers[1].blob.digest;
+    let own = by_containerd(&asked, large);
+    let whole = |exchange: &&Exchange| exchange.range.is_none();
+    assert!(own.iter().any(whole), "containerd has not fetched it: {asked:#?}");
+    check_content(&stage, &reference);
+}
+
+/// Where containerd unpacks what it is lent, nobody needs what Lazuli would make of it.
+#[test]
+fn nothing_is_made_of_a_layer_that_containerd_unpacks() {
+    for generation in crate::stage::generations() {
+        if subject() != SNAPSHOTTER {
+            return;
+        }
+        let stage = Stage::unpacking("nothing_is_made_of_a_layer", generation);
+        let image = image();
+        let reference = stage.push(&image, "lend/slow:1");
+        stage.proxy.set_link(LINK);
+        stage.proxy.take();
+        stage.pull(&reference);
+        let log_now = log(&stage);
+        let large = image.layers[1].blob.digest.as_str();
+        assert!(log_now.contains("containerd was lent what was streamed"), "{log_now}");
+        let made = |line: &&str| line.contains(": streamed layer=") && line.contains(large);
+        assert_eq!(log_now.lines().filter(made).count(), 0, "{log_now}");
+        let cached = stage.lazuli.as_ref().unwrap().root().join("layers");
+        let cached = cached.join(large.strip_prefix("sha256:").unwrap());
+        assert!(!cached.exists(), "its bytes are on the disk twice");
+        let (bytes, size) = (total_bytes(&stage.blob_requests()), size(&image));
+        assert!(bytes * 100 <= size * ONCE, "{bytes} bytes came of {size}");
+        check_content(&stage, &reference);
+    }
+}
+
 /// The same with containerd 1.6, which unpacks by itself, and `lazuli pull`.
 #[test]
 fn lazuli_pull_waits_for_what_is_lent() {

@@ -4,6 +4,8 @@
 //! whatever is missing is a failure that names the package. containerd 2.x is found through `LAZULI_CONTAINERD2`
 //! (`tests/support/get-containerd2`); without it the tests run with 1.x only, and say so.
 //!
+//! Those that need containerd 2.4 find it through `LAZULI_CONTAINERD24`; nerdctl, buildkitd and buildctl are looked for in `PATH`.
+//!
 //! Environment: `LAZULI_E2E_SNAPSHOTTER=overlayfs` tests the harness instead of Lazuli, `LAZULI_E2E_KEEP=1` keeps directories,
 //! `LAZULI_E2E_FACE=tree|image` forces the face of layers, `LAZULI_BIN` names another program than the one that cargo built, `TMPDIR` must be on a file system that can hold upper directories.
 
@@ -14,6 +16,7 @@ mod support;
 
 mod apply;
 mod bad_disk;
+mod builders;
 mod callers;
 mod calls;
 mod commands;
@@ -30,6 +33,7 @@ mod harness;
 mod lend;
 mod many;
 mod messages;
+mod newest;
 mod node;
 mod posix;
 mod pull;

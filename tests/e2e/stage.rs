@@ -3,7 +3,7 @@
 //! `LAZULI_E2E_SNAPSHOTTER=overlayfs` runs the tests that make sense for any snapshotter with containerd's own instead of Lazuli, which
 //! shows whether a failure is the harness' or ours.
 
-use crate::support::containerd::{Containerd, DIFFER, Generation, REFERENCE};
+use crate::support::containerd::{Containerd, DIFFER, Generation, REFERENCE, WALKING, differ_proxy};
 use crate::support::image::{Compression, Flavour, Image, Layer};
 use crate::support::lazuli::{self, Lazuli, SNAPSHOTTER};
 use crate::support::proxy::{Exchange, Link, Proxy};
@@ -46,14 +46,36 @@ impl Stage {
 
     /// All of them around a containerd that has layers applied by Lazuli; `containerd` is added to its configuration.
     pub fn applying(name: &str, generation: Generation, containerd: &str) -> Self {
-        Self::configured(name, generation, |_| containerd.to_owned())
+        Self::configured(name, generation, |_| containerd.to_owned(), "")
     }
 
-    /// The same, with what `configure` adds to the configuration of containerd.
-    pub fn configured(name: &str, generation: Generation, configure: impl FnOnce(&Sandbox) -> String) -> Self {
+    /// All of them around a containerd that knows no differ but its own, whatever the environment says.
+    pub fn unpacking(name: &str, generation: Generation) -> Self {
         Self::around(
             name,
             "",
+            |_| {},
+            |sandbox| {
+                let address = lazuli::address_in(sandbox);
+                let mut containerd = Containerd::start_with(sandbox, generation.clone(), &address, WALKING, "");
+                if generation != Generation::One {
+                    containerd.reconfigure(&differ_proxy(&address), "");
+                }
+                containerd
+            },
+        )
+    }
+
+    /// The same as [`Stage::applying`], with what `configure` adds to the configuration of containerd; `config` is added to the daemon's.
+    pub fn configured(
+        name: &str,
+        generation: Generation,
+        configure: impl FnOnce(&Sandbox) -> String,
+        config: &str,
+    ) -> Self {
+        Self::around(
+            name,
+            config,
             |_| {},
             |sandbox| {
                 let more = configure(sandbox);

@@ -59,6 +59,41 @@ async fn a_panic_is_an_error_of_one_request() {
     assert_eq!(daemon.prepare("a/5/container", &one).await.unwrap().len(), 1);
 }
 
+/// A containerd that would give a snapshot its parent when it is committed does not do so where it exists already: all below it would be lost.
+#[tokio::test]
+async fn a_layer_on_nothing_is_not_one_of_an_image() {
+    let daemon = Daemon::start().await;
+    daemon.layers.add("sha256:1", "one");
+    daemon.layers.add("sha256:2", "two");
+    daemon.layers.add("sha256:3", "three");
+    let one = daemon.pull("a/1/x", "", "sha256:1").await;
+    let above = ("containerd.io/snapshot/parent-chain-id", "sha256:1");
+    let refused = |status: tonic::Status| {
+        assert_eq!(status.code(), Code::FailedPrecondition, "{status}");
+        assert!(status.message().contains("rebase"), "{status}");
+    };
+    refused(
+        daemon
+            .prepare_with("a/2/x", "", &[(REF, "sha256:2"), above])
+            .await
+            .unwrap_err(),
+    );
+    // Earlier ones have no such label.
+    daemon.layers.say("sha256:3", &[None], true);
+    refused(
+        daemon
+            .prepare_with("a/3/x", "", &[(REF, "sha256:3")])
+            .await
+            .unwrap_err(),
+    );
+    assert_eq!(names(&daemon.list(&[]).await.unwrap()), [one.as_str()]);
+    let status = daemon
+        .prepare_with("a/4/x", &one, &[(REF, "sha256:2"), above])
+        .await
+        .unwrap_err();
+    assert_eq!(status.code(), Code::AlreadyExists);
+}
+
 #[tokio::test]
 async fn labels_of_the_request_stay_on_the_snapshot() {
     let daemon = Daemon::start().await;

@@ -25,7 +25,7 @@ use lazuli::proto::snapshots::v1::{
     StatSnapshotRequest, UsageRequest, UsageResponse, ViewSnapshotRequest,
 };
 use lazuli::proto::types::{Descriptor, Mount};
-use lazuli::snapshots::{Differ, Service};
+use lazuli::snapshots::{Again, Differ, Service};
 use lazuli::store::Store;
 use lazuli::sync::blocking;
 use redb::TableDefinition;
@@ -359,7 +359,7 @@ impl Daemon {
             // Nobody listens there.
             let containerd = Containerd::new(&of_differ.join("containerd.sock"));
             Server::builder()
-                .add_service(Differ::new(service.clone(), containerd).into_server())
+                .add_service(Differ::new(service.clone(), containerd, Again::never()).into_server())
                 .add_service(service.into_server())
                 .serve_with_incoming_shutdown(UnixListenerStream::new(listener), stopped.cancelled())
                 .await

@@ -21,6 +21,9 @@ use super::skip::{Ability, skipped};
 
 /// The variable that names the directory of a containerd 2.x.
 pub const CONTAINERD2: &str = "LAZULI_CONTAINERD2";
+/// The variable that names the directory of a containerd 2.4 or later: `bin/containerd` below it, as `benches/cold_start/get-containerd DIR` builds it with
+/// `CONTAINERD_RELEASE=v2.4.2`, or `usr/bin/containerd`.
+pub const CONTAINERD24: &str = "LAZULI_CONTAINERD24";
 /// The namespace of everything that `ctr` does unless told otherwise.
 pub const NAMESPACE: &str = "default";
 /// containerd's own snapshotter, the reference of all comparisons.
@@ -52,7 +55,7 @@ const DISABLED: [&str; 14] = [
 pub enum Generation {
     /// The system's 1.6 or 1.7.
     One,
-    /// 2.x in this directory (`usr/bin/containerd` below it).
+    /// 2.x in this directory (`usr/bin/containerd` or `bin/containerd` below it).
     Two(PathBuf),
 }
 
@@ -76,15 +79,42 @@ impl Generation {
         Some(Generation::Two(dir))
     }
 
+    /// 2.4 or later if [`CONTAINERD24`] names its directory. Without the variable it says so, and returns `None`; with a wrong one it panics.
+    pub fn two_four() -> Option<Self> {
+        let Some(dir) = std::env::var_os(CONTAINERD24).filter(|dir| !dir.is_empty()) else {
+            let how = format!(
+                "run CONTAINERD_RELEASE=v2.4.2 benches/cold_start/get-containerd DIR and set {CONTAINERD24}=DIR"
+            );
+            skipped(Ability::Containerd24, how);
+            return None;
+        };
+        let generation = Generation::Two(PathBuf::from(dir));
+        let version = generation.version();
+        let words: Vec<&str> = version.split_whitespace().collect();
+        let numbers = words.get(2).map(|version| version.trim_start_matches('v').split('.'));
+        let numbers: Vec<u32> = numbers
+            .into_iter()
+            .flatten()
+            .map_while(|number| number.parse().ok())
+            .collect();
+        assert!(numbers >= vec![2, 4], "{CONTAINERD24} names {version}");
+        Some(generation)
+    }
+
     /// What it says of itself: `containerd github.com/... 2.1.9 revision`.
     pub fn version(&self) -> String {
         run_ok(Command::new(self.program("containerd")).arg("--version")).text()
     }
 
-    fn program(&self, name: &str) -> PathBuf {
+    /// One of its programs.
+    pub fn program(&self, name: &str) -> PathBuf {
         match self {
             Generation::One => require_program(name),
-            Generation::Two(dir) => dir.join("usr/bin").join(name),
+            Generation::Two(dir) => {
+                let places = ["usr/bin", "bin"].map(|place| dir.join(place).join(name));
+                let found = places.iter().find(|program| program.is_file());
+                found.unwrap_or(&places[0]).clone()
+            }
         }
     }
 }
@@ -159,6 +189,31 @@ impl Containerd {
             process.terminate(PATIENCE);
         }
         self.launch();
+    }
+
+    /// The same, with this instead of that in its configuration.
+    pub fn reconfigure(&mut self, this: &str, that: &str) {
+        let path = self.sandbox.path("containerd/config.toml");
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains(this), "{this:?} is not in the configuration: {text}");
+        std::fs::write(&path, text.replace(this, that)).unwrap();
+        self.restart();
+    }
+
+    /// Stops its process where it is, until it [goes on](Containerd::go_on).
+    pub fn halt(&self) {
+        self.signal(rustix::process::Signal::STOP);
+    }
+
+    /// Goes on after [`Containerd::halt`].
+    pub fn go_on(&self) {
+        self.signal(rustix::process::Signal::CONT);
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let id = self.process.as_ref().expect("containerd does not run").id();
+        let id = rustix::process::Pid::from_raw(id.cast_signed()).unwrap();
+        rustix::process::kill_process(id, signal).unwrap();
     }
 
     /// `kill -9`, and starts it again.
@@ -576,8 +631,17 @@ impl Drop for View<'_> {
     }
 }
 
+/// What tells containerd of the daemon as a differ.
+pub fn differ_proxy(lazuli: &Path) -> String {
+    format!(
+        "[proxy_plugins.{DIFFER}]\n  type = \"diff\"\n  address = \"{}\"\n",
+        lazuli.display()
+    )
+}
+
 fn configuration(dir: &Path, generation: &Generation, lazuli: &Path, differ: &str, more: &str) -> String {
     let dir = dir.display();
+    let socket = lazuli;
     let lazuli = lazuli.display();
     // What is configured is not switched off.
     let disabled = DISABLED.iter().filter(|plugin| !more.contains(*plugin));
@@ -601,7 +665,7 @@ disabled_plugins = [{disabled}]
   capabilities = ["remap-ids"]
 "#
     );
-    let proxied = format!("[proxy_plugins.{DIFFER}]\n  type = \"diff\"\n  address = \"{lazuli}\"\n");
+    let proxied = differ_proxy(socket);
     // 1.6 does not start with it.
     if *generation == Generation::One && differ == DIFFER && !generation.version().contains(" 1.6.") {
         text.push_str(&proxied);

@@ -21,6 +21,12 @@ pub enum Ability {
     EscapedMarks,
     /// containerd 2.x.
     Containerd2,
+    /// containerd 2.4 or later.
+    Containerd24,
+    /// `nerdctl`.
+    Nerdctl,
+    /// `buildkitd` and `buildctl`.
+    Buildkit,
     /// A `fsck.erofs` that knows several devices.
     FsckErofs,
     /// `mkfs.xfs`, and the right to mount.
@@ -34,6 +40,9 @@ impl Ability {
             Ability::TmpfsUserXattrs => "tmpfs-user-xattrs",
             Ability::EscapedMarks => "escaped-marks",
             Ability::Containerd2 => "containerd2",
+            Ability::Containerd24 => "containerd24",
+            Ability::Nerdctl => "nerdctl",
+            Ability::Buildkit => "buildkit",
             Ability::FsckErofs => "fsck-erofs",
             Ability::Xfs => "xfs",
         }
@@ -47,7 +56,12 @@ impl Ability {
             }
             Ability::TmpfsUserXattrs => may_mount() && is_kernel(6, 6) && has_option("TMPFS_XATTR"),
             Ability::EscapedMarks => may_mount() && is_kernel(6, 7) && has_file_system("overlay"),
-            Ability::Containerd2 | Ability::FsckErofs | Ability::Xfs => false,
+            Ability::Containerd2
+            | Ability::Containerd24
+            | Ability::Nerdctl
+            | Ability::Buildkit
+            | Ability::FsckErofs
+            | Ability::Xfs => false,
         }
     }
 }

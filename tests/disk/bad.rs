@@ -182,6 +182,11 @@ fn bytes_that_the_disk_cannot_read_are_fetched_again() {
         has(&cached, "a", chunk);
     }
     assert!(has(&cached, "a", 0), "what could be read is there");
+    let is_back = |chunk: &usize| has(&cached, "a", *chunk);
+    assert!(
+        lost.iter().all(is_back),
+        "what came again is kept, instead of being taken for what the disk has"
+    );
 }
 
 /// A disk that takes nothing more: what is there is served, what is new is an error or goes past the disk, and what was answered is there after

@@ -79,7 +79,10 @@ async fn whoever_wants_anything_comes_first() {
     // A reader of the very layer has to wait for nothing, and what he waits for is all that is fetched.
     let read = layer.read(0, 1000, LONG).await.unwrap();
     assert!(read[..] == data[..1000]);
+    // Time in which it would have begun.
+    tokio::time::sleep(Duration::from_millis(200)).await;
     assert!(bench.metrics.filled_bytes_total.get() == 0 && !filling.is_finished());
+    assert_eq!(blob.requests(), 1);
     drop(place);
     assert!(filling.await.unwrap().whole);
 }

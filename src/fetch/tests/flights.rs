@@ -51,10 +51,11 @@ async fn a_stream_that_nobody_waits_for_ends_and_leaves_nothing() {
     until(|| std::fs::read_dir(&incoming).unwrap().count() == 0).await;
     until(|| bench.fetcher.memory().held() + bench.fetcher.pieces.held() == 0).await;
     assert_clean(&bench);
-    // Who asks later gets a new one.
+    // Who asks later gets a new one. (Where it is slow, it may try further connections.)
+    let before = blob.requests();
     blob.flowing.send_replace(true);
     ask().await.unwrap().unwrap();
-    assert_eq!(blob.requests(), 2);
+    assert!(blob.requests() > before);
 }
 
 #[tokio::test(flavor = "multi_thread")]

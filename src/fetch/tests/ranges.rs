@@ -213,6 +213,8 @@ async fn readers_pass_before_prefetch_and_promote_it() {
     // The last chunk is wanted while the first is being fetched: it comes second.
     let mut reader = layer.read(data.len() as u64 - 1000, 10, LONG);
     assert!(futures::poll!(&mut reader).is_pending());
+    // Both wait for the only place: who asks for the next chunk ahead, and for what is waited for.
+    super::flights::until(|| bench.fetcher.scheduler().counts() == (2, 1)).await;
     blob.flowing.send_replace(true);
     reader.await.unwrap();
     let last = layer.index().chunks().get(11).unwrap().blob_offset;

@@ -65,8 +65,16 @@ impl Density {
         }
     }
 
-    /// Somebody reads these chunks, and waits for some of them unless all are here: what should be asked for because of that.
-    fn note<V: View>(&self, ranks: &Ranks, view: &V, chunks: impl Iterator<Item = usize>, is_here: bool) -> Asked {
+    /// Somebody reads these chunks, and waits for some of them unless all are here: what should be asked for because of that, if anything `may` be
+    /// asked for ahead.
+    fn note<V: View>(
+        &self,
+        ranks: &Ranks,
+        view: &V,
+        chunks: impl Iterator<Item = usize>,
+        is_here: bool,
+        may: impl FnOnce() -> bool,
+    ) -> Asked {
         let read = &self.read;
         let mut new = chunks
             .map(|chunk| ranks.rank(chunk))
@@ -82,7 +90,10 @@ impl Density {
                 reading.note(&files, rank, is_here);
             }
         }
-        reading.next(&files, read)
+        match reading.ahead.as_ref().is_some_and(Ahead::has_room) && may() {
+            true => reading.next(&files, read),
+            false => Asked::default(),
+        }
     }
 }
 
@@ -183,13 +194,19 @@ impl Ahead {
         }
     }
 
+    /// Bytes of the blob that may be on their way or not read yet.
+    fn window(&self) -> u64 {
+        self.read.min(MOST)
+    }
+
+    /// Whether it is time to ask for more: not with each file that is read, since requests should be worth their round trip.
+    fn has_room(&self) -> bool {
+        self.unread <= self.window() / 2
+    }
+
     fn next<V: View>(&mut self, files: &Files<'_, V>, read: &Bitmap, backwards: bool) -> Asked {
-        let window = self.read.min(MOST);
+        let window = self.window();
         let mut next = Asked::default();
-        // Not with each file that is read: requests should be worth their round trip.
-        if self.unread > window / 2 {
-            return next;
-        }
         let len = files.view.len();
         for _ in 0..SEARCH.min(len) {
             if self.unread >= window || next.chunks.len() >= ASKED {
@@ -270,9 +287,11 @@ impl Layer {
             return;
         }
         let chunks = self.cached.index().chunks_at(offset, len);
-        let ahead = self.density.note(&self.ranks, self, chunks, is_here);
         // What is known to be read comes first, and is all that a start needs.
-        if ahead.chunks.is_empty() || self.has_wishes() {
+        let ahead = self
+            .density
+            .note(&self.ranks, self, chunks, is_here, || !self.has_wishes());
+        if ahead.chunks.is_empty() {
             return;
         }
         self.fetcher.metrics.dense_bytes_total.inc_by(ahead.bytes);

@@ -1,4 +1,4 @@
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use proptest::prelude::*;
 
@@ -18,6 +18,8 @@ struct Fake {
     files: Vec<u32>,
     ready: RefCell<Vec<bool>>,
     density: Density,
+    /// Whether anything may be asked for ahead.
+    may: Cell<bool>,
     /// Chunks that were asked for ahead, and those that somebody waited for.
     asked: RefCell<Vec<usize>>,
     waited: RefCell<Vec<usize>>,
@@ -31,6 +33,7 @@ impl Fake {
         Fake {
             ranks: Ranks::in_order(),
             density: Density::new(files.len()),
+            may: Cell::new(true),
             ready: vec![false; files.len()].into(),
             files,
             asked: RefCell::default(),
@@ -44,7 +47,9 @@ impl Fake {
         let end = self.files.partition_point(|&file| file as usize <= at + 1);
         for chunk in first..end {
             let is_here = self.is_ready(chunk);
-            let next = self.density.note(&self.ranks, self, chunk..chunk + 1, is_here);
+            let next = self
+                .density
+                .note(&self.ranks, self, chunk..chunk + 1, is_here, || self.may.get());
             assert_eq!(next.bytes, next.chunks.len() as u64 * CHUNK);
             let mut ready = self.ready.borrow_mut();
             if !is_here {
@@ -186,6 +191,17 @@ fn it_ends_when_files_are_left_out_and_begins_anew() {
     assert_eq!(layer.asked(), wasted, "nothing more once it is known");
     (2000..2200).for_each(|file| layer.read(file));
     assert!(layer.asked() > wasted);
+}
+
+#[test]
+fn what_may_not_be_asked_for_yet_is_asked_for_later() {
+    let layer = Fake::new(&vec![1; 400]);
+    layer.may.set(false);
+    (0..100).for_each(|file| layer.read(file));
+    assert_eq!((layer.asked(), layer.waits()), (0, 100));
+    layer.may.set(true);
+    (100..400).for_each(|file| layer.read(file));
+    assert_eq!((layer.asked(), layer.waits()), (299, 101));
 }
 
 proptest! {

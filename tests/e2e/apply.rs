@@ -147,6 +147,19 @@ fn an_image_that_only_containerd_can_fetch() {
     .expect("snapshots of removed images stay");
 }
 
+/// A registry with `private/app:1`, for which it wants the password "s3cret" of "someone"; it answers as long as the runtime is there.
+pub fn private_registry(image: &Image) -> (tokio::runtime::Runtime, FaultRegistry) {
+    let runtime = runtime();
+    let registry = runtime.block_on(FaultRegistry::start());
+    for blob in image.blobs() {
+        registry.add_blob(blob.bytes.as_slice().to_vec());
+    }
+    let manifest = registry.add_manifest(image.media_type, image.manifest.bytes.as_slice().to_vec());
+    registry.tag("private/app", "1", manifest);
+    registry.set_auth(Auth::Basic("someone".to_owned(), "s3cret".to_owned()));
+    (runtime, registry)
+}
+
 /// A registry that wants a password which the client of containerd has, and Lazuli has not.
 #[test]
 fn a_private_image_whose_password_only_its_client_has() {
@@ -156,14 +169,7 @@ fn a_private_image_whose_password_only_its_client_has() {
     let Some(generation) = Generation::two() else { return };
     let sandbox = Sandbox::new("a_private_image");
     let image = ordinary(Flavour::Oci, Compression::Gzip);
-    let runtime = runtime();
-    let registry = runtime.block_on(FaultRegistry::start());
-    for blob in image.blobs() {
-        registry.add_blob(blob.bytes.as_slice().to_vec());
-    }
-    let manifest = registry.add_manifest(image.media_type, image.manifest.bytes.as_slice().to_vec());
-    registry.tag("private/app", "1", manifest);
-    registry.set_auth(Auth::Basic("someone".to_owned(), "s3cret".to_owned()));
+    let (_runtime, registry) = private_registry(&image);
     let address = lazuli::address_in(&sandbox);
     let containerd = Containerd::start_with(&sandbox, generation, &address, DIFFER, "");
     let lazuli = lazuli::Lazuli::start(&sandbox, &containerd.address, &[registry.host()], "");
@@ -295,7 +301,7 @@ fn client(stage: &Stage, runtime: &tokio::runtime::Runtime) -> DiffClient<tonic:
     DiffClient::new(::lazuli::catalog::containerd::unix_channel(&address))
 }
 
-pub fn runtime() -> tokio::runtime::Runtime {
+fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

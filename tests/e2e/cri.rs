@@ -10,9 +10,9 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
+use crate::apply::private_registry;
 use crate::stage::Stage;
 use crate::support::containerd::{Containerd, DIFFER, Generation};
-use crate::support::fault_registry::{Auth, FaultRegistry};
 use crate::support::image::{Compression, Flavour, Image, Layer, base_entries, ordinary};
 use crate::support::lazuli::{self, Lazuli};
 use crate::support::sandbox::{
@@ -292,14 +292,7 @@ fn a_pod_in_a_user_namespace_copies_nothing_and_fetches_what_it_reads() {
 fn a_private_image_that_only_kubelet_has_the_password_of() {
     let sandbox = Sandbox::new("a_private_image_of_a_pod");
     let image = ordinary(Flavour::Oci, Compression::Gzip);
-    let runtime = crate::apply::runtime();
-    let registry = runtime.block_on(FaultRegistry::start());
-    for blob in image.blobs() {
-        registry.add_blob(blob.bytes.as_slice().to_vec());
-    }
-    let manifest = registry.add_manifest(image.media_type, image.manifest.bytes.as_slice().to_vec());
-    registry.tag("private/app", "1", manifest);
-    registry.set_auth(Auth::Basic("someone".to_owned(), "s3cret".to_owned()));
+    let (_runtime, registry) = private_registry(&image);
     let address = lazuli::address_in(&sandbox);
     let more = configuration(&sandbox);
     let containerd = Containerd::start_with(&sandbox, generation(), &address, DIFFER, &more);

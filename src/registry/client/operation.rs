@@ -184,7 +184,7 @@ impl Operation {
     }
 
     /// Whether a host that says nothing may be asked over another connection. The whole of a blob is asked for once: what comes of it in
-    /// vain would be much.
+    /// vain would be much, and all of it where the host has no ranges.
     fn may_ask_again(&self) -> bool {
         !self.again && self.ask.blob.is_some() && self.ask.range.is_some()
     }
@@ -192,7 +192,7 @@ impl Operation {
     /// How long a body from the endpoint at `place` may bring nothing before it is given up for another one, if there is one that has not
     /// failed yet, or, once, for another connection. Otherwise the connection's own patience is all there is.
     pub(super) fn stall(&self, place: usize) -> Option<Duration> {
-        (!self.again || self.attempts.has_fresh_beside(place)).then_some(SLOW)
+        (self.may_ask_again() || self.attempts.has_fresh_beside(place)).then_some(SLOW)
     }
 
     /// The body from the endpoint at `place` stalled: what is missing is asked for over another connection, whoever is asked.

@@ -34,6 +34,7 @@ mod tls;
 mod tokens;
 
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -282,6 +283,38 @@ async fn a_silent_host_is_given_up_and_the_rest_is_asked_for() {
         "{:?}",
         f.ranges(On::Blob)
     );
+}
+
+/// Longer than any silence is borne: `idle_timeout` below, and the time after which a body is asked for over another connection (4 s).
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// Whoever reads may pause in the middle of waiting, and find then what has come meanwhile.
+#[tokio::test]
+async fn a_pause_of_who_reads_is_no_silence_of_the_host() {
+    let registry = FaultRegistry::start().await;
+    // More than the buffers between the two hold.
+    let bytes = noise(32 << 20);
+    let digest = registry.add_blob(bytes.clone());
+    let impatient = RegistryConfig {
+        idle_timeout: Duration::from_secs(1),
+        ..config()
+    };
+    let blob = source(&impatient, &registry.host()).blob(digest, bytes.len() as u64);
+    // Several, since which of two things that are both so is seen first may be a matter of chance.
+    let readers = (0..4u64).map(async |start| {
+        let mut body = blob.read(start..bytes.len() as u64).await.unwrap();
+        let mut got = body.try_next().await.unwrap().unwrap().to_vec();
+        while let Poll::Ready(piece) = futures::poll!(body.try_next()) {
+            got.extend_from_slice(&piece.unwrap().expect("not all of it is here yet"));
+        }
+        tokio::time::sleep(PAUSE).await;
+        while let Some(piece) = body.try_next().await.unwrap() {
+            got.extend_from_slice(&piece);
+        }
+        assert!(got == bytes[start as usize..]);
+    });
+    futures::future::join_all(readers).await;
+    assert_eq!(registry.seen(On::Blob).len(), 4, "nothing is asked for twice");
 }
 
 #[tokio::test]

@@ -14,7 +14,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use futures::stream::{self, FuturesUnordered};
 use futures::{FutureExt, StreamExt};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 
 use crate::layer::Digest;
 use crate::registry::{Blob, Body, Origin, RegistryError};
@@ -103,6 +103,8 @@ impl Places {
             }
             let patience = if busy.is_empty() { Duration::ZERO } else { SILENT };
             tokio::select! {
+                // Answers before the clock, which goes on while nobody listens.
+                biased;
                 Some((at, outcome)) = asked.next() => match outcome {
                     Ok(body) => {
                         self.served.store(at, Ordering::Relaxed);
@@ -176,17 +178,17 @@ struct Going {
 impl Going {
     async fn next(&mut self) -> Option<Result<bytes::Bytes, RegistryError>> {
         loop {
-            let silence = async {
-                match self.can_stall {
-                    true => sleep(STALLED).await,
-                    false => std::future::pending().await,
-                }
+            // What has arrived is looked at before the clock, which goes on while nobody asks for more.
+            let piece = match self.can_stall {
+                true => timeout(STALLED, self.body.next()).await.ok(),
+                false => Some(self.body.next().await),
             };
-            let piece = tokio::select! {
-                piece = self.body.next() => piece,
-                () = silence => {
+            let piece = match piece {
+                Some(piece) => piece,
+                None => {
                     let elsewhere = self.places.open(self.rest.clone(), self.how, Some(self.from));
                     tokio::select! {
+                        biased;
                         piece = self.body.next() => piece,
                         Ok((at, body)) = elsewhere => {
                             self.places.failed(self.from, "it stalled");

@@ -22,6 +22,7 @@ use lru::LruCache;
 use url::Url;
 
 use super::error::CHECK_CREDENTIALS;
+use super::hosts::wire::Wire;
 use super::hosts::{Endpoint, authority, is_loopback};
 use super::{RegistryError, lock};
 use crate::metrics::Metrics;
@@ -70,7 +71,7 @@ pub struct Party<'a> {
     name: String,
     /// Its address: what is relative in its challenges is relative to this.
     url: &'a Url,
-    client: &'a reqwest::Client,
+    client: &'a Wire,
     /// An endpoint behind TLS has sent us here, to where there is none: no secrets.
     is_downgrade: bool,
     is_endpoint: bool,

@@ -21,6 +21,7 @@ use super::auth::{Credentials, Gates};
 use super::health::Health;
 use super::hosts::HostTable;
 use super::hosts::proxy::Proxies;
+use super::hosts::wire::Response;
 use super::location::Locations;
 use super::{Blob, MAX_MANIFEST, ManifestBytes, Referrer, RegistryError, Source, SourceStats, json, lock};
 use crate::config::RegistryConfig;
@@ -276,7 +277,7 @@ impl Repository {
 }
 
 /// The body of a manifest or another document.
-async fn read_document(operation: &Operation, place: usize, answer: &mut reqwest::Response) -> Result<Bytes, Failure> {
+async fn read_document(operation: &Operation, place: usize, answer: &mut Response) -> Result<Bytes, Failure> {
     let mut body = BytesMut::new();
     loop {
         match answer.chunk().await {
@@ -292,7 +293,7 @@ async fn read_document(operation: &Operation, place: usize, answer: &mut reqwest
                 body.extend_from_slice(&piece);
             }
             Ok(None) => return Ok(undo(body.freeze(), answer.headers())),
-            Err(error) => return Err(operation.broken(place, error)),
+            Err(cut) => return Err(operation.broken(place, &cut)),
         }
     }
 }
@@ -314,7 +315,7 @@ fn first(body: &[u8]) -> Option<u8> {
 async fn read_manifest(
     operation: &Operation,
     place: usize,
-    mut answer: reqwest::Response,
+    mut answer: Response,
     wanted: Option<Digest>,
 ) -> Result<ManifestBytes, Failure> {
     let wrong = |problem: String| Failure::new(operation.protocol(place, problem), "protocol");

@@ -30,9 +30,11 @@ pub mod proxy;
 mod tests;
 mod tls;
 pub(super) mod transport;
+pub(super) mod wire;
 
 pub use parse::{HostSpec, parse_hosts_toml};
 use transport::{Clients, Pool};
+use wire::Wire;
 
 /// How long an answer about files on disk is taken as still true.
 const RECHECK: Duration = Duration::from_secs(1);
@@ -62,9 +64,9 @@ pub struct Endpoint {
     /// Headers from `hosts.toml`. Never sent to another host.
     pub headers: HeaderMap,
     /// The connection pool.
-    pub client: reqwest::Client,
+    pub client: Wire,
     /// Another one to the same, in which every request has a connection of its own: HTTP/1.1, whatever the host offers.
-    pub beside: reqwest::Client,
+    pub beside: Wire,
 }
 
 /// Finds endpoints, and remembers them while their files stay the same.

@@ -18,7 +18,7 @@ use url::Url;
 use super::Party;
 use super::credentials::Secret;
 use crate::metrics::Metrics;
-use crate::registry::hosts::transport::chain;
+use crate::registry::hosts::wire::Response;
 use crate::registry::hosts::{authority, is_loopback};
 use crate::registry::{RegistryError, attempts, count_request, json};
 
@@ -261,14 +261,12 @@ impl TokenRequest<'_> {
                 _ => self.party.client.get(url.clone()),
             };
             let host = authority(&url);
-            let outcome = request
-                .header(header::ACCEPT, "application/json, */*;q=0.5")
-                .send()
-                .await;
+            let request = request.header(header::ACCEPT, "application/json, */*;q=0.5");
+            let outcome = self.party.client.send(request).await;
             count_request(self.metrics, outcome.as_ref().ok().map(|answer| answer.status()));
-            let answer = outcome.map_err(|error| RegistryError::Unreachable {
+            let answer = outcome.map_err(|cut| RegistryError::Unreachable {
                 host: host.clone(),
-                what: chain(&error.without_url()),
+                what: cut.to_string(),
             })?;
             let status = answer.status();
             match status.as_u16() {
@@ -317,13 +315,13 @@ impl TokenRequest<'_> {
     }
 
     /// The token of an answer. Nothing of the answer is repeated in an error: it holds the token.
-    async fn token(&self, mut answer: reqwest::Response, note: Option<String>) -> Result<Token, RegistryError> {
+    async fn token(&self, mut answer: Response, note: Option<String>) -> Result<Token, RegistryError> {
         let host = authority(answer.url());
         let mut body = Vec::new();
         loop {
-            let piece = answer.chunk().await.map_err(|error| RegistryError::Unreachable {
+            let piece = answer.chunk().await.map_err(|cut| RegistryError::Unreachable {
                 host: host.clone(),
-                what: chain(&error.without_url()),
+                what: cut.to_string(),
             })?;
             let Some(piece) = piece else { break };
             if body.len() + piece.len() > MAX_TOKEN_ANSWER {

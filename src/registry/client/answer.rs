@@ -4,9 +4,9 @@
 use std::io;
 
 use bytes::Bytes;
-use reqwest::Response;
 
 use super::encoding::Decoder;
+use crate::registry::hosts::wire::{Cut, Response};
 use crate::registry::range::{ContentRange, parse_content_range};
 
 /// Longest head of a part in a `multipart/byteranges`, in bytes.
@@ -33,7 +33,7 @@ pub(super) enum Broken {
     /// It brings nothing, and another host may.
     Stalled,
     /// The connection broke.
-    Connection(reqwest::Error),
+    Connection(Cut),
     /// The bytes are not what the head says.
     Content(String),
 }

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::{self, StreamExt};
 use http::{StatusCode, header};
-use reqwest::Response;
+use tokio::time::timeout;
 
 use super::answer::{Answer, Broken};
 use super::encoding::Encodings;
@@ -22,6 +22,7 @@ use super::quirks::Served;
 use super::{Repository, lock};
 use crate::layer::Digest;
 use crate::registry::attempts::Failure;
+use crate::registry::hosts::wire::Response;
 use crate::registry::range::{Content, Head, parse_unsatisfied};
 use crate::registry::{Blob, Body, Origin, RegistryError};
 
@@ -427,15 +428,11 @@ impl Reader {
             let place = answer.place;
             let operation = &self.operation;
             let stall = operation.stall(place);
-            let silence = async {
-                match stall {
-                    Some(stall) => tokio::time::sleep(stall).await,
-                    None => std::future::pending().await,
-                }
-            };
-            let next = tokio::select! {
-                next = answer.next(|bytes| operation.received(bytes)) => next,
-                () = silence => Err(Broken::Stalled),
+            let next = answer.next(|bytes| operation.received(bytes));
+            let next = match stall {
+                // What has arrived is looked at before the clock, which goes on while nobody asks for more.
+                Some(stall) => timeout(stall, next).await.unwrap_or(Err(Broken::Stalled)),
+                None => next.await,
             };
             let failure = match next {
                 Ok(Some(mut piece)) => {
@@ -470,7 +467,7 @@ impl Reader {
                     let host = self.operation.endpoint(place);
                     Failure::new(RegistryError::Unreachable { host, what }, "slow")
                 }
-                Err(Broken::Connection(error)) => self.operation.broken(place, error),
+                Err(Broken::Connection(cut)) => self.operation.broken(place, &cut),
                 Err(Broken::Content(problem)) => {
                     // The other way of reading it is tried.
                     self.note_wrong(place);

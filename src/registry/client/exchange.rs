@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, StatusCode, header};
-use reqwest::Response;
 use serde::Deserialize;
 use url::Url;
 
@@ -15,7 +14,7 @@ use crate::layer::Digest;
 use crate::registry::attempts::{Failure, retry_after};
 use crate::registry::auth::{Authorization, Party, Purpose, Refusal, challenges_of};
 use crate::registry::error::CHECK_CREDENTIALS;
-use crate::registry::hosts::transport::chain;
+use crate::registry::hosts::wire::Response;
 use crate::registry::hosts::{Endpoint, authority};
 use crate::registry::range::range_header;
 use crate::registry::{RegistryError, count_request, json};
@@ -316,12 +315,10 @@ impl Repository {
             &self.shared.metrics,
             outcome.as_ref().ok().map(|answer| answer.status()),
         );
-        outcome.map_err(|error| {
-            // The address is left out: a signed one would be a secret in a log.
-            let what = chain(&error.without_url());
+        outcome.map_err(|cut| {
             let what = match proxy {
-                Some(proxy) => format!("{what} (through the proxy {proxy})"),
-                None => what,
+                Some(proxy) => format!("{cut} (through the proxy {proxy})"),
+                None => cut.to_string(),
             };
             Failure::new(RegistryError::Unreachable { host, what }, "connection")
         })

@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use reqwest::Response;
 use url::Url;
 
 use super::Repository;
@@ -23,7 +22,7 @@ use crate::layer::Digest;
 use crate::registry::RegistryError;
 use crate::registry::attempts::{Attempts, Failure};
 use crate::registry::health::SLOW;
-use crate::registry::hosts::transport::chain;
+use crate::registry::hosts::wire::{Cut, Response};
 use crate::registry::hosts::{Endpoint, For};
 
 /// An operation under way.
@@ -120,6 +119,8 @@ impl Operation {
             };
             let wait = next.map(|(_, wait)| wait);
             tokio::select! {
+                // Answers before the clock, which goes on while nobody listens.
+                biased;
                 Some((place, outcome)) = asked.next() => {
                     let turn = busy.iter().position(|(other, _)| *other == place).unwrap_or_default();
                     match outcome {
@@ -296,10 +297,10 @@ impl Operation {
     }
 
     /// The body broke.
-    pub(super) fn broken(&self, place: usize, error: reqwest::Error) -> Failure {
+    pub(super) fn broken(&self, place: usize, cut: &Cut) -> Failure {
         let error = RegistryError::Unreachable {
             host: self.endpoint(place),
-            what: format!("the answer broke off: {}", chain(&error.without_url())),
+            what: format!("the answer broke off: {cut}"),
         };
         Failure::new(error, "cut")
     }

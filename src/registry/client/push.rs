@@ -14,6 +14,7 @@ use super::exchange::{Ask, Payload, Place};
 use super::{Operation, Repository};
 use crate::layer::Digest;
 use crate::registry::artifact::{Artifact, Descriptor, EMPTY, MAX_REFERRERS, ReferrersIndex, fallback_tag};
+use crate::registry::hosts::wire::Response;
 use crate::registry::image::{MANIFEST_TYPE, OCI_INDEX};
 use crate::registry::{Referrer, RegistryError};
 
@@ -244,7 +245,7 @@ impl Pusher {
     }
 
     /// Sends a request until it succeeds; the answer, and the base of the endpoint that gave it.
-    async fn send(&self, ask: Ask) -> Result<(Url, reqwest::Response), RegistryError> {
+    async fn send(&self, ask: Ask) -> Result<(Url, Response), RegistryError> {
         let what = ask.what.clone();
         let mut operation = Operation::new(self.0.clone(), ask).await?;
         let (place, answer) = operation.respond().await?;
@@ -260,7 +261,7 @@ impl Pusher {
 }
 
 /// Where an upload that was begun goes on.
-fn upload_place(base: &Url, begun: &reqwest::Response) -> Result<Url, &'static str> {
+fn upload_place(base: &Url, begun: &Response) -> Result<Url, &'static str> {
     if begun.status() != StatusCode::ACCEPTED {
         return Err("an upload begins with 202");
     }

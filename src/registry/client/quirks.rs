@@ -9,10 +9,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use reqwest::Response;
-
 use super::encoding::Encodings;
 use crate::layer::Digest;
+use crate::registry::hosts::wire::Response;
 use crate::registry::lock;
 
 /// How long a host is taken to have no ranges of a blob, when that is seen first: about as long as a pull-through cache takes to get a layer.

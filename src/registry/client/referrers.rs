@@ -13,6 +13,7 @@ use super::{Operation, Repository, read_document};
 use crate::layer::Digest;
 use crate::registry::artifact::{MAX_REFERRERS, ReferrersIndex, fallback_tag};
 use crate::registry::attempts::Failure;
+use crate::registry::hosts::wire::Response;
 use crate::registry::image::{OCI_INDEX, json_problem};
 use crate::registry::{Referrer, RegistryError, json};
 
@@ -157,7 +158,7 @@ impl Repository {
 }
 
 /// Where an answer says that its list goes on: at the same host, or nowhere.
-fn next_page(operation: &Operation, place: usize, answer: &reqwest::Response) -> Result<Option<Place>, String> {
+fn next_page(operation: &Operation, place: usize, answer: &Response) -> Result<Option<Place>, String> {
     let Some(target) = answer
         .headers()
         .get_all(header::LINK)

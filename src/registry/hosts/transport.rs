@@ -11,6 +11,7 @@ use url::Url;
 
 use super::proxy::Proxies;
 use super::tls::files::{certificates, identity};
+use super::wire::Wire;
 use super::{HostSpec, config_error, read_file, tls};
 use crate::layer::Digest;
 use crate::layer::digest::Hasher;
@@ -34,9 +35,9 @@ pub(super) struct Clients {
 /// The two ways to ask one host.
 #[derive(Debug, Clone)]
 pub(super) struct Pool {
-    pub(super) client: reqwest::Client,
+    pub(super) client: Wire,
     /// Every request has a connection of its own.
-    pub(super) beside: reqwest::Client,
+    pub(super) beside: Wire,
 }
 
 /// What makes a connection differ from another to the same address.
@@ -102,8 +103,8 @@ impl Clients {
             .tls_backend_preconfigured(single)
             .build();
         let pool = Pool {
-            client: client.map_err(|error| failed(&error))?,
-            beside: beside.map_err(|error| failed(&error))?,
+            client: Wire::new(client.map_err(|error| failed(&error))?, self.idle_timeout),
+            beside: Wire::new(beside.map_err(|error| failed(&error))?, self.idle_timeout),
         };
         lock(&self.pools).insert(key, pool.clone());
         Ok(pool)
@@ -123,7 +124,6 @@ impl Clients {
                     .filter(|t| !t.is_zero())
                     .unwrap_or(self.connect_timeout),
             )
-            .read_timeout(self.idle_timeout)
             .http2_initial_stream_window_size(STREAM_WINDOW)
             .http2_initial_connection_window_size(CONNECTION_WINDOW)
             .http2_keep_alive_interval(PING_INTERVAL)

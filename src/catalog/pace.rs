@@ -32,8 +32,9 @@ const SETTLE: Duration = Duration::from_millis(700);
 /// they are doubled three times.
 const GROWN: Duration = Duration::from_millis(2500);
 const GROWTH: f64 = 8.0;
-/// How long the others have to pause until the link is the stream's alone: what kernels take for a connection that nobody reads from still
-/// comes (6 MiB each here, and 4 MiB in a proxy on the way: tcp(7), `tcp_rmem` and `tcp_wmem`).
+/// How long the others have to pause until the link is surely the stream's alone. Those that can give up their connections; what kernels take
+/// for a connection that is kept and that nobody reads from still comes (6 MiB each here, and 4 MiB in a proxy on the way: tcp(7),
+/// `tcp_rmem` and `tcp_wmem`).
 const EMPTIED: Duration = Duration::from_secs(4);
 /// By how much a stream may seem too slow before it is given up: paces vary.
 const TOLERANCE: f64 = 1.3;

@@ -18,11 +18,13 @@
 //! has all it will hold before it is asked for, out of the other half, for which nobody waits: so what is first in order can always go on.
 //!
 //! *Faults.* A lane that fails is asked for once more from where it was cut, as the only one: from then on the stream has one connection. One that
-//! everything waits for and that is much slower than its peers is asked for a second time beside; whichever is first goes on. A
+//! everything waits for and that brings much less than its peers is asked for a second time beside; whichever is first goes on. A
 //! body that ends early ends the stream, as it does with one connection: the blob's digest tells.
 //!
-//! *Pauses* hold the own lane where it has no end near by, and keep extra ones from beginning; ranges that have begun come to theirs, as they
-//! hold places.
+//! *Pauses* keep extra lanes from beginning; ranges that have begun come to their ends, as they hold places. The own lane gives up its
+//! connection, and goes on with the rest afterwards: a host sends on into the buffers of a connection that nobody reads (6 MiB are usual, on
+//! each), which takes the link from whom the pause is for, and over HTTP/2 those of a few streams are all that the others may have. Where that
+//! cannot be, or was done often, it only reads no further.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -44,9 +46,12 @@ use super::width::{Extra, Stream};
 use crate::registry::Blob;
 use crate::sync::{Budget, Share};
 
+mod room;
 mod task;
 
-use task::Task;
+pub(super) use room::Piece;
+use room::{Memory, Room, Unread};
+use task::{Report, Run, Task};
 
 /// Of the memory between download and decompression, the own lane has at most this part, but never less than [`PART_MIN`] bytes: its
 /// decompression may be slow on purpose.
@@ -58,9 +63,12 @@ const EXTRA_QUARTERS: u64 = 3;
 const LOOK: Duration = Duration::from_millis(50);
 /// After how long a stream that has one connection still is not said to be waiting for more: whoever waits for it has to know.
 const TOLD: Duration = Duration::from_millis(1500);
-/// Least time that everything waits for a lane before it is asked for a second time, and how many times as long as its peers it must have taken.
+/// Least time that everything waits for a lane before it is asked for a second time, and it would still take by itself; and how many times as
+/// much as it its peers must bring. (On a link that all share, all bring little: then another question would only add to that.)
 const SLOW: Duration = Duration::from_millis(500);
-const SLOWER: u32 = 2;
+const SLOWER: f64 = 2.0;
+/// How often a stream gives up its connection for a pause: each costs a request.
+const GIVES_WAY: u32 = 2;
 
 /// How long ranges are, in bytes: a request costs a round trip, and memory for what it brings.
 #[derive(Debug, Clone, Copy)]
@@ -78,90 +86,11 @@ impl Default for Shape {
     }
 }
 
-/// Bytes of the blob, with the memory they take.
-pub(super) struct Piece {
-    pub bytes: Bytes,
-    _memory: Memory,
-    _unread: Unread,
-}
-
-#[expect(dead_code, reason = "held for as long as the bytes are")]
-enum Memory {
-    Own(Share, Share),
-    Kept(Arc<[Share; 2]>),
-}
-
-/// Counts bytes that were handed on and not read yet.
-struct Unread(Arc<AtomicU64>, u64);
-
-impl Drop for Unread {
-    fn drop(&mut self) {
-        self.0.fetch_sub(self.1, Ordering::Relaxed);
-    }
-}
-
-/// Where a lane's memory comes from.
-#[derive(Clone)]
-enum Room {
-    /// Waits for it. The part is this stream's alone, and comes back as its decompression goes on: nobody else waits for it.
-    Own { part: Arc<Budget>, all: Arc<Budget> },
-    /// Has all it needs.
-    Kept(Arc<[Share; 2]>),
-}
-
-impl Room {
-    /// More at once could never be let in.
-    fn most(&self) -> u64 {
-        match self {
-            Room::Own { part, all } => part.total().min(all.total()),
-            Room::Kept(_) => u64::MAX,
-        }
-    }
-
-    async fn take(&self, bytes: u64) -> Memory {
-        match self {
-            Room::Own { part, all } => Memory::Own(part.take(bytes).await, all.take(bytes).await),
-            Room::Kept(kept) => Memory::Kept(Arc::clone(kept)),
-        }
-    }
-}
-
 /// Bytes that a lane has brought, and where they begin.
 struct Arrived {
     at: u64,
     bytes: Bytes,
     memory: Memory,
-}
-
-/// What a lane's task tells.
-#[derive(Debug)]
-struct Report {
-    /// Where the next byte will be that it brings.
-    position: AtomicU64,
-    /// Where it ends, if that is before the end of its range.
-    limit: AtomicU64,
-    begun: AtomicBool,
-    failed: AtomicBool,
-    ended: AtomicBool,
-    /// How long it took, in milliseconds.
-    took: AtomicU64,
-}
-
-/// The bytes of a request, as its task brings them; dropped, the task ends.
-struct Run {
-    arrivals: mpsc::UnboundedReceiver<Result<Arrived, Fault>>,
-    report: Arc<Report>,
-    _task: AbortOnDropHandle<()>,
-}
-
-impl Run {
-    fn has_begun(&self) -> bool {
-        self.report.begun.load(Ordering::Acquire)
-    }
-
-    fn has_ended(&self) -> bool {
-        self.report.ended.load(Ordering::Acquire)
-    }
 }
 
 struct Lane {
@@ -172,12 +101,39 @@ struct Lane {
     open: bool,
     room: Room,
     run: Run,
+    /// Whether it has given up its connection before its end.
+    gave_way: bool,
     /// The same once more, if it was too slow.
     twin: Option<Run>,
     doubled: bool,
     begin: Instant,
     /// Whether it was asked for as a part beside others, for which a plain request is another way.
     beside: bool,
+}
+
+impl Lane {
+    /// One that begins now.
+    fn new(range: Range<u64>, own: bool, open: bool, how: How, room: Room, run: Run) -> Self {
+        Lane {
+            range,
+            own,
+            open,
+            room,
+            run,
+            gave_way: false,
+            twin: None,
+            doubled: false,
+            begin: Instant::now(),
+            beside: how == How::Beside,
+        }
+    }
+
+    /// Bytes per second that it has brought so far.
+    fn rate(&self, now: Instant) -> f64 {
+        let brought = self.run.position().saturating_sub(self.range.start);
+        let time = self.run.took().unwrap_or(now - self.begin);
+        brought as f64 / time.as_secs_f64().max(0.001)
+    }
 }
 
 /// How a lane is asked for.
@@ -212,8 +168,8 @@ pub(super) struct Lanes {
     extras_at: Option<Instant>,
     hungry: bool,
     unread: Arc<AtomicU64>,
-    /// How long a range takes.
-    usual: Duration,
+    /// How often it has given way.
+    gave_way: u32,
 }
 
 impl Lanes {
@@ -238,9 +194,10 @@ impl Lanes {
             extras_at: None,
             hungry: false,
             unread: Arc::default(),
-            usual: Duration::ZERO,
+            gave_way: 0,
         };
-        lanes.begin_own(0..lanes.size, true, How::Plain);
+        let lane = lanes.own(0..lanes.size, true, How::Plain);
+        lanes.lanes.push_back(lane);
         lanes
     }
 
@@ -252,7 +209,8 @@ impl Lanes {
                 return Ok(None);
             }
             self.go_ahead();
-            let Some(head) = self.lanes.front_mut() else {
+            let position = self.position;
+            let Some(head) = self.lanes.front_mut().filter(|lane| lane.range.start <= position) else {
                 // It pauses.
                 sleep(LOOK).await;
                 continue;
@@ -278,6 +236,9 @@ impl Lanes {
                         }
                     }
                     Some(Err(fault)) => self.again(fault)?,
+                    None if head.gave_way => {
+                        self.lanes.pop_front();
+                    }
                     // It ended before its end, and not by a fault.
                     None => return Ok(None),
                 },
@@ -341,8 +302,6 @@ impl Lanes {
                 break;
             }
             if !head.open {
-                let took = Duration::from_millis(head.run.report.took.load(Ordering::Relaxed));
-                self.usual = (self.usual * 3 + took) / 4;
                 self.resources.ranges("done");
             }
             self.lanes.pop_front();
@@ -366,17 +325,28 @@ impl Lanes {
         if self.lanes.iter().any(|lane| !lane.own && !lane.run.has_ended()) {
             self.extras_at = Some(now);
         }
-        if self.resources.wishes.borrow().pauses() {
+        if self.pauses() {
             self.waiting = None;
+            self.give_way();
             return;
         }
-        // The own lane goes on as soon as it has ended.
+        // What one was to bring that has given way, before others that have begun.
+        if let Some(next) = self.lanes.front().map(|lane| lane.range.start)
+            && next > self.position
+        {
+            let lane = self.own(self.position..next, false, How::Beside);
+            self.lanes.push_front(lane);
+        }
+        // The own lane goes on as soon as it has ended. One that failed will be asked for again: the next one could have all the memory by then, and
+        // keep it.
         let last = self.lanes.back().map_or(self.position, |lane| lane.range.end);
-        if last < self.size && !self.lanes.iter().any(|lane| lane.own && !lane.run.has_ended()) {
+        let goes_on = |lane: &Lane| lane.own && (!lane.run.has_ended() || lane.run.has_failed());
+        if last < self.size && !self.lanes.iter().any(goes_on) {
             // Extra lanes come and go.
             let narrow = self.extras_at.is_none_or(|at| now - at > LOOK * 4);
             let end = if narrow { self.size } else { self.end_of(last) };
-            self.begin_own(last..end, narrow, How::Beside);
+            let lane = self.own(last..end, narrow, How::Beside);
+            self.lanes.push_back(lane);
         }
         if !self.wide || !self.hungry {
             self.waiting = None;
@@ -397,17 +367,34 @@ impl Lanes {
         }
     }
 
+    fn pauses(&self) -> bool {
+        self.resources.wishes.borrow().pauses()
+    }
+
+    /// Gives up the connection of the own lane, if more is to come over it than is worth a request.
+    fn give_way(&mut self) {
+        let rest = self.size - self.position;
+        let can = self.wide && self.gave_way < GIVES_WAY && rest > self.resources.shape.most;
+        if let Some(lane) = self.lanes.front_mut()
+            && can
+            && lane.open
+            && !lane.gave_way
+        {
+            // What it has brought is still read.
+            lane.run.end();
+            lane.gave_way = true;
+            self.gave_way += 1;
+            self.resources.ranges("gave_way");
+        }
+    }
+
     fn look(&mut self, now: Instant) {
         let ahead = self.lanes.iter().map(|lane| {
             let from = lane.range.start.max(self.position);
-            lane.run.report.position.load(Ordering::Acquire).saturating_sub(from)
+            lane.run.position().saturating_sub(from)
         });
         (self.resources.arrived)(self.position.saturating_add(ahead.sum()));
-        if self
-            .lanes
-            .iter()
-            .any(|lane| lane.run.report.failed.load(Ordering::Acquire))
-        {
+        if self.lanes.iter().any(|lane| lane.run.has_failed()) {
             self.wide = false;
         }
         let extras = self.lanes.iter().any(|lane| !lane.own);
@@ -417,16 +404,13 @@ impl Lanes {
             false => self.part.total() / 2,
         };
         self.hungry = self.unread.load(Ordering::Relaxed) < room;
-        let grows = self
-            .stream
-            .look(self.hungry && self.wide && self.size - self.position > self.resources.shape.most);
+        let hungry = self.hungry && self.wide && self.size - self.position > self.resources.shape.most;
+        let grows = self.stream.look(hungry, !self.pauses());
         let soon = now - self.begin < TOLD || self.stream.allowed() > 0;
         (self.resources.grows)(grows && soon && self.wide);
-        let slow = SLOW.max(self.usual * SLOWER);
         let Some(head) = self.lanes.front() else { return };
-        let late = head.beside && !head.open && !head.doubled && !head.run.has_ended() && now - head.begin > slow;
-        // Where nobody brings anything, a second question would only add to that.
-        if late && self.lanes.iter().skip(1).any(|lane| lane.run.has_begun()) {
+        let late = head.beside && !head.open && !head.doubled && !head.run.has_ended() && now - head.begin > SLOW;
+        if late && self.hungry && self.is_slower(head, now) {
             let how = if self.wide { How::Beside } else { How::Plain };
             let twin = self.run(self.position..head.range.end, how, head.room.clone(), None);
             if let Some(head) = self.lanes.front_mut() {
@@ -434,6 +418,15 @@ impl Lanes {
                 head.doubled = true;
             }
         }
+    }
+
+    /// Whether `head` brings much less than the lanes beside it, and has long to go.
+    fn is_slower(&self, head: &Lane, now: Instant) -> bool {
+        let peers = self.lanes.iter().skip(1).filter(|lane| lane.run.has_begun());
+        let rates: Vec<f64> = peers.map(|lane| lane.rate(now)).collect();
+        let (rate, usual) = (head.rate(now), rates.iter().sum::<f64>() / rates.len().max(1) as f64);
+        let rest = head.range.end.saturating_sub(head.run.position());
+        rate * SLOWER < usual && rest as f64 > rate * SLOW.as_secs_f64()
     }
 
     /// How long ranges are now.
@@ -454,10 +447,11 @@ impl Lanes {
 
     /// The range of the next extra lane, of `most` bytes at most.
     fn next_extra(&self, most: u64) -> Option<Range<u64>> {
-        let last = self.lanes.back()?;
+        // One that has given way ends nobody knows where.
+        let last = self.lanes.back().filter(|lane| !lane.gave_way)?;
         let start = match last.open {
             // It goes on for as long as the other one takes.
-            true => last.run.report.position.load(Ordering::Acquire).max(self.position) + self.length(),
+            true => last.run.position().max(self.position) + self.length(),
             false => last.range.end,
         };
         let rest = self.size.saturating_sub(start);
@@ -479,31 +473,18 @@ impl Lanes {
         };
         let room = Room::Kept(Arc::new(kept));
         let run = self.run(range.clone(), How::Beside, room.clone(), Some((place, extra)));
-        self.push(range, false, false, How::Beside, room, run);
+        self.lanes
+            .push_back(Lane::new(range, false, false, How::Beside, room, run));
     }
 
-    fn begin_own(&mut self, range: Range<u64>, open: bool, how: How) {
+    fn own(&self, range: Range<u64>, open: bool, how: How) -> Lane {
         let room = Room::Own {
             part: Arc::clone(&self.part),
             all: Arc::clone(&self.resources.memory),
         };
         let pauses = open.then(|| self.resources.wishes.clone());
         let run = self.start(range.clone(), how, room.clone(), None, pauses);
-        self.push(range, true, open, how, room, run);
-    }
-
-    fn push(&mut self, range: Range<u64>, own: bool, open: bool, how: How, room: Room, run: Run) {
-        self.lanes.push_back(Lane {
-            range,
-            own,
-            open,
-            room,
-            run,
-            twin: None,
-            doubled: false,
-            begin: Instant::now(),
-            beside: how == How::Beside,
-        });
+        Lane::new(range, true, open, how, room, run)
     }
 
     /// The lane that is waited for has failed: it is asked for once more, plainly.
@@ -531,6 +512,7 @@ impl Lanes {
         if let Some(head) = self.lanes.front_mut() {
             head.run = run;
             head.beside = false;
+            head.gave_way = false;
         }
         Ok(())
     }
@@ -571,7 +553,7 @@ impl Lanes {
         Run {
             arrivals,
             report,
-            _task: AbortOnDropHandle::new(tokio::spawn(task.run(out, held))),
+            task: AbortOnDropHandle::new(tokio::spawn(task.run(out, held))),
         }
     }
 }

@@ -48,6 +48,7 @@ struct Seen {
     now: Duration,
     /// Bytes that all streams of the host have brought, from any beginning.
     bytes: u64,
+    /// Streams that run: the connections of those that pause bring nothing.
     streams: usize,
     /// Connections beside those of the streams that are in use.
     used: usize,
@@ -210,13 +211,18 @@ struct State {
     width: Width,
     fixed: Option<usize>,
     used: usize,
-    streams: usize,
+    joined: usize,
+    /// Those of them that do not pause.
+    running: usize,
     hungry: Option<Instant>,
     left: Instant,
 }
 
 /// A stream at its host.
-pub(super) struct Stream(Arc<Link>);
+pub(super) struct Stream {
+    link: Arc<Link>,
+    runs: bool,
+}
 
 /// The right to a connection beside that of the stream; dropped, somebody else has it.
 pub(super) struct Extra(Arc<Link>);
@@ -247,11 +253,11 @@ impl Links {
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         let old = |link: &Link| {
             let state = link.lock();
-            state.streams == 0 && now.saturating_duration_since(state.left) > REMEMBERED
+            state.joined == 0 && now.saturating_duration_since(state.left) > REMEMBERED
         };
         links.retain(|_, link| !old(link));
         if links.len() >= MAX_HOSTS {
-            links.retain(|_, link| link.lock().streams > 0);
+            links.retain(|_, link| link.lock().joined > 0);
         }
         let link = links.entry(Arc::clone(host)).or_insert_with(|| {
             Arc::new(Link {
@@ -261,7 +267,8 @@ impl Links {
                     width: Width::new(self.most),
                     fixed: self.fixed,
                     used: 0,
-                    streams: 0,
+                    joined: 0,
+                    running: 0,
                     hungry: None,
                     left: now,
                 }),
@@ -269,8 +276,11 @@ impl Links {
         });
         let link = Arc::clone(link);
         drop(links);
-        link.lock().streams += 1;
-        Stream(link)
+        let mut state = link.lock();
+        state.joined += 1;
+        state.running += 1;
+        drop(state);
+        Stream { link, runs: true }
     }
 }
 
@@ -288,21 +298,27 @@ impl Link {
 impl Stream {
     /// What counts the bytes that come.
     pub(super) fn link(&self) -> &Arc<Link> {
-        &self.0
+        &self.link
     }
 
-    /// Looks at the host: now and then, whether the stream is `hungry` or not. Whether more connections may come of it yet.
-    pub(super) fn look(&self, hungry: bool) -> bool {
-        let mut state = self.0.lock();
+    /// Looks at the host: now and then, whether the stream is `hungry` or not, and runs or pauses. Whether more connections may come of it yet.
+    pub(super) fn look(&mut self, hungry: bool, runs: bool) -> bool {
+        let mut state = self.link.lock();
+        match (self.runs, runs) {
+            (true, false) => state.running -= 1,
+            (false, true) => state.running += 1,
+            _ => {}
+        }
+        self.runs = runs;
         // Under the lock: the streams of a host look side by side, and time goes on from one look to the next.
         let now = Instant::now();
-        if hungry {
+        if hungry && runs {
             state.hungry = Some(now);
         }
         let seen = Seen {
-            now: now.saturating_duration_since(self.0.begin),
-            bytes: self.0.bytes.load(Ordering::Relaxed),
-            streams: state.streams,
+            now: now.saturating_duration_since(self.link.begin),
+            bytes: self.link.bytes.load(Ordering::Relaxed),
+            streams: state.running,
             used: state.used,
             hungry: state
                 .hungry
@@ -325,25 +341,26 @@ impl Stream {
 
     /// How many connections all streams of the host may use beside one for each.
     pub(super) fn allowed(&self) -> usize {
-        let state = self.0.lock();
+        let state = self.link.lock();
         state.fixed.unwrap_or(state.width.extra)
     }
 
     /// One of them, if it is free.
     pub(super) fn extra(&self) -> Option<Extra> {
-        let mut state = self.0.lock();
+        let mut state = self.link.lock();
         let allowed = state.fixed.unwrap_or(state.width.extra);
         (state.used < allowed).then(|| {
             state.used += 1;
-            Extra(Arc::clone(&self.0))
+            Extra(Arc::clone(&self.link))
         })
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        let mut state = self.0.lock();
-        state.streams -= 1;
+        let mut state = self.link.lock();
+        state.joined -= 1;
+        state.running -= usize::from(self.runs);
         state.left = Instant::now();
     }
 }

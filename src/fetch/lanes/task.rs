@@ -2,21 +2,73 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::{Instant, timeout};
+use tokio_util::task::AbortOnDropHandle;
 
-use super::{Arrived, How, Report, Room};
+use super::{Arrived, How, Room};
 use crate::fetch::flights::Wishes;
 use crate::fetch::pipeline::Fault;
 use crate::fetch::schedule::Place;
 use crate::fetch::width::{Extra, Link};
 use crate::registry::{Blob, Body, RegistryError};
 use crate::sync::caught;
+
+/// What a lane's task tells.
+#[derive(Debug)]
+pub(super) struct Report {
+    /// Where the next byte will be that it brings.
+    pub(super) position: AtomicU64,
+    /// Where it ends, if that is before the end of its range.
+    pub(super) limit: AtomicU64,
+    pub(super) begun: AtomicBool,
+    pub(super) failed: AtomicBool,
+    pub(super) ended: AtomicBool,
+    /// How long it took, in milliseconds.
+    pub(super) took: AtomicU64,
+}
+
+/// The bytes of a request, as its task brings them; dropped, the task ends.
+pub(super) struct Run {
+    pub(super) arrivals: mpsc::UnboundedReceiver<Result<Arrived, Fault>>,
+    pub(super) report: Arc<Report>,
+    pub(super) task: AbortOnDropHandle<()>,
+}
+
+impl Run {
+    pub(super) fn has_begun(&self) -> bool {
+        self.report.begun.load(Ordering::Acquire)
+    }
+
+    pub(super) fn has_ended(&self) -> bool {
+        self.report.ended.load(Ordering::Acquire)
+    }
+
+    pub(super) fn has_failed(&self) -> bool {
+        self.report.failed.load(Ordering::Acquire)
+    }
+
+    /// Where the next byte will be that it brings.
+    pub(super) fn position(&self) -> u64 {
+        self.report.position.load(Ordering::Acquire)
+    }
+
+    /// How long it took, once it has ended.
+    pub(super) fn took(&self) -> Option<Duration> {
+        let took = || Duration::from_millis(self.report.took.load(Ordering::Relaxed));
+        self.has_ended().then(took)
+    }
+
+    /// Ends its request. What it has brought before can still be taken.
+    pub(super) fn end(&self) {
+        self.task.abort();
+    }
+}
 
 /// Moves one request.
 pub(super) struct Task {

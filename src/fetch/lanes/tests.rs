@@ -477,6 +477,92 @@ async fn a_pause_begins_nothing_and_lets_ranges_end() {
     assert!(net.sent.load(Ordering::Relaxed) > sent + 10 * MB);
 }
 
+/// What nobody reads would fill buffers, on a link that somebody else is to have.
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_pauses_gives_its_connection_up_and_goes_on_where_it_was() {
+    for (fate, more) in [(Fate::Good, 0), (Fate::NoRanges, 1)] {
+        let fate = move |_, how| if how == How::Beside { fate } else { Fate::Good };
+        let net = Net::new(100 * MB, 5 * MB, 250 * MB, fate);
+        let given = Given::new(Links::new(0));
+        let mut lanes = given.lanes(&net);
+        let mut at = 0;
+        let mut read = async |time| {
+            let end = Instant::now() + time;
+            while let Ok(piece) = tokio::time::timeout_at(end, lanes.next()).await {
+                let Some(piece) = piece.unwrap() else { break };
+                assert!(piece.bytes == net.data[at..at + piece.bytes.len()], "at {at}");
+                at += piece.bytes.len();
+            }
+            at as u64
+        };
+        let pause = |pauses| given.wishes.send_modify(|wishes| wishes.pauses = pauses);
+        let mut gave_up = 0;
+        for _ in 0..GIVES_WAY + 2 {
+            read(Duration::from_secs(2)).await;
+            pause(1);
+            let before = read(Duration::from_secs(30)).await;
+            gave_up += u64::from(net.underway.load(Ordering::Relaxed) == 0);
+            assert_eq!(read(Duration::from_secs(30)).await, before, "nothing comes");
+            pause(0);
+        }
+        assert_eq!(read(PATIENCE).await, 100 * MB);
+        // A source without ranges sends all of it again, once.
+        assert_eq!(gave_up, if more == 0 { u64::from(GIVES_WAY) } else { 1 });
+        let sent = net.sent.load(Ordering::Relaxed);
+        let least = 100 * MB + more * 20 * MB;
+        assert!(
+            sent <= least + (gave_up + 1) * PIECE as u64,
+            "{sent} bytes for {gave_up}"
+        );
+        assert_eq!(given.outcome("gave_way"), gave_up);
+    }
+}
+
+/// The same with lanes further ahead, some of which have begun, and whatever becomes of the requests.
+#[tokio::test(start_paused = true)]
+async fn pauses_at_any_time_lose_no_byte_and_repeat_few() {
+    for seed in 0..SEEDS {
+        let choice = noise(seed, 64);
+        let fate = {
+            let choice = choice.clone();
+            move |number: usize, how| match (how, choice[number % 64] % 16) {
+                (How::Beside, 0) => Fate::Refused,
+                (How::Beside, 1) => Fate::Cut(u64::from(choice[1]) * 3000),
+                _ => Fate::Good,
+            }
+        };
+        let net = Net::new(60 * MB, 5 * MB, (5 + u64::from(choice[2] % 4) * 5) * MB, fate);
+        let given = Given::new(Links::fixed(usize::from(choice[3] % 5)));
+        let pauses = async {
+            for times in choice[4..].chunks(2) {
+                sleep(Duration::from_millis(u64::from(times[0]) * 8)).await;
+                given.wishes.send_modify(|wishes| wishes.pauses = 1);
+                sleep(Duration::from_millis(u64::from(times[1]) * 8)).await;
+                given.wishes.send_modify(|wishes| wishes.pauses = 0);
+            }
+        };
+        tokio::join!(given.read(&net), pauses);
+        let sent = net.sent.load(Ordering::Relaxed);
+        assert!(sent < 80 * MB, "{sent}, seed {seed}");
+        assert_eq!(given.memory.held() + given.ahead.held(), 0, "seed {seed}");
+    }
+}
+
+/// On a link that all of them share, all lanes are slow, and none of them is asked for twice.
+#[tokio::test(start_paused = true)]
+async fn ranges_that_are_all_slow_are_not_asked_for_twice() {
+    let net = Net::new(100 * MB, u64::MAX / 4 / MB, 5 * MB, |_, _| Fate::Good);
+    let given = Given::new(Links::fixed(6));
+    given.read(&net).await;
+    assert!(given.outcome("done") > 5, "it shows nothing");
+    let asked = net.asked.lock().unwrap();
+    let mut starts: Vec<_> = asked.iter().map(|(_, range)| range.start).collect();
+    starts.sort_unstable();
+    assert!(starts.windows(2).all(|two| two[0] != two[1]), "{asked:?}");
+    let sent = net.sent.load(Ordering::Relaxed);
+    assert!(sent <= 102 * MB, "{sent}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn who_waits_for_bytes_of_the_host_has_it_to_himself() {
     let net = Net::new(100 * MB, 5 * MB, 250 * MB, |_, _| Fate::Good);

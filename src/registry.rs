@@ -40,6 +40,7 @@ pub mod image;
 mod json;
 pub mod layout;
 pub mod location;
+pub mod peers;
 pub mod range;
 pub mod reference;
 

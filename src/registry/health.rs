@@ -13,6 +13,7 @@ use lru::LruCache;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::lock;
+use super::peers::{Peer, Peers};
 
 /// How long a host that failed once is asked last.
 const SHUNNED: Duration = Duration::from_secs(20);
@@ -66,6 +67,8 @@ struct Host {
     heard: Option<Instant>,
     /// Requests that may be made a second time at once.
     seconds: Arc<Semaphore>,
+    /// The connections that bring something.
+    peers: Arc<Peers>,
 }
 
 impl Default for Host {
@@ -74,6 +77,7 @@ impl Default for Host {
             shun: Shun::default(),
             heard: None,
             seconds: Arc::new(Semaphore::new(SECONDS)),
+            peers: Arc::new(Peers::new(Instant::now())),
         }
     }
 }
@@ -126,6 +130,12 @@ impl Health {
         let mut seconds = None;
         self.of(host, |host| seconds = Some(Arc::clone(&host.seconds)));
         seconds?.try_acquire_owned().ok()
+    }
+
+    /// A connection to `host` begins to bring something.
+    pub fn join(&self, host: &str, now: Instant) -> Peer {
+        let mut known = lock(&self.0);
+        known.get_or_insert_mut_ref(host, Host::default).peers.join(now)
     }
 
     /// Hosts that failed again and again, are asked last now, and how much longer.

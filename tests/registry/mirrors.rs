@@ -293,6 +293,39 @@ async fn a_body_that_stalls_goes_on_at_the_next_host() {
     assert_eq!(m.origin.seen(On::Blob)[0].range(), Some("bytes=20010-89999"));
 }
 
+/// A connection that drips, while others to the same host do not.
+#[tokio::test]
+async fn a_connection_that_drips_beside_others_is_not_waited_for() {
+    let registry = FaultRegistry::start().await;
+    let bytes = noise(400_000);
+    let digest = registry.add_blob(bytes.clone());
+    registry.fail(On::Blob, 1, Fault::Drip(1000, Duration::from_millis(100)));
+    let source = source(&endless(), &registry.host());
+    let blob = source.blob(digest, bytes.len() as u64);
+    let dripping = tokio::time::timeout(Duration::from_secs(30), read(&blob, 10..390_000));
+    let others = async {
+        while registry.seen(On::Blob).is_empty() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        // They bring twenty times as much meanwhile.
+        loop {
+            registry.fail(On::Blob, 1, Fault::Drip(20_000, Duration::from_millis(100)));
+            read(&blob, 0..200_000).await.unwrap();
+        }
+    };
+    let dripping = tokio::select! {
+        dripping = dripping => dripping,
+        () = others => unreachable!(),
+    };
+    let read = dripping.expect("the rest is asked for over another connection");
+    assert!(read.unwrap() == bytes[10..390_000]);
+    let asked = registry.seen(On::Blob);
+    let asked = asked
+        .iter()
+        .filter(|seen| seen.range().is_some_and(|range| range.ends_with("-389999")));
+    assert_eq!(asked.count(), 2);
+}
+
 /// A single host, and a connection to it that is forgotten by something on the way: before the answer, and in the middle of one.
 #[tokio::test]
 async fn a_connection_that_says_nothing_is_not_waited_for() {

@@ -96,6 +96,8 @@ pub enum Fault {
     Corrupt(usize),
     /// Nothing comes after this many bytes of the body.
     Stall(usize),
+    /// So many bytes come at a time, and so much time is between them.
+    Drip(usize, Duration),
     /// Nothing comes until the registry is healed; then the connection ends.
     Silent(Healing),
     /// The answer begins this much later.

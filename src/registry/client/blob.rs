@@ -23,6 +23,7 @@ use super::{Repository, lock};
 use crate::layer::Digest;
 use crate::registry::attempts::Failure;
 use crate::registry::hosts::wire::Response;
+use crate::registry::peers::Peer;
 use crate::registry::range::{Content, Head, parse_unsatisfied};
 use crate::registry::{Blob, Body, Origin, RegistryError};
 
@@ -87,6 +88,7 @@ impl RemoteBlob {
             position: range.start,
             end: range.end,
             answer: None,
+            peer: None,
             part: part && !whole,
             plain: false,
             untold: Vec::new(),
@@ -194,6 +196,8 @@ struct Reader {
     /// Offset after the last byte wanted.
     end: u64,
     answer: Option<Answer>,
+    /// Its connection, among those to the same host.
+    peer: Option<Peer>,
     /// Whether hosts without ranges are left alone.
     part: bool,
     /// Whether all of the blob is asked for, as ranges were of no use.
@@ -247,10 +251,7 @@ impl Reader {
             let base = self.operation.address(place).unwrap_or_default();
             match self.judge(place, response) {
                 Verdict::Take(answer, served) => {
-                    // Where it breaks off, its rest is not to be had by a range.
-                    self.plain |= answer.is_decoded();
-                    *lock(&self.served) = Some(served);
-                    self.answer = Some(answer);
+                    self.take(answer, served);
                     return Ok(());
                 }
                 Verdict::TooMuch(response) => {
@@ -291,10 +292,16 @@ impl Reader {
         if let Some(place) = self.operation.place_of(&base)
             && let Verdict::Take(answer, served) = self.judge(place, response)
         {
-            self.plain |= answer.is_decoded();
-            *lock(&self.served) = Some(served);
-            self.answer = Some(answer);
+            self.take(answer, served);
         }
+    }
+
+    fn take(&mut self, answer: Answer, served: Served) {
+        // Where it breaks off, its rest is not to be had by a range.
+        self.plain |= answer.is_decoded();
+        *lock(&self.served) = Some(served);
+        self.peer = self.operation.peer(answer.place);
+        self.answer = Some(answer);
     }
 
     fn without_ranges(&self, host: String) -> RegistryError {
@@ -428,15 +435,21 @@ impl Reader {
             let place = answer.place;
             let operation = &self.operation;
             let stall = operation.stall(place);
-            let next = answer.next(|bytes| operation.received(bytes));
+            let asked = Instant::now();
+            let is_slow = stall.is_some() && self.peer.as_ref().is_some_and(|peer| peer.is_slow(asked));
+            let mut next = async || answer.next(|bytes| operation.received(bytes)).await;
             let next = match stall {
+                Some(_) if is_slow => Err(Broken::Stalled),
                 // What has arrived is looked at before the clock, which goes on while nobody asks for more.
-                Some(stall) => timeout(stall, next).await.unwrap_or(Err(Broken::Stalled)),
-                None => next.await,
+                Some(stall) => timeout(stall, next()).await.unwrap_or(Err(Broken::Stalled)),
+                None => next().await,
             };
             let failure = match next {
                 Ok(Some(mut piece)) => {
                     operation.heard(place);
+                    if let Some(peer) = &mut self.peer {
+                        peer.brought(piece.len(), asked.elapsed());
+                    }
                     piece.truncate(usize::try_from(wanted).unwrap_or(usize::MAX));
                     self.position += piece.len() as u64;
                     self.operation.progressed(piece.len());
@@ -447,14 +460,14 @@ impl Reader {
                 }
                 // A part that is shorter than asked for is no fault: the rest is asked for.
                 Ok(None) if answer.is_complete() => {
-                    self.answer = None;
+                    self.leave_answer();
                     continue;
                 }
                 // What ends early without a break, and without having stated a length, may be encoded after all. Then what was handed on
                 // is wrong from the beginning: its reader finds that out, and asks again.
                 Ok(None) if self.may_be_encoded() => {
                     self.position = self.end;
-                    self.answer = None;
+                    self.leave_answer();
                     return Ok(None);
                 }
                 Ok(None) => {
@@ -463,7 +476,10 @@ impl Reader {
                 }
                 Err(Broken::Stalled) => {
                     self.operation.stalled(place);
-                    let what = "the answer stalled".to_owned();
+                    let what = match is_slow {
+                        true => "the answer came much more slowly than others from there".to_owned(),
+                        false => "the answer stalled".to_owned(),
+                    };
                     let host = self.operation.endpoint(place);
                     Failure::new(RegistryError::Unreachable { host, what }, "slow")
                 }
@@ -474,9 +490,13 @@ impl Reader {
                     Failure::new(self.operation.protocol(place, problem), "protocol")
                 }
             };
-            self.answer = None;
+            self.leave_answer();
             self.operation.failed(place, failure);
         }
+    }
+
+    fn leave_answer(&mut self) {
+        (self.answer, self.peer) = (None, None);
     }
 
     /// Whether the answer claims an encoding that was not undone.

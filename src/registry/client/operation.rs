@@ -4,7 +4,8 @@
 //! whoever waits for a page of a file does not wait until a connection to a dead mirror is given up.
 //!
 //! Where no other is left, the silence may be that of a connection which something on the way has forgotten: once in an operation, what is missing of a
-//! blob is asked for over a connection of its own. A host that is only slow is not asked twice for everything: [`Health::second`] bounds it.
+//! blob is asked for over a connection of its own. A host that is only slow is not asked twice for everything: [`Health::second`] bounds it. So it is
+//! with a connection that brings much less than the others to its host do meanwhile ([`crate::registry::peers`]).
 //!
 //! [`Health::second`]: crate::registry::health::Health::second
 
@@ -24,6 +25,7 @@ use crate::registry::attempts::{Attempts, Failure};
 use crate::registry::health::SLOW;
 use crate::registry::hosts::wire::{Cut, Response};
 use crate::registry::hosts::{Endpoint, For};
+use crate::registry::peers::Peer;
 
 /// An operation under way.
 pub(super) struct Operation {
@@ -200,6 +202,13 @@ impl Operation {
     pub(super) fn stalled(&mut self, place: usize) {
         self.again |= !self.attempts.has_fresh_beside(place);
         self.ask.beside = true;
+    }
+
+    /// The connection of an answer from the endpoint at `place`, which begins to bring something.
+    pub(super) fn peer(&self, place: usize) -> Option<Peer> {
+        let endpoint = self.endpoints.get(place)?;
+        let health = &self.repository.shared.health;
+        Some(health.join(endpoint.base.as_str(), Instant::now()))
     }
 
     /// Something came from the endpoint at `place`.

@@ -87,6 +87,13 @@ fn faulty_body(body: Bytes, fault: Option<Fault>) -> Body {
         Some(Fault::Stall(after)) => {
             Body::from_stream(whole(body.slice(..after.min(body.len()))).chain(stream::pending()))
         }
+        Some(Fault::Drip(bytes, every)) => {
+            let drops: Vec<Bytes> = body.chunks(bytes).map(Bytes::copy_from_slice).collect();
+            Body::from_stream(stream::iter(drops).then(move |drop| async move {
+                tokio::time::sleep(every).await;
+                Ok::<_, std::io::Error>(drop)
+            }))
+        }
         Some(Fault::Silent(mut healing)) => Body::from_stream(stream::once(async move {
             // Whoever has ended has healed as well.
             let _ = healing.changed().await;

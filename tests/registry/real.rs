@@ -5,6 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::TryStreamExt;
 use lazuli::config::RegistryConfig;
 use lazuli::layer::Digest;
 use lazuli::metrics::Metrics;
@@ -170,6 +171,9 @@ impl DockerRegistry {
     }
 }
 
+/// Layers that are streamed from a host at once, and more.
+const STREAMS: u8 = 8;
+
 /// What every registry has to give.
 async fn check_image(source: Arc<dyn Source>, layers: &[&[u8]]) {
     let image = image::resolve(&*source, "1").await.unwrap();
@@ -253,4 +257,57 @@ async fn a_real_registry_behind_tls() {
     std::fs::remove_file(hosts.join("hosts.toml")).unwrap();
     std::fs::rename(hosts.join("ca.pem"), hosts.join("ca.crt")).unwrap();
     check_image(tls_source(), &layers).await;
+}
+
+/// Over HTTP/2 all of a host's answers share a connection, and what it may send ahead.
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_that_nobody_reads_leave_room_for_others_on_their_connection() {
+    let certs = tempfile::tempdir().unwrap();
+    if !certificates(certs.path()) {
+        eprintln!("SKIPPED: openssl is not installed, so there is no certificate to test TLS with");
+        return;
+    }
+    let Some(registry) = DockerRegistry::start(Some(certs.path())).await else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    crate::support::openssl::write_hosts(dir.path(), &registry.host, "skip_verify = true");
+    let config = RegistryConfig {
+        config_path: vec![dir.path().to_owned()],
+        ..config()
+    };
+    let source = source(&config, &registry.host);
+    // It installs what the client below needs.
+    assert!(source.manifest("absent").await.is_err());
+    let http = reqwest::Client::builder()
+        .no_proxy()
+        .tls_danger_accept_invalid_certs(true)
+        .build()
+        .unwrap();
+    let version = http
+        .get(format!("https://{}/v2/", registry.host))
+        .send()
+        .await
+        .unwrap()
+        .version();
+    assert_eq!(version, reqwest::Version::HTTP_2, "it shows nothing otherwise");
+    let mut bytes = noise(6_000_000);
+    let mut standing = Vec::new();
+    for number in 0..STREAMS {
+        bytes[0] = number;
+        let digest = registry.push_blob(&http, "https", &bytes).await;
+        let mut body = source
+            .blob(digest, bytes.len() as u64)
+            .read(0..6_000_000)
+            .await
+            .unwrap();
+        assert!(body.try_next().await.unwrap().is_some());
+        standing.push(body);
+    }
+    // Until the buffers are full.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let digest = registry.push_blob(&http, "https", b"small").await;
+    let small = source.blob(digest, 5);
+    let read = tokio::time::timeout(Duration::from_secs(20), read(&small, 0..5)).await;
+    assert_eq!(read.expect("there is room for it").unwrap(), b"small");
 }

@@ -17,10 +17,12 @@ use crate::layer::Digest;
 use crate::layer::digest::Hasher;
 use crate::registry::{RegistryError, lock};
 
-/// Bytes a server may send ahead on one HTTP/2 stream: 1 Gbit/s at 30 ms.
+/// Bytes a server may send ahead on one HTTP/2 stream: 1 Gbit/s at 30 ms. So many are in memory of an answer that nobody reads, and the scheduler's
+/// places bound how many answers there are.
 const STREAM_WINDOW: u32 = 4 << 20;
-/// Bytes a server may send ahead on one HTTP/2 connection: four streams at full speed.
-const CONNECTION_WINDOW: u32 = 16 << 20;
+/// Bytes a server may send ahead on one HTTP/2 connection: the most there can be. With less, a few answers that nobody reads at the moment (layers
+/// whose decompression or disk is slow) had all of it, and whoever else asked the host waited for them.
+const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 /// Silence after which an HTTP/2 connection in use is asked whether it still lives.
 const PING_INTERVAL: Duration = Duration::from_secs(15);
 

@@ -45,6 +45,9 @@ pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(20);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(5);
 /// What may be under way on one stream, in bytes: with HTTP/2's own 64 KiB, blobs would come at a fraction of what the socket can do.
 const WINDOW: u32 = 4 << 20;
+/// What may be under way on a connection, in bytes: the most there can be. Everything that is asked of containerd shares one, and a blob that is
+/// read as slowly as its layer is packed must not hold up the question that a container waits for.
+const CONNECTION_WINDOW: u32 = (1 << 31) - 1;
 /// Largest message, both ways: what containerd itself allows.
 pub const MAX_MESSAGE: usize = 16 << 20;
 /// Largest manifest or config that is read, in bytes: what containerd itself accepts from a registry.
@@ -519,7 +522,7 @@ pub fn unix_channel(address: &Path) -> Channel {
     Endpoint::from_static("http://localhost")
         .connect_timeout(CONNECT_DEADLINE)
         .initial_stream_window_size(WINDOW)
-        .initial_connection_window_size(WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
         .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
             let address = address.clone();
             async move { UnixStream::connect(address).await.map(TokioIo::new) }

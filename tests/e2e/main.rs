@@ -21,6 +21,7 @@ mod callers;
 mod calls;
 mod commands;
 mod complete;
+mod content;
 mod counts;
 mod cri;
 mod dense;

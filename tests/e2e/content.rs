@@ -1,0 +1,54 @@
+//! containerd's content store, as Lazuli reads it: over one connection, beside everything else that it asks containerd.
+
+use std::fs::{self, File};
+use std::time::Duration;
+
+use ::lazuli::catalog::containerd::Containerd;
+use ::lazuli::layer::Digest;
+
+use crate::stage::Stage;
+use crate::support::containerd::{Generation, NAMESPACE};
+
+/// Blobs that are read at once, and the bytes of each: more than is under way of one.
+const BLOBS: usize = 4;
+const LEN: usize = 12_000_000;
+/// Far above what an answer takes, and below the deadline of a call.
+const SOON: Duration = Duration::from_secs(15);
+
+/// A layer that is packed may have to wait for the disk; a container that is made meanwhile asks containerd about its images.
+#[test]
+fn blobs_that_nobody_reads_leave_room_for_other_questions() {
+    let stage = Stage::new("content", Generation::One);
+    let path = stage.sandbox.path("blob");
+    let bytes = crate::support::tar::noise(1, LEN);
+    fs::write(&path, &bytes).unwrap();
+    let ingested = stage
+        .containerd
+        .ctr(&["content", "ingest", "blob"])
+        .stdin(File::open(&path).unwrap())
+        .status()
+        .unwrap();
+    assert!(ingested.success());
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let digest = Digest::of(&bytes);
+        let containerd = Containerd::new(&stage.containerd.address);
+        let mut standing = Vec::new();
+        for _ in 0..BLOBS {
+            let blob = containerd.blob(NAMESPACE, &digest, 0, LEN as u64);
+            let mut blob = tokio::time::timeout(SOON, blob).await.expect("it begins").unwrap();
+            let first = tokio::time::timeout(SOON, blob.message()).await;
+            assert!(first.expect("its first bytes come").unwrap().is_some());
+            standing.push(blob);
+        }
+        // Until what may be under way is.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let asked = tokio::time::timeout(SOON, containerd.namespaces()).await;
+        let namespaces = asked.expect("there is room for an answer").unwrap();
+        assert!(namespaces.iter().any(|name| name == NAMESPACE));
+    });
+}

@@ -159,7 +159,7 @@ learn() {
     "${CTR[@]}" containers create --snapshotter lazuli -- "$reference" "$CONTAINER-seen" "${COMMAND[@]}" >>"$dir/learn.log" 2>&1
     start_until_ready "$CONTAINER-seen" "$dir/learn.log"
     address=$(sed -n 's/^admin_address = "\(.*\)"/\1/p' "$dir/lazuli.toml")
-    until curl -fsS "http://$address/metrics" | grep -q '^lazuli_trace_starts_total{outcome="recorded"} [1-9]'; do
+    until curl -fsS "http://$address/metrics" | grep '^lazuli_trace_starts_total{outcome="recorded"} [1-9]' >/dev/null; do
         [ $SECONDS -lt $end ] || die "nothing was learned of $reference"
         sleep 0.2
     done

@@ -548,6 +548,78 @@ async fn pauses_at_any_time_lose_no_byte_and_repeat_few() {
     }
 }
 
+/// Streams that share memory, places and a host, with faults, pauses and decompression that is slow at times: nobody waits for ever.
+#[tokio::test(start_paused = true)]
+async fn streams_side_by_side_all_come_to_their_ends() {
+    /// Far above what the slowest of them needs.
+    const END: Duration = Duration::from_secs(3600);
+    for seed in 0..SEEDS / 2 {
+        let choice = noise(seed, 64);
+        let first = Given::new(match choice[0] % 3 {
+            0 => Links::new(11),
+            extra => Links::fixed(usize::from(extra) * 3),
+        });
+        let streams = (0..2 + u64::from(choice[1] % 4)).map(|stream| {
+            let choice = noise(seed * 100 + stream, 64);
+            let given = Given {
+                memory: Arc::clone(&first.memory),
+                ahead: Arc::clone(&first.ahead),
+                scheduler: Arc::clone(&first.scheduler),
+                links: Arc::clone(&first.links),
+                ..Given::new(Links::new(0))
+            };
+            let fates = choice.clone();
+            let fate = move |number: usize, how| match (how, fates[number % 64] % 20) {
+                (How::Plain, _) => Fate::Good,
+                (_, 0) => Fate::Refused,
+                (_, 1) => Fate::Cut(u64::from(fates[1]) * 30_000),
+                (_, 2) => Fate::Silent(u64::from(fates[2]) * 30_000),
+                (_, 3) => Fate::Drips,
+                (_, 4) if fates[3].is_multiple_of(4) => Fate::NoRanges,
+                _ => Fate::Good,
+            };
+            let net = Net::new(u64::from(choice[4]) * 200_000 + MIB, 6 * MB, 30 * MB, fate);
+            async move {
+                let (mut lanes, mut at) = (given.lanes(&net), 0);
+                let reads = async {
+                    let mut kept = VecDeque::new();
+                    while let Some(piece) = lanes.next().await.unwrap() {
+                        assert!(piece.bytes == net.data[at..at + piece.bytes.len()], "at {at}");
+                        at += piece.bytes.len();
+                        kept.push_back(piece);
+                        if choice[5].is_multiple_of(2) || kept.len() > 8 {
+                            sleep(Duration::from_millis(u64::from(choice[6] % 32))).await;
+                            kept.pop_front();
+                        }
+                    }
+                };
+                let pauses = async {
+                    for times in choice[8..].chunks(2) {
+                        sleep(Duration::from_millis(u64::from(times[0]) * 40)).await;
+                        given
+                            .wishes
+                            .send_modify(|wishes| wishes.pauses = usize::from(times[0] % 2));
+                        sleep(Duration::from_millis(u64::from(times[1]) * 40)).await;
+                        given.wishes.send_modify(|wishes| wishes.pauses = 0);
+                    }
+                };
+                tokio::select! {
+                    () = reads => {}
+                    () = async { pauses.await; std::future::pending().await } => {}
+                }
+                assert_eq!(at, net.data.len());
+            }
+        });
+        let all = futures::future::join_all(streams);
+        assert!(tokio::time::timeout(END, all).await.is_ok(), "seed {seed} hangs");
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(first.memory.held() + first.ahead.held(), 0, "seed {seed}");
+        assert_eq!(first.scheduler.counts(), (0, 0), "seed {seed}");
+    }
+}
+
 /// On a link that all of them share, all lanes are slow, and none of them is asked for twice.
 #[tokio::test(start_paused = true)]
 async fn ranges_that_are_all_slow_are_not_asked_for_twice() {

@@ -14,6 +14,14 @@ use tokio::time::timeout;
 
 use super::transport::chain;
 
+/// What an upload makes of a slow line, in bytes per second: nothing is heard of a host until all has been sent.
+const LEAST_RATE: u64 = 64 << 10;
+
+/// How long an answer may take to begin to a request that sends so many bytes.
+fn answered_within(silence: Duration, sent: usize) -> Duration {
+    silence + Duration::from_secs(sent as u64 / LEAST_RATE)
+}
+
 /// One way to ask a host.
 #[derive(Debug, Clone)]
 pub struct Wire {
@@ -59,11 +67,15 @@ impl Wire {
     /// # Errors
     /// [`Cut`], also if nothing is answered for too long.
     pub async fn execute(&self, request: reqwest::Request) -> Result<Response, Cut> {
-        let silence = self.silence;
-        match timeout(silence, self.client.execute(request)).await {
-            Ok(Ok(head)) => Ok(Response { head, silence }),
+        let sent = request.body().and_then(reqwest::Body::as_bytes).map_or(0, <[u8]>::len);
+        let patience = answered_within(self.silence, sent);
+        match timeout(patience, self.client.execute(request)).await {
+            Ok(Ok(head)) => Ok(Response {
+                head,
+                silence: self.silence,
+            }),
             Ok(Err(error)) => Err(error.into()),
-            Err(_) => Err(Cut::silent(silence)),
+            Err(_) => Err(Cut::silent(patience)),
         }
     }
 }
@@ -116,5 +128,18 @@ impl From<reqwest::Error> for Cut {
 impl fmt::Display for Cut {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.what)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_sent_has_its_own_time() {
+        let silence = Duration::from_secs(30);
+        assert_eq!(answered_within(silence, 0), silence);
+        // A megabyte over half a megabit.
+        assert_eq!(answered_within(silence, 1 << 20), silence + Duration::from_secs(16));
     }
 }

@@ -8,6 +8,8 @@ mod support;
 mod access;
 #[path = "registry/artifacts.rs"]
 mod artifacts;
+#[path = "registry/downgrades.rs"]
+mod downgrades;
 #[path = "registry/elsewhere.rs"]
 mod elsewhere;
 #[path = "registry/encodings.rs"]

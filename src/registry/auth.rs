@@ -103,6 +103,8 @@ impl<'a> Party<'a> {
     fn key(&self, repository: &str, purpose: Purpose) -> (String, String, Purpose) {
         let address = match self.is_endpoint {
             true => self.url.to_string(),
+            // What was got by way of a registry without TLS is not sent for one behind TLS.
+            false if self.is_downgrade => format!("{} (away from TLS)", self.url.origin().ascii_serialization()),
             false => self.url.origin().ascii_serialization(),
         };
         (address, repository.to_owned(), purpose)
@@ -366,6 +368,8 @@ fn sensitive(text: &str) -> Result<HeaderValue, RegistryError> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::hosts::proxy::Proxies;
+    use super::super::hosts::{For, HostTable};
     use super::*;
 
     #[test]
@@ -373,5 +377,51 @@ mod tests {
         let header = basic("user", "s3cret").unwrap();
         assert!(!format!("{header:?}").contains("dXNlc"));
         assert!(header.is_sensitive());
+    }
+
+    /// Where a registry behind TLS sends its readers to a host without TLS, that host gets no credentials, though there are some for it.
+    #[tokio::test]
+    async fn credentials_do_not_go_from_tls_to_a_host_without() {
+        let credential = crate::config::Credential {
+            username: "alice".to_owned(),
+            password: "s3cret".to_owned(),
+        };
+        let hosts = ["cdn.test", "127.0.0.1:5000", "secure.test", "plain.test"];
+        let config = crate::config::RegistryConfig {
+            plain_http: vec!["plain.test".to_owned()],
+            credentials: hosts.map(|host| (host.to_owned(), credential.clone())).into(),
+            docker_config: Some("/nonexistent/config.json".into()),
+            ..Default::default()
+        };
+        let table = HostTable::new(&config, Proxies::default());
+        let gates = Gates::new(Credentials::new(&config), Arc::new(Metrics::new()));
+        for (registry, asked, is_told) in [
+            ("secure.test", "http://cdn.test/blob", false),
+            ("secure.test", "http://secure.test/blob", false),
+            ("secure.test", "https://cdn.test/blob", true),
+            ("secure.test", "https://secure.test/v2", true),
+            // Nobody listens on the way to this machine.
+            ("secure.test", "http://127.0.0.1:5000/blob", true),
+            // Who has chosen to do without TLS does without, and what he got is his alone.
+            ("plain.test", "http://cdn.test/blob", true),
+            ("secure.test", "http://cdn.test/blob", false),
+        ] {
+            let endpoints = table.endpoints(registry, For::Names).unwrap();
+            let url = Url::parse(asked).unwrap();
+            let party = Party::new(&endpoints[0], &url);
+            let gate = gates.gate(&party, "demo", Purpose::Pull);
+            let refusal = Refusal {
+                what: "a blob",
+                status: http::StatusCode::UNAUTHORIZED,
+                challenges: vec![Challenge::Basic],
+                repeated: false,
+                patient: false,
+            };
+            let renewed = gates.renew(&gate, &party, &Authorization::default(), refusal).await;
+            let header = gates.authorization(&gate, &party).await.header;
+            assert_eq!((renewed.is_ok(), header.is_some()), (is_told, is_told), "{asked}");
+            let said = renewed.map_err(|error| error.to_string());
+            assert!(said.is_ok() || said.unwrap_err().contains("without TLS"), "{asked}");
+        }
     }
 }

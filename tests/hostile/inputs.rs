@@ -203,6 +203,24 @@ pub const CASES: &[Case] = &[
         },
     },
     Case {
+        name: "a map of one number without an end",
+        mib: 8,
+        error: "length of the map of a sparse file",
+        prepare: || {
+            let mut tar = Vec::new();
+            let records: &[(&str, &[u8])] = &[
+                ("GNU.sparse.major", b"1"),
+                ("GNU.sparse.minor", b"0"),
+                ("GNU.sparse.name", b"s"),
+                ("GNU.sparse.realsize", b"1000000"),
+            ];
+            pax(&mut tar, records);
+            entry(&mut tar, b'0', "s", "", 48 << 20);
+            content(&mut tar, &vec![b'0'; 48 << 20]);
+            Box::new(move || indexed(&tar))
+        },
+    },
+    Case {
         name: "a map of a million parts in GNU's own form",
         mib: 40,
         error: "number of parts of a sparse file",
@@ -279,17 +297,13 @@ pub const CASES: &[Case] = &[
         name: "a table of chunks",
         mib: 3 * 33,
         error: "",
-        prepare: || {
-            let mut json = String::from(
-                r#"{"version":1,"entries":[{"name":"f","type":"reg","size":800000,"chunkSize":1,"chunkType":"zeros"}"#,
-            );
-            (1..400_000).for_each(|i| {
-                json += &format!(r#",{{"name":"","type":"chunk","chunkOffset":{i},"chunkSize":1,"chunkType":"zeros"}}"#)
-            });
-            json += r#",{"name":"","type":"chunk","chunkOffset":400000,"chunkSize":400000,"chunkType":"zeros"}]}"#;
-            assert!(json.len() < 33 << 20, "{}", json.len());
-            estargz_table(json, u64::MAX)
-        },
+        prepare: || estargz_table(chunks(), u64::MAX),
+    },
+    Case {
+        name: "a table of chunks with a share that they do not fit into",
+        mib: 33 + 24,
+        error: "memory of the table of contents in bytes",
+        prepare: || estargz_table(chunks(), (33 + 24) * MIB),
     },
     Case {
         name: "a table that asks for a window of 128 MiB",
@@ -611,6 +625,19 @@ fn tiny(path: &str) -> LayerIndex {
     let mut tar = Vec::new();
     entry(&mut tar, b'0', path, "", 0);
     index(&tar)
+}
+
+/// A table of one file of 400,000 chunks, in 33 MiB.
+fn chunks() -> String {
+    let mut json = String::from(
+        r#"{"version":1,"entries":[{"name":"f","type":"reg","size":800000,"chunkSize":1,"chunkType":"zeros"}"#,
+    );
+    (1..400_000).for_each(|i| {
+        json += &format!(r#",{{"name":"","type":"chunk","chunkOffset":{i},"chunkSize":1,"chunkType":"zeros"}}"#)
+    });
+    json += r#",{"name":"","type":"chunk","chunkOffset":400000,"chunkSize":400000,"chunkType":"zeros"}]}"#;
+    assert!(json.len() < 33 << 20, "{}", json.len());
+    json
 }
 
 /// Reading of an eStargz table.

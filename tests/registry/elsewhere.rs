@@ -129,3 +129,44 @@ async fn a_target_that_refuses_is_asked_for_anew() {
     pair.first.heal();
     assert!(read(&blob, 5..SIZE).await.unwrap() == pair.bytes[5..]);
 }
+
+/// Who knows a signed address may read what it leads to: it is in no error, however asking there fails.
+#[tokio::test]
+async fn a_signed_address_is_in_no_error() {
+    let bytes = noise(SIZE as usize);
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = nobody.local_addr().unwrap();
+    drop(nobody);
+    let signed = |host: &str| format!("http://{host}/x?X-Amz-Signature=s1gned");
+    for fault in [
+        None,
+        Some(Fault::Status(403)),
+        Some(Fault::Status(500)),
+        Some(Fault::Cut(10)),
+        Some(Fault::Stall(10)),
+    ] {
+        let (first, second) = (FaultRegistry::start().await, FaultRegistry::start().await);
+        let digest = first.add_blob(bytes.clone());
+        second.add_blob(bytes.clone());
+        let to = match &fault {
+            None => signed(&address.to_string()),
+            Some(_) => format!(
+                "http://{}/v2/{REPOSITORY}/blobs/{digest}?X-Amz-Signature=s1gned",
+                second.host()
+            ),
+        };
+        first.fail(On::Blob, 99, Fault::Redirect(to));
+        if let Some(fault) = &fault {
+            second.fail(On::Blob, 99, fault.clone());
+        }
+        let config = RegistryConfig {
+            idle_timeout: std::time::Duration::from_millis(500),
+            ..config()
+        };
+        let error = read(&source(&config, &first.host()).blob(digest, SIZE), 0..SIZE).await;
+        let text = format!("{0} {0:?}", error.unwrap_err());
+        assert!(!text.contains("s1gned"), "{fault:?}: {text}");
+        let asked = second.seen(On::Blob);
+        assert!(fault.is_none() || asked.iter().any(|seen| seen.query.contains_key("X-Amz-Signature")));
+    }
+}

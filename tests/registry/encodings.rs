@@ -8,7 +8,7 @@ use lazuli::registry::{RegistryError, image};
 use crate::ranges::{Node, files, load, read_all};
 use crate::support::fault_registry::{Fault, FaultRegistry, Odd, OddBody, On};
 use crate::support::lazy;
-use crate::{Fixture, add_image, config, read, source};
+use crate::{Fixture, REPOSITORY, add_image, config, read, source};
 
 const ALWAYS: usize = usize::MAX;
 
@@ -187,4 +187,20 @@ async fn a_login_page_is_no_manifest_and_no_blob() {
     let odd = Odd::full(OddBody::Whole).with("content-type", "text/html").always();
     f.registry.fail(On::Blob, 1, Fault::Odd(odd));
     f.good(0, 300_000).await;
+}
+
+/// A manifest that does not end is given up where it is longer than any.
+#[tokio::test]
+async fn a_manifest_that_does_not_end_is_given_up() {
+    let registry = FaultRegistry::start().await;
+    let digest = registry.add_manifest("application/vnd.oci.image.manifest.v1+json", &b"{}"[..]);
+    registry.tag(REPOSITORY, "1", digest);
+    registry.fail(On::Manifest, 9, Fault::Long(64 << 20));
+    let source = source(&config(), &registry.host());
+    for reference in ["1".to_owned(), digest.to_string()] {
+        let error = source.manifest(&reference).await.unwrap_err().to_string();
+        assert!(error.contains("more than 8388608 bytes"), "{error}");
+    }
+    let seen = registry.seen(On::Manifest).len();
+    assert_eq!(seen, 2, "what is too long is not asked for again");
 }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, mpsc};
 use std::time::Duration;
 
 use futures::FutureExt as _;
@@ -66,6 +66,18 @@ pub struct FakeLayers {
     pub mounting: AtomicUsize,
     /// Why owners cannot be mapped, if they cannot.
     pub no_mapped_owners: Mutex<Option<String>>,
+    /// Which question for that waits.
+    pub slow_owners: Mutex<Option<Held>>,
+}
+
+/// A question that waits for the test.
+pub struct Held {
+    /// How many are answered before it.
+    pub before: usize,
+    /// Told when it has come.
+    pub reached: mpsc::Sender<()>,
+    /// Its answer waits for this.
+    pub go: mpsc::Receiver<()>,
 }
 
 #[derive(Default)]
@@ -95,6 +107,7 @@ impl FakeLayers {
             slow_mounts: Arc::default(),
             mounting: AtomicUsize::new(0),
             no_mapped_owners: Mutex::default(),
+            slow_owners: Mutex::default(),
         })
     }
 
@@ -298,6 +311,20 @@ impl Layers for FakeLayers {
     }
 
     fn no_mapped_owners(&self) -> Option<String> {
+        let held = {
+            let mut slow = self.slow_owners.lock().unwrap();
+            match &mut *slow {
+                Some(held) if held.before > 0 => {
+                    held.before -= 1;
+                    None
+                }
+                _ => slow.take(),
+            }
+        };
+        if let Some(Held { reached, go, .. }) = held {
+            reached.send(()).unwrap();
+            go.recv_timeout(DEADLINE).expect("the test lets it go");
+        }
         self.no_mapped_owners.lock().unwrap().clone()
     }
 

@@ -4,10 +4,13 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
+use std::sync::mpsc;
+use std::time::Duration;
 
+use lazuli::proto::types::Mount as ToMount;
 use lazuli::sys::mountinfo::{self, Mount};
 use rustix::mount::UnmountFlags;
-use tonic::Code;
+use tonic::{Code, Status};
 
 use crate::local::update;
 use crate::support::*;
@@ -45,6 +48,48 @@ fn entries(path: &Path) -> usize {
 fn option(mounts: &[lazuli::proto::types::Mount], name: &str) -> PathBuf {
     let found = mounts[0].options.iter().find_map(|option| option.strip_prefix(name));
     found.unwrap().into()
+}
+
+/// How a snapshot ends.
+#[derive(Debug, Clone, Copy)]
+enum End {
+    Removed,
+    Committed,
+}
+
+/// Time in which who does not wait for his turn would be done.
+const TURN: Duration = Duration::from_millis(200);
+
+/// Has a snapshot end while its mounts are asked for, whose missing lower directories are to be mounted: the question stops when it asks for the
+/// mapping, after it has done so `before` times. Gives the answer to it.
+async fn end_in_the_middle(daemon: &Daemon, key: &str, before: usize, end: End) -> Result<Vec<ToMount>, Status> {
+    let ((reached, came), (go, gone)) = (mpsc::channel(), mpsc::channel());
+    *daemon.layers.slow_owners.lock().unwrap() = Some(Held {
+        before,
+        reached,
+        go: gone,
+    });
+    let ended = async {
+        tokio::task::spawn_blocking(move || came.recv().unwrap()).await.unwrap();
+        let end = async {
+            match end {
+                End::Removed => daemon.remove(key).await,
+                End::Committed => daemon.commit("a/10/committed", key).await,
+            }
+        };
+        let let_go = async {
+            // From then on the record says so; the rest may have to wait.
+            while daemon.stat(key).await.is_ok() {
+                tokio::task::yield_now().await;
+            }
+            tokio::time::sleep(TURN).await;
+            go.send(()).unwrap();
+        };
+        let (ended, ()) = tokio::join!(end, let_go);
+        ended.unwrap();
+    };
+    let (answer, ()) = tokio::join!(daemon.mounts(key), ended);
+    answer
 }
 
 /// A layer that containerd unpacked, and two of Lazuli on it, with files of several owners. Returns the name of the topmost snapshot.
@@ -363,4 +408,29 @@ async fn mounts_that_race_with_removal_leave_nothing() {
     }
     daemon.cleanup().await.unwrap();
     assert_eq!(entries(&daemon.root().join("trash")), 0);
+}
+
+/// In whatever order the two come: what is gone is not mounted, and what is mounted goes.
+#[tokio::test]
+async fn a_snapshot_that_ends_while_it_is_mounted_leaves_nothing() {
+    for end in [End::Removed, End::Committed] {
+        for before in [0, 1] {
+            let daemon = Daemon::start().await;
+            let top = image(&daemon).await;
+            let key = "a/9/container";
+            daemon.prepare_with(key, &top, &LABELS).await.unwrap();
+            for place in mounts(&daemon) {
+                rustix::mount::unmount(&place, UnmountFlags::DETACH).unwrap();
+            }
+            let answer = end_in_the_middle(&daemon, key, before, end).await;
+            assert_eq!(
+                mounts(&daemon),
+                [] as [PathBuf; 0],
+                "{end:?} {before}: mounts of what is gone"
+            );
+            // Who has asked first gets his answer.
+            let is_told = answer.map_or_else(|status| status.code() == Code::NotFound, |_| before == 1);
+            assert!(is_told, "{end:?} {before}");
+        }
+    }
 }

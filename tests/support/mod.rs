@@ -9,6 +9,7 @@
 //! fault_registry  a registry that fails on demand
 //! nginx       nginx before a registry, and certificates made with openssl
 //! openssl     certificates and servers of the openssl command
+//! tls_front   one port that speaks TLS and plain HTTP, each for another server
 //! skip        what a test needs and a machine may lack: said, counted, and not believed
 //! proxy       an HTTP proxy before the registry that counts, delays and limits
 //! tar         tar headers with every field under control
@@ -35,5 +36,6 @@ pub mod registry;
 pub mod sandbox;
 pub mod skip;
 pub mod tar;
+pub mod tls_front;
 pub mod torture;
 pub mod tree;

@@ -69,7 +69,7 @@ fn chunks_of_a_range() {
 #[test]
 fn parts_that_make_no_layer_are_refused() {
     type Change = (&'static str, fn(&mut IndexParts));
-    let changes: [Change; 30] = [
+    let changes: [Change; 33] = [
         ("the first inode is not a root directory", |p| p.inodes.clear()),
         ("the first inode is not a root directory", |p| {
             p.inodes[0].mode = mode::REG
@@ -105,6 +105,16 @@ fn parts_that_make_no_layer_are_refused() {
         }),
         ("a symlink has no valid target", |p| p.inodes[3].size = 0),
         ("a symlink has no valid target", |p| p.inodes[3].data = 1 << 40),
+        ("inodes share extended attributes", |p| {
+            (p.inodes[1].xattr_first, p.inodes[1].xattr_count) = (p.inodes[2].xattr_first, p.inodes[2].xattr_count)
+        }),
+        ("directories share entries", |p| {
+            (p.inodes[1].data, p.inodes[1].count) = (p.inodes[0].data, p.inodes[0].count);
+            p.dirents.truncate(p.inodes[0].count as usize);
+        }),
+        ("names share their texts", |p| {
+            (p.inodes[3].data, p.inodes[3].size) = (0, p.strings.len() as u64)
+        }),
         ("an inode has no file type", |p| p.inodes[2].mode = 0o644),
         ("an inode has no name", |p| p.dirents[2].ino = 3),
         ("an extended attribute has no valid name or value", |p| {

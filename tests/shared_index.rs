@@ -310,6 +310,43 @@ async fn an_index_of_the_cluster_is_used() {
     assert_eq!(stage.registry.log().len(), before);
 }
 
+/// A layer is what its blob says, and an image that promises another tar of it is not shown it, whoever had it first.
+#[tokio::test]
+async fn an_image_that_promises_another_tar_is_not_shown_the_layer() {
+    let stage = Stage::new().await;
+    let node = stage.node(&IndexConfig::default());
+    let blob = || {
+        let source = &node.origin.sources[0];
+        let source = node.registry.repository(&source.host, &source.repository);
+        source.blob(node.spec.digest, node.spec.size)
+    };
+    let liar = LayerSpec {
+        diff_id: Some(Digest::of(b"another tar")),
+        ..node.spec.clone()
+    };
+    let says = |error: String| {
+        let all = [stage.layer.to_string(), Digest::of(b"another tar").to_string()];
+        assert!(all.iter().all(|digest| error.contains(digest)), "{error}");
+    };
+    says(node.loader.build(&liar, blob(), false).await.err().unwrap().to_string());
+    // As long as somebody has it, it is known what it is; later the database knows.
+    let _shown = node.loader.build(&node.spec, blob(), false).await.unwrap();
+    let before = stage.registry.log().len();
+    says(node.loader.build(&liar, blob(), false).await.err().unwrap().to_string());
+    // And what is known to be another tar is not even looked at.
+    let mut judged = node.loader.alone(&liar);
+    judged.proof = Some(stage.layer);
+    let refused = node.loader.load(&liar, blob(), &[], Asked::default(), &judged).await;
+    says(refused.err().unwrap().to_string());
+    assert_eq!(stage.registry.log().len(), before, "nothing is fetched for that");
+    // Who promises nothing takes what there is.
+    let silent = LayerSpec {
+        diff_id: None,
+        ..node.spec.clone()
+    };
+    node.loader.build(&silent, blob(), false).await.unwrap();
+}
+
 #[tokio::test]
 async fn an_index_beside_the_image_is_used() {
     for api in [true, false] {

@@ -78,6 +78,8 @@ enum LendError {
     Spool(io::Error),
     #[error("the stream ended after {0} bytes")]
     Ended(u64),
+    #[error("the stream ended after {0} bytes, which are wrong")]
+    Wrong(u64),
 }
 
 impl Catalog {
@@ -245,6 +247,10 @@ impl Catalog {
                 }
                 writer.commit().await.map(drop).map_err(LendError::from)
             }
+            Err(error @ LendError::Wrong(_)) => {
+                writer.take_back().await;
+                Err(error)
+            }
             Err(error) => Err(error),
         };
         match came {
@@ -279,10 +285,12 @@ impl Catalog {
                     return Ok(true);
                 }
                 // All of it, and not right; or the one before was not.
-                if download > 0 || state.there == stream.layer.spec.size {
-                    writer.begin_anew().await;
-                }
-                return Err(LendError::Ended(at));
+                let is_wrong = download > 0 || state.there == stream.layer.spec.size;
+                return Err(if is_wrong {
+                    LendError::Wrong(at)
+                } else {
+                    LendError::Ended(at)
+                });
             }
             let spool = Arc::clone(&stream.spool);
             let bytes = blocking(move || {

@@ -223,10 +223,7 @@ impl Supervisor {
 
     /// How long to wait before the next start.
     fn pause(&self) -> Duration {
-        match self.failures.checked_sub(FREE_FAILURES) {
-            None | Some(0) => Duration::ZERO,
-            Some(more) => LONGEST_WAIT.min(FIRST_WAIT.saturating_mul(1 << (more - 1).min(16))),
-        }
+        pause_after(self.failures)
     }
 
     fn signal(&mut self, number: i32) {
@@ -439,5 +436,29 @@ impl Supervisor {
         let version = env!("CARGO_PKG_VERSION");
         tracing::info!(version, "the supervisor goes on as the new program");
         Client::from_fd(resumed.client).answer(Ok(format!("version {version} serves")));
+    }
+}
+
+/// How long to wait after so many workers, one after the other, that have served no time to speak of.
+fn pause_after(failures: u32) -> Duration {
+    match failures.checked_sub(FREE_FAILURES) {
+        None | Some(0) => Duration::ZERO,
+        Some(more) => LONGEST_WAIT.min(FIRST_WAIT.saturating_mul(1 << (more - 1).min(16))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A kill costs nobody any time, and a loop of crashes no processor.
+    #[test]
+    fn workers_that_fail_again_and_again_are_started_more_and_more_seldom() {
+        let pauses: Vec<Duration> = (0..40).map(pause_after).collect();
+        assert_eq!(pauses[..4], [Duration::ZERO; 4], "the first few are free");
+        assert_eq!(pauses[4], FIRST_WAIT);
+        assert!(pauses.windows(2).all(|two| two[1] >= two[0]));
+        assert_eq!(pauses[39], LONGEST_WAIT);
+        assert_eq!(pause_after(u32::MAX), LONGEST_WAIT);
     }
 }

@@ -25,6 +25,13 @@ const LINK: Link = Link {
     latency: Duration::from_millis(5),
     bytes_per_second: Some(5_000_000),
 };
+/// It takes 10 s over this one.
+const FASTER: Link = Link {
+    latency: Duration::from_millis(5),
+    bytes_per_second: Some(9_000_000),
+};
+/// Bytes behind the wrong one: what ends a gzip member is not decoded.
+const LAST: u64 = 1_000_000;
 /// What a pull may fetch of an image, of its size, in percent: tables and manifests are no matter.
 const ONCE: u64 = 103;
 
@@ -104,6 +111,43 @@ fn a_layer_that_is_left_to_containerd_comes_once() {
     assert_eq!(total_bytes(&stage.blob_requests()), bytes, "nothing is missing");
     stage.restart_daemon();
     check_content(&stage, &reference);
+}
+
+/// A byte of what was lent turns out wrong at the end: it is taken back, and containerd gets the next download, or begins anew by itself where all
+/// of them are wrong. It never goes on behind what is wrong, for then its pull would fail.
+#[test]
+fn what_was_lent_and_is_wrong_is_taken_back() {
+    if subject() != SNAPSHOTTER {
+        return;
+    }
+    let Some(generation) = Generation::two() else { return };
+    for (times, is_lent) in [(1, true), (usize::MAX, false)] {
+        let name = "what_was_lent_and_is_wrong_is_taken_back";
+        // A stream is one body then.
+        let config = "[fetch]\nmax_stream_connections = 1\n";
+        let stage = Stage::configured(name, generation.clone(), |_| String::new(), config);
+        let image = image();
+        let reference = stage.push(&image, "lend/slow:1");
+        stage.proxy.set_link(FASTER);
+        stage.proxy.take();
+        let large = &image.layers[1].blob;
+        let last = large.bytes.len() as u64 - LAST;
+        stage.proxy.damage(&large.digest, "containerd", last, times);
+        stage.pull(&reference);
+        let log_now = log(&stage);
+        let of_large =
+            |line: &&str| line.contains("containerd was lent what was streamed") && line.contains(&large.digest);
+        let asked = stage.blob_requests();
+        assert_eq!(
+            log_now.lines().filter(of_large).count(),
+            usize::from(is_lent),
+            "{log_now}"
+        );
+        assert_eq!(by_containerd(&asked, &large.digest).is_empty(), is_lent, "{asked:#?}");
+        let own = asked.iter().filter(|exchange| exchange.path.contains(&large.digest));
+        assert!(own.count() > 1, "nothing was wrong: {asked:#?}");
+        check_content(&stage, &reference);
+    }
 }
 
 /// Where that is not wanted, each fetches for himself.

@@ -311,6 +311,12 @@ fn readers_wait_while_no_worker_can_start() {
             let read = scope.spawn(|| containerd.exec(&id, &format!("cat /data/small/{file}")));
             std::thread::sleep(Duration::from_secs(2));
             assert!(!read.is_finished(), "it did not wait");
+            let log = lazuli.log();
+            let paused = |line: &str| line.contains("the worker has ended") && !line.contains("pause_seconds=0.0");
+            assert!(
+                log.lines().any(paused),
+                "started again and again without a pause:\n{log}"
+            );
             std::fs::write(&config, &good).unwrap();
             if is_mended {
                 assert_eq!(read.join().unwrap().expect_success().text(), file.to_string());

@@ -1,7 +1,8 @@
 //! An HTTP proxy before a registry: it counts requests and bytes by path, and makes the link as slow as is wanted.
 //!
 //! It is a reverse proxy with an address of its own: images are named by it (`127.0.0.1:PORT/demo/app:1`), and it passes the `Host` on,
-//! so that a registry's redirects and upload locations lead through it as well. Bodies are streamed and counted as they are sent.
+//! so that a registry's redirects and upload locations lead through it as well. Bodies are streamed and counted as they are sent, and damaged on
+//! the way where a test wants that.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -58,6 +59,19 @@ impl Exchange {
     }
 }
 
+/// One wrong byte in some bodies.
+#[derive(Debug, Clone)]
+struct Damage {
+    /// A part of their path.
+    path: String,
+    /// What they are asked by is not called so.
+    spared: &'static str,
+    /// Where the byte is in the body.
+    at: u64,
+    /// How many more of them.
+    times: usize,
+}
+
 /// The proxy, which ends when this is dropped.
 pub struct Proxy {
     /// Where it listens.
@@ -74,6 +88,7 @@ struct Shared {
     exchanges: Mutex<Vec<Arc<Mutex<Exchange>>>>,
     /// When the link has sent all that it accepted.
     free_at: Mutex<Instant>,
+    damage: Mutex<Option<Damage>>,
 }
 
 impl Proxy {
@@ -91,6 +106,7 @@ impl Proxy {
             link: Mutex::new(link),
             exchanges: Mutex::new(Vec::new()),
             free_at: Mutex::new(Instant::now()),
+            damage: Mutex::default(),
         });
         let router = Router::new().fallback(forward).with_state(shared.clone());
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
@@ -111,6 +127,18 @@ impl Proxy {
     /// Changes the link for all that comes.
     pub fn set_link(&self, link: Link) {
         *self.shared.link.lock().unwrap() = link;
+    }
+
+    /// Of the next `times` bodies whose path has this part, and which are asked for as a whole by a client that is not called `spared`, the byte
+    /// at this offset is wrong.
+    pub fn damage(&self, path: &str, spared: &'static str, at: u64, times: usize) {
+        let path = path.to_owned();
+        *self.shared.damage.lock().unwrap() = Some(Damage {
+            path,
+            spared,
+            at,
+            times,
+        });
     }
 
     /// All requests so far.
@@ -188,13 +216,23 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Result<
     };
     let (status, headers) = (answer.status(), end_to_end(answer.headers()));
     exchange.lock().unwrap().status = status.as_u16();
+    let wrong = shared.wrong_byte(&exchange.lock().unwrap());
     let stream = answer.bytes_stream().map_err(std::io::Error::other).then(move |chunk| {
         let (shared, exchange) = (shared.clone(), exchange.clone());
         async move {
             let chunk: Bytes = chunk?;
             shared.pay(chunk.len() as u64).await;
-            exchange.lock().unwrap().bytes += chunk.len() as u64;
-            Ok::<_, std::io::Error>(chunk)
+            let mut exchange = exchange.lock().unwrap();
+            let begin = exchange.bytes;
+            exchange.bytes += chunk.len() as u64;
+            Ok::<_, std::io::Error>(match wrong {
+                Some(at) if (begin..exchange.bytes).contains(&at) => {
+                    let mut damaged = chunk.to_vec();
+                    damaged[(at - begin) as usize] ^= 0x55;
+                    damaged.into()
+                }
+                _ => chunk,
+            })
         }
     });
     let empty = parts.method == http::Method::HEAD;
@@ -209,6 +247,18 @@ async fn forward(State(shared): State<Arc<Shared>>, request: Request) -> Result<
 }
 
 impl Shared {
+    /// Where the body of an exchange is to be wrong.
+    fn wrong_byte(&self, exchange: &Exchange) -> Option<u64> {
+        let mut damage = self.damage.lock().unwrap();
+        let damage = damage.as_mut().filter(|damage| damage.times > 0)?;
+        let is_meant = exchange.method == "GET"
+            && exchange.status == 200
+            && exchange.path.contains(&damage.path)
+            && !exchange.agent.contains(damage.spared);
+        is_meant.then(|| damage.times -= 1)?;
+        Some(damage.at)
+    }
+
     /// Waits until the link has room for so many bytes.
     async fn pay(&self, bytes: u64) {
         let Some(rate) = self.link.lock().unwrap().bytes_per_second.filter(|rate| *rate > 0) else {

@@ -225,6 +225,15 @@ impl IngestWriter {
         self.write(&[]).await
     }
 
+    /// What was written is wrong, and nothing better comes: comes back when containerd has nothing of it any more.
+    pub async fn take_back(mut self) {
+        self.begin_anew().await;
+        let IngestWriter { sender, ended, .. } = self;
+        // The call ends by itself behind that. Dropped before, it would take the message along, and whoever writes next goes on behind what is wrong.
+        drop(sender);
+        let _ = tokio::time::timeout(TAKE_DEADLINE, ended).await;
+    }
+
     /// The end: containerd compares the digest.
     ///
     /// # Errors

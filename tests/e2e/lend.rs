@@ -363,6 +363,13 @@ fn what_was_wrong_is_taken_back() {
     };
     runtime.block_on(async {
         containerd.create_lease(NAMESPACE, "writers", 1).await.unwrap();
+        // Once it has come back, nothing is there, whoever looks first.
+        for _ in 0..10 {
+            let mut wrong = containerd.open_ingest(ingest()).await.unwrap().unwrap();
+            assert_eq!(wrong.from(), 0, "what was wrong is there");
+            assert!(wrong.write(&noise(78, 1_000_000)).await);
+            wrong.take_back().await;
+        }
         let mut first = containerd.open_ingest(ingest()).await.unwrap().unwrap();
         assert_eq!(first.from(), 0);
         assert!(first.write(&bytes[..1_000_000]).await);

@@ -83,7 +83,8 @@ fn faulty_body(body: Bytes, fault: Option<Fault>) -> Body {
             Body::from_stream(stream::iter(pieces).chain(end))
         }
         Some(Fault::Short(after)) => Body::from_stream(whole(body.slice(..after.min(body.len())))),
-        Some(Fault::Long(more)) => Body::from_stream(whole(body).chain(whole(vec![0; more].into()))),
+        // In one piece with it, where both are small.
+        Some(Fault::Long(more)) => Body::from_stream(whole([&body[..], &vec![0; more]].concat().into())),
         Some(Fault::Stall(after)) => {
             Body::from_stream(whole(body.slice(..after.min(body.len()))).chain(stream::pending()))
         }

@@ -401,7 +401,7 @@ impl Simulation {
                 Some(_) => Err(io::Error::from(Errno::IO)),
                 None => Ok(()),
             };
-            let path = root.join(super::DATABASE);
+            let path = root.join(super::database::DATABASE);
             let store = match Store::open_failing(&path, fails.clone()) {
                 Ok(store) => store,
                 // The supervisor tries again, until the disk lets it.

@@ -256,6 +256,8 @@ fn wrong_bytes_are_not_written() {
     );
     assert_eq!(stored(&containerd, &digests).len(), before);
     registry.heal();
+    // What is wrong once is asked for again.
+    registry.fail(On::Blob, 1, Fault::Corrupt(100));
     complete(&lazuli, &reference).expect_success();
     assert_eq!(stored(&containerd, &digests).len(), digests.len());
 }

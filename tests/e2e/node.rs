@@ -286,8 +286,8 @@ fn readers_of_a_silent_registry_stop_nobody_else() {
     stage.containerd.remove_container(&id);
 }
 
-/// Readers that wait, a pull that asks and a stream that has begun, all of a registry that says nothing: the daemon ends within its bound, and so
-/// does everything that waited.
+/// Readers that wait, a pull that asks, a stream that has begun, and a call that has no bound of its own, all of a registry that says nothing: the
+/// daemon ends within its bound, and so does everything that waited.
 #[test]
 fn the_daemon_ends_in_time_whatever_waits() {
     if subject() != SNAPSHOTTER {
@@ -317,8 +317,10 @@ fn the_daemon_ends_in_time_whatever_waits() {
         .expect_success();
     stage.falls_silent();
     let mut pull = stage.lazuli.command("pull", &[&streamed]);
+    let mut complete = stage.lazuli.command("complete", &[&hung]);
     thread::scope(|scope| {
         let (containerd, id) = (&stage.containerd, &id);
+        let complete = scope.spawn(move || run(&mut complete, PATIENCE));
         let reader = scope.spawn(move || containerd.exec(id, "cat /data/file > /dev/null"));
         let pull = scope.spawn(move || run(&mut pull, PATIENCE));
         let waits = || {
@@ -328,7 +330,7 @@ fn the_daemon_ends_in_time_whatever_waits() {
         };
         wait_until(PATIENCE, waits).expect("nobody waits");
         thread::sleep(Duration::from_secs(1));
-        assert!(!pull.is_finished() && !reader.is_finished());
+        assert!(!pull.is_finished() && !reader.is_finished() && !complete.is_finished());
         let begun = Instant::now();
         let supervisor = stage.lazuli.supervisor().to_string();
         run(Command::new("kill").args(["-s", "TERM", &supervisor]), PATIENCE).expect_success();
@@ -337,6 +339,7 @@ fn the_daemon_ends_in_time_whatever_waits() {
         assert!(took < END + LEEWAY, "{took:?}");
         assert_ne!(reader.join().unwrap().status.and_then(|status| status.code()), Some(0));
         pull.join().unwrap();
+        assert!(!complete.join().unwrap().success());
     });
     assert!(stage.lazuli.stop());
     stage.containerd.remove_container(&id);

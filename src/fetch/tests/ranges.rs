@@ -154,7 +154,9 @@ async fn every_read_ends_by_its_deadline() {
     let (bench, blob) = (Bench::new(), FakeBlob::new(bytes));
     let (_, layer) = bench.open("layer", index, &blob);
     blob.flowing.send_replace(false);
-    let result = layer.read(0, 10, Duration::from_millis(20)).await;
+    let result = layer.read(0, 10, Duration::from_millis(20));
+    // Without an end of its own it would wait for ever, and so would this test.
+    let result = tokio::time::timeout(LONG, result).await.expect("it does not end");
     assert!(matches!(result, Err(FetchError::Deadline { .. })), "{result:?}");
     // The flight went on, and serves the next reader.
     blob.flowing.send_replace(true);

@@ -25,7 +25,13 @@ const CHUNKS: usize = 1200;
 const SIZE: usize = 48;
 
 pub fn open(root: &Path) -> Arc<Cache> {
+    open_within(root, 0)
+}
+
+/// A cache of so many bytes; 0: of any number.
+pub fn open_within(root: &Path, bytes: u64) -> Arc<Cache> {
     let config = CacheConfig {
+        max_size: ByteSize(bytes),
         high_percent: 100,
         min_free: ByteSize(0),
         ..CacheConfig::default()

@@ -30,6 +30,8 @@ pub struct Metrics {
     pub applied_layers_total: IntCounterVec,
     /// Duration of packing a layer that containerd has fetched, in seconds.
     pub apply_seconds: Histogram,
+    /// Snapshots whose size was to be limited, by `outcome` (`limited`, `unlimited`: the file system cannot).
+    pub size_limits_total: IntCounterVec,
     /// Bytes of blobs that were written into containerd's content store to complete images.
     pub completed_bytes_total: IntCounter,
     /// Bytes of blobs that containerd was lent while they were streamed.
@@ -179,6 +181,12 @@ impl Metrics {
                 &r,
                 "lazuli_applied_layers_total",
                 "Layers that containerd gave to its differ Lazuli.",
+                &["outcome"],
+            ),
+            size_limits_total: counter_vec(
+                &r,
+                "lazuli_size_limits_total",
+                "Snapshots whose size was to be limited.",
                 &["outcome"],
             ),
             apply_seconds: histogram(

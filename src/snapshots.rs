@@ -57,6 +57,7 @@ mod error;
 mod filters;
 mod handover;
 mod info;
+mod limits;
 mod making;
 mod mapped;
 #[cfg(test)]

@@ -20,6 +20,7 @@ pub mod malloc;
 pub mod map;
 pub mod mount;
 pub mod mountinfo;
+pub mod quota;
 #[allow(unsafe_code)]
 pub mod signals;
 

@@ -10,6 +10,7 @@ use crate::fetch::LayerData as _;
 use crate::fs::{Deadlines, Face, Faces, Serving, Shown};
 use crate::layer::{Access, Digest};
 use crate::store::{ImageRecord, IndexRecord};
+use crate::sys::quota;
 
 /// Everything the daemon serves now.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
@@ -34,6 +35,9 @@ pub struct Status {
     /// What is wrong on this machine and has to be mended by somebody; each names the file or place, and the remedy. Empty if all is well.
     #[serde(default)]
     pub problems: Vec<String>,
+    /// Why the size of a container cannot be limited (label `containerd.io/snapshot/max-size`), and what would help; null if it can be.
+    #[serde(default)]
+    pub no_size_limits: Option<String>,
     /// By which face layers are shown.
     #[serde(default)]
     pub face: FaceStatus,
@@ -337,6 +341,7 @@ impl Catalog {
             cache_held_bytes: self.loader.cache().held_bytes(),
             cache_replaced_bytes: self.loader.cache().replaced_bytes(),
             problems: self.problems(),
+            no_size_limits: quota::missing(&self.root),
             face: faces.map(|faces| faces.serving().into()).unwrap_or_default(),
             reads: faces
                 .map(|faces| {

@@ -114,6 +114,9 @@ fn table(status: &Status) -> String {
             "no containers in user namespaces (capability only-remap-ids): {reason}"
         );
     }
+    if let Some(reason) = &status.no_size_limits {
+        let _ = writeln!(out, "sizes of containers cannot be limited: {reason}");
+    }
     let kernel = match status.reads.kernel_limit_seconds {
         Some(limit) => format!("the kernel gives all images up after {limit} s"),
         None => "the kernel has no limit of its own".to_owned(),
@@ -311,6 +314,7 @@ mod tests {
                 kernel_limit_seconds: Some(120),
             },
             chains,
+            no_size_limits: Some("no project quotas".into()),
             problems: vec!["/etc/x/hosts.toml: it is half written; its last good state is used".into()],
             images: vec![ImageStatus {
                 name: "r.example/a:1".into(),
@@ -388,6 +392,7 @@ mod tests {
         lazuli 1 at /r; cache 3.0 MiB (no limit)
         layers are shown by the image face: Linux 6.18 mounts EROFS from files
         no containers in user namespaces (capability only-remap-ids): FUSE cannot be mapped
+        sizes of containers cannot be limited: no project quotas
         2 reads wait, none longer than 115 s (the kernel gives all images up after 120 s)
         it has taken over from another process 2 times since `lazuli serve` was started
         1.0 MiB of the cache are mounted as files, and stay while containers use them

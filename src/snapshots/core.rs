@@ -12,6 +12,7 @@ use super::dirs::{Built, Content, Dirs, RootAttributes};
 use super::filters::Filters;
 use super::handover::Handover;
 use super::info::{Named, info, now};
+use super::limits;
 use super::mounts::Overlay;
 use super::rules::{self, Published, REF_LABEL, Wish, check_key, kept_labels};
 use super::usage::usage;
@@ -71,7 +72,7 @@ impl Core {
         root: &Path,
         store: Arc<Store>,
         layers: Arc<dyn Layers>,
-        metrics: &Metrics,
+        metrics: &Arc<Metrics>,
     ) -> Result<Self, SnapshotsError> {
         let core = Core {
             dirs: Arc::new(Dirs::open(root, metrics)?),
@@ -102,13 +103,15 @@ impl Core {
                     tracing::warn!(key, %layer, "the layer of a snapshot is not available");
                 }
             }
-            None if self.dirs.own(record.id).is_dir() => {}
+            None if self.dirs.own(record.id).is_dir() => self.restore_limit(record)?,
             // Made right before a power cut, and never written to.
             None if record.kind != Kind::Committed => {
                 let chain = self.parents(record.parent.as_deref().unwrap_or_default())?;
                 let shown = shown_by(&record.chain, &chain);
                 let mapping = self.mapping(key, &record.labels, &chain)?;
-                let built = self.build(record.kind, &self.lowers(key, &chain, &shown)?, mapping.as_ref())?;
+                let size = limits::size(record.kind, &record.labels)?;
+                let lowers = self.lowers(key, &chain, &shown)?;
+                let built = self.build(record.kind, &lowers, mapping.as_ref(), size)?;
                 self.dirs.place(built, record.id)?;
                 tracing::warn!(
                     key,
@@ -119,6 +122,22 @@ impl Core {
             None => tracing::error!(key, id = record.id, "the directory of a committed snapshot is missing"),
         }
         Ok(())
+    }
+
+    /// Makes the limit of a snapshot with files of its own what its record says, whatever a process that died had begun, or happened to the quotas.
+    fn restore_limit(&self, record: &SnapshotRecord) -> Result<(), SnapshotsError> {
+        let own = self.dirs.own(record.id);
+        match record.kind {
+            Kind::View => Ok(()),
+            Kind::Committed => {
+                self.dirs.limits.end(&own);
+                Ok(())
+            }
+            Kind::Active => {
+                let size = limits::size(record.kind, &record.labels)?;
+                self.dirs.limits.set(&mut self.dirs.limits.turn(), &own, size)
+            }
+        }
     }
 
     /// Checks what a new snapshot needs, before a remote one is looked for.
@@ -320,8 +339,14 @@ impl Core {
         if let Some((id, Some(layer))) = record.as_ref().map(|record| (record.id, record.layer)) {
             return self.commit_applied((name, key, parent), labels, (id, layer));
         }
-        let (id, is_mapped) = record
-            .map(|record| (record.id, is_labelled(&record.labels)))
+        let (id, is_mapped, is_limited) = record
+            .map(|record| {
+                (
+                    record.id,
+                    is_labelled(&record.labels),
+                    limits::label(&record.labels).is_some(),
+                )
+            })
             .unwrap_or_default();
         // Outside of the transaction, because it may take a while.
         let usage = usage(&self.dirs.own(id))?;
@@ -330,6 +355,10 @@ impl Core {
         self.store.write_snapshots(move |snapshots| {
             rules::commit(snapshots, (&name, &key, &parent), kept_labels(labels), usage, now())
         })?;
+        if is_limited {
+            // A layer does not grow; and what is deleted of it must not make room for others.
+            self.dirs.limits.end(&self.dirs.own(id));
+        }
         if is_mapped {
             let _turn = self.turn();
             if let Err(error) = self.dirs.unmap(id) {
@@ -369,9 +398,18 @@ impl Core {
 
     pub fn update(&self, key: &str, labels: HashMap<String, String>, paths: &[String]) -> Result<Info, SnapshotsError> {
         let (name, paths) = (key.to_owned(), paths.to_vec());
-        let record = self
+        let (record, is_limit) = self
             .store
             .write_snapshots(move |snapshots| rules::update(snapshots, &name, labels, &paths, now()))?;
+        if is_limit {
+            let mut turn = self.dirs.limits.turn();
+            // Whatever others have made of it meanwhile; who commits or removes it from here on comes after this.
+            let present = self.store.snapshot(key)?.filter(|present| present.id == record.id);
+            if let Some(present) = present.filter(|present| present.kind == Kind::Active) {
+                let size = limits::size(present.kind, &present.labels)?;
+                self.dirs.limits.set(&mut turn, &self.dirs.own(present.id), size)?;
+            }
+        }
         Ok(info(key.to_owned(), record))
     }
 
@@ -508,18 +546,25 @@ impl Core {
         });
     }
 
-    /// The directory of a new local snapshot over `lowers`.
+    /// The directory of a new local snapshot over `lowers`, which may take `size` bytes.
     pub(super) fn build(
         &self,
         kind: Kind,
         lowers: &[PathBuf],
         mapping: Option<&Mapping>,
+        size: Option<u64>,
     ) -> Result<Built, SnapshotsError> {
-        if let Some(mapping) = mapping {
-            return self.dirs.build_mapped(kind, lowers, mapping);
+        let mut built = match mapping {
+            Some(mapping) => self.dirs.build_mapped(kind, lowers, mapping)?,
+            None => {
+                let attributes = lowers.first().map(|lower| RootAttributes::of(lower)).transpose()?;
+                self.dirs.build(&Content::Local(kind, attributes))?
+            }
+        };
+        if let Some(bytes) = size {
+            self.dirs.limit(&mut built, bytes)?;
         }
-        let attributes = lowers.first().map(|lower| RootAttributes::of(lower)).transpose()?;
-        self.dirs.build(&Content::Local(kind, attributes))
+        Ok(built)
     }
 
     /// The committed snapshot `parent` (empty for none) and its ancestors.

@@ -31,6 +31,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tonic::Code;
 
+use super::limits::Limits;
 use super::users::Mapping;
 use super::{SnapshotsError, mapped};
 use crate::metrics::Metrics;
@@ -65,19 +66,38 @@ pub(super) enum Content {
     Remote,
 }
 
+/// Name of the directory of a snapshot's own files.
+const OWN: &str = "fs";
+/// Name of overlayfs' work directory.
+const WORK: &str = "work";
 /// Name of the link to the layer of a remote snapshot.
 const LAYER: &str = "fs";
 /// What the names of links to segments begin with that end with the layer of a remote snapshot; the name of what shows the segment follows.
 const SEGMENT: &str = "chain";
 
 /// A snapshot's directory that has no id yet; deleted unless it is placed.
-pub(super) struct Built(TempDir);
+pub(super) struct Built {
+    dir: TempDir,
+    /// Of one whose size may be limited.
+    limits: Option<Arc<Limits>>,
+}
+
+impl Built {
+    /// The directories of its own files and of overlayfs'.
+    fn upper(&self) -> [PathBuf; 2] {
+        [OWN, WORK].map(|name| self.dir.path().join(name))
+    }
+}
 
 impl Drop for Built {
     fn drop(&mut self) {
         // Nothing is there if it was placed: it has another name by then.
-        if let Err(error) = mapped::take_away(self.0.path()) {
+        if let Err(error) = mapped::take_away(self.dir.path()) {
             tracing::warn!(%error, "what was mounted for a snapshot that was not made stays until the next start");
+        }
+        let [own, _] = self.upper();
+        if let Some(limits) = self.limits.take() {
+            limits.end(&own);
         }
     }
 }
@@ -87,11 +107,13 @@ pub(super) struct Dirs {
     snapshots: PathBuf,
     new: PathBuf,
     trash: Arc<Trash>,
+    /// How large snapshots may become.
+    pub limits: Arc<Limits>,
 }
 
 impl Dirs {
     /// Makes the directories; what an earlier process left unfinished is deleted in the background.
-    pub fn open(root: &Path, metrics: &Metrics) -> Result<Self, SnapshotsError> {
+    pub fn open(root: &Path, metrics: &Arc<Metrics>) -> Result<Self, SnapshotsError> {
         // They go into mount options, which are text with these separators.
         if root.to_str().is_none_or(|text| text.contains([',', ':', '\\', '"'])) || !root.is_absolute() {
             return Err(SnapshotsError::Root {
@@ -112,7 +134,13 @@ impl Dirs {
         }
         let entries = metrics.trash_entries.with_label_values(&["snapshots"]);
         let trash = Trash::open(&trash, entries).map_err(SnapshotsError::io("open", &trash))?;
-        let dirs = Dirs { snapshots, new, trash };
+        let limits = Arc::new(Limits::open(&new, Arc::clone(metrics)));
+        let dirs = Dirs {
+            snapshots,
+            new,
+            trash,
+            limits,
+        };
         for name in names(&dirs.new)? {
             dirs.throw_away(&dirs.new.join(name), "new")?;
         }
@@ -130,7 +158,7 @@ impl Dirs {
             }
             probe => probe?,
         };
-        let path = probe.0.path();
+        let path = probe.dir.path();
         let io = |error: rustix::io::Errno| SnapshotsError::io("list", path)(error.into());
         let listed = rustix::fs::Dir::read_from(fs::File::open(path).map_err(SnapshotsError::io("open", path))?);
         for entry in listed.map_err(io)? {
@@ -154,13 +182,13 @@ impl Dirs {
             Content::Remote => {}
             Content::Local(kind, attributes) => fill(dir.path(), *kind, *attributes)?,
         }
-        Ok(Built(dir))
+        Ok(Built { dir, limits: None })
     }
 
     /// Makes the directory of a new local snapshot over `lowers`, which it sees with mapped owners.
     pub fn build_mapped(&self, kind: Kind, lowers: &[PathBuf], mapping: &Mapping) -> Result<Built, SnapshotsError> {
         let built = self.build(&Content::Remote)?;
-        let dir = built.0.path();
+        let dir = built.dir.path();
         mapped::show(dir, lowers, mapping)?;
         let attributes = match lowers.first() {
             // Its owner as it is mapped.
@@ -173,6 +201,13 @@ impl Dirs {
         };
         fill(dir, kind, Some(attributes))?;
         Ok(built)
+    }
+
+    /// Limits what an active snapshot that is being made may take, in bytes.
+    pub fn limit(&self, built: &mut Built, bytes: u64) -> Result<(), SnapshotsError> {
+        built.limits = Some(Arc::clone(&self.limits));
+        let [own, work] = built.upper();
+        self.limits.give(&own, &work, bytes)
     }
 
     /// Shows a snapshot `lowers` with mapped owners, unless it sees them already.
@@ -198,9 +233,9 @@ impl Dirs {
         if path.symlink_metadata().is_ok() {
             self.discard(id)?;
         }
-        fs::rename(built.0.path(), &path).map_err(SnapshotsError::io("move into place", &path))?;
-        // It has another name now, under which it stays.
-        built.0.disable_cleanup(true);
+        fs::rename(built.dir.path(), &path).map_err(SnapshotsError::io("move into place", &path))?;
+        // It has another name now, under which it stays, with its limit.
+        built.dir.disable_cleanup(true);
         Ok(())
     }
 
@@ -221,6 +256,7 @@ impl Dirs {
         if let Err(error) = mapped::take_away(path) {
             tracing::warn!(%error, "what was mounted for a snapshot that is gone stays");
         }
+        self.limits.end(&path.join(OWN));
         let moved = self.trash.discard(path, name, 0).map(drop);
         moved.map_err(SnapshotsError::io("move to the trash", path))
     }
@@ -260,7 +296,7 @@ impl Dirs {
         if !fs::read_link(&path).is_ok_and(|now| now == target) {
             self.ensure(id)?;
             let built = self.build(&Content::Remote)?;
-            let new = built.0.path().join("link");
+            let new = built.dir.path().join("link");
             symlink(target, &new).map_err(SnapshotsError::io("create", &new))?;
             fs::rename(&new, &path).map_err(SnapshotsError::io("replace", &path))?;
         }
@@ -308,12 +344,12 @@ impl Dirs {
 
     /// The directory of a snapshot's own files.
     pub fn own(&self, id: u64) -> PathBuf {
-        self.dir(id).join("fs")
+        self.dir(id).join(OWN)
     }
 
     /// The directory of overlayfs' own.
     pub fn work(&self, id: u64) -> PathBuf {
-        self.dir(id).join("work")
+        self.dir(id).join(WORK)
     }
 
     fn dir(&self, id: u64) -> PathBuf {
@@ -335,7 +371,7 @@ impl RootAttributes {
 
 /// Makes the directories of a local snapshot in `dir`.
 fn fill(dir: &Path, kind: Kind, attributes: Option<RootAttributes>) -> Result<(), SnapshotsError> {
-    let own = dir.join("fs");
+    let own = dir.join(OWN);
     make(&own, attributes.map_or(ROOT_MODE, |attributes| attributes.mode))?;
     if let Some(attributes) = attributes {
         lchown(&own, Some(attributes.uid), Some(attributes.gid))
@@ -344,7 +380,7 @@ fn fill(dir: &Path, kind: Kind, attributes: Option<RootAttributes>) -> Result<()
         set_mode(&own, attributes.mode)?;
     }
     if kind == Kind::Active {
-        make(&dir.join("work"), WORK_MODE)?;
+        make(&dir.join(WORK), WORK_MODE)?;
     }
     Ok(())
 }

@@ -103,6 +103,9 @@ pub enum SnapshotsError {
     /// The kernel failed at what showing mapped owners takes.
     #[error("owners cannot be mapped: {0}")]
     Mapping(#[from] SysError),
+    /// The file system failed at limiting the size of a snapshot, though it can.
+    #[error("its size cannot be limited: {0}")]
+    Limit(#[source] SysError),
     /// The root directory cannot be used.
     #[error("root directory {path}: {problem}")]
     Root {
@@ -182,7 +185,11 @@ impl SnapshotsError {
             | SnapshotsError::NoMappedOwners { .. }
             | SnapshotsError::Rebase { .. } => Code::FailedPrecondition,
             SnapshotsError::NotLive { .. } | SnapshotsError::Disagreement { .. } => Code::Unavailable,
-            SnapshotsError::Io { source, .. } | SnapshotsError::Mapping(SysError { source, .. }) if is_full(source) => {
+            SnapshotsError::Io { source, .. }
+            | SnapshotsError::Mapping(SysError { source, .. })
+            | SnapshotsError::Limit(SysError { source, .. })
+                if is_full(source) =>
+            {
                 Code::ResourceExhausted
             }
             SnapshotsError::Store(StoreError::Damaged { .. }) => Code::DataLoss,
@@ -190,6 +197,7 @@ impl SnapshotsError {
             SnapshotsError::Root { .. }
             | SnapshotsError::Io { .. }
             | SnapshotsError::Mapping(_)
+            | SnapshotsError::Limit(_)
             | SnapshotsError::Store(_)
             | SnapshotsError::Abandoned(_)
             | SnapshotsError::Panicked { .. } => Code::Internal,

@@ -10,6 +10,7 @@ use super::chain::shown_by;
 use super::core::{Core, Doubt};
 use super::dirs::Built;
 use super::info::now;
+use super::limits;
 use super::rules::{self, NewSnapshot, check_key, kept_labels};
 use crate::layer::Digest;
 use crate::proto::types::Mount;
@@ -76,6 +77,7 @@ impl Core {
         let labels = kept_labels(labels);
         let chain = self.parents(&parent)?;
         let mapping = self.mapping(&key, &labels, &chain)?;
+        let size = limits::size(kind, &labels)?;
         let own = instead.unwrap_or_default();
         let shown = shown_by(&own, &chain);
         if !key.contains(EXTRACTION) {
@@ -87,7 +89,7 @@ impl Core {
         }
         let lowers = self.lowers(&key, &chain, &shown)?;
         // What takes time is done before the transaction.
-        let built = self.build(kind, &lowers, mapping.as_ref())?;
+        let built = self.build(kind, &lowers, mapping.as_ref(), size)?;
         Ok(Begun::Made(Box::new(Made {
             kind,
             key,

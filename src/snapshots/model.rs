@@ -234,7 +234,7 @@ impl Real {
         std::fs::create_dir_all(&root).unwrap();
         let store = Arc::new(Store::open(&root.join("metadata.redb")).unwrap());
         let layers = Arc::new(OneDirectory(self.dir.path().join("layer")));
-        self.core = Some(Core::open(&root, store, layers, &Metrics::new()).unwrap());
+        self.core = Some(Core::open(&root, store, layers, &Arc::new(Metrics::new())).unwrap());
     }
 
     fn core(&self) -> &Core {

@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::SnapshotsError;
 use super::error::quoted;
-use super::users;
+use super::{limits, users};
 use crate::layer::Digest;
 use crate::store::{Kind, SnapshotRecord, SnapshotsWrite, Usage};
 
@@ -278,14 +278,14 @@ pub(super) fn remove(snapshots: &SnapshotsWrite<'_>, key: &str) -> Result<Snapsh
     snapshots.remove(key)?.ok_or_else(|| SnapshotsError::not_found(key))
 }
 
-/// Changes the labels of a snapshot: all of them, or those that `paths` (a field mask) names.
+/// Changes the labels of a snapshot: all of them, or those that `paths` (a field mask) names. Whether its limit of size is another now, too.
 pub(super) fn update(
     snapshots: &SnapshotsWrite<'_>,
     key: &str,
     labels: HashMap<String, String>,
     paths: &[String],
     now: i64,
-) -> Result<SnapshotRecord, SnapshotsError> {
+) -> Result<(SnapshotRecord, bool), SnapshotsError> {
     let mut record = snapshots.get(key)?.ok_or_else(|| SnapshotsError::not_found(key))?;
     let before = record.labels.clone();
     if paths.is_empty() {
@@ -315,7 +315,12 @@ pub(super) fn update(
             quoted(key)
         )));
     }
+    // What it was made with has been looked at.
+    let is_limit = limits::label(&before) != limits::label(&record.labels);
+    if is_limit {
+        limits::size(record.kind, &record.labels)?;
+    }
     record.updated = now;
     snapshots.put(key, &record)?;
-    Ok(record)
+    Ok((record, is_limit))
 }

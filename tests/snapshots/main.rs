@@ -3,7 +3,11 @@
 mod applied;
 mod beliefs;
 mod garbage;
+mod limits;
 mod local;
 mod remote;
+#[allow(dead_code)]
+#[path = "../support/skip.rs"]
+mod skip;
 mod support;
 mod users;

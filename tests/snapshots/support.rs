@@ -360,7 +360,7 @@ impl Daemon {
         Self::start_in(tempfile::tempdir().unwrap(), FakeLayers::new(), true).await
     }
 
-    async fn start_in(dir: tempfile::TempDir, layers: Arc<FakeLayers>, releases: bool) -> Self {
+    pub async fn start_in(dir: tempfile::TempDir, layers: Arc<FakeLayers>, releases: bool) -> Self {
         let root = dir.path().join("root");
         std::fs::create_dir_all(&root).unwrap();
         let metrics = Arc::new(Metrics::new());

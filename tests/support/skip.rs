@@ -31,6 +31,10 @@ pub enum Ability {
     FsckErofs,
     /// `mkfs.xfs`, and the right to mount.
     Xfs,
+    /// ext4 with quotas of projects: a kernel with `QFMT_V2`.
+    Ext4ProjectQuotas,
+    /// The same of xfs: `XFS_QUOTA`.
+    XfsProjectQuotas,
 }
 
 impl Ability {
@@ -45,6 +49,8 @@ impl Ability {
             Ability::Buildkit => "buildkit",
             Ability::FsckErofs => "fsck-erofs",
             Ability::Xfs => "xfs",
+            Ability::Ext4ProjectQuotas => "ext4-project-quotas",
+            Ability::XfsProjectQuotas => "xfs-project-quotas",
         }
     }
 
@@ -56,6 +62,8 @@ impl Ability {
             }
             Ability::TmpfsUserXattrs => may_mount() && is_kernel(6, 6) && has_option("TMPFS_XATTR"),
             Ability::EscapedMarks => may_mount() && is_kernel(6, 7) && has_file_system("overlay"),
+            Ability::Ext4ProjectQuotas => may_mount() && has_file_system("ext4") && has_option("QFMT_V2"),
+            Ability::XfsProjectQuotas => may_mount() && has_file_system("xfs") && has_option("XFS_QUOTA"),
             Ability::Containerd2
             | Ability::Containerd24
             | Ability::Nerdctl

@@ -215,6 +215,8 @@ pub struct Catalog {
     address: PathBuf,
     /// What containerd is kept from fetching, by pull.
     held: Mutex<HashMap<loads::PullKey, lend::Held>>,
+    /// What comes for containerd alone.
+    alone: lend::BlobsAlone,
 }
 
 /// What a [`Catalog`] is made of.
@@ -298,6 +300,7 @@ impl Catalog {
             lends,
             address,
             held: Mutex::default(),
+            alone: lend::BlobsAlone::default(),
         })
     }
 
@@ -359,9 +362,9 @@ impl Catalog {
             tracing::error!(%error, manifest = %plan.manifest, "the image cannot be recorded");
         }
         let asking = self.loads.ask((plan.namespace.clone(), plan.manifest), position);
-        let begun = self.begin_image(&plan, position, &asking, &request);
+        let mut begun = self.begin_image(&plan, position, &asking, &request);
         self.play_for(&plan, &begun);
-        let result = match self.wait_for(&plan, position, &asking, &begun, deadline).await {
+        let result = match self.wait_for(&plan, position, &asking, &mut begun, deadline).await {
             Ok(_) => {
                 let looks = self.on_its_parents(&plan, position, &begun, &request.below);
                 let deadline = pace::local_deadline(deadline, Instant::now());

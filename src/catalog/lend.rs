@@ -8,7 +8,7 @@
 //! the layer comes once, and at the pace of a stream.
 //!
 //! Where Lazuli is no differ, containerd unpacks the layer whatever else there is of it: so nothing is made of the blob then, but for others who pull
-//! the same layer at that time.
+//! the same layer at that time. Who comes to want it later waits until containerd has the blob, and has it from there.
 //!
 //! It holds for all streams of the image from that layer on, because containerd fetches all these at once. It costs nobody anything if it
 //! ends early: the reference is let go with the connection, also if this process dies, and containerd goes on behind the last byte that was
@@ -24,21 +24,24 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures::StreamExt;
 use futures::future::join_all;
 use futures::stream::FuturesUnordered;
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout, timeout_at};
 
 use super::containerd::{Ingest, IngestError, IngestWriter, layer_reference, source_label};
+use super::content::ContentStore;
 use super::images::{ImagePlan, PlannedLayer};
 use super::loads::{Load, PullKey};
 use super::question::Begun;
 use super::{Catalog, LoadedId, pace};
 use crate::cache::{Spool, SpoolEnd, Spooled};
 use crate::fetch::{Hurried, Progress};
+use crate::layer::Digest;
 use crate::sync::blocking;
 
 /// What is smaller, in bytes, is fetched again within a moment.
@@ -66,6 +69,55 @@ struct Stream {
     spool: Arc<Spool>,
 }
 
+/// Blobs of which nothing is made here, while containerd is lent them.
+#[derive(Default)]
+pub(super) struct BlobsAlone(Mutex<HashMap<Digest, watch::Receiver<()>>>);
+
+/// One of them, until it is dropped.
+struct BlobAlone {
+    catalog: Arc<Catalog>,
+    layer: Digest,
+    ended: watch::Sender<()>,
+}
+
+impl BlobsAlone {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Digest, watch::Receiver<()>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until containerd has the blob, or will not have it from here.
+    pub(super) async fn ended(&self, layer: &Digest) {
+        let ended = self.lock().get(layer).cloned();
+        if let Some(mut ended) = ended {
+            // Nothing is ever sent.
+            let _ = ended.changed().await;
+        }
+    }
+}
+
+impl BlobAlone {
+    fn new(catalog: &Arc<Catalog>, layer: Digest) -> Self {
+        let (ended, seen) = watch::channel(());
+        catalog.alone.lock().insert(layer, seen);
+        BlobAlone {
+            catalog: Arc::clone(catalog),
+            layer,
+            ended,
+        }
+    }
+}
+
+impl Drop for BlobAlone {
+    fn drop(&mut self) {
+        let mut all = self.catalog.alone.lock();
+        // Another namespace may be lent the same.
+        let is_it = |seen: &watch::Receiver<()>| seen.same_channel(&self.ended.subscribe());
+        if all.get(&self.layer).is_some_and(is_it) {
+            all.remove(&self.layer);
+        }
+    }
+}
+
 /// References that are held, by the position of the layer.
 pub(super) type Held = BTreeMap<usize, IngestWriter>;
 
@@ -89,6 +141,15 @@ impl Catalog {
         if !self.lends {
             return;
         }
+        let (me, plan, begun) = (Arc::clone(self), plan.clone(), begun.to_vec());
+        // Whoever asked may go away, and what was opened by then has to be let go of.
+        let begins = async move { me.begin_to_lend(&plan, position, &begun, deadline).await };
+        if let Err(error) = self.runtime.spawn(begins).await {
+            tracing::error!(%error, "lending failed because of a bug in Lazuli");
+        }
+    }
+
+    async fn begin_to_lend(self: &Arc<Self>, plan: &ImagePlan, position: usize, begun: &[Begun], deadline: Instant) {
         let pull = (plan.namespace.clone(), plan.manifest);
         // Those below have been answered. They would take the places in which containerd has to fetch this one, if it is not lent.
         let mut held = self.held().remove(&pull).unwrap_or_default();
@@ -117,7 +178,7 @@ impl Catalog {
         let (mut lent, mut held) = (Vec::new(), BTreeMap::new());
         for (at, stream, writer) in opened {
             match stream {
-                Some(stream) => lent.push((stream, writer)),
+                Some(stream) => lent.push((stream, writer, None)),
                 None => drop(held.insert(at, writer)),
             }
         }
@@ -128,8 +189,10 @@ impl Catalog {
         let asked = timeout_at(deadline.into(), self.content.containerd().has_differ(&self.address));
         // Where that cannot be told, it may.
         if !lent.is_empty() && matches!(asked.await, Ok(Ok(false))) {
-            for (stream, _) in &lent {
+            for (stream, _, alone) in &mut lent {
                 if !self.loads.is_wanted_beside(&pull, &stream.load) {
+                    *alone = Some(BlobAlone::new(self, stream.layer.spec.digest));
+                    tracing::debug!(layer = %stream.layer.spec.digest, "comes for containerd alone, which unpacks it");
                     stream.progress.blob_only();
                 }
             }
@@ -140,7 +203,13 @@ impl Catalog {
         self.runtime.spawn(async move {
             let mut left = lent.len();
             if left > 0 || me.held().contains_key(&pull) {
-                let lends = lent.into_iter().map(|(stream, writer)| me.lend_one(stream, writer));
+                let lends = lent.into_iter().map(|(stream, writer, alone)| {
+                    let lending = me.lend_one(stream, writer);
+                    async move {
+                        lending.await;
+                        drop(alone);
+                    }
+                });
                 let mut lends: FuturesUnordered<_> = lends.collect();
                 let all = async {
                     while lends.next().await.is_some() {
@@ -255,6 +324,7 @@ impl Catalog {
         };
         match came {
             Ok(()) => {
+                self.standings.delivered(&digest, &ContentStore::origin());
                 lent.with_label_values(&["whole"]).inc();
                 tracing::info!(layer = %digest, bytes = stream.layer.spec.size, "containerd was lent what was streamed");
             }

@@ -41,12 +41,15 @@ pub struct LayerSpec {
     pub diff_id: Option<Digest>,
 }
 
+/// The word for a layer of which nothing was made, because containerd unpacks it and was lent its blob.
+pub(super) const BLOB_ONLY: &str = "lent";
+
 /// Why a layer is not served by Lazuli.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{text}")]
 pub struct Refusal {
     /// One word of a fixed set, for metrics: `encrypted`, `foreign`, `nydus`, `media-type`, `format`, `corrupt`, `source`, `silent`, `slow`,
-    /// `disk`, `unresolved`, `closed`.
+    /// `disk`, `unresolved`, `closed`; and `lent`, which is not counted.
     pub word: &'static str,
     /// The whole reason, for people.
     pub text: String,
@@ -62,6 +65,11 @@ impl Refusal {
             text: text.into(),
             retry_helps,
         }
+    }
+
+    /// Whether nothing was made of the layer because its blob was for containerd alone: there it can be had.
+    pub(super) fn is_blob_only(&self) -> bool {
+        self.word == BLOB_ONLY
     }
 
     fn of_registry(error: &RegistryError) -> Self {
@@ -87,6 +95,7 @@ impl Refusal {
             FetchError::Corrupt { .. } => ("format", false),
             FetchError::Disk { .. } => ("disk", true),
             FetchError::Deadline { .. } => ("source", true),
+            FetchError::BlobOnly { .. } => (BLOB_ONLY, true),
             FetchError::Closed { .. } => ("closed", true),
         };
         Refusal {

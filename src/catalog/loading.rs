@@ -117,7 +117,8 @@ impl Catalog {
         }
         let digest = wanted.spec.digest;
         let result = self.load(wanted).await;
-        if let Err(refusal) = &result {
+        // Of what was for containerd alone, whoever left it to containerd has told.
+        if let Some(refusal) = result.as_ref().err().filter(|refusal| !refusal.is_blob_only()) {
             self.count_refusal(refusal);
             tracing::warn!(layer = %digest, reason = %refusal, "not served by Lazuli");
             if let Err(error) = self.record_refusal(&digest, refusal).await {

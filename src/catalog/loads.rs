@@ -211,7 +211,7 @@ where
     K: Eq + Hash + Clone + Send + 'static,
     T: Clone + Send + Sync + 'static,
 {
-    /// The load of `key`, begun with `job` if it is not under way. One that this pull saw fail stays failed.
+    /// The load of `key`, begun with `job` if it is not under way. One that this pull saw fail stays failed, unless it was for containerd alone.
     ///
     /// # Errors
     /// Why this pull has left it to containerd.
@@ -225,7 +225,9 @@ where
             if let Some(refusal) = pull.left.get(key) {
                 return Err(refusal.clone());
             }
-            if let Some(load) = pull.loads.get(key) {
+            // Of what came for containerd alone nothing has failed: it can be had where the blob is now.
+            let is_over = |load: &Load<T>| matches!(load.outcome(), Some(Err(refusal)) if refusal.is_blob_only());
+            if let Some(load) = pull.loads.get(key).filter(|load| !is_over(load)) {
                 return Ok(Arc::clone(load));
             }
         }
@@ -421,6 +423,22 @@ mod tests {
         let again = loads.ask(pull("a"), 0);
         assert!(again.load(&"layer", || jobs.job()).unwrap().wait().await.is_err());
         assert_eq!(jobs.counts().0, 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_came_for_containerd_alone_is_begun_anew_by_the_same_pull() {
+        let (loads, jobs) = (Of::new(Handle::current()), Jobs::new());
+        let asking = loads.ask(pull("a"), 0);
+        let load = asking.load(&"layer", || jobs.job()).unwrap();
+        let alone = Refusal {
+            word: super::super::loader::BLOB_ONLY,
+            ..failure()
+        };
+        jobs.end.send_replace(Some(Err(alone)));
+        assert!(load.wait().await.is_err());
+        jobs.end.send_replace(Some(Ok(7)));
+        let again = asking.load(&"layer", || jobs.job()).unwrap();
+        assert_eq!((again.wait().await.unwrap(), jobs.counts().0), (7, 2));
     }
 
     #[tokio::test(start_paused = true)]

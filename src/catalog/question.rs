@@ -2,7 +2,7 @@
 //! [`pace::BOUND`].
 //!
 //! What is not there by then, or will not be, is left to containerd: it fetches and unpacks that layer itself, and downloads the layers
-//! above it with it. Streams that have begun are lent to it ([`super::lend`]), or else end. Layers that are lazy go on: containerd asks for them later, and need not unpack
+//! above it with it. What comes for containerd alone is waited for, and had from its content store then. Streams that have begun are lent to it ([`super::lend`]), or else end. Layers that are lazy go on: containerd asks for them later, and need not unpack
 //! them then.
 
 use std::cmp::Ordering;
@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
+use tokio::time::timeout_at;
 
 use super::images::{ImagePlan, PlannedLayer};
 use super::loader::Refusal;
@@ -84,11 +85,7 @@ impl Catalog {
         request: &LayerRequest,
     ) -> Vec<Begun> {
         let begin = |(at, planned): (usize, &PlannedLayer)| {
-            let wanted = Wanted {
-                lendable: self.lends,
-                ..wanted(plan, planned)
-            };
-            if let Some(id) = self.live_for(&wanted) {
+            if let Some(id) = self.live_for(&wanted(plan, planned)) {
                 return Begun::Live(id);
             }
             // The one that is asked for is not being unpacked, or containerd would not ask.
@@ -104,13 +101,27 @@ impl Catalog {
                     retry_helps: true,
                 });
             }
-            let (key, catalog) = (self.load_key(&wanted), Arc::clone(self));
-            match asking.load(&key, || catalog.loading(wanted).boxed()) {
-                Ok(load) => Begun::Load(load),
-                Err(refusal) => Begun::Left(refusal),
-            }
+            self.ask_for(plan, planned, asking)
         };
         plan.layers.iter().enumerate().map(begin).collect()
+    }
+
+    /// Loads a layer of an image for a question.
+    fn ask_for(
+        self: &Arc<Self>,
+        plan: &ImagePlan,
+        planned: &PlannedLayer,
+        asking: &Asking<LoadKey, LoadedId>,
+    ) -> Begun {
+        let wanted = Wanted {
+            lendable: self.lends,
+            ..wanted(plan, planned)
+        };
+        let (key, catalog) = (self.load_key(&wanted), Arc::clone(self));
+        match asking.load(&key, || catalog.loading(wanted).boxed()) {
+            Ok(load) => Begun::Load(load),
+            Err(refusal) => Begun::Left(refusal),
+        }
     }
 
     /// Waits for the layer at `position`, until `deadline` at the latest.
@@ -119,21 +130,37 @@ impl Catalog {
         plan: &ImagePlan,
         position: usize,
         asking: &Asking<LoadKey, LoadedId>,
-        begun: &[Begun],
+        begun: &mut [Begun],
         deadline: Instant,
     ) -> Result<LoadedId, Refusal> {
-        let all = begun;
-        let (Some(planned), Some(begun)) = (plan.layers.get(position), all.get(position)) else {
+        let Some(planned) = plan.layers.get(position) else {
             return Err(Refusal::unresolved("the image has no such layer", false));
         };
         let digest = planned.spec.digest;
-        let Begun::Load(load) = begun else {
-            return begun.wait().await;
+        let verdict = loop {
+            let load = match begun.get(position) {
+                Some(Begun::Load(load)) => Arc::clone(load),
+                Some(begun) => return begun.wait().await,
+                None => return Err(Refusal::unresolved("the image has no such layer", false)),
+            };
+            match self.watch(plan, &digest, &load, deadline).await {
+                Ok(Err(refusal)) if refusal.is_blob_only() => {
+                    if timeout_at(deadline.into(), self.alone.ended(&digest)).await.is_err() {
+                        break Verdict::Over;
+                    }
+                    tracing::debug!(layer = %digest, "what came for containerd alone is had from its content store");
+                    let again = self.ask_for(plan, planned, asking);
+                    begun
+                        .iter_mut()
+                        .skip(position)
+                        .take(1)
+                        .for_each(|begun| *begun = again.clone());
+                }
+                Ok(loaded) => return loaded,
+                Err(verdict) => break verdict,
+            }
         };
-        let verdict = match self.watch(plan, &digest, load, deadline).await {
-            Ok(loaded) => return loaded,
-            Err(verdict) => verdict,
-        };
+        let all = &*begun;
         let host = self.contacts.host(&digest).or_else(|| first_host(plan));
         let host = host.unwrap_or_else(|| "its registry".to_owned());
         let refusal = too_late(&host, planned.spec.size, verdict);

@@ -43,6 +43,12 @@ pub enum FetchError {
         /// The deadline.
         after: Duration,
     },
+    /// Nothing was made of what came of the layer: its blob was for somebody else alone.
+    #[error("layer {layer} came for containerd alone")]
+    BlobOnly {
+        /// The layer.
+        layer: Digest,
+    },
     /// The layer was released, or the daemon ends.
     #[error("layer {layer} is closed")]
     Closed {

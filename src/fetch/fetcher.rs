@@ -164,15 +164,23 @@ impl Fetcher {
 
     /// Waits for a place for a stream.
     pub(super) async fn enter_stream(&self, owner: Origin, class: Class) -> Place {
+        self.scheduler.enter(self.stream_wish(owner, class)).await
+    }
+
+    /// The same for one that is asked for once more, of a host that is away.
+    pub(super) async fn enter_stream_in_vain(&self, owner: Origin, class: Class) -> Place {
+        self.scheduler.enter_in_vain(self.stream_wish(owner, class)).await
+    }
+
+    fn stream_wish(&self, owner: Origin, class: Class) -> Wish {
         let deadline = self.scheduler.deadline(self.patience);
-        let wish = Wish {
+        Wish {
             owner,
             class,
             kind: Kind::Stream,
             bytes: 0,
             deadline,
-        };
-        self.scheduler.enter(wish).await
+        }
     }
 }
 

@@ -279,6 +279,8 @@ impl Streams {
             // What another source did wrong, this one may do right; what is wrong with the layer itself, or the disk, stays.
             let helps = error.as_ref().is_none_or(|error| match error {
                 FetchError::Source { .. } | FetchError::Deadline { .. } | FetchError::Closed { .. } => true,
+                // He is to have it from where the blob has gone.
+                FetchError::BlobOnly { .. } => false,
                 FetchError::Corrupt { source, .. } => source.retry_helps(),
                 FetchError::Disk { .. } => false,
             });

@@ -343,8 +343,13 @@ impl Layer {
                     bytes: memory,
                     deadline: me.fetcher.scheduler.deadline(me.fetcher.patience),
                 };
+                let scheduler = &me.fetcher.scheduler;
+                let enters = match turn {
+                    Some(_) => scheduler.enter_in_vain(wish).boxed(),
+                    None => scheduler.enter(wish).boxed(),
+                };
                 let place = tokio::select! {
-                    place = me.fetcher.scheduler.enter(wish) => place,
+                    place = enters => place,
                     () = me.closing.cancelled() => return,
                 };
                 let terms = Terms {

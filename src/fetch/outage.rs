@@ -136,7 +136,10 @@ impl FetchError {
             FetchError::Source { source, .. } => source.retry_helps(),
             // A source that was silent.
             FetchError::Deadline { .. } => true,
-            FetchError::Corrupt { .. } | FetchError::Disk { .. } | FetchError::Closed { .. } => false,
+            FetchError::Corrupt { .. }
+            | FetchError::Disk { .. }
+            | FetchError::BlobOnly { .. }
+            | FetchError::Closed { .. } => false,
         }
     }
 }

@@ -45,7 +45,7 @@ impl Layer {
                 let blob = me.blob();
                 let origin = blob.origin();
                 let result = tokio::select! {
-                    result = caught(me.refill_pass(known.take(), pass == 1)) => result.unwrap_or_else(|bug| Err(Fault::Disk(bug))),
+                    result = caught(me.refill_pass(known.take(), pass == 1, turn.is_some())) => result.unwrap_or_else(|bug| Err(Fault::Disk(bug))),
                     () = me.closing.cancelled() => Err(Fault::Closed),
                 };
                 if result.is_ok() {
@@ -91,17 +91,27 @@ impl Layer {
     }
 
     /// One pass. What it learned is returned if another has to follow, which never is so if it knew that already.
-    async fn refill_pass(self: &Arc<Self>, known: Option<Pieces>, wide: bool) -> Result<Option<Pieces>, Fault> {
+    async fn refill_pass(
+        self: &Arc<Self>,
+        known: Option<Pieces>,
+        wide: bool,
+        in_vain: bool,
+    ) -> Result<Option<Pieces>, Fault> {
         // Readers wait for it, so that it comes before the streams of pulls.
         let blob = self.blob();
         let origin = blob.origin();
-        let _place = self.fetcher.enter_stream(origin.clone(), Class::Demand).await;
+        let place = match in_vain {
+            true => self.fetcher.enter_stream_in_vain(origin.clone(), Class::Demand).await,
+            false => self.fetcher.enter_stream(origin.clone(), Class::Demand).await,
+        };
+        let delivers = place.remote();
         self.requests.fetch_add(1, Ordering::Relaxed);
         tracing::info!(layer = %self.cached.digest(), "streaming the layer again, its bytes were evicted");
         let me = Arc::clone(self);
         let (_none, wishes) = watch::channel(Wishes::default());
         let resources = self.fetcher.resources(origin, Class::Demand, wishes, move |bytes| {
             me.fetched.fetch_add(bytes, Ordering::Relaxed);
+            delivers.delivers();
         });
         let resources = Resources { wide, ..resources };
         let sink = Refill {

@@ -203,7 +203,8 @@ impl Fault {
                 source: Arc::new(source),
             },
             Fault::Silence(after) => FetchError::Deadline { layer, after },
-            Fault::Closed | Fault::Unwanted => FetchError::Closed { layer },
+            Fault::Unwanted => FetchError::BlobOnly { layer },
+            Fault::Closed => FetchError::Closed { layer },
         }
     }
 }

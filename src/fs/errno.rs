@@ -49,6 +49,7 @@ pub fn of(error: &ReadError) -> Errno {
             | FetchError::Corrupt { .. }
             | FetchError::Disk { .. }
             | FetchError::Deadline { .. }
+            | FetchError::BlobOnly { .. }
             | FetchError::Closed { .. },
         )
         | ReadError::Disk(_)

@@ -2,7 +2,8 @@
 //!
 //! One [`Attempts`] accompanies one operation: a manifest, or one range of a blob with all its resumptions. Hosts are asked in
 //! order; a host that fails in a way that may pass goes behind the others for a time that doubles, a host that gives a definite
-//! answer (404, 401, ...) is not asked again. It knows no sockets and no clock: the caller tells it the time.
+//! answer (404, 401, ...) is not asked again. One that refuses connections is asked once more and no further, unless something has come of the operation
+//! already: that nobody listens is known at once, and whoever can wait (a reader, in `crate::fetch`) asks again by himself. It knows no sockets and no clock: the caller tells it the time.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -18,6 +19,8 @@ const FIRST_DELAY: Duration = Duration::from_millis(100);
 const MAX_DELAY: Duration = Duration::from_secs(5);
 /// Longest wait that a host can ask for: a reader hangs meanwhile.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(30);
+/// Times that a host refuses connections before it is left alone: once may be between the end of a server and its next start.
+const REFUSALS: u32 = 2;
 /// Bytes that must have arrived since the last failure for the attempts to start anew: an endless download over a bad line may go
 /// on as long as it gets somewhere.
 const PROGRESS: u64 = 256 << 10;
@@ -34,6 +37,8 @@ pub struct Failure {
     pub cause: &'static str,
     /// The host may succeed if asked again.
     pub passing: bool,
+    /// Nobody listens there.
+    pub refused: bool,
 }
 
 impl Failure {
@@ -41,8 +46,17 @@ impl Failure {
     pub fn new(error: RegistryError, cause: &'static str) -> Self {
         Failure {
             passing: error.retry_helps(),
+            refused: false,
             error,
             cause,
+        }
+    }
+
+    /// The failure of a connection that nobody took.
+    pub fn refused(error: RegistryError) -> Self {
+        Failure {
+            refused: true,
+            ..Failure::new(error, "refused")
         }
     }
 
@@ -60,6 +74,8 @@ pub struct Attempts {
     left: u32,
     limit: u32,
     progress: u64,
+    /// Whether anything arrived at all.
+    has_begun: bool,
     /// Since when access is refused that may be granted again.
     denied_since: Option<Instant>,
 }
@@ -70,6 +86,8 @@ struct HostState {
     /// `None` once the host has answered for good.
     backoff: Option<ExponentialBackoff>,
     not_before: Option<Instant>,
+    /// How often it refused connections, one after the other.
+    refusals: u32,
     error: Option<RegistryError>,
 }
 
@@ -80,6 +98,7 @@ impl Attempts {
             place,
             backoff: Some(backoff()),
             not_before: None,
+            refusals: 0,
             error: None,
         });
         Attempts {
@@ -87,6 +106,7 @@ impl Attempts {
             left: limit,
             limit,
             progress: 0,
+            has_begun: false,
             denied_since: None,
         }
     }
@@ -105,6 +125,7 @@ impl Attempts {
         self.hosts
             .iter()
             .filter(|host| host.backoff.is_some() && !busy.contains(&host.place))
+            .filter(|host| self.has_begun || host.refusals < REFUSALS)
             .map(|host| {
                 let wait = host.not_before.map(|at| at.saturating_duration_since(now));
                 (host.place, wait.unwrap_or_default())
@@ -134,6 +155,10 @@ impl Attempts {
         let Some(host) = self.hosts.iter_mut().find(|host| host.place == place) else {
             return;
         };
+        host.refusals = match failure.refused {
+            true => host.refusals.saturating_add(1),
+            false => 0,
+        };
         if failure.passing {
             let chosen = host.backoff.as_mut().and_then(Iterator::next).unwrap_or(MAX_DELAY);
             let asked = failure.retry_after().unwrap_or_default().min(MAX_RETRY_AFTER);
@@ -156,6 +181,7 @@ impl Attempts {
     /// `bytes` arrived.
     pub fn progressed(&mut self, bytes: u64) {
         self.progress = self.progress.saturating_add(bytes);
+        self.has_begun |= bytes > 0;
     }
 
     /// The error to report: that of the host which comes last in the configured order, the registry itself; but with `patient` rather one
@@ -253,6 +279,49 @@ mod tests {
             ended().into_error(false),
             Some(RegistryError::NotFound { .. })
         ));
+    }
+
+    #[test]
+    fn who_refuses_connections_is_asked_twice_unless_something_has_come() {
+        let now = Instant::now();
+        let refused = || {
+            Failure::refused(RegistryError::Unreachable {
+                host: "h".to_owned(),
+                what: "connection refused".to_owned(),
+            })
+        };
+        let asked = |attempts: &mut Attempts| {
+            let (mut times, mut waits) = (0, Duration::ZERO);
+            let mut now = now;
+            while let Some((place, wait)) = attempts.next(now) {
+                now += wait;
+                waits += wait;
+                attempts.failed(place, refused(), now);
+                times += 1;
+            }
+            (times, waits)
+        };
+        let (times, waits) = asked(&mut Attempts::new(vec![0, 1], 9));
+        assert_eq!(times, 2 * REFUSALS);
+        assert!(waits <= 2 * FIRST_DELAY, "{waits:?}");
+        // In the middle of a body an outage is waited out.
+        let mut begun = Attempts::new(vec![0], 9);
+        begun.progressed(1);
+        assert_eq!(asked(&mut begun).0, 9);
+        // Another host that fails in another way has all its attempts.
+        let mut attempts = Attempts::new(vec![0, 1], 9);
+        for _ in 0..REFUSALS {
+            attempts.failed(0, refused(), now);
+            attempts.failed(1, passing(), now);
+        }
+        assert!(attempts.next(now).is_some_and(|(place, _)| place == 1));
+        // One that listens again is not taken for one that does not.
+        let mut attempts = Attempts::new(vec![0], 9);
+        for _ in 0..3 {
+            attempts.failed(0, refused(), now);
+            attempts.failed(0, passing(), now);
+        }
+        assert!(attempts.next(now).is_some());
     }
 
     #[test]

@@ -377,6 +377,18 @@ impl Core {
         removed.await
     }
 
+    /// The same of the snapshot that has the key and this id, if it is still there.
+    pub async fn remove_record_of(&self, key: &str, id: u64) -> Result<Option<SnapshotRecord>, SnapshotsError> {
+        let name = key.to_owned();
+        let removed = self.store.change_snapshots(move |snapshots| {
+            match snapshots.get(&name)?.is_some_and(|record| record.id == id) {
+                true => rules::remove(snapshots, &name).map(Some),
+                false => Ok(None),
+            }
+        });
+        removed.await
+    }
+
     /// Takes away what is left of a snapshot without a record; its directory is deleted in the background. Whether something may be needed no
     /// more now: a layer, or a mount of it.
     pub fn discard(&self, key: &str, record: &SnapshotRecord) -> bool {

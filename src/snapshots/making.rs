@@ -102,8 +102,8 @@ impl Core {
         })))
     }
 
-    /// Records a snapshot that was made, and gives its mounts. No thread waits for the disk meanwhile.
-    pub async fn record(&self, made: Made) -> Result<Vec<Mount>, SnapshotsError> {
+    /// Records a snapshot that was made, and gives its id and its mounts. No thread waits for the disk meanwhile.
+    pub async fn record(&self, made: Made) -> Result<(u64, Vec<Mount>), SnapshotsError> {
         let Made {
             kind,
             key,
@@ -133,6 +133,6 @@ impl Core {
         if is_mapped {
             lowers = self.dirs.mapped(record.id, &lowers);
         }
-        Ok(self.show(record.id, record.kind, &lowers))
+        Ok((record.id, self.show(record.id, record.kind, &lowers)))
     }
 }

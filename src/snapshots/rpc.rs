@@ -47,6 +47,21 @@ const NAMESPACE_HEADER: &str = "containerd-namespace";
 /// containerd's own default.
 const DEFAULT_NAMESPACE: &str = "default";
 
+/// A snapshot of which its client has not been told. Dropped as it is, the snapshot is taken back.
+struct Unanswered {
+    service: Service,
+    /// Its key and id; `None` once it is answered.
+    snapshot: Option<(String, u64)>,
+}
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        if let (Some((key, id)), Ok(runtime)) = (self.snapshot.take(), tokio::runtime::Handle::try_current()) {
+            runtime.spawn(self.service.clone().take_back(key, id));
+        }
+    }
+}
+
 impl Service {
     /// Runs what blocks on a thread where it may. It is finished even if the client goes away.
     pub(super) async fn blocking<T: Send + 'static>(
@@ -154,14 +169,21 @@ impl Service {
             let (begun, making) = self.writing(move |core| Ok((core.begin(wanted)?, making))).await?;
             match begun {
                 Begun::Made(made) => {
-                    // It is finished even if the client goes away.
-                    let core = Arc::clone(&self.core);
+                    // It is finished even if the client goes away, and taken back then.
+                    let service = self.clone();
                     let recording = tokio::spawn(async move {
-                        let mounts = core.record(*made).await;
+                        let recorded = service.core.record(*made).await;
                         drop(making);
-                        mounts
+                        let (id, mounts) = recorded?;
+                        let unanswered = Unanswered {
+                            service,
+                            snapshot: Some((again.key, id)),
+                        };
+                        Ok::<_, SnapshotsError>((mounts, unanswered))
                     });
-                    return recording.await?;
+                    let (mounts, mut unanswered) = recording.await??;
+                    unanswered.snapshot = None;
+                    return Ok(mounts);
                 }
                 Begun::Doubtful(doubt) => {
                     drop(making);
@@ -288,6 +310,35 @@ impl Service {
             self.release_layers(RELEASE_DELAY);
         }
         Ok(())
+    }
+
+    /// Removes a snapshot whose client went away before it was told of it: containerd would find out with its next collection of garbage, and until
+    /// then it looks as if a layer were being unpacked, or a container started.
+    async fn take_back(self, key: String, id: u64) {
+        let removed = match self.core.remove_record_of(&key, id).await {
+            Ok(Some(record)) => {
+                self.layers.removed(&key);
+                let name = key.clone();
+                let discarded = self.writing(move |core| Ok(core.discard(&name, &record)));
+                discarded.await.map(Some)
+            }
+            Ok(None) => Ok(None),
+            Err(error) => Err(error),
+        };
+        match removed {
+            Ok(Some(releases)) => {
+                tracing::info!(
+                    key,
+                    "a snapshot is taken back: its client went away before it was answered"
+                );
+                if releases {
+                    self.release_layers(RELEASE_DELAY);
+                }
+            }
+            // Somebody was quicker.
+            Ok(None) => {}
+            Err(error) => tracing::warn!(key, %error, "a snapshot that nobody was told of stays"),
+        }
     }
 
     async fn do_usage(&self, key: String) -> Result<UsageResponse, SnapshotsError> {

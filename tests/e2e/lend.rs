@@ -77,11 +77,17 @@ fn slow(name: &str) -> Option<(Stage, Image, String)> {
         return None;
     }
     let stage = Stage::applying(name, Generation::two()?, "");
+    let (image, reference) = behind_slow_link(&stage);
+    Some((stage, image, reference))
+}
+
+/// The image behind a slow link.
+fn behind_slow_link(stage: &Stage) -> (Image, String) {
     let image = image();
     let reference = stage.push(&image, "lend/slow:1");
     stage.proxy.set_link(LINK);
     stage.proxy.take();
-    Some((stage, image, reference))
+    (image, reference)
 }
 
 #[test]
@@ -163,10 +169,7 @@ fn nothing_is_lent_where_that_is_not_wanted() {
         |_| String::new(),
         "[content]\nlend = false\n",
     );
-    let image = image();
-    let reference = stage.push(&image, "lend/slow:1");
-    stage.proxy.set_link(LINK);
-    stage.proxy.take();
+    let (image, reference) = behind_slow_link(&stage);
     stage.pull(&reference);
     let log_now = log(&stage);
     assert!(log_now.contains("is left to containerd"), "it was not slow:\n{log_now}");
@@ -187,10 +190,7 @@ fn nothing_is_made_of_a_layer_that_containerd_unpacks() {
             return;
         }
         let stage = Stage::unpacking("nothing_is_made_of_a_layer", generation);
-        let image = image();
-        let reference = stage.push(&image, "lend/slow:1");
-        stage.proxy.set_link(LINK);
-        stage.proxy.take();
+        let (image, reference) = behind_slow_link(&stage);
         stage.pull(&reference);
         let log_now = log(&stage);
         let large = image.layers[1].blob.digest.as_str();
@@ -206,6 +206,57 @@ fn nothing_is_made_of_a_layer_that_containerd_unpacks() {
     }
 }
 
+/// Who comes to want a layer when it is decided that it comes for containerd alone has it in the end all the same, from where it has gone.
+#[test]
+fn a_late_joiner_has_what_comes_for_containerd_alone() {
+    if subject() != SNAPSHOTTER {
+        return;
+    }
+    let Some(generation) = Generation::two() else { return };
+    let stage = Stage::unpacking("a_late_joiner", generation);
+    // Elsewhere in its image, so that containerd itself does not wait for the other pull.
+    let other = Layer::of(Compression::Gzip, [Entry::file("data/other", b"other".to_vec())]);
+    let [base, large] = [0, 1].map(|at| image().layers[at].clone());
+    let joiner = Image::new(Flavour::Oci, vec![large.clone(), base, other]);
+    let joiner = stage.push(&joiner, "lend/joiner:1");
+    let (image, reference) = behind_slow_link(&stage);
+    let large = large.blob.digest.as_str();
+    let lazuli = stage.lazuli.as_ref().unwrap();
+    thread::scope(|scope| {
+        let pull = scope.spawn(|| stage.try_pull(&reference));
+        let alone = |line: &str| line.contains("comes for containerd alone") && line.contains(large);
+        let is_alone = || log(&stage).lines().any(alone).then_some(());
+        wait_until(PATIENCE, is_alone).expect("it was not slow");
+        // What is left comes within Prepare's bound.
+        let received = || {
+            let status = lazuli.status();
+            let mut loading = status["loading"].as_array().unwrap().iter();
+            let loading = loading.find(|loading| loading["digest"] == large);
+            loading.map_or(0, |loading| loading["received_bytes"].as_u64().unwrap())
+        };
+        let nearly_all = (LARGE - 30_000_000) as u64;
+        wait_until(PATIENCE, || (received() > nearly_all).then_some(())).expect("it does not come");
+        stage.pull(&joiner);
+        pull.join().unwrap().expect_success();
+    });
+    let log_now = log(&stage);
+    assert!(
+        log_now.contains("is had from its content store"),
+        "it came too late:\n{log_now}"
+    );
+    let left = |line: &&str| line.contains("is left to containerd, which waits") && line.contains(large);
+    assert_eq!(log_now.lines().filter(left).count(), 1, "{log_now}");
+    let status = lazuli.status();
+    let mut live = status["layers"].as_array().unwrap().iter();
+    assert!(live.any(|live| live["digest"] == large), "{status:#}");
+    let (bytes, size) = (total_bytes(&stage.blob_requests()), size(&image));
+    assert!(bytes * 100 <= size * ONCE, "{bytes} bytes came of {size}");
+    let sum = stage.sh(&joiner, "sha256sum /data/large | cut -d' ' -f1; cat /data/other");
+    let expected = &digest_of(&noise(41, LARGE))["sha256:".len()..];
+    assert_eq!(sum.trim_end(), format!("{expected}\nother"));
+    check_content(&stage, &reference);
+}
+
 /// The same with containerd 1.6, which unpacks by itself, and `lazuli pull`.
 #[test]
 fn lazuli_pull_waits_for_what_is_lent() {
@@ -213,10 +264,7 @@ fn lazuli_pull_waits_for_what_is_lent() {
         return;
     }
     let stage = Stage::new("lazuli_pull_waits_for_what_is_lent", Generation::One);
-    let image = image();
-    let reference = stage.push(&image, "lend/slow:1");
-    stage.proxy.set_link(LINK);
-    stage.proxy.take();
+    let (image, reference) = behind_slow_link(&stage);
     let lazuli = stage.lazuli.as_ref().unwrap();
     lazuli.pull(&reference).expect_success();
     assert!(

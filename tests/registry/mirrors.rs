@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use lazuli::config::RegistryConfig;
 use lazuli::layer::Digest;
-use lazuli::registry::{RegistryError, Source, image};
+use lazuli::metrics::Metrics;
+use lazuli::registry::{Registry, RegistryError, Source, image};
 
 use crate::support::fault_registry::{Fault, FaultRegistry, On};
 use crate::{REPOSITORY, add_image, config, noise, read, source};
@@ -339,5 +340,35 @@ async fn a_connection_that_says_nothing_is_not_waited_for() {
         let read = read.await.expect("it is asked for over another connection");
         assert!(read.unwrap() == bytes[10..90_000]);
         assert_eq!(registry.seen(On::Blob).len(), 2);
+    }
+}
+
+/// Where nobody listens, that is known at once: whoever waits in a pull is not to wait for more.
+#[tokio::test]
+async fn hosts_that_refuse_connections_are_asked_twice() {
+    // Ports that were free a moment ago.
+    let closed = || {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap()
+    };
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join("registry.test")).unwrap();
+    let text = format!("server = \"http://{}\"\n[host.\"http://{}\"]\n", closed(), closed());
+    std::fs::write(dir.path().join("registry.test/hosts.toml"), text).unwrap();
+    let config = RegistryConfig {
+        config_path: vec![dir.path().to_owned()],
+        attempts: 9,
+        ..config()
+    };
+    let metrics = Arc::new(Metrics::new());
+    let source = Registry::new(&config, Arc::clone(&metrics))
+        .unwrap()
+        .repository("registry.test", REPOSITORY);
+    let retries = |cause| metrics.registry_retries_total.with_label_values(&[cause]).get();
+    for operations in 1..=3 {
+        let error = read(&source.blob(Digest::of(b"x"), 1), 0..1).await.unwrap_err();
+        assert!(error.retry_helps() && error.to_string().contains("refused"), "{error}");
+        // Each of two hosts twice, of which the last time is no repetition of anything.
+        assert_eq!((retries("refused"), retries("connection")), (operations * 3, 0));
     }
 }

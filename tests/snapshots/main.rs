@@ -3,6 +3,7 @@
 mod applied;
 mod beliefs;
 mod garbage;
+mod gone;
 mod limits;
 mod local;
 mod remote;

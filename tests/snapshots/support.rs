@@ -350,6 +350,7 @@ pub struct Daemon {
     pub client: SnapshotsClient<Channel>,
     pub layers: Arc<FakeLayers>,
     pub metrics: Arc<Metrics>,
+    pub store: Arc<Store>,
     pub dir: tempfile::TempDir,
     server: tokio::task::JoinHandle<()>,
     stop: CancellationToken,
@@ -368,9 +369,10 @@ impl Daemon {
         let (of_root, fake, counts) = (root.clone(), Arc::clone(&layers), Arc::clone(&metrics));
         let service = blocking(move || {
             let store = Arc::new(Store::open(&of_root.join("metadata.redb")).unwrap());
-            Service::new(&of_root, store, fake, counts).unwrap()
+            let service = Service::new(&of_root, Arc::clone(&store), fake, counts).unwrap();
+            (service, store)
         });
-        let service = service.await;
+        let (service, store) = service.await;
         if releases {
             // It is part of the start; later it would only make some layers be resolved twice.
             eventually("layers are released at start", || {
@@ -396,6 +398,7 @@ impl Daemon {
             client: connect(socket).await,
             layers,
             metrics,
+            store,
             dir,
             server,
             stop,
@@ -432,9 +435,10 @@ impl Daemon {
             dir,
             server,
             stop,
+            store,
             ..
         } = self;
-        drop(client);
+        drop((client, store));
         stop.cancel();
         server.await.unwrap();
         std::fs::remove_file(dir.path().join("socket")).unwrap();

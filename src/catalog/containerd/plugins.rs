@@ -7,6 +7,7 @@ use tonic::Request;
 use super::{CALL_DEADLINE, Containerd, ContainerdError, MAX_MESSAGE};
 use crate::proto::introspection::v1::PluginsRequest;
 use crate::proto::introspection::v1::introspection_client::IntrospectionClient;
+use crate::sync::{blocking, may_block};
 
 /// Differs among its plugins.
 const DIFFERS: &str = "type==io.containerd.differ.v1";
@@ -27,13 +28,18 @@ impl Containerd {
         let answer = client.plugins(request).await;
         let answer = answer.map_err(|status| self.error("tell its plugins", status))?;
         let plugins = answer.into_inner().plugins;
-        let mut addresses = plugins.iter().filter_map(|plugin| plugin.exports.get(ADDRESS));
-        Ok(addresses.any(|theirs| is_same(theirs, address)))
+        let ours = address.to_owned();
+        let has = blocking(move || {
+            let mut addresses = plugins.iter().filter_map(|plugin| plugin.exports.get(ADDRESS));
+            addresses.any(|theirs| is_same(theirs, &ours))
+        });
+        Ok(has.await)
     }
 }
 
 /// Whether containerd's word for a socket means this one: by another path, perhaps (`/var/run`).
 fn is_same(theirs: &str, ours: &Path) -> bool {
+    may_block();
     let theirs = Path::new(theirs.strip_prefix("unix://").unwrap_or(theirs));
     let real = |path: &Path| -> Option<PathBuf> {
         // The socket may be gone at this moment.

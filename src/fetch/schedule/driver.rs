@@ -1,6 +1,6 @@
 //! The [`Policy`] for tokio: wishes wait as futures, and places are given back by dropping them.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::Duration;
@@ -21,7 +21,9 @@ struct State {
     policy: Policy,
     /// Who waits to be told that his wish is granted.
     asking: HashMap<Id, oneshot::Sender<()>>,
-    /// When there was last a wish for more than background work.
+    /// Wishes that ask once more for what a host that is away has not delivered, and has not yet.
+    vain: HashSet<Id>,
+    /// When there was last a wish for more than background work, those in vain left out.
     stirred: Instant,
 }
 
@@ -52,6 +54,7 @@ impl Scheduler {
             state: Mutex::new(State {
                 policy: Policy::new(limits),
                 asking: HashMap::new(),
+                vain: HashSet::new(),
                 stirred: Instant::now(),
             }),
             begin: Instant::now(),
@@ -65,9 +68,16 @@ impl Scheduler {
 
     /// Puts a wish into the queue.
     pub fn ask(self: &Arc<Self>, wish: Wish) -> Ticket {
+        self.ask_as(wish, false)
+    }
+
+    fn ask_as(self: &Arc<Self>, wish: Wish, in_vain: bool) -> Ticket {
         let (sender, granted) = oneshot::channel();
         let mut state = self.lock();
         let id = state.policy.ask(wish);
+        if in_vain {
+            state.vain.insert(id);
+        }
         state.asking.insert(id, sender);
         state.stir();
         state.settle();
@@ -84,12 +94,18 @@ impl Scheduler {
         self.ask(wish).place().await
     }
 
+    /// The same for what is asked once more of a host that is away. Who waits for that wants nothing that could be had, and disturbs nobody: it is
+    /// [calm](Scheduler::calm) for all that, until the host [delivers](Remote::delivers).
+    pub async fn enter_in_vain(self: &Arc<Self>, wish: Wish) -> Place {
+        self.ask_as(wish, true).place().await
+    }
+
     /// Wishes that wait, and wishes that are granted.
     pub fn counts(&self) -> (usize, usize) {
         self.lock().policy.counts()
     }
 
-    /// How long there has been no wish for anything but background work, neither waiting nor running.
+    /// How long there has been no wish for anything but background work, neither waiting nor running, that could be had.
     pub fn calm(&self) -> Duration {
         let mut state = self.lock();
         state.stir();
@@ -104,7 +120,7 @@ impl Scheduler {
 impl State {
     /// Notes the time if there is a wish for more than background work.
     fn stir(&mut self) {
-        if self.policy.is_stirred() {
+        if self.policy.is_stirred(&self.vain) {
             self.stirred = Instant::now();
         }
     }
@@ -167,6 +183,7 @@ impl Drop for Place {
         let mut state = self.scheduler.lock();
         state.asking.remove(&self.id);
         state.stir();
+        state.vain.remove(&self.id);
         state.policy.end(self.id);
         state.settle();
     }
@@ -185,6 +202,16 @@ impl fmt::Debug for Scheduler {
 }
 
 impl Remote {
+    /// What was asked for once more comes after all.
+    pub fn delivers(&self) {
+        if let Some(scheduler) = self.scheduler.upgrade() {
+            let mut state = scheduler.lock();
+            if state.vain.remove(&self.id) {
+                state.stir();
+            }
+        }
+    }
+
     /// Gives the wish another class.
     pub fn rank(&self, class: Class) {
         if let Some(scheduler) = self.scheduler.upgrade() {
@@ -265,6 +292,27 @@ mod tests {
         background.remote().rank(Class::Background);
         tokio::time::advance(SECOND).await;
         assert_eq!(scheduler.calm(), SECOND);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_a_host_that_is_away_disturbs_nobody_until_it_delivers() {
+        const SECOND: Duration = Duration::from_secs(1);
+        let scheduler = scheduler(4);
+        tokio::time::advance(SECOND).await;
+        let vain = scheduler.enter_in_vain(wish(Class::Demand)).await;
+        tokio::time::advance(SECOND).await;
+        assert_eq!(scheduler.calm(), 2 * SECOND);
+        vain.remote().delivers();
+        tokio::time::advance(SECOND).await;
+        assert_eq!(scheduler.calm(), Duration::ZERO);
+        drop(vain);
+        tokio::time::advance(SECOND).await;
+        let again = scheduler.enter_in_vain(wish(Class::Demand)).await;
+        drop(again);
+        assert_eq!(scheduler.calm(), SECOND);
+        let demand = scheduler.enter(wish(Class::Demand)).await;
+        assert_eq!(scheduler.calm(), Duration::ZERO, "others count");
+        drop(demand);
     }
 
     #[tokio::test]

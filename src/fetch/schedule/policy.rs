@@ -19,7 +19,7 @@
 //! Every wish is in one place of the books, waiting or running, until [`Policy::end`]; whatever may run is running after [`Policy::grant`]
 //! has answered `None`.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -427,9 +427,10 @@ impl Policy {
         waiting.take(Class::ReadAhead as usize).any(|(&all, parts)| all > parts)
     }
 
-    /// Whether there is any wish for more than background work.
-    pub fn is_stirred(&self) -> bool {
-        self.wishes.values().any(|entry| entry.wish.class < Class::Background)
+    /// Whether there is any wish for more than background work, but for those left out.
+    pub fn is_stirred(&self, but: &HashSet<Id>) -> bool {
+        let urgent = |(id, entry): (&Id, &Entry)| entry.wish.class < Class::Background && !but.contains(id);
+        self.wishes.iter().any(urgent)
     }
 
     /// Wishes that wait, and wishes that run.

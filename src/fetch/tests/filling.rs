@@ -7,11 +7,12 @@ use std::time::Duration;
 use futures::FutureExt;
 
 use super::fake::{Bench, FakeBlob, Fault, ranged};
+use super::flights::until;
 use super::streams::LONG;
 use crate::config::FetchConfig;
 use crate::fetch::LayerData;
 use crate::fetch::schedule::{Class, Kind, Wish};
-use crate::registry::Blob;
+use crate::registry::{Blob, Origin};
 
 /// Sizes of chunks that make several pieces.
 const SIZES: [usize; 40] = [150_000; 40];
@@ -85,6 +86,34 @@ async fn whoever_wants_anything_comes_first() {
     assert_eq!(blob.requests(), 1);
     drop(place);
     assert!(filling.await.unwrap().whole);
+}
+
+/// Its readers wait for a host that is away: that takes nothing from anybody else.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_for_a_host_that_is_away_keeps_no_other_layer_from_being_filled() {
+    let (index, _, bytes) = ranged(&SIZES);
+    let bench = Bench::new();
+    let away = FakeBlob::at(Origin::new("away.example", "repo"), bytes.clone());
+    // It is asked once more, and does not answer.
+    away.fail([Fault::Refused]);
+    *away.always.lock().unwrap() = Some(Fault::Silent);
+    let (_, hanging) = bench.open("away", index.clone(), &away);
+    let reader = tokio::spawn({
+        let hanging = Arc::clone(&hanging);
+        async move { hanging.read(0, 1000, LONG).await }
+    });
+    until(|| away.requests() >= 2).await;
+    assert_eq!(bench.metrics.outages.get(), 1);
+    let blob = FakeBlob::new(bytes);
+    let (_, layer) = bench.open("layer", index, &blob);
+    let filled = tokio::time::timeout(LONG / 4, layer.fill_up()).await;
+    assert!(
+        filled.is_ok_and(|filled| filled.whole),
+        "a reader who can have nothing keeps the node busy"
+    );
+    assert!(!reader.is_finished());
+    hanging.close();
+    assert!(reader.await.unwrap().is_err());
 }
 
 /// Other layers come after it.

@@ -320,7 +320,11 @@ impl Repository {
                 Some(proxy) => format!("{cut} (through the proxy {proxy})"),
                 None => cut.to_string(),
             };
-            Failure::new(RegistryError::Unreachable { host, what }, "connection")
+            let error = RegistryError::Unreachable { host, what };
+            match cut.is_refused() {
+                true => Failure::refused(error),
+                false => Failure::new(error, "connection"),
+            }
         })
     }
 

@@ -41,6 +41,7 @@ pub struct Response {
 pub struct Cut {
     what: String,
     is_connect: bool,
+    is_refused: bool,
 }
 
 impl Wire {
@@ -107,6 +108,7 @@ impl Cut {
         Cut {
             what: format!("nothing came for {} s", silence.as_secs()),
             is_connect: false,
+            is_refused: false,
         }
     }
 
@@ -114,15 +116,34 @@ impl Cut {
     pub fn is_connect(&self) -> bool {
         self.is_connect
     }
+
+    /// Whether nobody listens there.
+    pub fn is_refused(&self) -> bool {
+        self.is_refused
+    }
 }
 
 impl From<reqwest::Error> for Cut {
     fn from(error: reqwest::Error) -> Self {
         Cut {
             is_connect: error.is_connect(),
+            is_refused: is_refused(&error),
             what: chain(&error.without_url()),
         }
     }
+}
+
+fn is_refused(error: &reqwest::Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(io) = error.downcast_ref::<std::io::Error>()
+            && io.kind() == std::io::ErrorKind::ConnectionRefused
+        {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 impl fmt::Display for Cut {

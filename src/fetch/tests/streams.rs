@@ -1,6 +1,7 @@
 //! First passes, and refills of layers that can only be streamed.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::fake::{Bench, FakeBlob, Fault, gzip, noise};
@@ -113,13 +114,20 @@ async fn all_who_ask_share_one_stream() {
     let tar = tar(&[100_000]);
     let (bench, blob) = (Bench::new(), FakeBlob::new(tar.clone()));
     blob.flowing.send_replace(false);
+    let asked = Arc::new(AtomicUsize::new(0));
     let streams: Vec<_> = (0..5)
         .map(|_| {
             let (fetcher, request) = (Arc::clone(&bench.fetcher), request(&blob, &tar, &tar));
-            tokio::spawn(async move { fetcher.stream(request).await.unwrap() })
+            let asked = Arc::clone(&asked);
+            tokio::spawn(async move {
+                // In this order: who has counted waits for the stream.
+                let counted = async { asked.fetch_add(1, Ordering::SeqCst) };
+                tokio::join!(biased; fetcher.stream(request), counted).0.unwrap()
+            })
         })
         .collect();
-    while blob.requests() == 0 {
+    // If the first one gave up before the others have come, its stream would end.
+    while blob.requests() == 0 || asked.load(Ordering::SeqCst) < streams.len() {
         tokio::task::yield_now().await;
     }
     let progress = bench.fetcher.progress(&Digest::of(&tar)).unwrap();

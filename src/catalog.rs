@@ -42,6 +42,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
@@ -217,6 +218,8 @@ pub struct Catalog {
     held: Mutex<HashMap<loads::PullKey, lend::Held>>,
     /// What comes for containerd alone.
     alone: lend::BlobsAlone,
+    /// Whether containerd has unpacked the last layer that was left to it without asking Lazuli's differ, though it may know it.
+    unused_differ: AtomicBool,
 }
 
 /// What a [`Catalog`] is made of.
@@ -301,6 +304,7 @@ impl Catalog {
             address,
             held: Mutex::default(),
             alone: lend::BlobsAlone::default(),
+            unused_differ: AtomicBool::new(false),
         })
     }
 

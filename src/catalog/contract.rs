@@ -116,6 +116,10 @@ pub trait Layers: Send + Sync + 'static {
     /// Tells that the snapshot with this key is gone. Waits for nothing.
     fn removed(&self, _: &str) {}
 
+    /// Tells who has unpacked, or is to unpack, the last layer that was left to containerd: whether Lazuli's differ was asked, or containerd did it by
+    /// itself. Waits for nothing.
+    fn differ_was_asked(&self, _: bool) {}
+
     /// Why directories that [`Layers::lowers`] gives cannot be mounted with mapped owners, if they cannot.
     fn no_mapped_owners(&self) -> Option<String>;
 

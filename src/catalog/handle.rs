@@ -1,6 +1,7 @@
 //! The catalog as `snapshots` sees it.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -53,6 +54,10 @@ impl Layers for Handle {
 
     fn removed(&self, key: &str) {
         self.0.end_recording(key);
+    }
+
+    fn differ_was_asked(&self, was_asked: bool) {
+        self.0.unused_differ.store(!was_asked, Ordering::Relaxed);
     }
 
     fn no_mapped_owners(&self) -> Option<String> {

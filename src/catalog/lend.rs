@@ -8,7 +8,7 @@
 //! the layer comes once, and at the pace of a stream.
 //!
 //! Where Lazuli is no differ, containerd unpacks the layer whatever else there is of it: so nothing is made of the blob then, but for others who pull
-//! the same layer at that time. Who comes to want it later waits until containerd has the blob, and has it from there.
+//! the same layer at that time. It is no differ too if containerd knows it and has not asked it for the last layer that it was left. Who comes to want it later waits until containerd has the blob, and has it from there.
 //!
 //! It holds for all streams of the image from that layer on, because containerd fetches all these at once. It costs nobody anything if it
 //! ends early: the reference is let go with the connection, also if this process dies, and containerd goes on behind the last byte that was
@@ -24,6 +24,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -188,7 +189,8 @@ impl Catalog {
         }
         let asked = timeout_at(deadline.into(), self.content.containerd().has_differ(&self.address));
         // Where that cannot be told, it may.
-        if !lent.is_empty() && matches!(asked.await, Ok(Ok(false))) {
+        let unpacks = self.unused_differ.load(Ordering::Relaxed) || matches!(asked.await, Ok(Ok(false)));
+        if !lent.is_empty() && unpacks {
             for (stream, _, alone) in &mut lent {
                 if !self.loads.is_wanted_beside(&pull, &stream.load) {
                     *alone = Some(BlobAlone::new(self, stream.layer.spec.digest));

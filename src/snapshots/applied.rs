@@ -64,6 +64,8 @@ impl Core {
             // A container's: it is not committed, and what is applied to it must be there at once.
             _ => return Ok(Aim::Unpack(id, "it is not one in which containerd unpacks an image")),
         };
+        self.asked().insert(id);
+        self.layers.differ_was_asked(true);
         if !is_empty(&self.dirs.own(id))? {
             return Ok(Aim::Unpack(id, "something has been written into it"));
         }

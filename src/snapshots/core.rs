@@ -62,6 +62,8 @@ pub(super) struct Core {
     overlay: Overlay,
     /// Ids of snapshots that are not committed yet and show the topmost layer of an image.
     tops: Mutex<HashSet<u64>>,
+    /// Ids of those for whose layers the differ was asked.
+    asked: Mutex<HashSet<u64>>,
     /// Held while mounts come or go that a snapshot has of its own.
     mapping: Mutex<()>,
 }
@@ -80,6 +82,7 @@ impl Core {
             layers,
             overlay: Overlay::detect(),
             tops: Mutex::default(),
+            asked: Mutex::default(),
             mapping: Mutex::default(),
         };
         core.sweep()?;
@@ -321,6 +324,10 @@ impl Core {
         self.tops.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    pub(super) fn asked(&self) -> MutexGuard<'_, HashSet<u64>> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn turn(&self) -> MutexGuard<'_, ()> {
         self.mapping.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -336,6 +343,7 @@ impl Core {
         check_key("key", key)?;
         let record = self.store.snapshot(key)?;
         rules::check_commit(key, record.as_ref(), parent)?;
+        let was_asked = record.as_ref().is_some_and(|record| self.asked().remove(&record.id));
         if let Some((id, Some(layer))) = record.as_ref().map(|record| (record.id, record.layer)) {
             return self.commit_applied((name, key, parent), labels, (id, layer));
         }
@@ -351,10 +359,14 @@ impl Core {
         // Outside of the transaction, because it may take a while.
         let usage = usage(&self.dirs.own(id))?;
         self.dirs.sync()?;
+        let key_extracts = key.contains(EXTRACTION);
         let [name, key, parent] = [name, key, parent].map(str::to_owned);
         self.store.write_snapshots(move |snapshots| {
             rules::commit(snapshots, (&name, &key, &parent), kept_labels(labels), usage, now())
         })?;
+        if key_extracts && !was_asked {
+            self.layers.differ_was_asked(false);
+        }
         if is_limited {
             // A layer does not grow; and what is deleted of it must not make room for others.
             self.dirs.limits.end(&self.dirs.own(id));
@@ -393,6 +405,7 @@ impl Core {
     /// more now: a layer, or a mount of it.
     pub fn discard(&self, key: &str, record: &SnapshotRecord) -> bool {
         self.tops().remove(&record.id);
+        self.asked().remove(&record.id);
         let _turn = is_labelled(&record.labels).then(|| self.turn());
         // It is removed, whatever becomes of its directory: without a record, the next Cleanup finds it.
         if let Err(error) = self.dirs.discard(record.id) {

@@ -206,6 +206,33 @@ fn nothing_is_made_of_a_layer_that_containerd_unpacks() {
     }
 }
 
+/// The same where containerd knows Lazuli's differ and has not asked it for the last layer that it was left.
+#[test]
+fn nothing_is_made_for_a_differ_that_is_not_asked() {
+    if subject() != SNAPSHOTTER {
+        return;
+    }
+    let Some(generation) = Generation::two() else { return };
+    let stage = Stage::ignoring("nothing_is_made_for_a_differ", generation);
+    // A layer that nobody but containerd unpacks.
+    let mut foreign = Layer::of(Compression::Gzip, [Entry::file("foreign", "foreign")]);
+    stage.push(&Image::new(Flavour::Oci, vec![foreign.clone()]), "elsewhere/layers:1");
+    foreign.media_type = Some("application/vnd.oci.image.layer.nondistributable.v1.tar+gzip".to_owned());
+    let host = stage.registry.host();
+    foreign.urls = vec![format!(
+        "http://{host}/v2/elsewhere/layers/blobs/{}",
+        foreign.blob.digest
+    )];
+    stage.pull(&stage.push(&Image::new(Flavour::Oci, vec![foreign]), "lend/foreign:1"));
+    let (image, reference) = behind_slow_link(&stage);
+    stage.pull(&reference);
+    let (log_now, large) = (log(&stage), image.layers[1].blob.digest.as_str());
+    assert!(log_now.contains("containerd was lent what was streamed"), "{log_now}");
+    let made = |line: &&str| line.contains(": streamed layer=") && line.contains(large);
+    assert_eq!(log_now.lines().filter(made).count(), 0, "{log_now}");
+    check_content(&stage, &reference);
+}
+
 /// Who comes to want a layer when it is decided that it comes for containerd alone has it in the end all the same, from where it has gone.
 #[test]
 fn a_late_joiner_has_what_comes_for_containerd_alone() {

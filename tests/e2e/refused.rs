@@ -4,6 +4,7 @@ use std::fs;
 use std::net::TcpListener;
 
 use crate::stage::{Stage, generations, subject};
+use crate::support::containerd::Generation;
 use crate::support::image::{Compression, Flavour, Image, Layer, application_entries, base_entries};
 use crate::support::lazuli;
 use crate::support::tar::Entry;
@@ -78,24 +79,24 @@ fn layers_of_a_registry_that_takes_no_connections() {
     if subject() != lazuli::SNAPSHOTTER {
         return;
     }
-    for generation in generations() {
-        let stage = Stage::new("refused::layers_of_a_registry", generation);
-        let layers = [base_entries(), application_entries(), vec![Entry::file("top", "top\n")]];
-        let layers = layers.map(|entries| Layer::of(Compression::Gzip, entries)).to_vec();
-        let count = layers.len();
-        let reference = stage.push(&Image::new(Flavour::Oci, layers), "demo/refused:1");
-        let host = reference.split('/').next().unwrap();
-        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let certs = stage.sandbox.dir("certs.d").join(host);
-        fs::create_dir_all(&certs).unwrap();
-        fs::write(certs.join("hosts.toml"), format!("server = \"http://{closed}\"\n")).unwrap();
-        let pulled = stage.containerd.pull(&reference, &subject());
-        pulled.expect_success();
-        let log = stage.lazuli.as_ref().unwrap().log();
-        let attempts = |line: &&str| line.contains("attempt failed") && line.contains("refused");
-        let attempts = log.lines().filter(attempts).count();
-        assert!((1..=2 * count).contains(&attempts), "{attempts} attempts:\n{log}");
-        let seen = stage.sh(&reference, "cat /etc/group; cat /app/lib/p1/m1.txt | wc -l; cat /top");
-        assert_eq!(seen, "root:x:0:\nnogroup:x:65534:\n31\ntop\n");
-    }
+    // The one before asks with nothing but `lazuli pull`, which is refused its manifest.
+    let Some(generation) = Generation::two() else { return };
+    let stage = Stage::new("refused::layers_of_a_registry", generation);
+    let layers = [base_entries(), application_entries(), vec![Entry::file("top", "top\n")]];
+    let layers = layers.map(|entries| Layer::of(Compression::Gzip, entries)).to_vec();
+    let count = layers.len();
+    let reference = stage.push(&Image::new(Flavour::Oci, layers), "demo/refused:1");
+    let host = reference.split('/').next().unwrap();
+    let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let certs = stage.sandbox.dir("certs.d").join(host);
+    fs::create_dir_all(&certs).unwrap();
+    fs::write(certs.join("hosts.toml"), format!("server = \"http://{closed}\"\n")).unwrap();
+    let pulled = stage.containerd.pull(&reference, &subject());
+    pulled.expect_success();
+    let log = stage.lazuli.as_ref().unwrap().log();
+    let attempts = |line: &&str| line.contains("attempt failed") && line.contains("refused");
+    let attempts = log.lines().filter(attempts).count();
+    assert!((1..=2 * count).contains(&attempts), "{attempts} attempts:\n{log}");
+    let seen = stage.sh(&reference, "cat /etc/group; cat /app/lib/p1/m1.txt | wc -l; cat /top");
+    assert_eq!(seen, "root:x:0:\nnogroup:x:65534:\n31\ntop\n");
 }

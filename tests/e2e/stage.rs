@@ -66,6 +66,16 @@ impl Stage {
         )
     }
 
+    /// All of them around a containerd that knows Lazuli's differ and does not use it.
+    pub fn ignoring(name: &str, generation: Generation) -> Self {
+        Self::around(
+            name,
+            "",
+            |_| {},
+            |sandbox| Containerd::start_with(sandbox, generation, &lazuli::address_in(sandbox), WALKING, ""),
+        )
+    }
+
     /// The same as [`Stage::applying`], with what `configure` adds to the configuration of containerd; `config` is added to the daemon's.
     pub fn configured(
         name: &str,

@@ -129,3 +129,34 @@ async fn what_is_not_shown_is_unpacked_elsewhere() {
         assert_eq!(declined.code(), Code::Unimplemented, "{declined}");
     }
 }
+
+/// A differ that containerd knows and does not ask is of no use for what it is lent.
+#[tokio::test]
+async fn it_is_noticed_whether_containerd_asks_the_differ() {
+    let daemon = Daemon::start().await;
+    daemon.layers.add(ONE, "one");
+    let key = extraction(1, ONE);
+    let mounts = daemon.prepare(&key, "").await.unwrap();
+    daemon.apply(mounts).await.unwrap();
+    let name = format!("default/2/{ONE}");
+    daemon.commit(&name, &key).await.unwrap();
+    assert_eq!(daemon.layers.differ_was_asked(), [true]);
+    // Unpacked by containerd itself; a container that is committed was never to be applied.
+    let key = extraction(3, TWO);
+    let mounted = daemon.mount(&daemon.prepare(&key, &name).await.unwrap());
+    std::fs::write(mounted.path().join("file"), "file").unwrap();
+    drop(mounted);
+    daemon.commit(&format!("default/4/{TWO}"), &key).await.unwrap();
+    daemon.prepare("default/5/container", &name).await.unwrap();
+    daemon.commit("default/6/image", "default/5/container").await.unwrap();
+    assert_eq!(daemon.layers.differ_was_asked(), [true, false]);
+    // The differ was asked, and gave it back; what is removed was neither.
+    let key = extraction(7, TWO);
+    let mounts = daemon.prepare(&key, &name).await.unwrap();
+    daemon.apply(mounts).await.unwrap_err();
+    daemon.commit(&format!("default/8/{TWO}"), &key).await.unwrap();
+    let key = extraction(9, TWO);
+    daemon.prepare(&key, &name).await.unwrap();
+    daemon.remove(&key).await.unwrap();
+    assert_eq!(daemon.layers.differ_was_asked(), [true, false, true]);
+}

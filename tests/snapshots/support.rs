@@ -92,6 +92,7 @@ struct FakeState {
     questions: Vec<Question>,
     applied: Vec<Application>,
     agreement: Option<Agreement>,
+    differ_was_asked: Vec<bool>,
 }
 
 impl FakeLayers {
@@ -158,6 +159,11 @@ impl FakeLayers {
     /// What was to be applied.
     pub fn applied(&self) -> Vec<Application> {
         self.state().applied.clone()
+    }
+
+    /// What was told of layers that are left to containerd: whether the differ was asked for them.
+    pub fn differ_was_asked(&self) -> Vec<bool> {
+        self.state().differ_was_asked.clone()
     }
 
     /// What was asked about agreement.
@@ -308,6 +314,10 @@ impl Layers for FakeLayers {
 
     fn expect(&self, layers: &[Digest]) {
         self.state().expected.push(layers.to_vec());
+    }
+
+    fn differ_was_asked(&self, was_asked: bool) {
+        self.state().differ_was_asked.push(was_asked);
     }
 
     fn no_mapped_owners(&self) -> Option<String> {

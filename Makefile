@@ -15,7 +15,7 @@ HOST := $(shell uname -m | tr a-z A-Z)
 export CARGO_TARGET_$(HOST)_UNKNOWN_LINUX_GNU_RUNNER := sudo --preserve-env
 endif
 
-.PHONY: help demo test test-slow test-faults test-interleaved test-takeover test-soak test-posix test-cri suite bench bench-coldstart bench-crowd fmt lint deny fuzz advisories build sbom install clean-demo
+.PHONY: help demo test test-slow test-faults test-interleaved test-takeover test-soak test-posix test-cri test-quotas suite bench bench-coldstart bench-crowd fmt lint deny fuzz advisories build sbom install clean-demo
 
 ## build       the release binary
 build:
@@ -95,6 +95,14 @@ test-cri:
 	export LAZULI_CONTAINERD2 LAZULI_CRI='$(CRI)'; \
 	$(CARGO) test --locked --test e2e -- --ignored --nocapture --test-threads 1 cri::; \
 	LAZULI_E2E_FACE=tree $(CARGO) test --locked --test e2e -- --ignored --nocapture --test-threads 1 cri::a_pod
+
+## test-quotas  limits of size on ext4 and xfs, under Debian's kernel in a virtual machine, whatever the kernel here was built without (x86-64)
+test-quotas:
+	@$(SETUP) build test quotas
+	$(CARGO) test --locked --test snapshots --no-run
+	@binary=$$($(CARGO) test --locked --test snapshots --no-run 2>&1 | sed -n 's/.*(\(.*\/snapshots-[0-9a-f]*\)).*/\1/p'); \
+	tests/support/other-kernel '$(abspath $(TARGET))/other-kernel' env \
+	    LAZULI_REQUIRE=ext4-project-quotas,xfs-project-quotas timeout 600 "$$binary" limits --test-threads 1
 
 ## suite       containerd's own snapshotter suite against the daemon
 suite:

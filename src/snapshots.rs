@@ -65,6 +65,7 @@ mod model;
 mod mounts;
 mod rpc;
 mod rules;
+mod showing;
 mod usage;
 mod users;
 

@@ -135,4 +135,94 @@ mod tests {
         std::fs::write(root.join("lock"), "999999999").unwrap();
         lock(&root, None, &mountpoint).unwrap();
     }
+
+    /// Where the process below keeps its root directory; without it that test is none.
+    const HALF_DEAD_AT: &str = "LAZULI_TEST_HALF_DEAD_AT";
+    const TAKEN: &str = "a request is taken";
+
+    /// The other process of the next test: serves a mount, reads in it by a thread of its own, and does not answer.
+    #[test]
+    fn waits_for_its_own_answer() {
+        let Some(root) = std::env::var_os(HALF_DEAD_AT).map(std::path::PathBuf::from) else {
+            return;
+        };
+        let mountpoint = root.join("fuse");
+        let _lock = lock(&root, None, &mountpoint).unwrap();
+        std::fs::create_dir(&mountpoint).unwrap();
+        let options = sys::fuse::FuseOptions {
+            source: "half-dead",
+            subtype: "lazuli",
+        };
+        let opened = sys::fuse::open(options).and_then(|(device, mount)| mount.attach(&mountpoint).map(|()| device));
+        let device = match opened {
+            Ok(device) => device,
+            Err(error) => return println!("\nimpossible: {error}"),
+        };
+        let init = sys::fuse::read_init(&device).unwrap();
+        // fuse_out_header and fuse_init_out: 7.31, as <linux/fuse.h> has them, and nothing else.
+        let mut answer = [0; 16 + 64];
+        answer[..4].copy_from_slice(&80_u32.to_ne_bytes());
+        answer[8..16].copy_from_slice(&init[8..16]);
+        answer[16..20].copy_from_slice(&7_u32.to_ne_bytes());
+        answer[20..24].copy_from_slice(&31_u32.to_ne_bytes());
+        answer[36..40].copy_from_slice(&4096_u32.to_ne_bytes());
+        rustix::io::write(&device, &answer).unwrap();
+        std::thread::spawn(move || std::fs::metadata(mountpoint.join("name")));
+        let mut request = vec![0; 1 << 20];
+        assert!(rustix::io::read(&device, &mut request).unwrap() > 0);
+        println!("\n{TAKEN}");
+        loop {
+            std::thread::park();
+        }
+    }
+
+    /// A process that is killed, of which a thread waits for an answer that only the process could have given, and which so keeps the lock.
+    #[test]
+    fn a_process_that_cannot_end_by_itself_is_let_out() {
+        use std::io::BufRead as _;
+        use std::process::{Command, Stdio};
+
+        /// Whatever becomes of the test, nobody waits on.
+        struct Ends(std::path::PathBuf);
+        impl Drop for Ends {
+            fn drop(&mut self) {
+                if let Ok(Some(mount)) = mount_at(&self.0) {
+                    let _ = sys::fuse::abort(mount.major, mount.minor);
+                    let _ = sys::mount::unmount(&self.0, sys::mount::Unmount::Detach);
+                }
+            }
+        }
+
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        let ends = Ends(root.join("fuse"));
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "daemon::root::tests::waits_for_its_own_answer",
+                "--nocapture",
+            ])
+            .env(HALF_DEAD_AT, &root)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let lines = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+        let mut lines = lines.map_while(Result::ok);
+        let said = lines.find(|line| line == TAKEN || line.starts_with("impossible"));
+        if let Some(why) = said.as_deref().and_then(|line| line.strip_prefix("impossible: ")) {
+            child.wait().unwrap();
+            return crate::skip::skipped(crate::skip::Ability::ErofsFiles, why);
+        }
+        assert_eq!(said.as_deref(), Some(TAKEN), "it does not serve");
+        child.kill().unwrap();
+        let pid = child.id();
+        while !is_half_dead(pid) {
+            assert!(!is_gone(pid), "it can end: this shows nothing");
+            std::thread::sleep(POLL);
+        }
+        let locked = lock(&root, None, &ends.0);
+        assert!(locked.is_ok(), "{:?}", locked.err());
+        child.wait().unwrap();
+    }
 }

@@ -267,11 +267,12 @@ fn of_layer(id: &Digest, live: &Live, shown: Shown, belief: Option<Belief>) -> L
 
 /// What the document says of an image; `is_live` tells of the digest of a layer whether Lazuli serves it.
 fn of_image(image: ImageRecord, is_live: impl Fn(&str) -> bool) -> ImageStatus {
-    let name = image
-        .names
-        .first()
-        .cloned()
-        .unwrap_or_else(|| format!("{}/{}", image.host, image.repository));
+    let name = match image.names.first() {
+        Some(name) => name.clone(),
+        // Out of a file: containerd names it once it is unpacked.
+        None if image.host.is_empty() => image.manifest.to_string(),
+        None => format!("{}/{}", image.host, image.repository),
+    };
     let layers = image.layers.into_iter().map(|layer| ImageLayerStatus {
         live: is_live(&layer.digest),
         digest: layer.digest,
@@ -402,5 +403,27 @@ impl Catalog {
                 }
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_is_called_by_the_best_name_that_is_known() {
+        let manifest = Digest::of(b"manifest");
+        let record = |names: &[&str], host: &str, repository: &str| ImageRecord {
+            manifest,
+            namespace: "default".to_owned(),
+            names: names.iter().map(|name| (*name).to_owned()).collect(),
+            host: host.to_owned(),
+            repository: repository.to_owned(),
+            layers: Vec::new(),
+        };
+        let name = |record| of_image(record, |_| true).name;
+        assert_eq!(name(record(&["r.test/a:1", "r.test/a:2"], "r.test", "a")), "r.test/a:1");
+        assert_eq!(name(record(&[], "r.test", "a")), "r.test/a");
+        assert_eq!(name(record(&[], "", "")), manifest.to_string());
     }
 }

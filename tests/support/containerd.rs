@@ -106,6 +106,12 @@ impl Generation {
         run_ok(Command::new(self.program("containerd")).arg("--version")).text()
     }
 
+    /// Whether a directory that is to have a 2.x has a 1.7. It knows differs; `ctr` pulls by itself there (the daemon could over TLS only), and has
+    /// them chosen by the service's order.
+    fn is_one_seven(&self) -> bool {
+        *self != Generation::One && self.version().contains(" 1.7.")
+    }
+
     /// One of its programs.
     pub fn program(&self, name: &str) -> PathBuf {
         match self {
@@ -647,7 +653,12 @@ fn configuration(dir: &Path, generation: &Generation, lazuli: &Path, differ: &st
     let disabled = DISABLED.iter().filter(|plugin| !more.contains(*plugin));
     let disabled: Vec<String> = disabled.map(|plugin| format!("\"{plugin}\"")).collect();
     let disabled = disabled.join(", ");
-    let version = if *generation == Generation::One { 2 } else { 3 };
+    let is_one_seven = generation.is_one_seven();
+    let version = if *generation == Generation::One || is_one_seven {
+        2
+    } else {
+        3
+    };
     let mut text = format!(
         r#"version = {version}
 root = "{dir}/root"
@@ -684,6 +695,11 @@ disabled_plugins = [{disabled}]
                 architecture()
             ));
         }
+    }
+    if is_one_seven && differ == DIFFER {
+        text.push_str(&format!(
+            "[plugins.\"io.containerd.service.v1.diff-service\"]\n  default = [\"{DIFFER}\", \"{WALKING}\"]\n"
+        ));
     }
     text + more
 }

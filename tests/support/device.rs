@@ -2,7 +2,8 @@
 //!
 //! It is a file of a small FUSE file system that this process serves, under a loop device on which there is ext4: the kernel treats it as any
 //! disk, with its page cache, journal, flushes and errors. Two things are asked of it:
-//! - *Power cuts* ([`Device::tape`]): it records every write and every flush. What was flushed is on the disk; of what was not, each sector may be.
+//! - *Power cuts* ([`Device::tape`]): it records every write and every flush. What was flushed is on the disk; of what was not, each sector may be, but
+//!   for the first block: see [`after_power_cut`].
 //! - *Errors*: some blocks cannot be read ([`Device::lose`]), or nothing can be written.
 //!
 //! Needs root, FUSE and loop devices. Everything is unmounted when it is dropped.
@@ -329,19 +330,24 @@ pub fn after_power_cut(
     let first = below(pending.len() + 1);
     for (at, op) in pending.iter().enumerate() {
         let Op::Write(offset, data) = op else { continue };
-        let piece = match cut {
-            Cut::Torn => SECTOR,
-            _ => data.len(),
-        };
-        for (number, part) in data.chunks(piece.max(1)).enumerate() {
+        let (mut from, end) = (*offset, offset + data.len());
+        while from < end {
+            let to = match cut {
+                // ext4's superblock has two sectors and a checksum over both; that it is written whole is what ext4 counts on.
+                Cut::Torn if from < BLOCK => BLOCK,
+                Cut::Torn => from + SECTOR,
+                _ => end,
+            };
+            let to = to.min(end);
             let kept = match cut {
                 Cut::Nothing => false,
                 Cut::First => at < first,
                 Cut::Some | Cut::Torn => below(2) == 0,
             };
             if kept {
-                bytes[offset + number * piece..][..part.len()].copy_from_slice(part);
+                bytes[from..to].copy_from_slice(&data[from - offset..to - offset]);
             }
+            from = to;
         }
     }
     bytes

@@ -145,7 +145,12 @@ impl Catalog {
             };
             match self.watch(plan, &digest, &load, deadline).await {
                 Ok(Err(refusal)) if refusal.is_blob_only() => {
-                    if timeout_at(deadline.into(), self.alone.ended(&digest)).await.is_err() {
+                    let ended = async {
+                        self.alone.ended(&digest).await;
+                        // Its stream may go on a little longer than lending, and refuse whoever asks until it ends.
+                        tokio::time::sleep(pace::LOOK_EVERY).await;
+                    };
+                    if timeout_at(deadline.into(), ended).await.is_err() {
                         break Verdict::Over;
                     }
                     tracing::debug!(layer = %digest, "what came for containerd alone is had from its content store");

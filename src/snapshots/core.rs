@@ -112,7 +112,7 @@ impl Core {
                 let chain = self.parents(record.parent.as_deref().unwrap_or_default())?;
                 let shown = shown_by(&record.chain, &chain);
                 let mapping = self.mapping(key, &record.labels, &chain)?;
-                let size = limits::size(record.kind, &record.labels)?;
+                let size = limits::recorded(record.kind, &record.labels);
                 let lowers = self.lowers(key, &chain, &shown)?;
                 let built = self.build(record.kind, &lowers, mapping.as_ref(), size)?;
                 self.dirs.place(built, record.id)?;
@@ -137,7 +137,7 @@ impl Core {
                 Ok(())
             }
             Kind::Active => {
-                let size = limits::size(record.kind, &record.labels)?;
+                let size = limits::recorded(record.kind, &record.labels);
                 self.dirs.limits.set(&mut self.dirs.limits.turn(), &own, size)
             }
         }

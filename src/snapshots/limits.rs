@@ -54,6 +54,14 @@ pub(super) fn size(kind: Kind, labels: &BTreeMap<String, String>) -> Result<Opti
     }
 }
 
+/// The same of a snapshot that is recorded: a version that did not know the label kept whatever it said, and such a one has no limit.
+pub(super) fn recorded(kind: Kind, labels: &BTreeMap<String, String>) -> Option<u64> {
+    size(kind, labels).unwrap_or_else(|error| {
+        tracing::warn!(%error, "a snapshot from an older version has no limit of size");
+        None
+    })
+}
+
 /// The label itself, whatever it says.
 pub(super) fn label(labels: &BTreeMap<String, String>) -> Option<&str> {
     labels.get(SIZE_LABEL).map(String::as_str)
@@ -211,6 +219,7 @@ mod tests {
             let mut of_layer = labels(bad);
             of_layer.insert(REF_LABEL.to_owned(), "sha256:1".to_owned());
             assert_eq!(size(Kind::Active, &of_layer).unwrap(), None);
+            assert_eq!(recorded(Kind::Active, &labels(bad)), None, "it was taken once");
         }
     }
 

@@ -171,6 +171,16 @@ impl DockerRegistry {
     }
 }
 
+/// One behind TLS, and the directory of its certificates; `None` (said aloud) where that cannot be had.
+async fn start_behind_tls() -> Option<(DockerRegistry, tempfile::TempDir)> {
+    let certs = tempfile::tempdir().unwrap();
+    if !certificates(certs.path()) {
+        eprintln!("SKIPPED: openssl is not installed, so there is no certificate to test TLS with");
+        return None;
+    }
+    Some((DockerRegistry::start(Some(certs.path())).await?, certs))
+}
+
 /// Layers that are streamed from a host at once, and more.
 const STREAMS: u8 = 8;
 
@@ -212,12 +222,7 @@ async fn a_real_registry() {
 
 #[tokio::test]
 async fn a_real_registry_behind_tls() {
-    let certs = tempfile::tempdir().unwrap();
-    if !certificates(certs.path()) {
-        eprintln!("SKIPPED: openssl is not installed, so there is no certificate to test TLS with");
-        return;
-    }
-    let Some(registry) = DockerRegistry::start(Some(certs.path())).await else {
+    let Some((registry, certs)) = start_behind_tls().await else {
         return;
     };
     let dir = tempfile::tempdir().unwrap();
@@ -262,12 +267,7 @@ async fn a_real_registry_behind_tls() {
 /// Over HTTP/2 all of a host's answers share a connection, and what it may send ahead.
 #[tokio::test(flavor = "multi_thread")]
 async fn answers_that_nobody_reads_leave_room_for_others_on_their_connection() {
-    let certs = tempfile::tempdir().unwrap();
-    if !certificates(certs.path()) {
-        eprintln!("SKIPPED: openssl is not installed, so there is no certificate to test TLS with");
-        return;
-    }
-    let Some(registry) = DockerRegistry::start(Some(certs.path())).await else {
+    let Some((registry, _certs)) = start_behind_tls().await else {
         return;
     };
     let dir = tempfile::tempdir().unwrap();

@@ -26,6 +26,17 @@ declare -A READY_LINES=(
     [nginx]='start worker process [0-9]'
     [postgres]='database system is ready to accept connections'
 )
+# Something else that is started in the same image, until it ends.
+declare -A OTHERS=(
+    [python]="python3 -c 'import http.server, sqlite3, decimal, xml.dom.minidom; print(\"other\")'"
+    [node]="node -e 'require(\"https\"); console.log(process.version)'"
+    [redis]="redis-server --version"
+    [nginx]="nginx -t"
+    [postgres]="/app/postgres --describe-config"
+    [java]="java -version"
+    [git]="git --version"
+    [science]="python3 -c 'import http.server, sqlite3, decimal, xml.dom.minidom; print(\"other\")'"
+)
 
 # Where images are made, and where the one that is being made has its files.
 LAYOUT= BUNDLE= ROOTFS=

@@ -174,9 +174,9 @@ learn() {
     until_true "containerd's way to lazuli" $PID "${CTR[@]}" snapshots --snapshotter lazuli ls
 }
 
-# measure FORMAT SNAPSHOTTER ROUND [learned|earlier|unwalked]: appends one JSON line to the results. learned: by a node that has seen the image start before, and
-# has nothing of it any more; earlier: by one that has seen the image of an earlier tag; unwalked: nothing is guessed. The format "indexed" is the plain image, of which the
-# node finds indexes that another one has published.
+# measure FORMAT SNAPSHOTTER ROUND [learned|earlier|unwalked|other|second]: appends one JSON line to the results. learned: by a node that has seen the image start
+# before, and has nothing of it any more; earlier: by one that has seen the image of an earlier tag; unwalked: nothing is guessed; other: another command (OTHER) is started;
+# second: the same by a node that has learned how COMMAND starts. The format "indexed" is the plain image, of which the node finds indexes that another one has published.
 measure() {
     local format=$1 snapshotter=$2 round=$3 dir=$WORK/$1-$2-$3 reference=$LINK/$REPOSITORY:$1 known=${4:-} seen
     local begin pulled created ready again_begin again_end read_begin read_end bytes0 bytes1 bytes2 requests0 requests1 requests2 digest
@@ -192,7 +192,9 @@ measure() {
         *) "start_$snapshotter" "$dir" "$format" ;;
     esac
     start_containerd "$dir" "$CONTAINERD_PATH" "$snapshotter"
-    case $known in learned | earlier) learn "$dir" "$seen" ;; esac
+    case $known in learned | earlier | second) learn "$dir" "$seen" ;; esac
+    local COMMAND=("${COMMAND[@]}") READY=${READY:-}
+    case $known in other | second) COMMAND=("${OTHER[@]}") READY= ;; esac
     sync
     bytes0=$(link_bytes) requests0=$(requests)
 

@@ -29,10 +29,13 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 
-/// Bytes that a connection gives to the serializer at once: 1.3 ms at 100 Mbit/s.
-const CHUNK: usize = 16 << 10;
+/// How long a connection has the serializer for at once; 16 KiB at 100 Mbit/s. A chunk costs two wake-ups of threads, which at a fixed size would
+/// make a fast link the hungriest program of a benchmark.
+const TURN: Duration = Duration::from_micros(1_311);
+/// Least and most bytes of a chunk.
+const CHUNKS: (u64, u64) = (16 << 10, 128 << 10);
 
-/// Chunks between the two ends of one direction of one connection: 4 MiB, above bandwidth x delay of any link of interest.
+/// Chunks between the two ends of one direction of one connection: at least 4 MiB, above bandwidth x delay of any link of interest.
 const IN_FLIGHT: usize = 256;
 
 /// How far the serializer may lag behind the clock and still catch up, so that a late wake-up costs no bandwidth.
@@ -111,6 +114,8 @@ struct Link {
     one_way: Duration,
     /// Cap of each connection, in megabits per second; 0 = none.
     connection_mbit: u64,
+    /// Bytes that a connection gives to the serializer at once.
+    chunk: usize,
     up: Direction,
     down: Direction,
     connections: AtomicU64,
@@ -126,6 +131,7 @@ fn main() -> io::Result<()> {
     let link = Arc::new(Link {
         one_way: Duration::from_micros(options.rtt * 1_000 / 2),
         connection_mbit: options.connection_mbit,
+        chunk: chunk(options.mbit, options.connection_mbit),
         up: Direction::new(options.mbit),
         down: Direction::new(options.mbit),
         connections: AtomicU64::new(0),
@@ -152,6 +158,17 @@ fn main() -> io::Result<()> {
         });
     }
     Ok(())
+}
+
+/// Bytes that take [`TURN`] at the slower of both rates, in megabits per second (of which 0 is none), within [`CHUNKS`].
+fn chunk(mbit: u64, connection_mbit: u64) -> usize {
+    let slower = if connection_mbit > 0 {
+        mbit.min(connection_mbit)
+    } else {
+        mbit
+    };
+    let bytes = u128::from(slower) * TURN.as_nanos() / 8_000;
+    (bytes as u64).clamp(CHUNKS.0, CHUNKS.1) as usize
 }
 
 fn report(link: &Link, mut client: TcpStream) -> io::Result<()> {
@@ -192,26 +209,26 @@ fn spawn_direction(
     let (sender, receiver) = sync_channel(IN_FLIGHT);
     let link = Arc::clone(link);
     let own = (link.connection_mbit > 0).then(|| Serializer::new(link.connection_mbit));
-    thread::spawn(move || depart(direction(&link), own, link.one_way, from, established, &sender));
+    thread::spawn(move || depart(&link, direction, own, from, established, &sender));
     thread::spawn(move || arrive(to, &receiver));
 }
 
 /// Reads what one end sends, and stamps every chunk with the time of its arrival.
 fn depart(
-    direction: &Direction,
+    link: &Link,
+    direction: fn(&Link) -> &Direction,
     own: Option<Serializer>,
-    one_way: Duration,
     mut from: TcpStream,
     established: Instant,
     sender: &SyncSender<Parcel>,
 ) {
     loop {
-        let mut chunk = vec![0; CHUNK];
+        let mut chunk = vec![0; link.chunk];
         // A connection that broke ends like one that was closed: the other end sees the end of the stream.
         let len = from.read(&mut chunk).unwrap_or(0);
         chunk.truncate(len);
-        let sent = direction.send(own.as_ref(), len).max(established);
-        if sender.send((sent + one_way, chunk)).is_err() || len == 0 {
+        let sent = direction(link).send(own.as_ref(), len).max(established);
+        if sender.send((sent + link.one_way, chunk)).is_err() || len == 0 {
             break;
         }
         thread::sleep(sent.saturating_duration_since(Instant::now()));

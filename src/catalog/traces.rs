@@ -248,7 +248,7 @@ impl Catalog {
         let running: Vec<_> = self.traces.state().running.drain().collect();
         running.iter().for_each(|(_, running)| running.stop());
         let played: Vec<_> = self.traces.state().played.drain().collect();
-        played.iter().for_each(|(_, played)| played.end.cancel());
+        played.iter().for_each(|(_, played)| played.stop());
     }
 }
 

@@ -221,6 +221,50 @@ fn what_a_container_runs_instead_is_walked_as_well() {
     assert!(started.is_empty(), "all of it was here: {started:#?}");
 }
 
+/// What is known of a start with the same program goes on, and what that does not tell is walked.
+#[test]
+fn what_is_known_of_the_same_program_does_not_keep_other_arguments_from_being_walked() {
+    const UNWALKED: &str = "[trace]\nwalk = false\n";
+    let Some(mut stage) = stage("the_same_program_with_other_arguments", UNWALKED) else {
+        return;
+    };
+    let env = vec![
+        Entry::dir("usr"),
+        Entry::dir("usr/bin"),
+        Entry::symlink("usr/bin/env", "/bin/busybox"),
+    ];
+    let layers = [layers(), vec![Layer::of(Compression::Gzip, env)]].concat();
+    let image = Image::running(Flavour::Oci, layers, &["env", "echo"]);
+    let reference = stage.push_converted(&image, "walk/app:1", &["--estargz"]);
+    stage.pull(&reference);
+    start(&stage, &reference);
+    let said = |stage: &Stage, what: &str| stage.lazuli.as_ref().unwrap().log().contains(what).then_some(());
+    wait_until(PATIENCE, || said(&stage, "it is known what this reads")).expect("its start is learned");
+
+    stage.containerd.remove_image(&reference);
+    assert!(stage.lazuli().stop());
+    fs::remove_dir_all(stage.lazuli().root().join("layers")).unwrap();
+    let config = fs::read_to_string(stage.lazuli().config()).unwrap();
+    fs::write(stage.lazuli().config(), config.replace(UNWALKED, "")).unwrap();
+    stage.restart_daemon();
+    stage.pull(&reference);
+    wait_until(PATIENCE, || said(&stage, "fit=\"same\"")).expect("it is played");
+    let id = stage.containerd.new_id();
+    let flags = ["containers", "create", "--snapshotter", SNAPSHOTTER];
+    let mut command = stage.containerd.ctr(&flags);
+    command.args([reference.as_str(), &id, "env", "tool", "/opt"]);
+    run(&mut command, COMMAND_TIMEOUT).expect_success();
+    walked(&stage, "env");
+    taken(&stage);
+    run(
+        stage.containerd.ctr(&["tasks", "start", "--null-io"]).arg(&id),
+        COMMAND_TIMEOUT,
+    )
+    .expect_success();
+    let started = taken(&stage);
+    assert!(started.is_empty(), "all of it was here: {started:#?}");
+}
+
 /// Whatever an image says that it runs, little is fetched for it, and it can be used.
 #[test]
 fn an_image_that_leads_astray_costs_little() {

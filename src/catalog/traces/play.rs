@@ -41,8 +41,10 @@ pub(super) struct Played {
     at: Instant,
     /// What was expected to be started.
     pub(super) entry: Entry,
-    /// Ends it.
+    /// Cancelled when it has to end.
     pub(super) end: CancellationToken,
+    /// What goes on beside it: what is known of a start that reads much of the same.
+    beside: Option<Arc<Played>>,
     /// Whether it was guessed.
     pub(super) is_guess: bool,
     manifest: Digest,
@@ -57,6 +59,14 @@ struct PlayedState {
 }
 
 impl Played {
+    /// Ends it, and what goes on beside it.
+    pub(super) fn stop(&self) {
+        self.end.cancel();
+        if let Some(beside) = &self.beside {
+            beside.stop();
+        }
+    }
+
     fn state(&self) -> MutexGuard<'_, PlayedState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -189,28 +199,36 @@ impl Catalog {
     }
 
     /// Something is to be fetched ahead for an image; `None` if that has begun already for the same entry point. What is played for another one
-    /// ends.
+    /// ends, unless this is a guess, and that is known of a start that reads much of the same.
     pub(super) fn begin_play(&self, manifest: Digest, entry: Entry, is_guess: bool) -> Option<Arc<Played>> {
+        let mut state = self.traces.state();
+        let is_played = |other: &&Arc<Played>| {
+            // What is known is better than a guess.
+            let is_better = other.is_guess && !is_guess;
+            other.entry == entry && !other.end.is_cancelled() && other.at.elapsed() < AGAIN && !is_better
+        };
+        if state.played.get(&manifest).filter(is_played).is_some() {
+            return None;
+        }
+        let helps = |other: &Arc<Played>| is_guess && !other.is_guess && other.entry.resembles(&entry);
+        let beside = match state.played.remove(&manifest) {
+            Some(other) if helps(&other) => Some(other),
+            Some(other) => {
+                other.stop();
+                None
+            }
+            None => None,
+        };
         let played = Arc::new(Played {
             at: Instant::now(),
             entry,
             end: CancellationToken::new(),
+            beside,
             is_guess,
             manifest,
             state: Mutex::default(),
         });
-        let mut state = self.traces.state();
-        let is_played = |other: &Arc<Played>| {
-            // What is known is better than a guess.
-            let is_better = other.is_guess && !is_guess;
-            other.entry == played.entry && !other.end.is_cancelled() && other.at.elapsed() < AGAIN && !is_better
-        };
-        if state.played.get(&manifest).is_some_and(is_played) {
-            return None;
-        }
-        if let Some(other) = state.played.insert(manifest, Arc::clone(&played)) {
-            other.end.cancel();
-        }
+        state.played.insert(manifest, Arc::clone(&played));
         Some(played)
     }
 

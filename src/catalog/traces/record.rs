@@ -280,16 +280,13 @@ impl Catalog {
     /// It is known what is started: if something else is being played, that ends, and the right trace is played.
     fn expect_entry(self: &Arc<Self>, running: &Arc<Running>, image: &ImageRecord, entry: &Entry, command: Command) {
         let played = self.traces.state().played.get(&image.manifest).cloned();
-        let mut walks = true;
         if let Some(played) = played {
             if played.entry == *entry {
                 return;
             }
-            // Unless it is as good as what is known of this one, which is found out below.
+            // Of the same program, what is played helps: it goes on, unless something is known of this one, which is found out below.
             if !played.entry.resembles(entry) {
-                played.end.cancel();
-            } else {
-                walks = played.is_guess;
+                played.stop();
             }
         }
         let layers: Vec<_> = running
@@ -313,8 +310,7 @@ impl Catalog {
             let found = blocking(move || finder.best_trace(&[repository], &manifest, Some(&entry))).await;
             match found {
                 Some((fit, trace)) => catalog.play(manifest, digests, coming, fit, trace).await,
-                None if walks => catalog.walk(manifest, Some(command), coming).await,
-                None => {}
+                None => catalog.walk(manifest, Some(command), coming).await,
             }
         });
     }

@@ -105,6 +105,9 @@ pub struct Metrics {
     pub trace_wished_bytes_total: IntCounter,
     /// Those of them that the next start did not read.
     pub trace_wasted_bytes_total: IntCounter,
+    /// Files that starts of another image of the repository had read of layers that the image does not have, by `found` (`same`: at their path,
+    /// `changed`: there, with another size or content, `moved`: under another path, `gone`: nowhere).
+    pub trace_carried_files_total: IntCounterVec,
     /// Images of which nothing was known and what they read to start was to be guessed, by `outcome` (`walked`, `unknown`: it was not told what
     /// runs, or it was not found, `given-up`: not all layers were there, or it took too long).
     pub walks_total: IntCounterVec,
@@ -378,6 +381,12 @@ impl Metrics {
                 &r,
                 "lazuli_trace_wasted_bytes_total",
                 "Those of them that the next start did not read.",
+            ),
+            trace_carried_files_total: counter_vec(
+                &r,
+                "lazuli_trace_carried_files_total",
+                "Files that starts of another image had read, of layers that this one does not have.",
+                &["found"],
             ),
             walks_total: counter_vec(
                 &r,

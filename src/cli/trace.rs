@@ -122,9 +122,13 @@ fn table(learned: &Learned) -> String {
                 0 => String::new(),
                 times => format!("  not read in the last {times} starts"),
             };
+            let content = match read.content.as_str() {
+                "" => String::new(),
+                known => format!("  content {known}"),
+            };
             let _ = writeln!(
                 out,
-                "    {:>6} ms  {} /{} from {}: {}{missed}",
+                "    {:>6} ms  {} /{} from {}: {}{content}{missed}",
                 read.milliseconds,
                 short(&read.layer),
                 read.path,
@@ -175,6 +179,7 @@ mod tests {
             bytes: 1024,
             milliseconds: 12,
             missed: 1,
+            content: "ba7816bf8f01cfea".to_owned(),
         };
         let learned = Learned {
             traces: vec![trace("/bin/a", Vec::new()), trace("/bin/b", vec![read])],
@@ -186,7 +191,7 @@ mod tests {
         assert!(lines[2].starts_with("  /bin/b"));
         assert_eq!(
             lines[3],
-            "        12 ms  aaaaaaaaaaaa /bin/app from 512: 1.0 KiB  not read in the last 1 starts"
+            "        12 ms  aaaaaaaaaaaa /bin/app from 512: 1.0 KiB  content ba7816bf8f01cfea  not read in the last 1 starts"
         );
         assert_eq!(
             (lines[4].as_str(), lines.len()),

@@ -3,7 +3,8 @@
 //! A trace belongs to a repository, an image in it, and what was started (its entry point). It names files by layer and path, not by
 //! offsets: so it stays right when the same layer is read by another index, and most of it is right for the next image of the repository.
 //! It is made of ranges of data spaces ([`observe`]), merged with what earlier starts have shown ([`Trace::merged`]), turned into ranges of data
-//! spaces again ([`Trace::placed`]), and carried to another image by what of it was found there ([`Trace::moved`]).
+//! spaces again ([`Trace::found_in`]), and carried to another image by what of it was found there, by path or by content ([`Carried`],
+//! [`Trace::moved`]).
 //!
 //! # Merging
 //! What a start reads is wished for the next one. What it did not read is *missed*: it is forgotten after [`FORGET_AFTER`] starts in a row, of
@@ -30,12 +31,17 @@ use serde::{Deserialize, Serialize};
 use super::compression::zstd_frames_within;
 use super::{Digest, LayerError};
 
+mod carry;
+mod content;
+mod elsewhere;
 mod merge;
 mod places;
 #[cfg(test)]
 mod tests;
 
-pub use places::{Looked, Placed, Seen, Sight, observe};
+pub use carry::{Carried, Counts, Found, Placed};
+pub use content::Content;
+pub use places::{Looked, Seen, Sight, observe};
 
 const MAGIC: &[u8; 8] = b"LZLTRACE";
 const VERSION: u32 = 1;
@@ -108,6 +114,9 @@ pub struct File {
     pub path: String,
     /// Bytes of the file.
     pub size: u64,
+    /// Its content, where the layer's index knew it. Who does not know this field leaves it out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<Content>,
 }
 
 /// A range of a file.
@@ -197,9 +206,10 @@ impl Trace {
         self.wishes.truncate(count);
     }
 
-    /// As it is stored and given to others; shorter if it would be too long.
+    /// As it is stored and given to others; shorter if it would be too long: first without contents, which make it right for other images only.
     pub fn encode(&self) -> Vec<u8> {
         let mut trace = self.clone();
+        let mut has_contents = true;
         loop {
             let raw = serde_json::to_vec(&trace.compact()).unwrap_or_default();
             let packed = zstd::bulk::compress(&raw, LEVEL).unwrap_or_default();
@@ -213,7 +223,11 @@ impl Trace {
                 out.extend_from_slice(sum.as_bytes());
                 return out;
             }
-            trace.wishes.truncate(trace.wishes.len() / 2);
+            match has_contents {
+                true => trace.files.iter_mut().for_each(|file| file.content = None),
+                false => trace.wishes.truncate(trace.wishes.len() / 2),
+            }
+            has_contents = false;
         }
     }
 

@@ -224,6 +224,7 @@ mod tests {
                 layer: 0,
                 path: "bin/x".to_owned(),
                 size: 10,
+                content: None,
             }],
             wishes: vec![Wish {
                 file: 0,

@@ -19,7 +19,7 @@ use crate::catalog::images::ImagePlan;
 use crate::catalog::question::Begun;
 use crate::fetch::{Layer, LayerData as _, Wished};
 use crate::layer::Digest;
-use crate::layer::trace::{Entry, Placed, Trace};
+use crate::layer::trace::{Carried, Counts, Entry, Found, Placed, Trace};
 use crate::store::{LayerSource, StoreError};
 use crate::sync::blocking;
 
@@ -192,10 +192,20 @@ impl Catalog {
             trace,
             image: Arc::new(image),
             waves: self.waves(&played, PLAYED_BYTES),
+            layers: HashMap::new(),
         };
-        let bytes = player.run(coming).await;
+        let (bytes, counts) = player.run(coming).await;
+        let carried = [
+            ("same", counts.same),
+            ("changed", counts.changed),
+            ("moved", counts.moved),
+            ("gone", counts.gone),
+        ];
+        for (how, files) in carried {
+            metrics.trace_carried_files_total.with_label_values(&[how]).inc_by(files);
+        }
         metrics.trace_wished_bytes_total.inc_by(bytes);
-        tracing::debug!(%manifest, bytes, "what was to be fetched ahead is under way");
+        tracing::debug!(%manifest, bytes, ?counts, "what was to be fetched ahead is under way");
     }
 
     /// Something is to be fetched ahead for an image; `None` if that has begun already for the same entry point. What is played for another one
@@ -248,16 +258,18 @@ struct Player {
     trace: Arc<Trace>,
     image: Arc<HashSet<Digest>>,
     waves: Waves,
+    /// Layers that have come and are not here, by their position.
+    layers: HashMap<usize, (Digest, Arc<Layer>)>,
 }
 
 impl Player {
-    /// Plays until all is under way; bytes of data spaces that were asked for and were not here.
-    async fn run(mut self, coming: Vec<Coming>) -> u64 {
+    /// Plays until all is under way; bytes of data spaces that were asked for and were not here, and what was found of the trace.
+    async fn run(mut self, coming: Vec<Coming>) -> (u64, Counts) {
         let end = self.played.end.clone();
         let over = tokio::time::sleep(LONGEST);
         tokio::pin!(over);
         let (trace, image) = (Arc::clone(&self.trace), Arc::clone(&self.image));
-        let placed = coming.into_iter().map(|coming| {
+        let found = coming.into_iter().enumerate().map(|(position, coming)| {
             let (trace, image) = (Arc::clone(&trace), Arc::clone(&image));
             async move {
                 let (digest, layer) = coming.await?;
@@ -265,43 +277,64 @@ impl Player {
                 if layer.cached().is_complete()
                     && let Some(known) = trace.known(&digest)
                 {
-                    return Some((digest, None, known));
+                    return Some((position, digest, None, Found::known(known)));
                 }
                 blocking(move || {
                     // Without names nothing can be found.
                     let names = layer.names().ok()?;
-                    let placed = trace.placed(&digest, &names, &image);
-                    Some((digest, Some(layer), placed))
+                    let found = trace.found_in(&digest, &names, &image);
+                    Some((position, digest, Some(layer), found))
                 })
                 .await
             }
         });
-        let mut placed: FuturesUnordered<_> = placed.collect();
-        let mut bytes = 0;
+        let mut found: FuturesUnordered<_> = found.collect();
+        let mut carried = Some(Carried::new(trace, image));
+        let (mut bytes, mut counts) = (0, Counts::default());
         loop {
+            if found.is_empty()
+                && let Some(carried) = carried.take()
+            {
+                let rest;
+                (rest, counts) = carried.rest();
+                rest.into_iter().for_each(|(position, places)| self.wish(position, places));
+            }
             bytes += self.waves.go_on();
             let is_over = self.waves.are_over();
-            if placed.is_empty() && is_over {
-                return bytes;
+            if found.is_empty() && is_over {
+                return (bytes, counts);
             }
             tokio::select! {
                 biased;
                 () = end.cancelled() => {
                     self.waves.take_back();
-                    return bytes;
+                    return (bytes, counts);
                 }
-                () = &mut over => return bytes,
-                Some(found) = placed.next(), if !placed.is_empty() => {
-                    if let Some((digest, layer, places)) = found {
-                        if let Some(layer) = layer {
-                            let ranges = places.iter().map(|place| (place.wish, (place.data, place.len)));
-                            self.waves.add(layer, ranges);
+                () = &mut over => return (bytes, counts),
+                Some(layer) = found.next(), if !found.is_empty() => {
+                    if let (Some((position, digest, layer, found)), Some(carried)) = (layer, &mut carried) {
+                        let places = carried.take(position, found);
+                        match layer {
+                            Some(layer) => {
+                                self.layers.insert(position, (digest, layer));
+                                self.wish(position, places);
+                            }
+                            None => self.played.state().found.push((digest, places)),
                         }
-                        self.played.state().found.push((digest, places));
                     }
                 }
                 () = tokio::time::sleep(LOOK_EVERY), if !is_over => {}
             }
         }
+    }
+
+    /// Wishes for what was found in a layer.
+    fn wish(&mut self, position: usize, places: Vec<Placed>) {
+        let Some((digest, layer)) = self.layers.get(&position) else {
+            return;
+        };
+        let ranges = places.iter().map(|place| (place.wish, (place.data, place.len)));
+        self.waves.add(Arc::clone(layer), ranges);
+        self.played.state().found.push((*digest, places));
     }
 }

@@ -63,6 +63,9 @@ pub struct ReadStatus {
     pub milliseconds: u32,
     /// Starts in a row that did not read it.
     pub missed: u8,
+    /// The beginning of a digest of the file's content, of the content itself if the layer has it as one chunk; empty if it is not known.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub content: String,
 }
 
 impl TraceStatus {
@@ -77,6 +80,7 @@ impl TraceStatus {
                 bytes: wish.len,
                 milliseconds: wish.at,
                 missed: wish.missed,
+                content: file.content.map(|content| content.to_string()).unwrap_or_default(),
             })
         };
         let mut fits = |read: &ReadStatus| {

@@ -2,13 +2,14 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use super::{FORGET_AFTER, File, Trace, Wish};
+use super::{Content, FORGET_AFTER, File, Trace, Wish};
 use crate::layer::Digest;
 
 /// What is known of one file.
 #[derive(Default)]
 struct Known {
     size: u64,
+    content: Option<Content>,
     old: Vec<Wish>,
     new: Vec<Wish>,
 }
@@ -21,6 +22,7 @@ impl Trace {
             if let Some((file, layer)) = self.file(wish) {
                 let known = known.entry((layer, &file.path)).or_default();
                 known.size = file.size;
+                known.content = file.content;
                 known.old.push(*wish);
             }
         }
@@ -28,6 +30,8 @@ impl Trace {
             if let Some((file, layer)) = new.file(wish) {
                 let known = known.entry((layer, &file.path)).or_default();
                 known.size = file.size;
+                // An index that does not know it takes nothing from one that did.
+                known.content = file.content.or(known.content);
                 known.new.push(*wish);
             }
         }
@@ -53,6 +57,7 @@ impl Trace {
                 layer: number,
                 path: path.to_owned(),
                 size: known.size,
+                content: known.content,
             });
             merged
                 .wishes

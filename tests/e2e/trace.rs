@@ -1,6 +1,6 @@
 //! What a start reads is learned: the next start of the image finds it here, or under way, before it asks.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::process::Command;
 
@@ -28,7 +28,12 @@ const OTHER: [usize; 1] = [4];
 const BESIDES: u64 = 1_400_000;
 
 fn name(dir: usize, file: usize) -> String {
-    format!("data/d{dir}/f{file:02}")
+    name_in("data", dir, file)
+}
+
+/// The same below another directory.
+fn name_in(top: &str, dir: usize, file: usize) -> String {
+    format!("{top}/d{dir}/f{file:02}")
 }
 
 fn content(dir: usize, file: usize) -> Vec<u8> {
@@ -37,10 +42,15 @@ fn content(dir: usize, file: usize) -> Vec<u8> {
 
 /// An image with `more` in the layer with content.
 fn image(more: &[Entry]) -> Image {
-    let mut entries = vec![Entry::dir("data")];
-    entries.extend((0..DIRS).map(|dir| Entry::dir(format!("data/d{dir}"))));
+    image_of("data", content, more)
+}
+
+/// The same below another directory, with other contents.
+fn image_of(top: &str, content: impl Fn(usize, usize) -> Vec<u8>, more: &[Entry]) -> Image {
+    let mut entries = vec![Entry::dir(top)];
+    entries.extend((0..DIRS).map(|dir| Entry::dir(format!("{top}/d{dir}"))));
     for dir in 0..DIRS {
-        entries.extend((0..FILES).map(|file| Entry::file(name(dir, file), content(dir, file))));
+        entries.extend((0..FILES).map(|file| Entry::file(name_in(top, dir, file), content(dir, file))));
     }
     entries.extend(more.iter().cloned());
     let layers = vec![
@@ -52,10 +62,15 @@ fn image(more: &[Entry]) -> Image {
 
 /// A command that reads all files of some directories and fails if they are not what they should be.
 fn script(dirs: &[usize]) -> String {
+    script_of("/data", content, dirs)
+}
+
+/// The same for those below another directory (or what a shell makes one of), with other contents.
+fn script_of(top: &str, content: impl Fn(usize, usize) -> Vec<u8>, dirs: &[usize]) -> String {
     let (mut names, mut bytes) = (Vec::new(), Vec::new());
     for &dir in dirs {
         for file in (0..FILES).rev() {
-            names.push(format!("/{}", name(dir, file)));
+            names.push(name_in(top, dir, file));
             bytes.extend(content(dir, file));
         }
     }
@@ -96,10 +111,40 @@ impl Node {
         run(&mut command, COMMAND_TIMEOUT).expect_success();
     }
 
+    /// One that tells its metrics.
+    fn with_metrics(name: &str) -> Option<Self> {
+        let mut node = Self::new(name)?;
+        assert!(node.stage.lazuli().stop());
+        let config = fs::read_to_string(node.stage.lazuli().config()).unwrap();
+        let config = config.replace("admin_address = \"\"", "admin_address = \"127.0.0.1:0\"");
+        fs::write(node.stage.lazuli().config(), config).unwrap();
+        node.stage.restart_daemon();
+        Some(node)
+    }
+
+    /// Files that were carried to another image, by how they were found there.
+    fn carried(&self) -> BTreeMap<&'static str, u64> {
+        let log = self.stage.lazuli.as_ref().unwrap().log();
+        let (_, address) = log.rsplit_once("metrics and health address=").unwrap();
+        let url = format!("http://{}/metrics", address.split_whitespace().next().unwrap());
+        let text = run_ok(Command::new("curl").args(["-fsS", "--noproxy", "*", &url])).text();
+        let count = |how: &str| {
+            let name = format!("lazuli_trace_carried_files_total{{found=\"{how}\"}} ");
+            let found = text.lines().find_map(|line| line.strip_prefix(&name));
+            found.map_or(0, |count| count.parse().unwrap())
+        };
+        ["same", "changed", "moved", "gone"].map(|how| (how, count(how))).into()
+    }
+
+    /// Starts that are learned in all.
+    fn count_learned(&self) -> usize {
+        let log = self.stage.lazuli.as_ref().unwrap().log();
+        log.matches("it is known what this reads").count()
+    }
+
     /// Waits until so many starts are learned in all.
     fn learned(&self, count: usize) {
-        let log = || self.stage.lazuli.as_ref().unwrap().log();
-        let learned = || log().matches("it is known what this reads").count();
+        let learned = || self.count_learned();
         let is_learned = || (learned() >= count).then_some(());
         wait_until(PATIENCE, is_learned).unwrap_or_else(|| panic!("{} starts are learned, not {count}", learned()));
     }
@@ -253,6 +298,99 @@ fn a_new_tag_is_fetched_by_what_is_known_of_the_old_one() {
     let found: Vec<_> = traces.iter().map(|trace| (trace.starts, dirs(trace))).collect();
     assert_eq!(found, [(1, named(&ONE)), (2, named(&ONE))]);
     assert_ne!(traces[0].manifest, traces[1].manifest);
+}
+
+/// The same files in a directory with another name, and in another layer: they are found by what is in them. The command names neither, as one that
+/// has a link to the newest release does not.
+#[test]
+fn a_renamed_directory_is_found_by_its_content() {
+    let Some(mut node) = Node::with_metrics("a_renamed_directory_is_found_by_its_content") else {
+        return;
+    };
+    for (flavour, options) in [("estargz", "--estargz"), ("zstd", "--zstdchunked")] {
+        let repository = format!("trace/{flavour}");
+        let read = script_of("/release-*", content, &ONE);
+        let old = image_of("release-41", content, &[]);
+        let old = node.stage.push_converted(&old, &format!("{repository}:41"), &[options]);
+        node.stage.pull(&old);
+        let learned = node.count_learned();
+        node.start(&old, &read);
+        node.learned(learned + 1);
+        node.forget(&old, |_| {});
+
+        let extra = [Entry::file("release-42/changes", noise(4711, FILE_LEN))];
+        let new = image_of("release-42", content, &extra);
+        let new = node.stage.push_converted(&new, &format!("{repository}:42"), &[options]);
+        let before = node.carried();
+        node.pull(&new, len(&ONE));
+        let pulled = node.taken();
+        node.start(&new, &read);
+        let started = node.taken();
+        eprintln!(
+            "{flavour}: {} requests of the pull, {} of the start",
+            pulled.len(),
+            started.len()
+        );
+        assert!(started.is_empty(), "{flavour}: all of it was here: {started:#?}");
+        let bytes = total_bytes(&pulled);
+        assert!(
+            bytes * 10 <= (len(&ONE) + BESIDES) * 13,
+            "{flavour}: {bytes} bytes came"
+        );
+        let carried = node.carried();
+        let files = (ONE.len() * FILES) as u64;
+        assert_eq!(carried["moved"] - before["moved"], files, "{flavour}: {carried:?}");
+        // What is known of the new one is where it is now, each file once.
+        node.learned(learned + 2);
+        let traces = node
+            .traces()
+            .into_iter()
+            .filter(|trace| trace.repository.ends_with(&repository));
+        let newest = traces.max_by_key(|trace| trace.starts).unwrap();
+        let paths = newest.files.iter().filter(|file| file.path.starts_with("release-"));
+        let paths: Vec<_> = paths.map(|file| file.path.clone()).collect();
+        assert_eq!(
+            (newest.starts, paths.len()),
+            (2, ONE.len() * FILES),
+            "{flavour}: {paths:?}"
+        );
+        assert!(
+            paths.iter().all(|path| path.starts_with("release-42/")),
+            "{flavour}: {paths:?}"
+        );
+        node.stage.containerd.remove_image(&new);
+    }
+}
+
+/// Files of the same size with another content are the next version of those that were read, at their path; their old content is not followed to a
+/// backup under another name.
+#[test]
+fn the_same_size_with_another_content_is_another_file() {
+    let Some(mut node) = Node::with_metrics("the_same_size_with_another_content_is_another_file") else {
+        return;
+    };
+    node.known("trace/app:1", &OTHER);
+    let changed = |dir: usize, file: usize| match dir == OTHER[0] && file < FILES / 2 {
+        true => noise((100_000 + file) as u64, FILE_LEN),
+        false => content(dir, file),
+    };
+    // The old content of a file that has changed, kept as a backup under another name.
+    let more = [Entry::file("data/d0/backup", content(OTHER[0], 0))];
+    let new = image_of("data", changed, &more);
+    let new = node.stage.push_converted(&new, "trace/app:2", &["--estargz"]);
+    let before = node.carried();
+    node.pull(&new, len(&OTHER));
+    let pulled = node.taken();
+    node.start(&new, &script_of("/data", changed, &OTHER));
+    let started = node.taken();
+    assert!(started.is_empty(), "all of it was here: {started:#?}");
+    let bytes = total_bytes(&pulled);
+    assert!(bytes * 10 <= (len(&OTHER) + BESIDES) * 11, "{bytes} bytes came");
+    let carried = node.carried();
+    let files = |how: &str| carried[how] - before[how];
+    let half = FILES as u64 / 2;
+    assert_eq!((files("changed"), files("moved")), (half, 0), "{carried:?}");
+    assert!(files("same") >= half, "{carried:?}");
 }
 
 /// Another repository learns nothing of it.

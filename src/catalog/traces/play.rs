@@ -202,7 +202,10 @@ impl Catalog {
             ("gone", counts.gone),
         ];
         for (how, files) in carried {
-            metrics.trace_carried_files_total.with_label_values(&[how]).inc_by(files);
+            metrics
+                .trace_carried_files_total
+                .with_label_values(&[how])
+                .inc_by(files);
         }
         metrics.trace_wished_bytes_total.inc_by(bytes);
         tracing::debug!(%manifest, bytes, ?counts, "what was to be fetched ahead is under way");
@@ -297,7 +300,8 @@ impl Player {
             {
                 let rest;
                 (rest, counts) = carried.rest();
-                rest.into_iter().for_each(|(position, places)| self.wish(position, places));
+                rest.into_iter()
+                    .for_each(|(position, places)| self.wish(position, places));
             }
             bytes += self.waves.go_on();
             let is_over = self.waves.are_over();

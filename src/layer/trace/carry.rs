@@ -16,6 +16,9 @@ use super::elsewhere::{Elsewhere, search};
 use super::{Content, File, Trace, Wish};
 use crate::layer::{Digest, LayerIndex};
 
+#[cfg(test)]
+mod tests;
+
 /// Where another image has another version of a file, all of it is wished for if so many percent of it were.
 const WHOLE_PERCENT: u64 = 90;
 
@@ -130,10 +133,15 @@ impl Trace {
             return found;
         }
         let there = here.iter().filter_map(|(number, place)| Some((*number, (*place)?)));
-        found.at_path = there.clone().map(|(number, place)| (number, place.is_changed)).collect();
+        found.at_path = there
+            .clone()
+            .map(|(number, place)| (number, place.is_changed))
+            .collect();
         // Who finds something at its path needs no other name for it.
         let taken: HashSet<u64> = there.map(|(_, place)| place.data).collect();
-        let missing = here.iter().filter(|(_, place)| place.is_none_or(|place| place.is_changed));
+        let missing = here
+            .iter()
+            .filter(|(_, place)| place.is_none_or(|place| place.is_changed));
         let missing = missing.filter_map(|(number, _)| Some((*number, self.files.get(*number as usize)?)));
         found.elsewhere = search(names, missing, &taken, &mut contents);
         found

@@ -80,9 +80,9 @@ impl<'a> Contents<'a> {
         self.left = self.left.checked_sub(1 + at.len())?;
         let chunks = self.names.chunks().get(at)?;
         let end = inode.data.checked_add(inode.size)?;
-        let begins = chunks.first().is_none_or(|chunk| chunk.data_offset >= inode.data);
-        let ends = chunks.last().is_none_or(|chunk| chunk.data_end() <= end);
-        if !begins || !ends {
+        // Of one that is all zeros nothing is ever fetched.
+        let (first, last) = chunks.first().zip(chunks.last())?;
+        if first.data_offset < inode.data || last.data_end() > end {
             return None;
         }
         if let [chunk] = chunks

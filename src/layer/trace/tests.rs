@@ -4,6 +4,7 @@ use super::*;
 use crate::layer::index::{Dirent, IndexParts, Inode, mode};
 use crate::layer::{Access, Codec, LayerIndex, Verify};
 use std::collections::HashSet;
+use std::sync::Arc;
 
 const MANIFEST: &[u8] = b"manifest";
 
@@ -59,12 +60,12 @@ fn entry() -> Entry {
     Entry::of(&["/bin/app".to_owned(), "--password=secret".to_owned()])
 }
 
-fn digest(name: &str) -> Digest {
+pub(super) fn digest(name: &str) -> Digest {
     Digest::of(name.as_bytes())
 }
 
 /// What a start reads of one layer.
-fn start(of: &str, names: &LayerIndex, sight: Sight, seen: &[(u64, u64)]) -> Trace {
+pub(super) fn start(of: &str, names: &LayerIndex, sight: Sight, seen: &[(u64, u64)]) -> Trace {
     let looked = Looked {
         digest: digest(of),
         sight,
@@ -82,8 +83,14 @@ fn start(of: &str, names: &LayerIndex, sight: Sight, seen: &[(u64, u64)]) -> Tra
     observe(("r/app", Digest::of(MANIFEST), entry()), 7, &[looked], &seen)
 }
 
+/// Where the wishes lie in a layer of an image with the layers `image`.
+pub(super) fn placed(trace: &Trace, of: &str, names: &LayerIndex, image: &HashSet<Digest>) -> Vec<Placed> {
+    let found = trace.found_in(&digest(of), names, image);
+    Carried::new(Arc::new(trace.clone()), Arc::new(image.clone())).take(0, found)
+}
+
 /// What is wished for: path, offset, length, and how often it was missed.
-fn wishes(trace: &Trace) -> Vec<(String, u64, u64, u8)> {
+pub(super) fn wishes(trace: &Trace) -> Vec<(String, u64, u64, u8)> {
     let wishes = trace.wishes.iter();
     wishes
         .map(|wish| {
@@ -93,12 +100,12 @@ fn wishes(trace: &Trace) -> Vec<(String, u64, u64, u8)> {
         .collect()
 }
 
-fn wish(path: &str, offset: u64, len: u64, missed: u8) -> (String, u64, u64, u8) {
+pub(super) fn wish(path: &str, offset: u64, len: u64, missed: u8) -> (String, u64, u64, u8) {
     (path.to_owned(), offset, len, missed)
 }
 
 /// Layers that were seen clearly.
-fn clear(names: &[&str]) -> HashSet<Digest> {
+pub(super) fn clear(names: &[&str]) -> HashSet<Digest> {
     names.iter().map(|name| digest(name)).collect()
 }
 
@@ -111,7 +118,7 @@ fn reads_become_ranges_of_files() {
     assert_eq!(wishes(&trace), expected);
     assert_eq!(trace.bytes(), 5196);
     // And back, to the same places.
-    let placed = trace.placed(&digest("layer"), &names, &clear(&["layer"]));
+    let placed = placed(&trace, "layer", &names, &clear(&["layer"]));
     let places: Vec<_> = placed.iter().map(|place| (place.data, place.len)).collect();
     assert_eq!(places, [(2048, 4096), (512, 1000), (1536, 100)]);
 }
@@ -160,11 +167,11 @@ fn another_image_of_the_repository_is_searched_for_the_files() {
     let trace = start("old", &old, Sight::Clear, &[(1536, 512), (512, 1000), (2560, 1000)]);
     // `a` has become longer and was read whole; of `b` the beginning is wished for as before.
     let new = layer(&[("0", 700), ("a", 3000), ("b", 1000)]);
-    let placed = trace.placed(&digest("new"), &new, &clear(&["new"]));
+    let placed = placed(&trace, "new", &new, &clear(&["new"]));
     let places: Vec<_> = placed.iter().map(|p| (p.wish, p.data, p.offset, p.len)).collect();
     assert_eq!(places, [(0, 4608, 0, 512), (1, 1536, 0, 3000)]);
     // If the image still has the layer, another one is not searched for its files.
-    assert_eq!(trace.placed(&digest("new"), &new, &clear(&["new", "old"])), []);
+    assert_eq!(super::tests::placed(&trace, "new", &new, &clear(&["new", "old"])), []);
     let moved = trace.moved(digest("m2"), &[(digest("new"), placed)]);
     assert_eq!((moved.manifest, &moved.layers), (digest("m2"), &vec![digest("new")]));
     assert_eq!(wishes(&moved), [wish("d/b", 0, 512, 0), wish("d/a", 0, 3000, 0)]);
@@ -187,7 +194,7 @@ fn a_shorter_file_is_not_read_behind_its_end() {
     let old = layer(&[("a", 10_000)]);
     let trace = start("old", &old, Sight::Clear, &[(512, 1000), (8512, 1000)]);
     let new = layer(&[("a", 500)]);
-    let placed = trace.placed(&digest("new"), &new, &clear(&["new"]));
+    let placed = placed(&trace, "new", &new, &clear(&["new"]));
     assert_eq!(placed.len(), 1);
     assert_eq!((placed[0].offset, placed[0].len), (0, 500));
 }
@@ -225,6 +232,7 @@ fn what_would_be_too_long_is_cut_off_at_its_end() {
             layer: 0,
             path: format!("{}{at}", Digest::of(&[at as u8, (at >> 8) as u8]).hex().repeat(8)),
             size: 10,
+            content: Some(Content::of(&Digest::of(&[at as u8, (at >> 8) as u8]))),
         })
         .collect();
     trace.wishes = (0..40_000)
@@ -240,7 +248,13 @@ fn what_would_be_too_long_is_cut_off_at_its_end() {
     assert!(bytes.len() <= MAX_LEN);
     let read = Trace::decode(&bytes).unwrap();
     assert!(read.wishes.len() > 1000 && read.wishes.len() < 40_000);
-    assert_eq!(read.files[..1000], trace.files[..1000]);
+    let paths = |trace: &Trace| {
+        trace.files[..1000]
+            .iter()
+            .map(|file| file.path.clone())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(paths(&read), paths(&trace));
 }
 
 #[test]
@@ -265,6 +279,76 @@ fn what_cannot_be_is_no_trace() {
         let error = trace.check().unwrap_err().to_string();
         assert!(error.contains(reason), "{error} instead of {reason}");
     }
+}
+
+/// A trace as an older Lazuli writes it, which knows no contents, and as a newer one may, which knows more.
+#[test]
+fn traces_of_other_versions_are_read() {
+    let mut trace = start("l", &layer(&[("a", 1000)]), Sight::Clear, &[(512, 1000)]);
+    trace.files[0].content = Some(Content::of(&Digest::of(b"abc")));
+    let read = |document: &serde_json::Value| {
+        let raw = serde_json::to_vec(document).unwrap();
+        let packed = zstd::bulk::compress(&raw, LEVEL).unwrap();
+        let (version, len) = (VERSION.to_le_bytes(), (raw.len() as u32).to_le_bytes());
+        let mut bytes = [&MAGIC[..], &version, &len, &packed].concat();
+        let sum = Digest::of(&bytes);
+        bytes.extend_from_slice(sum.as_bytes());
+        Trace::decode(&bytes)
+    };
+    let mut document = serde_json::to_value(&trace).unwrap();
+    assert_eq!(document["files"][0]["content"], "ba7816bf8f01cfea");
+    document["files"][0]["more"] = 7.into();
+    document["more"] = "of the same".into();
+    assert_eq!(read(&document).unwrap(), trace);
+    for wrong in [
+        "",
+        "ba7816bf8f01cfe",
+        "BA7816BF8F01CFEA",
+        "+a7816bf8f01cfea",
+        "ba7816bf8f01cfeaa",
+    ] {
+        document["files"][0]["content"] = wrong.into();
+        let error = read(&document).unwrap_err().to_string();
+        assert!(error.contains("16 hex digits"), "{error}");
+    }
+    document["files"][0].as_object_mut().unwrap().remove("content");
+    trace.files[0].content = None;
+    assert_eq!(read(&document).unwrap(), trace);
+}
+
+/// A trace that is too long with its contents loses them before it loses any of its reads.
+#[test]
+fn contents_give_way_to_reads() {
+    let mut trace = start("l", &layer(&[("a", 1000)]), Sight::Clear, &[(512, 1000)]);
+    let (file, wish) = (trace.files[0].clone(), trace.wishes[0]);
+    // Names of 80 digits: 7.6 MiB of the 8 that a document may have, and contents would be 1.7 more.
+    let many = 0..60_000u32;
+    trace.files = many
+        .clone()
+        .map(|at| File {
+            path: format!("{at:080}"),
+            content: Some(Content::of(&Digest::of(&at.to_le_bytes()))),
+            ..file.clone()
+        })
+        .collect();
+    trace.wishes = many.map(|file| Wish { file, ..wish }).collect();
+    let read = Trace::decode(&trace.encode()).unwrap();
+    assert!(read.wishes == trace.wishes, "{} of them", read.wishes.len());
+    assert!(read.files.iter().all(|file| file.content.is_none()));
+}
+
+/// What one start does not know of a content is known from the one before.
+#[test]
+fn a_content_that_was_known_stays_known() {
+    let names = layer(&[("a", 1000)]);
+    let mut old = start("l", &names, Sight::Clear, &[(512, 1000)]);
+    let mut new = start("l", &names, Sight::Clear, &[(512, 512)]);
+    let content = |text: &str| Some(Content::of(&digest(text)));
+    let merged = |old: &Trace, new: &Trace| old.merged(new, &clear(&["l"])).files[0].content;
+    old.files[0].content = content("1");
+    assert_eq!(merged(&old, &new), content("1"));
+    new.files[0].content = content("2");
+    assert_eq!(merged(&old, &new), content("2"));
 }
 
 /// A document that unpacks to more than it says costs no more than it says.

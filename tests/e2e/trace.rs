@@ -492,6 +492,13 @@ fn a_start_is_over_when_it_has_settled() {
         (0..FILES).all(|file| !paths.contains(name(ONE[0], file).as_str())),
         "{shown:#}"
     );
+    // Each of these files is one chunk, and its content the beginning of its own digest.
+    for file in 0..FILES {
+        let read = |read: &&serde_json::Value| read["path"] == name(OTHER[0], file).as_str();
+        let known = reads.iter().find(read).unwrap()["content"].as_str();
+        let digest = digest_of(&content(OTHER[0], file));
+        assert_eq!(known, digest.get("sha256:".len()..).and_then(|hex| hex.get(..16)));
+    }
     assert!(trace(&["show"]).contains(repository));
     assert_eq!(trace(&["rm", &format!("{repository}/other")]), "0 traces are removed\n");
     assert_eq!(trace(&["rm", repository]), "1 traces are removed\n");

@@ -22,6 +22,9 @@ use crate::layer::{LayerIndex, ROOT_INO};
 /// path. A layer of the largest images known has no more files at all.
 const COMPARED: usize = 1 << 20;
 
+/// A file that is looked for: its path, backwards, and its position in the trace.
+type Missing = (Vec<u8>, u32);
+
 /// Where else the content of a file is.
 #[derive(Debug)]
 pub(super) struct Elsewhere {
@@ -44,7 +47,7 @@ pub(super) fn search<'t>(
     taken: &HashSet<u64>,
     contents: &mut Contents<'_>,
 ) -> Vec<Elsewhere> {
-    let mut wanted: HashMap<(u64, Content), Vec<(Vec<u8>, u32)>> = HashMap::new();
+    let mut wanted: HashMap<(u64, Content), Vec<Missing>> = HashMap::new();
     for (number, file) in missing {
         if let Some(content) = file.content {
             let parts: Vec<&[u8]> = file.path.as_bytes().split(|&c| c == b'/').collect();
@@ -101,7 +104,7 @@ pub(super) fn search<'t>(
 }
 
 /// The one of `files`, which are in order, that the file at a path is nearest to.
-fn offer(files: &[(Vec<u8>, u32)], parts: &[&[u8]], data: u64) -> Option<Elsewhere> {
+fn offer(files: &[Missing], parts: &[&[u8]], data: u64) -> Option<Elsewhere> {
     if parts.iter().map(|part| part.len() + 1).sum::<usize>() > MAX_PATH_LEN {
         return None;
     }

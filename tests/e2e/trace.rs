@@ -300,8 +300,8 @@ fn a_new_tag_is_fetched_by_what_is_known_of_the_old_one() {
     assert_ne!(traces[0].manifest, traces[1].manifest);
 }
 
-/// The same files in a directory with another name, and in another layer: they are found by what is in them. The command names neither, as one that
-/// has a link to the newest release does not.
+/// The same files in a directory with another name are found by what is in them. The command names neither directory, as one that has a link to the
+/// newest release does not.
 #[test]
 fn a_renamed_directory_is_found_by_its_content() {
     let Some(mut node) = Node::with_metrics("a_renamed_directory_is_found_by_its_content") else {

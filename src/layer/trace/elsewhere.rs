@@ -62,17 +62,23 @@ pub(super) fn search<'t>(
     let sizes: HashSet<u64> = wanted.keys().map(|(size, _)| *size).collect();
     let mut best: HashMap<u32, Elsewhere> = HashMap::new();
     let mut left = COMPARED;
-    let mut parts: Vec<&[u8]> = Vec::new();
+    // The path of the directory, and its length: what no program can name is not looked at, so that no path takes long.
+    let (mut parts, mut len): (Vec<&[u8]>, usize) = (Vec::new(), 0);
     let mut dirs = vec![names.inode(ROOT_INO).map_or(&[][..], |root| names.entries(root)).iter()];
     while let Some(entries) = dirs.last_mut() {
         let Some(entry) = entries.next() else {
             dirs.pop();
-            parts.pop();
+            len -= parts.pop().map_or(0, |name| name.len() + 1);
             continue;
         };
         let Some(inode) = names.inode(entry.ino) else { continue };
+        let name = names.name(entry);
+        if len + name.len() > MAX_PATH_LEN {
+            continue;
+        }
         if inode.is_dir() {
-            parts.push(names.name(entry));
+            parts.push(name);
+            len += name.len() + 1;
             dirs.push(names.entries(inode).iter());
             continue;
         }
@@ -87,7 +93,7 @@ pub(super) fn search<'t>(
             break;
         }
         left -= 1;
-        parts.push(names.name(entry));
+        parts.push(name);
         if let Some(place) = offer(files, &parts, inode.data)
             && best.get(&place.file).is_none_or(|known| place.common > known.common)
         {
@@ -105,9 +111,6 @@ pub(super) fn search<'t>(
 
 /// The one of `files`, which are in order, that the file at a path is nearest to.
 fn offer(files: &[Missing], parts: &[&[u8]], data: u64) -> Option<Elsewhere> {
-    if parts.iter().map(|part| part.len() + 1).sum::<usize>() > MAX_PATH_LEN {
-        return None;
-    }
     let path = std::str::from_utf8(&parts.join(&b'/')).ok()?.into();
     let own = backwards(parts);
     let at = files.partition_point(|(other, _)| *other < own);

@@ -351,6 +351,31 @@ fn each_of_many_alike_finds_its_own_and_no_more() {
     assert_eq!((wished.at_once.len(), wished.later), (1, Vec::new()));
 }
 
+/// A path that no program can name is not wished for, and what lies beside it is found.
+#[test]
+fn paths_have_an_end() {
+    let trace = trace(
+        &layer(&[("a/x", 900, "x"), ("a/y", 900, "y")]),
+        &[("a/x", 0, 900), ("a/y", 0, 900)],
+    );
+    let below = |dirs: usize| "d/".repeat(dirs);
+    let (x, y) = (format!("{}x", below(21)), format!("{}y", below(20)));
+    // No tar and no table has such a path; an index that is shared may.
+    let mut parts = layer(&[(&x, 900, "x"), (&y, 900, "y")]).parts().clone();
+    let long = "d".repeat(200);
+    for at in 0..parts.dirents.len() {
+        let entry = &mut parts.dirents[at];
+        if parts.inodes[entry.ino as usize - 1].is_dir() {
+            (entry.name, entry.name_len) = (parts.strings.len() as u32, long.len() as u32);
+            parts.strings.extend_from_slice(long.as_bytes());
+        }
+    }
+    let wished = carried(&trace, &[&LayerIndex::new(parts).unwrap()]);
+    let y = y.replace('d', &long);
+    assert_eq!(wished.later, [part(&format!("0:{y}"), 0, 900)]);
+    assert_eq!(wished.counts, counts(0, 0, 1, 1));
+}
+
 /// A directory, a name, a size and what is in it: few enough of each that many files have something in common.
 fn file() -> impl Strategy<Value = (String, u64, String)> {
     let name = (0..3u8, 0..3u8, 0..4u8).prop_map(|(top, dir, name)| format!("t{top}/d{dir}/f{name}"));

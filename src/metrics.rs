@@ -77,6 +77,10 @@ pub struct Metrics {
     pub cold_read_seconds: Histogram,
     /// Ranged requests and streams begun, by `kind` (`demand`, `prefetch`, `readahead`, `background`, `stream`).
     pub fetches_total: IntCounterVec,
+    /// Ranged requests that a host may be asked at once: the fewest and the most of all hosts that are known, by `of` (`lowest`, `highest`).
+    pub request_limit: IntGaugeVec,
+    /// Changes of that number, by `change` (`more`, `fewer`, `refused`: fewer, because a host said that it is asked too much).
+    pub request_limit_changes_total: IntCounterVec,
     /// Ranges of streams that were read over further connections, by `outcome` (`done`, `failed`, `overtaken`, `passed`).
     pub stream_ranges_total: IntCounterVec,
     /// Bytes fetched from sources, by `kind`.
@@ -306,6 +310,18 @@ impl Metrics {
                 "lazuli_fetches_total",
                 "Ranged requests and streams begun.",
                 &["kind"],
+            ),
+            request_limit: gauge_vec(
+                &r,
+                "lazuli_request_limit",
+                "Ranged requests that a host may be asked at once, of the hosts that are known.",
+                &["of"],
+            ),
+            request_limit_changes_total: counter_vec(
+                &r,
+                "lazuli_request_limit_changes_total",
+                "Changes of the number of ranged requests that a host may be asked at once.",
+                &["change"],
             ),
             stream_ranges_total: counter_vec(
                 &r,

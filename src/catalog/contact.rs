@@ -152,6 +152,10 @@ impl Blob for Contact {
         self.blob.verified();
     }
 
+    fn refusals(&self) -> u64 {
+        self.blob.refusals()
+    }
+
     fn describe(&self) -> String {
         self.blob.describe()
     }

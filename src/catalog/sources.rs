@@ -278,6 +278,11 @@ impl Blob for Failover {
         self.0.blobs[self.0.last()].describe()
     }
 
+    /// Of all places: which one is asked first may change meanwhile.
+    fn refusals(&self) -> u64 {
+        self.0.blobs.iter().map(|blob| blob.refusals()).sum()
+    }
+
     /// That of the place which is asked first.
     fn origin(&self) -> Origin {
         self.0.origins[self.0.first()].clone()

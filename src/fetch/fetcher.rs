@@ -19,6 +19,7 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
 use super::Layer;
 use super::filling::Rate;
@@ -100,7 +101,7 @@ impl Fetcher {
         };
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Arc::new(Fetcher {
-            scheduler: Scheduler::new(limits),
+            scheduler: Scheduler::measured(limits, Arc::clone(&metrics)),
             decodes: Turns::new(processors * DECODES_PER_PROCESSOR),
             requests,
             pieces,
@@ -211,10 +212,13 @@ impl Scheduled {
     }
 }
 
-/// A body that keeps its place until it is dropped.
-fn holding(place: Place, body: Body) -> Body {
-    let held = body.inspect(move |_| {
-        let _held = &place;
+/// A body that keeps its place until it is dropped, asked for at that time.
+fn holding(place: Place, asked: Instant, body: Body) -> Body {
+    let held = body.inspect(move |piece| {
+        if let Ok(piece) = piece {
+            place.begun(asked.elapsed());
+            place.traffic().arrived(piece.len() as u64);
+        }
     });
     held.boxed()
 }
@@ -223,21 +227,24 @@ impl Blob for Scheduled {
     fn read(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
         Box::pin(async move {
             let place = self.place().await;
-            Ok(holding(place, self.blob.read(range).await?))
+            let asked = Instant::now();
+            Ok(holding(place, asked, self.blob.read(range).await?))
         })
     }
 
     fn read_part(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
         Box::pin(async move {
             let place = self.place().await;
-            Ok(holding(place, self.blob.read_part(range).await?))
+            let asked = Instant::now();
+            Ok(holding(place, asked, self.blob.read_part(range).await?))
         })
     }
 
     fn read_beside(&self, range: Range<u64>) -> BoxFuture<'_, Result<Body, RegistryError>> {
         Box::pin(async move {
             let place = self.place().await;
-            Ok(holding(place, self.blob.read_beside(range).await?))
+            let asked = Instant::now();
+            Ok(holding(place, asked, self.blob.read_beside(range).await?))
         })
     }
 
@@ -255,6 +262,10 @@ impl Blob for Scheduled {
 
     fn verified(&self) {
         self.blob.verified();
+    }
+
+    fn refusals(&self) -> u64 {
+        self.blob.refusals()
     }
 
     fn origin(&self) -> Origin {

@@ -547,6 +547,7 @@ impl Lanes {
             pauses,
             patience: self.resources.patience,
             link: Arc::clone(self.stream.link()),
+            traffic: self.resources.scheduler.traffic(&self.resources.origin.host),
             fetched: self.resources.fetched.clone(),
             wake: Arc::clone(&self.wake),
         };

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use bytes::{Bytes, BytesMut};
 use futures::StreamExt;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::layer::DAMAGE_LIMIT;
 use super::outage::Turn;
@@ -67,7 +67,11 @@ impl Layer {
         tracing::debug!(layer = %self.cached.digest(), range = ?job.plan.range, chunks = chunks.len(), kind, "fetch");
         let blob = self.blob();
         let origin = blob.origin();
-        let transferred = caught(self.transfer(&*blob, &job, members, kind)).await;
+        let refusals = blob.refusals();
+        let transferred = caught(self.transfer(&*blob, &job, members, kind, &place)).await;
+        if blob.refusals() != refusals {
+            place.refused();
+        }
         let (cut, mut damaged) = transferred.unwrap_or_else(|bug| (Some(Cut::Failed(self.disk(bug))), Vec::new()));
         drop(share);
         drop(place);
@@ -165,6 +169,7 @@ impl Layer {
         job: &Job,
         members: Vec<Member>,
         kind: &str,
+        place: &Place,
     ) -> (Option<Cut>, Vec<Damage>) {
         let range = job.plan.range.clone();
         let len = usize::try_from(range.end.saturating_sub(range.start)).unwrap_or(usize::MAX);
@@ -174,6 +179,7 @@ impl Layer {
         let mut worker: Option<JoinHandle<Vec<Damage>>> = None;
         let mut damaged = Vec::new();
         let patience = self.fetcher.patience;
+        let asked = Instant::now();
         let cut = async {
             let fail = |source| match source {
                 RegistryError::NoRanges { .. } => Some(Cut::NoRanges),
@@ -201,6 +207,8 @@ impl Layer {
                     Err(_) => return silence(),
                 };
                 let piece = piece.get(..len - buf.len()).unwrap_or(&piece);
+                place.begun(asked.elapsed());
+                place.traffic().arrived(piece.len() as u64);
                 let arrived = range.start + buf.len() as u64;
                 self.count_arrived(job, arrived..arrived + piece.len() as u64, kind);
                 buf.extend_from_slice(piece);

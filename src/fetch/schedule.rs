@@ -3,7 +3,8 @@
 //! Its unit is a [`Wish`]: whose it is, how urgent, of what kind, and how much memory it takes while it runs. It grants *places*. Who holds a
 //! [`Place`] may talk to the source; dropped, it goes to the next. [`policy`] decides, and is pure: no clock and no I/O, so that
 //! `simulation` can try it in virtual time against hosts that hang, drip and throttle. [`driver`] wraps it for tokio, and [`turns`] bounds
-//! what is decoded at once.
+//! what is decoded at once. How many ranged requests a host is asked at once follows its link: [`depth`] decides that, as pure as the policy is,
+//! and [`depths`] brings the two together.
 //!
 //! # For those who ask
 //! - [`Scheduler::enter`] waits for a place; [`Scheduler::ask`] gives a [`Ticket`], whose wish can be ranked anew while it waits
@@ -15,12 +16,15 @@
 //!   sinks to background. Bytes under way are never thrown away for that.
 //! - [`Place::contended`] tells that somebody else waits for places of this host: then take only what is really wanted.
 
+pub mod depth;
+pub mod depths;
 pub mod driver;
 pub mod policy;
 #[cfg(test)]
 mod simulation;
 pub mod turns;
 
-pub use driver::{Place, Remote, Scheduler, Ticket};
+pub use depths::Traffic;
+pub use driver::{HostLoad, Place, Remote, Scheduler, Ticket};
 pub use policy::{Class, Kind, Limits, Policy, Wish};
 pub use turns::Turns;

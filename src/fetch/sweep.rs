@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use super::queue::{COPIED, View};
 use super::request::{Batch, Damage, Member, collect};
-use super::schedule::Class;
+use super::schedule::{Class, Place};
 use super::{FetchError, Layer};
 use crate::layer::LayerError;
 use crate::sync::caught;
@@ -73,7 +73,7 @@ impl Layer {
     }
 
     async fn sweep_pass(self: &Arc<Self>, class: Class) -> Result<(), FetchError> {
-        let _place = self.fetcher.enter_stream(self.blob().origin(), class).await;
+        let place = self.fetcher.enter_stream(self.blob().origin(), class).await;
         let mut missing: Vec<usize> = self
             .cached
             .missing(0, u64::MAX)
@@ -99,7 +99,7 @@ impl Layer {
         self.requests.fetch_add(1, Ordering::Relaxed);
         let mut damaged = Vec::new();
         let end = self
-            .receive(&*blob, Members::new(members), class, decoded, &mut damaged)
+            .receive(&*blob, Members::new(members), class, decoded, &mut damaged, &place)
             .await;
         if end.is_ok() && damaged.is_empty() {
             blob.verified();
@@ -116,6 +116,7 @@ impl Layer {
         class: Class,
         decoded: u64,
         damaged: &mut Vec<Damage>,
+        place: &Place,
     ) -> Result<(), FetchError> {
         let (layer, patience) = (*self.cached.digest(), self.fetcher.patience);
         let silence = |_| FetchError::Deadline { layer, after: patience };
@@ -138,6 +139,7 @@ impl Layer {
             match timeout(patience, body.next()).await {
                 Ok(Some(Ok(piece))) => {
                     counter.inc_by(piece.len() as u64);
+                    place.traffic().arrived(piece.len() as u64);
                     self.fetched.fetch_add(piece.len() as u64, Ordering::Relaxed);
                     members.push(piece);
                 }

@@ -78,6 +78,8 @@ struct Repository {
     quirks: Arc<Quirks>,
     requests: AtomicU64,
     bytes: AtomicU64,
+    /// How often one of its hosts said that it is asked too much.
+    refusals: AtomicU64,
 }
 
 /// The handle that callers hold.
@@ -131,6 +133,7 @@ impl Registry {
                     quirks: Arc::default(),
                     requests: AtomicU64::new(0),
                     bytes: AtomicU64::new(0),
+                    refusals: AtomicU64::new(0),
                 })
             })
             .clone()

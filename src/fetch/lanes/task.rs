@@ -14,7 +14,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{Arrived, How, Room};
 use crate::fetch::flights::Wishes;
 use crate::fetch::pipeline::Fault;
-use crate::fetch::schedule::Place;
+use crate::fetch::schedule::{Place, Traffic};
 use crate::fetch::width::{Extra, Link};
 use crate::registry::{Blob, Body, RegistryError};
 use crate::sync::caught;
@@ -80,6 +80,7 @@ pub(super) struct Task {
     pub(super) pauses: Option<watch::Receiver<Wishes>>,
     pub(super) patience: Duration,
     pub(super) link: Arc<Link>,
+    pub(super) traffic: Arc<Traffic>,
     pub(super) fetched: prometheus::IntCounter,
     pub(super) wake: Arc<Notify>,
 }
@@ -127,6 +128,7 @@ impl Task {
             let mut bytes = piece.map_err(Fault::Source)?;
             self.fetched.inc_by(bytes.len() as u64);
             self.link.arrived(bytes.len() as u64);
+            self.traffic.arrived(bytes.len() as u64);
             while !bytes.is_empty() {
                 let left = self.report.limit.load(Ordering::Acquire).saturating_sub(at);
                 let count = bytes.len().min(most).min(usize::try_from(left).unwrap_or(usize::MAX));

@@ -1,24 +1,31 @@
-//! The [`Policy`] for tokio: wishes wait as futures, and places are given back by dropping them.
+//! The [`Policy`] for tokio: wishes wait as futures, and places are given back by dropping them. Whoever holds a place says what comes over
+//! it ([`Place::begun`], [`Place::traffic`]); how many there are at a host follows that.
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::sync::{Arc, PoisonError, Weak};
+use std::sync::{Arc, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::depths::{Depths, Traffic};
 use super::policy::{Class, Id, Limits, Policy, Wish};
+use crate::metrics::Metrics;
 use crate::sync::primitives::{Mutex, MutexGuard};
 
 /// Grants places to wishes. There is one per daemon.
 pub struct Scheduler {
     state: Mutex<State>,
     begin: Instant,
+    most: usize,
 }
 
 struct State {
     policy: Policy,
+    depths: Depths,
+    begin: Instant,
+    metrics: Option<Arc<Metrics>>,
     /// Who waits to be told that his wish is granted.
     asking: HashMap<Id, oneshot::Sender<()>>,
     /// Wishes that ask once more for what a host that is away has not delivered, and has not yet.
@@ -38,6 +45,21 @@ pub struct Ticket {
 pub struct Place {
     scheduler: Arc<Scheduler>,
     id: Id,
+    host: Arc<str>,
+    traffic: Arc<Traffic>,
+    /// When the first byte came.
+    begun: OnceLock<Instant>,
+}
+
+/// A host that something is asked of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostLoad {
+    /// Its name.
+    pub host: String,
+    /// Ranged requests that it is asked at once now, at most.
+    pub limit: usize,
+    /// Those that are under way.
+    pub running: usize,
 }
 
 /// Ranks a wish anew, from wherever; of one that has ended, nothing happens.
@@ -50,15 +72,45 @@ pub struct Remote {
 impl Scheduler {
     /// A scheduler within these bounds.
     pub fn new(limits: Limits) -> Arc<Self> {
+        Scheduler::make(limits, None)
+    }
+
+    /// The same, which tells how many requests hosts may be asked.
+    pub fn measured(limits: Limits, metrics: Arc<Metrics>) -> Arc<Self> {
+        Scheduler::make(limits, Some(metrics))
+    }
+
+    fn make(limits: Limits, metrics: Option<Arc<Metrics>>) -> Arc<Self> {
+        let begin = Instant::now();
         Arc::new(Scheduler {
             state: Mutex::new(State {
                 policy: Policy::new(limits),
+                depths: Depths::new(&limits),
+                begin,
+                metrics,
                 asking: HashMap::new(),
                 vain: HashSet::new(),
-                stirred: Instant::now(),
+                stirred: begin,
             }),
-            begin: Instant::now(),
+            begin,
+            most: limits.most(),
         })
+    }
+
+    /// Ranged requests that any host is asked at once, at most.
+    pub fn most(&self) -> usize {
+        self.most
+    }
+
+    /// The hosts that something is asked of now.
+    pub fn hosts(&self) -> Vec<HostLoad> {
+        let state = self.lock();
+        let hosts = state.policy.hosts().map(|(host, limit, running)| HostLoad {
+            host: host.to_owned(),
+            limit,
+            running,
+        });
+        hosts.collect()
     }
 
     /// The deadline of a wish that should be granted within `patience`.
@@ -73,20 +125,35 @@ impl Scheduler {
 
     fn ask_as(self: &Arc<Self>, wish: Wish, in_vain: bool) -> Ticket {
         let (sender, granted) = oneshot::channel();
+        let host = Arc::clone(&wish.owner.host);
         let mut state = self.lock();
+        let now = state.now();
+        let traffic = state.depths.traffic(now, &host);
         let id = state.policy.ask(wish);
         if in_vain {
             state.vain.insert(id);
         }
         state.asking.insert(id, sender);
         state.stir();
-        state.settle();
+        state.settle(&host);
         drop(state);
-        let scheduler = Arc::clone(self);
         Ticket {
-            place: Place { scheduler, id },
+            place: Place {
+                scheduler: Arc::clone(self),
+                id,
+                host,
+                traffic,
+                begun: OnceLock::new(),
+            },
             granted,
         }
+    }
+
+    /// Counts what comes from a host.
+    pub fn traffic(&self, host: &Arc<str>) -> Arc<Traffic> {
+        let mut state = self.lock();
+        let now = state.now();
+        state.depths.traffic(now, host)
     }
 
     /// Waits for a place. Dropping the future withdraws the wish.
@@ -125,13 +192,34 @@ impl State {
         }
     }
 
-    /// Grants what may be granted.
-    fn settle(&mut self) {
-        while let Some(id) = self.policy.grant() {
+    /// Time since the scheduler began.
+    fn now(&self) -> Duration {
+        self.begin.elapsed()
+    }
+
+    /// Grants what may be granted, after something has happened at a host.
+    fn settle(&mut self, host: &Arc<str>) {
+        let before = self.depths.depth(host);
+        for id in self.depths.settle(self.now(), host, &mut self.policy) {
             // Who has gone gives it back when his ticket is dropped, which comes right after.
             if let Some(sender) = self.asking.remove(&id) {
                 let _ = sender.send(());
             }
+        }
+        let after = self.depths.depth(host);
+        if after != before {
+            self.tell(if after > before { "more" } else { "fewer" });
+        }
+    }
+
+    /// Another number of requests is asked of a host.
+    fn tell(&self, change: &str) {
+        let (Some(metrics), Some((least, most))) = (&self.metrics, self.depths.range()) else {
+            return;
+        };
+        metrics.request_limit_changes_total.with_label_values(&[change]).inc();
+        for (of, limit) in [("lowest", least), ("highest", most)] {
+            metrics.request_limit.with_label_values(&[of]).set(limit as i64);
         }
     }
 }
@@ -173,8 +261,34 @@ impl Place {
     pub fn shrink(&self, bytes: u64) -> u64 {
         let mut state = self.scheduler.lock();
         let left = state.policy.shrink(self.id, bytes);
-        state.settle();
+        state.settle(&self.host);
         left
+    }
+
+    /// Counts what comes from the host.
+    pub fn traffic(&self) -> &Arc<Traffic> {
+        &self.traffic
+    }
+
+    /// The first byte of the answer has come, so long after it was asked for.
+    pub fn begun(&self, took: Duration) {
+        if self.begun.set(Instant::now()).is_ok() {
+            let mut state = self.scheduler.lock();
+            let now = state.now();
+            state.depths.first(now, &self.host, took);
+            state.settle(&self.host);
+        }
+    }
+
+    /// The host says that it is asked too much.
+    pub fn refused(&self) {
+        let mut state = self.scheduler.lock();
+        let (now, before) = (state.now(), state.depths.depth(&self.host));
+        state.depths.refused(now, &self.host);
+        if state.depths.depth(&self.host) != before {
+            state.tell("refused");
+        }
+        state.settle(&self.host);
     }
 }
 
@@ -185,7 +299,11 @@ impl Drop for Place {
         state.stir();
         state.vain.remove(&self.id);
         state.policy.end(self.id);
-        state.settle();
+        if let Some(begun) = self.begun.get() {
+            let now = state.now();
+            state.depths.ended(now, &self.host, begun.elapsed());
+        }
+        state.settle(&self.host);
     }
 }
 
@@ -219,7 +337,9 @@ impl Remote {
             state.stir();
             state.policy.rank(self.id, class);
             state.stir();
-            state.settle();
+            if let Some(host) = state.policy.host_of(self.id) {
+                state.settle(&host);
+            }
         }
     }
 }

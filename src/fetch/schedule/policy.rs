@@ -3,7 +3,10 @@
 //! # Rules
 //! 1. Each host has places of its own, so that one that hangs, drips or throttles keeps nobody else waiting. A number over all hosts bounds
 //!    the whole; of what is left of it, a host never takes more than half, so that a newcomer finds some, and one that holds no place gets
-//!    one in any case.
+//!    one in any case. How many requests a host has places for follows its link ([`super::depth`]): [`START`] at first, then more or fewer, up
+//!    to [`Limits::requests`]. Where they are fewer than [`START`], that is so for what nobody waits for. Demand has [`START`] in any case: whoever waits
+//!    must not do so for a measure that may be wrong. Parts of streams have as well, since it is measured elsewhere (`fetch::width`) how
+//!    many of them help.
 //! 2. Within a host, one repository leaves some places to others, also while there are none: those who come later find them free.
 //! 3. Prefetch and read-ahead leave some places to demand, background leaves half of those to prefetch; within the host as within each
 //!    repository.
@@ -19,19 +22,16 @@
 //! Every wish is in one place of the books, waiting or running, until [`Policy::end`]; whatever may run is running after [`Policy::grant`]
 //! has answered `None`.
 
+mod places;
+
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
+use self::places::{Of, POOLS, Places, Pool};
+pub use self::places::{Limits, START};
 use crate::registry::Origin;
 
-/// Places over all hosts, in numbers of places of one host: five hosts that hang leave others all they want.
-const HOSTS: usize = 8;
-/// Of a host's places for requests, this part is kept for demand, and this part one repository leaves to others.
-const KEPT_PART: usize = 4;
-/// Places for streams that a host has on top of what pulls of one repository may take: one for other repositories, one for demand. Streams
-/// are few and long: taken out of them, these would make the pull of a single image slower.
-const KEPT_STREAMS: usize = 1;
 /// A wish for more than this part of the memory is a large one.
 pub const LARGE_PART: u64 = 16;
 /// What a request costs besides its bytes, in bytes: the round trip.
@@ -96,106 +96,16 @@ pub struct Wish {
     pub deadline: Duration,
 }
 
-/// Bounds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Requests to one host at once.
-    pub requests: usize,
-    /// Streams that one repository's pulls may have at once.
-    pub streams: usize,
-    /// Bytes that all requests may take together.
-    pub memory: u64,
-}
-
 /// The number of a wish.
 pub type Id = u64;
 
-/// Places that are counted together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Pool {
-    Requests,
-    Streams,
-}
-
-const POOLS: [Pool; 2] = [Pool::Requests, Pool::Streams];
-
-impl Kind {
-    fn pool(self) -> Pool {
-        match self {
-            Kind::Request | Kind::Part | Kind::Table => Pool::Requests,
-            Kind::Stream => Pool::Streams,
-        }
-    }
-}
-
-/// Numbers of places.
-#[derive(Debug, Clone, Copy)]
-struct Room {
-    host: usize,
-    repository: usize,
-    kept: usize,
-    all: usize,
-}
-
-impl Limits {
-    fn room(&self, pool: Pool) -> Room {
-        match pool {
-            Pool::Requests => {
-                let host = self.requests.max(1);
-                let kept = host / KEPT_PART;
-                Room {
-                    host,
-                    repository: host - kept,
-                    kept,
-                    all: host.saturating_mul(HOSTS),
-                }
-            }
-            Pool::Streams => {
-                let repository = self.streams.max(1) + KEPT_STREAMS;
-                let host = repository + KEPT_STREAMS;
-                Room {
-                    host,
-                    repository,
-                    kept: KEPT_STREAMS,
-                    all: host.saturating_mul(HOSTS),
-                }
-            }
-        }
-    }
-
-    /// Bytes of the half that a wish takes its memory from.
-    fn half(&self) -> u64 {
-        self.memory / 2
-    }
-}
-
-/// Of `places` with `kept` ones, those that a class may hold together with all less urgent ones.
-fn allowed(places: usize, kept: usize, class: Class) -> usize {
-    let kept = kept.min(places.saturating_sub(1));
-    match class {
-        Class::Demand => places,
-        Class::Prefetch | Class::ReadAhead => places - kept,
-        Class::Background => ((places - kept) / 2).max(1),
-    }
-}
-
-/// Places that are held, by class.
-#[derive(Debug, Default, Clone, Copy)]
-struct Held([usize; 4]);
-
-impl Held {
-    fn total(&self) -> usize {
-        self.0.iter().sum()
-    }
-
-    /// Whether `class` may have another of these.
-    fn admits(&self, places: usize, kept: usize, class: Class) -> bool {
-        // A more urgent class is counted with the less urgent ones that are under way: they are in the places already.
-        (0..=class as usize).all(|upper| {
-            let class = Class::ALL[upper];
-            self.0[upper..].iter().sum::<usize>() < allowed(places, kept, class)
-        })
-    }
+/// What a host has under way.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Load {
+    /// Requests and streams that run.
+    pub running: usize,
+    /// Whether a wish for a request waits because the host, or its repository, has no place for it.
+    pub waits: bool,
 }
 
 /// Size of a wish: which half of the memory it takes from.
@@ -215,9 +125,11 @@ struct Entry {
     running: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Host {
-    places: [Held; 2],
+    /// Requests that may be under way at once.
+    depth: usize,
+    places: Places,
     memory: [u64; 2],
     repositories: BTreeMap<Arc<str>, Repository>,
     /// When it was served last.
@@ -231,16 +143,35 @@ struct Host {
 }
 
 impl Host {
+    fn new(depth: usize) -> Self {
+        Host {
+            depth,
+            places: Places::default(),
+            memory: [0; 2],
+            repositories: BTreeMap::new(),
+            turn: 0,
+            clock: 0,
+            waiting: Default::default(),
+            parts: [0; 4],
+        }
+    }
+
     /// Whether somebody waits for bytes of it.
     fn is_wanted(&self) -> bool {
-        let (pool, demand) = (Pool::Requests as usize, Class::Demand as usize);
-        self.waiting[pool][demand] > 0 || self.places[pool].0[demand] > 0
+        let demand = Class::Demand;
+        self.waiting[Pool::Requests as usize][demand as usize] > 0 || self.places.requests(demand) > 0
+    }
+
+    /// Whether it has a place for a wish of one of its repositories.
+    fn admits(&self, limits: &Limits, repository: &Repository, wish: &Wish) -> bool {
+        let admits = |places: &Places, of| places.admits(of, limits, self.depth, wish.kind, wish.class);
+        admits(&self.places, Of::Host) && admits(&repository.places, Of::Repository)
     }
 }
 
 #[derive(Debug, Default)]
 struct Repository {
-    places: [Held; 2],
+    places: Places,
     memory: [u64; 2],
     waiting: [[BTreeSet<(Duration, Id)>; 4]; 2],
     /// Finish tag of what was served last.
@@ -249,7 +180,7 @@ struct Repository {
 
 impl Repository {
     fn is_idle(&self) -> bool {
-        self.places.iter().all(|held| held.total() == 0) && self.waiting.iter().flatten().all(BTreeSet::is_empty)
+        POOLS.iter().all(|&pool| self.places.total(pool) == 0) && self.waiting.iter().flatten().all(BTreeSet::is_empty)
     }
 }
 
@@ -299,7 +230,9 @@ impl Policy {
             false => Size::Small,
         };
         wish.bytes = wish.bytes.next_multiple_of(UNIT).min(self.limits.half());
-        let host = self.hosts.entry(Arc::clone(&wish.owner.host)).or_default();
+        let start = self.limits.start();
+        let host = self.hosts.entry(Arc::clone(&wish.owner.host));
+        let host = host.or_insert_with(|| Host::new(start));
         let repository = host.repositories.entry(Arc::clone(&wish.owner.repository));
         let repository = repository.or_default();
         repository.waiting[pool as usize][wish.class as usize].insert((wish.deadline, id));
@@ -335,8 +268,8 @@ impl Policy {
         };
         let class = wish.class as usize;
         if entry.running {
-            repository.places[pool].0[class] -= 1;
-            host.places[pool].0[class] -= 1;
+            repository.places.give_back(wish.kind, wish.class);
+            host.places.give_back(wish.kind, wish.class);
             self.places[pool] -= 1;
             repository.memory[entry.size as usize] -= wish.bytes;
             host.memory[entry.size as usize] -= wish.bytes;
@@ -358,11 +291,11 @@ impl Policy {
     /// Ranks a wish anew, whether it waits or runs.
     pub fn rank(&mut self, id: Id, class: Class) {
         let Some(entry) = self.wishes.get_mut(&id) else { return };
-        let (old, new) = (entry.wish.class as usize, class as usize);
+        let before = std::mem::replace(&mut entry.wish.class, class);
+        let (old, new) = (before as usize, class as usize);
         if old == new {
             return;
         }
-        entry.wish.class = class;
         let pool = entry.pool as usize;
         let Some(host) = self.hosts.get_mut(&entry.wish.owner.host) else {
             return;
@@ -371,9 +304,9 @@ impl Policy {
             return;
         };
         if entry.running {
-            for held in [&mut host.places[pool], &mut repository.places[pool]] {
-                held.0[old] -= 1;
-                held.0[new] += 1;
+            for places in [&mut host.places, &mut repository.places] {
+                places.give_back(entry.wish.kind, before);
+                places.take(entry.wish.kind, class);
             }
         } else {
             let key = (entry.wish.deadline, id);
@@ -433,6 +366,41 @@ impl Policy {
         self.wishes.iter().any(urgent)
     }
 
+    /// Lets so many requests run at a host from now on; those that run already do so to their end. Whether that is new.
+    pub fn allow(&mut self, host: &str, depth: usize) -> bool {
+        let depth = depth.clamp(1, self.limits.most());
+        let host = self.hosts.get_mut(host);
+        host.is_some_and(|host| std::mem::replace(&mut host.depth, depth) != depth)
+    }
+
+    /// What a host has under way.
+    pub fn load(&self, host: &str) -> Load {
+        let Some(host) = self.hosts.get(host) else {
+            return Load::default();
+        };
+        // Within a class, wishes of one repository are alike, as far as places are concerned.
+        let waiting = |repository: &Repository| {
+            let first = repository.waiting[Pool::Requests as usize].iter().map(BTreeSet::first);
+            let mut first = first.flatten().filter_map(|(_, id)| self.wishes.get(id));
+            first.any(|entry| !host.admits(&self.limits, repository, &entry.wish))
+        };
+        Load {
+            running: POOLS.iter().map(|&pool| host.places.total(pool)).sum(),
+            waits: host.repositories.values().any(waiting),
+        }
+    }
+
+    /// The hosts that something is asked of: their names, how many requests each may have at once, and has.
+    pub fn hosts(&self) -> impl Iterator<Item = (&str, usize, usize)> {
+        let hosts = self.hosts.iter();
+        hosts.map(|(name, host)| (&**name, host.depth, host.places.total(Pool::Requests)))
+    }
+
+    /// Of which host a wish is asked.
+    pub fn host_of(&self, id: Id) -> Option<Arc<str>> {
+        self.wishes.get(&id).map(|entry| Arc::clone(&entry.wish.owner.host))
+    }
+
     /// Wishes that wait, and wishes that run.
     pub fn counts(&self) -> (usize, usize) {
         let running = self.wishes.values().filter(|entry| entry.running).count();
@@ -458,10 +426,9 @@ impl Policy {
     }
 
     fn next_at<'a>(&'a self, host: &'a Host, pool: Pool, class: Class, short: &mut Short<'a>) -> Option<Id> {
-        let room = self.limits.room(pool);
-        let held = &host.places[pool as usize];
-        let left = room.all.saturating_sub(self.places[pool as usize]);
-        if !held.admits(room.host, room.kept, class) || (held.total() > 0 && held.total() >= left) {
+        let held = host.places.total(pool);
+        let left = self.limits.all(pool).saturating_sub(self.places[pool as usize]);
+        if held > 0 && held >= left {
             return None;
         }
         let mut repositories: Vec<(&str, &Repository)> = host
@@ -469,13 +436,15 @@ impl Policy {
             .iter()
             .map(|(name, repository)| (&**name, repository))
             .filter(|(_, repository)| !repository.waiting[pool as usize][class as usize].is_empty())
-            .filter(|(_, repository)| repository.places[pool as usize].admits(room.repository, room.kept, class))
             .collect();
         repositories.sort_by_key(|(_, repository)| repository.served.max(host.clock));
         for (name, repository) in repositories {
             let here = short.repositories.entry(name).or_default();
             for (_, id) in &repository.waiting[pool as usize][class as usize] {
                 let Some(entry) = self.wishes.get(id) else { continue };
+                if !host.admits(&self.limits, repository, &entry.wish) {
+                    continue;
+                }
                 if entry.wish.kind == Kind::Part && class > Class::Demand && host.is_wanted() {
                     continue;
                 }
@@ -509,14 +478,14 @@ impl Policy {
         };
         let class = wish.class as usize;
         host.turn = self.turn;
-        host.places[pool].0[class] += 1;
+        host.places.take(wish.kind, wish.class);
         host.waiting[pool][class] -= 1;
         host.parts[class] -= usize::from(wish.kind == Kind::Part);
         host.memory[entry.size as usize] += wish.bytes;
         let Some(repository) = host.repositories.get_mut(&wish.owner.repository) else {
             return;
         };
-        repository.places[pool].0[class] += 1;
+        repository.places.take(wish.kind, wish.class);
         repository.memory[entry.size as usize] += wish.bytes;
         repository.waiting[pool][class].remove(&(wish.deadline, id));
         let start = repository.served.max(host.clock);

@@ -4,13 +4,15 @@
 //! A request takes its host's latency, and its bytes at the rate that the host gives each request. At a host that hangs, it takes as long as
 //! a client is patient. The books that the properties are checked against are kept here, from the grants alone.
 
+mod links;
 mod properties;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::policy::{Id, LARGE_PART, Limits, Policy, Wish};
+use super::policy::{Id, LARGE_PART, Limits, Policy, START, Wish};
 use super::{Class, Kind};
 use crate::registry::Origin;
 use crate::sync::random::Random;
@@ -49,6 +51,8 @@ enum Event {
     Leave(usize),
     /// It has come to its end.
     Done(usize),
+    /// So many requests may run at the host with this number.
+    Allow(String, usize),
 }
 
 /// What became of a wish.
@@ -63,6 +67,8 @@ struct Simulation {
     policy: Policy,
     limits: Limits,
     hosts: BTreeMap<String, Host>,
+    /// How many requests each may have, where that was said while something was asked of it.
+    depths: BTreeMap<String, usize>,
     events: BinaryHeap<Reverse<(Duration, Event)>>,
     wishes: Vec<Wish>,
     ids: BTreeMap<Id, usize>,
@@ -83,6 +89,7 @@ impl Simulation {
             policy: Policy::new(limits),
             limits,
             hosts: BTreeMap::new(),
+            depths: BTreeMap::new(),
             events: BinaryHeap::new(),
             wishes: Vec::new(),
             ids: BTreeMap::new(),
@@ -169,10 +176,19 @@ impl Simulation {
                     self.running.remove(&number);
                     self.fates[number].ended = Some(time);
                 }
+                Event::Allow(host, depth) => {
+                    self.policy.allow(&host, depth);
+                    self.depths.insert(host, depth);
+                }
             }
+            self.forget_depths();
             while let Some(id) = self.policy.grant() {
                 let number = self.ids[&id];
                 assert!(self.waiting.remove(&number), "granted twice, or not asked for");
+                assert!(
+                    !self.checked || !self.is_full(&self.books(), number),
+                    "there was no place for it"
+                );
                 self.running.insert(number);
                 self.fates[number].granted = Some(time);
                 self.grants.push(number);
@@ -214,21 +230,41 @@ impl Simulation {
         self.bytes(number) > self.limits.memory / LARGE_PART
     }
 
-    /// The bounds hold, and nobody waits without a reason.
-    fn check(&self) {
+    /// A host that nothing is asked of is forgotten.
+    fn forget_depths(&mut self) {
+        let known = self.waiting.iter().chain(&self.running);
+        let known: BTreeSet<_> = known.map(|&number| Arc::clone(&self.wishes[number].owner.host)).collect();
+        self.depths.retain(|host, _| known.contains(&**host));
+    }
+
+    fn depth(&self, host: &str) -> usize {
+        let start = START.min(self.limits.requests);
+        self.depths.get(host).map_or(start, |&depth| depth.min(self.limits.requests))
+    }
+
+    fn books(&self) -> Books<'_> {
         let mut books = Books::default();
         for &number in &self.running {
             let wish = &self.wishes[number];
             let (stream, large, host) = (wish.kind == Kind::Stream, self.is_large(number), &*wish.owner.host);
-            books.places.entry((host, "", stream)).or_default()[wish.class as usize] += 1;
-            let own = (host, &*wish.owner.repository, stream);
-            books.places.entry(own).or_default()[wish.class as usize] += 1;
+            for repository in ["", &*wish.owner.repository] {
+                books.places.entry((host, repository, stream)).or_default()[wish.class as usize] += 1;
+                let unhurried = usize::from(!stream && wish.kind != Kind::Part && wish.class > Class::Demand);
+                books.unhurried.entry((host, repository)).or_default()[wish.class as usize] += unhurried;
+            }
             books.all[usize::from(stream)] += 1;
             *books.memory.entry((host, "", large)).or_default() += self.memory(number);
             let own = (host, &*wish.owner.repository, large);
             *books.memory.entry(own).or_default() += self.memory(number);
             books.all_memory[usize::from(large)] += self.memory(number);
         }
+        books
+    }
+
+    /// The bounds hold, and nobody waits without a reason. (That no place is given which there is not was seen when it was given: later there may be
+    /// fewer.)
+    fn check(&self) {
+        let books = self.books();
         assert!(books.all_memory.iter().all(|&bytes| bytes <= self.limits.memory / 2));
         for (&(_, repository, stream), held) in &books.places {
             let most = match (stream, repository) {
@@ -245,16 +281,15 @@ impl Simulation {
         }
     }
 
-    /// Why a wish cannot run now, by the rules as they are written down.
-    fn has_reason(&self, books: &Books<'_>, number: usize) -> bool {
+    /// Whether there is no place for a wish, by the rules as they are written down.
+    fn is_full(&self, books: &Books<'_>, number: usize) -> bool {
         let wish = &self.wishes[number];
         let (stream, host) = (wish.kind == Kind::Stream, &*wish.owner.host);
+        let (depth, start) = (self.depth(host), START.min(self.limits.requests));
+        let of = |requests: usize| (requests, requests - requests / 4, requests / 4);
         let (of_host, of_one, kept) = match stream {
             true => (self.limits.streams + 2, self.limits.streams + 1, 1),
-            false => {
-                let quarter = self.limits.requests / 4;
-                (self.limits.requests, self.limits.requests - quarter, quarter)
-            }
+            false => of(depth.max(start)),
         };
         let held = |repository| {
             books
@@ -263,7 +298,7 @@ impl Simulation {
                 .copied()
                 .unwrap_or_default()
         };
-        let full = |places: usize, held: [usize; 4]| {
+        let full = |places: usize, kept: usize, held: [usize; 4]| {
             let kept = kept.min(places - 1);
             let from = |class: Class| held[class as usize..].iter().sum::<usize>();
             from(Class::Demand) >= places
@@ -271,11 +306,26 @@ impl Simulation {
                 || (wish.class >= Class::ReadAhead && from(Class::ReadAhead) >= places - kept)
                 || (wish.class == Class::Background && from(Class::Background) >= ((places - kept) / 2).max(1))
         };
-        if full(of_host, held("")) || full(of_one, held(&wish.owner.repository)) {
+        if full(of_host, kept, held("")) || full(of_one, kept, held(&wish.owner.repository)) {
             return true;
         }
+        if !stream && depth < start && wish.kind != Kind::Part && wish.class > Class::Demand {
+            let held = |repository| books.unhurried.get(&(host, repository)).copied().unwrap_or_default();
+            let (of_host, of_one, kept) = of(depth);
+            if full(of_host, kept, held("")) || full(of_one, kept, held(&wish.owner.repository)) {
+                return true;
+            }
+        }
         let here: usize = held("").iter().sum();
-        if here > 0 && here >= (of_host * 8).saturating_sub(books.all[usize::from(stream)]) {
+        let of_any = if stream { of_host } else { self.limits.requests };
+        here > 0 && here >= (of_any * 8).saturating_sub(books.all[usize::from(stream)])
+    }
+
+    /// Why a wish cannot run now.
+    fn has_reason(&self, books: &Books<'_>, number: usize) -> bool {
+        let wish = &self.wishes[number];
+        let host = &*wish.owner.host;
+        if self.is_full(books, number) {
             return true;
         }
         // A part of a stream leaves the host to those who wait.
@@ -318,6 +368,8 @@ impl Simulation {
 #[derive(Default)]
 struct Books<'a> {
     places: BTreeMap<(&'a str, &'a str, bool), [usize; 4]>,
+    /// Those of requests for which nobody waits, and which are no parts of streams.
+    unhurried: BTreeMap<(&'a str, &'a str), [usize; 4]>,
     all: [usize; 2],
     memory: BTreeMap<(&'a str, &'a str, bool), u64>,
     all_memory: [u64; 2],
@@ -336,6 +388,10 @@ fn anything(seed: u64) -> Simulation {
     for name in &hosts {
         let host = random.of(&[FAST, FAST, THROTTLES, DRIPS, Host::Hangs]);
         simulation.host(name, host);
+        for _ in 0..random.below(4) {
+            let depth = random.of(&[1, 2, 4, 5, 8, 16, 32, 64]);
+            simulation.event(Duration::from_millis(random.below(8000)), Event::Allow(name.clone(), depth));
+        }
     }
     for _ in 0..80 {
         let time = Duration::from_millis(random.below(8000));

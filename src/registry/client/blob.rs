@@ -5,6 +5,7 @@
 //! follows ([`super::quirks`]).
 
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -139,6 +140,10 @@ impl Blob for RemoteBlob {
     fn describe(&self) -> String {
         let suspicion = lock(&self.suspicion).clone().unwrap_or_default();
         format!("{}@{}{suspicion}", self.repository.describe(), self.digest)
+    }
+
+    fn refusals(&self) -> u64 {
+        self.repository.refusals.load(Ordering::Relaxed)
     }
 
     fn origin(&self) -> Origin {

@@ -236,6 +236,9 @@ impl Operation {
         let now = Instant::now();
         let error = &failure.error;
         tracing::debug!(%error, what = %self.ask.what, passing = failure.passing, "attempt failed");
+        if let RegistryError::Busy { .. } = error {
+            self.repository.refusals.fetch_add(1, Ordering::Relaxed);
+        }
         if let Some(endpoint) = self.endpoints.get(place) {
             if failure.passing {
                 self.repository.shared.health.failed(endpoint.base.as_str(), now);

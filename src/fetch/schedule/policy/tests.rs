@@ -1,5 +1,6 @@
 //! What no simulation shows by its waits alone.
 
+use super::places::HOSTS;
 use super::*;
 
 const LIMITS: Limits = Limits {

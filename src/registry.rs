@@ -96,8 +96,8 @@ pub trait Blob: Send + Sync {
     /// What was read last had its digest: whoever sent it can be relied on.
     fn verified(&self) {}
 
-    /// How often its repository was said to be asked too much (429, 503), since any beginning. Whoever reads it waits as long as its host
-    /// asks for; this is for who decides how much is asked at once.
+    /// How often the host of its [origin](Blob::origin) said that it is asked too much (429, 503), since any beginning. Whoever reads it waits as
+    /// long as the host asks for; this is for who decides how much is asked at once.
     fn refusals(&self) -> u64 {
         0
     }

@@ -278,9 +278,8 @@ impl Blob for Failover {
         self.0.blobs[self.0.last()].describe()
     }
 
-    /// Of all places: which one is asked first may change meanwhile.
     fn refusals(&self) -> u64 {
-        self.0.blobs.iter().map(|blob| blob.refusals()).sum()
+        self.0.blobs[self.0.first()].refusals()
     }
 
     /// That of the place which is asked first.

@@ -44,6 +44,9 @@ pub struct Status {
     /// How long reads wait.
     #[serde(default)]
     pub reads: ReadsStatus,
+    /// Registries that something is asked of now.
+    #[serde(default)]
+    pub hosts: Vec<HostStatus>,
     /// Images that were pulled through Lazuli.
     pub images: Vec<ImageStatus>,
     /// Layers that are live.
@@ -78,6 +81,19 @@ pub struct ReadsStatus {
     pub deadline_seconds: u64,
     /// Seconds after which the kernel would abort the FUSE connection of all images; null if it has no such limit.
     pub kernel_limit_seconds: Option<u64>,
+}
+
+/// A registry that something is asked of.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostStatus {
+    /// Its name.
+    pub host: String,
+    /// Ranged requests that are under way.
+    pub requests: usize,
+    /// How many it is asked at once at most, by what its link has shown to bear.
+    pub request_limit: usize,
+    /// How many that may become (`fetch.max_concurrent_requests`).
+    pub request_limit_max: usize,
 }
 
 /// One chain: layers that are shown merged, as one directory.
@@ -333,6 +349,13 @@ impl Catalog {
             blob_bytes,
             received_bytes,
         });
+        let scheduler = self.loader.fetcher().scheduler();
+        let hosts = scheduler.hosts().into_iter().map(|load| HostStatus {
+            host: load.host,
+            requests: load.running,
+            request_limit: load.limit,
+            request_limit_max: scheduler.most(),
+        });
         let mut status = Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             root: self.root.display().to_string(),
@@ -353,6 +376,7 @@ impl Catalog {
                     )
                 })
                 .unwrap_or_default(),
+            hosts: hosts.collect(),
             images,
             loading: loading.collect(),
             layers,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 
 use crate::catalog::containerd::{MAX_MESSAGE, io_cause, unix_channel};
-use crate::catalog::status::{ChainStatus, LayerStatus, Status};
+use crate::catalog::status::{ChainStatus, HostStatus, LayerStatus, Status};
 use crate::config::ByteSize;
 use crate::proto::control::StatusRequest;
 use crate::proto::control::control_client::ControlClient;
@@ -126,6 +126,18 @@ fn table(status: &Status) -> String {
         "{} reads wait, none longer than {} s ({kernel})",
         status.reads.waiting, status.reads.deadline_seconds
     );
+    for host in &status.hosts {
+        let HostStatus {
+            host,
+            requests,
+            request_limit,
+            request_limit_max,
+        } = host;
+        let _ = writeln!(
+            out,
+            "{host} is asked for {requests} ranges now, for {request_limit} at once at most (its link may raise that to {request_limit_max})"
+        );
+    }
     if status.takeovers > 0 {
         let _ = writeln!(
             out,
@@ -313,6 +325,12 @@ mod tests {
                 deadline_seconds: 115,
                 kernel_limit_seconds: Some(120),
             },
+            hosts: vec![HostStatus {
+                host: "r.example".into(),
+                requests: 3,
+                request_limit: 8,
+                request_limit_max: 64,
+            }],
             chains,
             no_size_limits: Some("no project quotas".into()),
             problems: vec!["/etc/x/hosts.toml: it is half written; its last good state is used".into()],
@@ -394,6 +412,7 @@ mod tests {
         no containers in user namespaces (capability only-remap-ids): FUSE cannot be mapped
         sizes of containers cannot be limited: no project quotas
         2 reads wait, none longer than 115 s (the kernel gives all images up after 120 s)
+        r.example is asked for 3 ranges now, for 8 at once at most (its link may raise that to 64)
         it has taken over from another process 2 times since `lazuli serve` was started
         1.0 MiB of the cache are mounted as files, and stay while containers use them
         512.0 KiB of them are of layers that are here no more, and go when they are unmounted

@@ -67,11 +67,9 @@ impl Layer {
         tracing::debug!(layer = %self.cached.digest(), range = ?job.plan.range, chunks = chunks.len(), kind, "fetch");
         let blob = self.blob();
         let origin = blob.origin();
-        let refusals = blob.refusals();
+        place.refusals(blob.refusals());
         let transferred = caught(self.transfer(&*blob, &job, members, kind, &place)).await;
-        if blob.refusals() != refusals {
-            place.refused();
-        }
+        place.refusals(blob.refusals());
         let (cut, mut damaged) = transferred.unwrap_or_else(|bug| (Some(Cut::Failed(self.disk(bug))), Vec::new()));
         drop(share);
         drop(place);
@@ -207,7 +205,11 @@ impl Layer {
                     Err(_) => return silence(),
                 };
                 let piece = piece.get(..len - buf.len()).unwrap_or(&piece);
-                place.begun(asked.elapsed());
+                if buf.is_empty() {
+                    place.begun(asked.elapsed());
+                    // Others may have been refused meanwhile, who wait.
+                    place.refusals(blob.refusals());
+                }
                 place.traffic().arrived(piece.len() as u64);
                 let arrived = range.start + buf.len() as u64;
                 self.count_arrived(job, arrived..arrived + piece.len() as u64, kind);

@@ -65,6 +65,8 @@ struct Shared {
     hosts: HostTable,
     gates: Gates,
     health: Health,
+    /// How often registries said that they are asked too much, by their names.
+    refusals: Mutex<LruCache<String, Arc<AtomicU64>>>,
     metrics: Arc<Metrics>,
 }
 
@@ -78,8 +80,8 @@ struct Repository {
     quirks: Arc<Quirks>,
     requests: AtomicU64,
     bytes: AtomicU64,
-    /// How often one of its hosts said that it is asked too much.
-    refusals: AtomicU64,
+    /// How often one of its registry's hosts said that it is asked too much, whatever repository was asked for.
+    refusals: Arc<AtomicU64>,
 }
 
 /// The handle that callers hold.
@@ -109,6 +111,7 @@ impl Registry {
                 hosts: HostTable::new(config, proxies),
                 gates: Gates::new(Credentials::new(config), metrics.clone()),
                 health: Health::default(),
+                refusals: Mutex::new(LruCache::new(MAX_REPOSITORIES)),
                 metrics,
             }),
             repositories: Mutex::new(LruCache::new(MAX_REPOSITORIES)),
@@ -133,7 +136,9 @@ impl Registry {
                     quirks: Arc::default(),
                     requests: AtomicU64::new(0),
                     bytes: AtomicU64::new(0),
-                    refusals: AtomicU64::new(0),
+                    refusals: Arc::clone(
+                        lock(&self.shared.refusals).get_or_insert_mut_ref(host, Arc::<AtomicU64>::default),
+                    ),
                 })
             })
             .clone()

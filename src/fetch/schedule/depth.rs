@@ -12,7 +12,7 @@
 //! product of bandwidth and delay, counted in requests), and some more. That, too, is only kept if it costs nothing. So neither a slow server nor a
 //! way that has become longer is taken for a queue for long.
 //!
-//! A host that answers that it is asked too much gets half, at once. One that brings nothing proves nothing, and no more are asked
+//! A host that answers that it is asked too much gets half, at once (or what it had before more was tried), and no more than that for a while. One that brings nothing proves nothing, and no more are asked
 //! of one that drips.
 //!
 //! A [`Depth`] has no clock and does no I/O. Whom it lets in, and what is let in whatever it says, is a matter of [`super::policy`].
@@ -25,7 +25,7 @@ const FLOOR: usize = 4;
 /// whoever begins to wait.
 const WORTH: f64 = 0.3;
 /// Part of its proportional loss that a smaller depth may have to be kept.
-const LOSS: f64 = 0.2;
+const LOSS: f64 = 0.15;
 /// Share of the time in which wishes must have waited for places, for a measure to say anything.
 const LIMITED: f64 = 0.5;
 /// How much more, or fewer, connections must have been in use for a trial to be one.
@@ -48,14 +48,18 @@ const LONGEST: Duration = Duration::from_secs(3);
 /// First wait after a trial that did not help; doubles each time.
 const FIRST_WAIT: Duration = Duration::from_secs(2);
 /// The longest of these.
-const LONGEST_WAIT: Duration = Duration::from_secs(30);
+const LONGEST_WAIT: Duration = Duration::from_secs(15);
 /// A rate so many times as high or low as the last one is that of another link, or of other requests.
-const ANOTHER: f64 = 1.5;
+const ANOTHER: f64 = 1.3;
 /// Bytes per second of a connection below which more of them are not tried: no link is so slow that sixteen would not fill it, and a host that drips
 /// is not to have ever more.
 const DRIPS: f64 = 16384.0;
 /// How long refusals count as one: all that are under way get one.
 const REFUSED: Duration = Duration::from_secs(1);
+/// How long no more is asked of a host than it did not refuse; doubles with each refusal. Hosts count what they are asked in a minute, or an hour.
+const FIRST_HUMBLE: Duration = Duration::from_secs(30);
+/// The longest of these.
+const LONGEST_HUMBLE: Duration = Duration::from_secs(600);
 
 /// What is seen of a host at one moment.
 #[derive(Debug, Clone, Copy)]
@@ -143,7 +147,12 @@ pub struct Depth {
     fewer: bool,
     /// What came last, when nothing was tried.
     rate: Option<f64>,
+    /// When the host said last that it is asked too much.
     refused: Option<Duration>,
+    /// No more than so many are tried, until then.
+    ceiling: Option<(usize, Duration)>,
+    /// For how long, the next time.
+    humble: Duration,
 }
 
 impl Depth {
@@ -163,6 +172,8 @@ impl Depth {
             fewer: false,
             rate: None,
             refused: None,
+            ceiling: None,
+            humble: FIRST_HUMBLE,
         }
     }
 
@@ -197,8 +208,12 @@ impl Depth {
             return;
         }
         self.refused = Some(now);
-        let old = self.before.take().map_or(self.depth, |(old, _)| old.min(self.depth));
-        self.depth = self.at_least(old / 2);
+        self.depth = match self.before.take() {
+            Some((old, _)) if old < self.depth => old,
+            _ => self.at_least(self.depth / 2),
+        };
+        self.ceiling = Some((self.depth, now + self.humble));
+        self.humble = (self.humble * 2).min(LONGEST_HUMBLE);
         self.failed(now);
         self.fewer = false;
         self.begin(now);
@@ -310,20 +325,27 @@ impl Depth {
         if !sample.limited {
             return;
         }
-        let old = self.rate.replace(sample.rate);
-        if old.is_some_and(|old| sample.rate > old * ANOTHER || sample.rate * ANOTHER < old) {
+        let old = self.rate.replace(sample.rate).unwrap_or(sample.rate);
+        let (faster, slower) = (sample.rate > old * ANOTHER, sample.rate * ANOTHER < old);
+        if faster || slower {
             self.wait = FIRST_WAIT;
             self.not_before = now;
+            self.fewer = slower;
         }
         if now < self.not_before {
             return;
         }
-        let next = match self.without_queue(&sample) {
-            Some(next) => self.at_least(next.min(self.depth)),
-            None if self.fewer && self.depth > self.at_least(0) => self.at_least(self.depth / 2),
-            None if sample.rate < DRIPS * sample.running => self.depth,
+        let most = self.ceiling.map_or(self.most, |(most, until)| match now < until {
+            true => most,
+            false => self.most,
+        });
+        let can = (self.depth > self.at_least(0), self.depth < most && sample.rate >= DRIPS * sample.running);
+        let next = match (self.without_queue(&sample), can) {
+            (Some(next), _) => self.at_least(next.min(self.depth)),
+            (None, (true, more)) if self.fewer || !more => self.at_least(self.depth / 2),
             // More than what is let in whatever is said here.
-            None => self.depth.max(sample.running as usize).saturating_mul(2).min(self.most),
+            (None, (_, true)) => self.depth.max(sample.running as usize).saturating_mul(2).min(most),
+            (None, _) => self.depth,
         };
         self.fewer = false;
         if next != self.depth {

@@ -32,6 +32,8 @@ impl Traffic {
 struct Host {
     depth: Depth,
     traffic: Arc<Traffic>,
+    /// How often it had said that it is asked too much, when that was looked at last.
+    refusals: Option<u64>,
     /// When something was asked of it, or came, last.
     used: Duration,
 }
@@ -74,9 +76,14 @@ impl Depths {
         self.host(now, host).depth.ended(body);
     }
 
-    /// A host says that it is asked too much.
-    pub fn refused(&mut self, now: Duration, host: &Arc<str>) {
-        self.host(now, host).depth.refused(now);
+    /// A host has said so often that it is asked too much, from any beginning. Whether that is news.
+    pub fn refusals(&mut self, now: Duration, host: &Arc<str>, count: u64) -> bool {
+        let known = self.host(now, host);
+        let news = known.refusals.replace(count).is_some_and(|before| count > before);
+        if news {
+            known.depth.refused(now);
+        }
+        news
     }
 
     /// Grants what may be granted, after something has happened at a host.
@@ -127,6 +134,7 @@ impl Depths {
         let known = self.hosts.entry(Arc::clone(host)).or_insert_with(|| Host {
             depth: Depth::new(start, most),
             traffic: Arc::default(),
+            refusals: None,
             used: now,
         });
         known.used = now;

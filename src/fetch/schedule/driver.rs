@@ -280,15 +280,14 @@ impl Place {
         }
     }
 
-    /// The host says that it is asked too much.
-    pub fn refused(&self) {
+    /// The host has said so often that it is asked too much, since any beginning: to be told before a request, and as it goes on.
+    pub fn refusals(&self, count: u64) {
         let mut state = self.scheduler.lock();
-        let (now, before) = (state.now(), state.depths.depth(&self.host));
-        state.depths.refused(now, &self.host);
-        if state.depths.depth(&self.host) != before {
+        let now = state.now();
+        if state.depths.refusals(now, &self.host, count) {
             state.tell("refused");
+            state.settle(&self.host);
         }
-        state.settle(&self.host);
     }
 }
 

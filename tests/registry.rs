@@ -192,6 +192,22 @@ async fn a_busy_registry_is_left_alone_as_long_as_it_asks() {
     f.registry.fail(On::Blob, 9, Fault::RetryAfter(429, "0".to_owned()));
     let error = f.error(0, 100).await;
     assert!(matches!(error, RegistryError::Busy { status: 429, .. }), "{error}");
+    assert_eq!(f.blob.refusals(), 2 + u64::from(config().attempts));
+}
+
+#[tokio::test]
+async fn whoever_asks_a_registry_knows_that_it_is_asked_too_much() {
+    let f = Fixture::new().await;
+    let registry = Registry::new(&config(), Arc::new(Metrics::new())).unwrap();
+    let (host, bytes) = (f.registry.host(), noise(1000));
+    let digest = f.registry.add_blob(bytes.clone());
+    let blob = |host: &str, repository| registry.repository(host, repository).blob(digest, 1000);
+    let (asked, beside) = (blob(&host, REPOSITORY), blob(&host, "another"));
+    f.registry.fail(On::Blob, 1, Fault::RetryAfter(429, "0".to_owned()));
+    f.registry.fail(On::Blob, 1, Fault::Status(502));
+    assert_eq!(read(&asked, 10..20).await.unwrap(), bytes[10..20]);
+    assert_eq!((asked.refusals(), beside.refusals()), (1, 1), "a fault is no refusal");
+    assert_eq!(blob("elsewhere.example", REPOSITORY).refusals(), 0);
 }
 
 #[tokio::test]

@@ -25,7 +25,7 @@ const FLOOR: usize = 4;
 /// whoever begins to wait.
 const WORTH: f64 = 0.3;
 /// Part of its proportional loss that a smaller depth may have to be kept.
-const LOSS: f64 = 0.15;
+const LOSS: f64 = 0.2;
 /// Share of the time in which wishes must have waited for places, for a measure to say anything.
 const LIMITED: f64 = 0.5;
 /// How much more, or fewer, connections must have been in use for a trial to be one.
@@ -40,9 +40,8 @@ const QUICKEST: Duration = Duration::from_secs(10);
 /// How long is measured, at least; and in round trips, since answers come in bursts of one.
 const MEASURE: Duration = Duration::from_millis(150);
 const ROUND_TRIPS: u32 = 3;
-/// Bytes, or first bytes, that a measure consists of: fewer say little.
-const ENOUGH_BYTES: u64 = 1 << 20;
-const ENOUGH_FIRSTS: u32 = 16;
+/// How often all that is under way must have ended meanwhile, on average: in less time, it is chance whether few large requests bring much.
+const GENERATIONS: f64 = 2.0;
 /// How long is waited for these at most, and for a change to show.
 const LONGEST: Duration = Duration::from_secs(3);
 /// First wait after a trial that did not help; doubles each time.
@@ -99,7 +98,6 @@ struct Measure {
     /// Time in which wishes waited.
     waited: Duration,
     first: Option<Duration>,
-    firsts: u32,
     bodies: Duration,
     ends: u32,
 }
@@ -190,7 +188,6 @@ impl Depth {
         }
         if let Some(measure) = &mut self.measure {
             measure.first = Some(measure.first.map_or(took, |least| least.min(took)));
-            measure.firsts += 1;
         }
     }
 
@@ -235,7 +232,6 @@ impl Depth {
                     running: 0.0,
                     waited: Duration::ZERO,
                     first: None,
-                    firsts: 0,
                     bodies: Duration::ZERO,
                     ends: 0,
                 });
@@ -253,11 +249,11 @@ impl Depth {
             .quickest
             .get()
             .map_or(MEASURE, |quickest| MEASURE.max(quickest * ROUND_TRIPS));
-        let enough = bytes >= ENOUGH_BYTES || measure.firsts >= ENOUGH_FIRSTS;
+        let seconds = time.as_secs_f64();
+        let enough = f64::from(measure.ends) * seconds >= GENERATIONS * measure.running;
         if time < least.min(LONGEST) || (!enough && time < LONGEST) {
             return;
         }
-        let seconds = time.as_secs_f64();
         let sample = Sample {
             running: measure.running / seconds,
             rate: bytes as f64 / seconds,
@@ -339,7 +335,10 @@ impl Depth {
             true => most,
             false => self.most,
         });
-        let can = (self.depth > self.at_least(0), self.depth < most && sample.rate >= DRIPS * sample.running);
+        let can = (
+            self.depth > self.at_least(0),
+            self.depth < most && sample.rate >= DRIPS * sample.running,
+        );
         let next = match (self.without_queue(&sample), can) {
             (Some(next), _) => self.at_least(next.min(self.depth)),
             (None, (true, more)) if self.fewer || !more => self.at_least(self.depth / 2),

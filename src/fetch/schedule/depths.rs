@@ -23,7 +23,8 @@ impl Traffic {
         self.0.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    fn bytes(&self) -> u64 {
+    /// How many that were.
+    pub fn bytes(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }

@@ -345,7 +345,7 @@ impl Remote {
 
 #[cfg(test)]
 mod tests {
-    use futures::FutureExt;
+    use futures::{FutureExt, StreamExt};
 
     use super::*;
     use crate::fetch::schedule::Kind;
@@ -411,6 +411,39 @@ mod tests {
         background.remote().rank(Class::Background);
         tokio::time::advance(SECOND).await;
         assert_eq!(scheduler.calm(), SECOND);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_brings_more_when_it_is_asked_for_more_is_asked_for_more() {
+        let scheduler = scheduler(64);
+        let most = std::cell::Cell::new(0);
+        let mut clients = futures::stream::FuturesUnordered::new();
+        for _ in 0..1000 {
+            clients.push(async {
+                let place = scheduler.enter(wish(Class::Demand)).await;
+                most.set(most.get().max(scheduler.counts().1));
+                let asked = Instant::now();
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                place.begun(asked.elapsed());
+                place.traffic().arrived(50_000);
+            });
+        }
+        while clients.next().await.is_some() {}
+        // All but what a repository leaves to others.
+        assert_eq!(most.get(), 48);
+        assert!(scheduler.hosts().is_empty(), "nothing is asked of it any more");
+        let place = scheduler.enter(wish(Class::Demand)).await;
+        let expected = HostLoad {
+            host: "host".to_owned(),
+            limit: 64,
+            running: 1,
+        };
+        assert_eq!(scheduler.hosts(), [expected], "it is remembered");
+        // Refusals that there were before are no news.
+        place.refusals(2);
+        assert_eq!(scheduler.hosts()[0].limit, 64);
+        place.refusals(3);
+        assert_eq!(scheduler.hosts()[0].limit, 32);
     }
 
     #[tokio::test(start_paused = true)]

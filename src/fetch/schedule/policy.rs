@@ -28,8 +28,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use self::places::{Of, POOLS, Places, Pool};
 pub use self::places::{Limits, START};
+use self::places::{Of, POOLS, Places, Pool};
 use crate::registry::Origin;
 
 /// A wish for more than this part of the memory is a large one.

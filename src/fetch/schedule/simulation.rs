@@ -233,13 +233,17 @@ impl Simulation {
     /// A host that nothing is asked of is forgotten.
     fn forget_depths(&mut self) {
         let known = self.waiting.iter().chain(&self.running);
-        let known: BTreeSet<_> = known.map(|&number| Arc::clone(&self.wishes[number].owner.host)).collect();
+        let known: BTreeSet<_> = known
+            .map(|&number| Arc::clone(&self.wishes[number].owner.host))
+            .collect();
         self.depths.retain(|host, _| known.contains(&**host));
     }
 
     fn depth(&self, host: &str) -> usize {
         let start = START.min(self.limits.requests);
-        self.depths.get(host).map_or(start, |&depth| depth.min(self.limits.requests))
+        self.depths
+            .get(host)
+            .map_or(start, |&depth| depth.min(self.limits.requests))
     }
 
     fn books(&self) -> Books<'_> {
@@ -390,7 +394,10 @@ fn anything(seed: u64) -> Simulation {
         simulation.host(name, host);
         for _ in 0..random.below(4) {
             let depth = random.of(&[1, 2, 4, 5, 8, 16, 32, 64]);
-            simulation.event(Duration::from_millis(random.below(8000)), Event::Allow(name.clone(), depth));
+            simulation.event(
+                Duration::from_millis(random.below(8000)),
+                Event::Allow(name.clone(), depth),
+            );
         }
     }
     for _ in 0..80 {

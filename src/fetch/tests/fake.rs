@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::io::Write;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -63,6 +63,8 @@ pub struct FakeBlob {
     pub underway: Arc<AtomicUsize>,
     /// Most bodies that were under way at once.
     pub most_underway: AtomicUsize,
+    /// How often it says that its host has refused.
+    pub refusals: AtomicU64,
 }
 
 impl FakeBlob {
@@ -81,6 +83,7 @@ impl FakeBlob {
             flowing: watch::Sender::new(true),
             underway: Arc::default(),
             most_underway: AtomicUsize::new(0),
+            refusals: AtomicU64::new(0),
         })
     }
 
@@ -179,6 +182,10 @@ impl Blob for FakeBlob {
 
     fn describe(&self) -> String {
         format!("{}/{}@sha256:0", self.origin.host, self.origin.repository)
+    }
+
+    fn refusals(&self) -> u64 {
+        self.refusals.load(Ordering::Relaxed)
     }
 
     fn origin(&self) -> Origin {

@@ -107,6 +107,40 @@ async fn requests_at_once_are_limited() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_host_brings_is_counted_and_what_it_refuses_halves_what_it_is_asked_at_once() {
+    let changes = |bench: &Bench| {
+        let changes = &bench.metrics.request_limit_changes_total;
+        changes.with_label_values(&["refused"]).get()
+    };
+    let (index, data, bytes) = ranged(&[5000]);
+    let (bench, blob) = (Bench::new(), FakeBlob::new(bytes));
+    let (_, layer) = bench.open("layer", index, &blob);
+    // It has refused somebody else before, which is no news.
+    blob.refusals.store(3, Ordering::Relaxed);
+    blob.flowing.send_replace(false);
+    let mut reading = Box::pin(read(&layer, 0, 10));
+    while blob.requests() < 1 {
+        assert!(futures::poll!(&mut reading).is_pending());
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(changes(&bench), 0);
+    blob.refusals.store(5, Ordering::Relaxed);
+    blob.flowing.send_replace(true);
+    assert_eq!(reading.await.unwrap(), data[..10]);
+    assert_eq!(changes(&bench), 1);
+    assert_eq!(bench.metrics.request_limit.with_label_values(&["lowest"]).get(), 8);
+    let brought: u64 = blob
+        .asked
+        .lock()
+        .unwrap()
+        .iter()
+        .map(|range| range.end - range.start)
+        .sum();
+    let traffic = bench.fetcher.scheduler().traffic(&blob.origin.host);
+    assert_eq!(traffic.bytes(), brought);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn damage_is_fetched_again_and_never_shown() {
     for fault in [Fault::Flipped(3000), Fault::Short(1500), Fault::Short(0)] {
         let (index, data, blob) = ranged(&[5000, 5000]);

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::super::policy::{Limits, REQUEST_COST, Wish};
 use super::super::{Class, Kind};
-use super::{DRIPS, FAST, Host, LIMITS, MIB, SEEDS, SEEDS_OF_ALL, Simulation, THROTTLES, anything};
+use super::{DRIPS, Event, FAST, Host, LIMITS, MIB, SEEDS, SEEDS_OF_ALL, Simulation, THROTTLES, anything};
 use crate::registry::Origin;
 use crate::sync::random::Random;
 
@@ -153,6 +153,37 @@ fn demand_waits_for_one_request_at_most_behind_background() {
             assert_eq!(longest, Duration::ZERO, "places are kept for it (seed {seed})");
         }
     }
+}
+
+#[test]
+fn where_little_is_asked_at_once_demand_and_parts_of_streams_have_their_places_all_the_same() {
+    let mut simulation = Simulation::new(LIMITS);
+    simulation.host("host", FAST);
+    let (soon, later) = (Duration::from_millis(1), Duration::from_secs(2));
+    simulation.at(Duration::ZERO, "host", "image", Class::Background, MIB);
+    simulation.event(soon, Event::Allow("host".to_owned(), 4));
+    let ahead: Vec<usize> = [Class::Prefetch, Class::ReadAhead, Class::Background]
+        .into_iter()
+        .flat_map(|class| [(class, "image"); 20])
+        .map(|(class, image)| simulation.at(soon * 2, "host", image, class, MIB))
+        .collect();
+    let part = Wish {
+        owner: Origin::new("host", "streamed"),
+        class: Class::Prefetch,
+        kind: Kind::Part,
+        bytes: MIB,
+        deadline: later,
+    };
+    let parts: Vec<usize> = (0..4).map(|_| simulation.wish(soon * 3, part.clone())).collect();
+    let demand: Vec<usize> = (0..8)
+        .map(|_| simulation.at(later, "host", "image", Class::Demand, MIB))
+        .collect();
+    simulation.run();
+    assert_eq!(simulation.longest(&parts), Duration::ZERO);
+    assert_eq!(simulation.longest(&demand), Duration::ZERO);
+    // Two of one image at a time, for a tenth of a second each and its latency.
+    let length = simulation.length(ahead[0]);
+    assert!(simulation.longest(&ahead) >= length * (ahead.len() as u32 / 2 - 1));
 }
 
 #[test]

@@ -437,7 +437,7 @@ fn it_follows_a_link_that_changes() {
             for _ in 0..2 {
                 net.link = fat;
                 net.run(40 * SECOND);
-                let rate = net.run(10 * SECOND);
+                net.run(10 * SECOND);
                 assert!(
                     net.usual() > START,
                     "{} at a fat link, {queue:?}, seed {seed}",
@@ -445,7 +445,7 @@ fn it_follows_a_link_that_changes() {
                 );
                 net.link = slow;
                 net.run(40 * SECOND);
-                let rate = net.run(10 * SECOND);
+                net.run(10 * SECOND);
                 assert!(
                     net.usual() < START,
                     "{} at a slow link, {queue:?}, seed {seed}",

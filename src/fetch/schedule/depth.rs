@@ -21,10 +21,10 @@ use std::time::Duration;
 
 /// Fewest requests: of these, [`super::policy`] leaves two to read ahead of one image and one for the background.
 const FLOOR: usize = 4;
-/// Part of its proportional gain that a greater depth must have to be kept. Half of the requests again for a tenth more would be paid for by
-/// whoever begins to wait.
+/// Part of its proportional gain that a greater depth must have to be kept: twice as many requests for a quarter more would be paid for by whoever
+/// begins to wait.
 const WORTH: f64 = 0.3;
-/// Part of its proportional loss that a smaller depth may have to be kept.
+/// Part of its proportional loss that a smaller depth may have to be kept: half of the requests must bring nine tenths.
 const LOSS: f64 = 0.2;
 /// Share of the time in which wishes must have waited for places, for a measure to say anything.
 const LIMITED: f64 = 0.5;
@@ -50,8 +50,8 @@ const FIRST_WAIT: Duration = Duration::from_secs(2);
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
 /// A rate so many times as high or low as the last one is that of another link, or of other requests.
 const ANOTHER: f64 = 1.3;
-/// Bytes per second of a connection below which more of them are not tried: no link is so slow that sixteen would not fill it, and a host that drips
-/// is not to have ever more.
+/// Bytes per second of a connection below which more of them are not tried: of a link, sixteen such make 2 Mbit/s; and a host that drips is not to
+/// have ever more.
 const DRIPS: f64 = 16384.0;
 /// How long refusals count as one: all that are under way get one.
 const REFUSED: Duration = Duration::from_secs(1);

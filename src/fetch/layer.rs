@@ -203,14 +203,23 @@ impl Layer {
     /// of them is queued, requests for the layer take nothing else ahead. The bytes of the data space and of the blob that are fetched for
     /// it, and what chunks these are.
     pub fn wish(&self, ranges: &[(u64, u64)]) -> Wished {
+        self.wish_and_guess(ranges, &[])
+    }
+
+    /// The same, and ranges of which it is only known that they are a part of what will be read: what is beside these in the blob comes with them as with what a
+    /// reader waits for. All are asked for together: what lies close to each other is one request.
+    pub fn wish_and_guess(&self, ranges: &[(u64, u64)], guessed: &[(u64, u64)]) -> Wished {
         let mut wished = Wished::default();
         if self.is_streamed() {
             return wished;
         }
-        for &(offset, len) in ranges {
+        let absent = |&(offset, len): &(u64, u64)| {
             let missing = self.cached.missing(offset, len);
-            wished.chunks.extend(missing.filter(|&chunk| !self.is_ready(chunk)));
-        }
+            missing.filter(|&chunk| !self.is_ready(chunk))
+        };
+        let guesses: Vec<usize> = guessed.iter().flat_map(absent).collect();
+        wished.chunks.extend(ranges.iter().flat_map(absent));
+        wished.chunks.extend(&guesses);
         wished.chunks.sort_unstable();
         wished.chunks.dedup();
         for &chunk in &wished.chunks {
@@ -219,10 +228,16 @@ impl Layer {
                 wished.bytes = wished.bytes.saturating_add(record.blob_len.into());
             }
         }
-        self.queue().is_known = true;
-        self.ask_for(&wished.chunks, Class::Prefetch);
+        {
+            // All of it before the first request is planned.
+            let mut queue = self.queue();
+            queue.is_known |= !ranges.is_empty();
+            self.queue_up(&mut queue, &wished.chunks, Class::Prefetch);
+            guesses.iter().for_each(|&chunk| queue.take_neighbours(chunk));
+        }
+        self.dispatch(Class::Prefetch);
         // What lies in other layers is copied.
-        for &(offset, len) in ranges {
+        for &(offset, len) in ranges.iter().chain(guessed) {
             self.prefetch(offset, len);
         }
         wished
@@ -280,19 +295,20 @@ impl Layer {
     }
 
     pub(super) fn ask_for(&self, chunks: &[usize], class: Class) {
-        {
-            let mut queue = self.queue();
-            if queue.closed {
-                return;
-            }
-            for &chunk in chunks {
-                // Under the lock: a chunk leaves the queue after it is ready, and so it is not asked for again.
-                if !self.cached.is_chunk_ready(chunk) {
-                    queue.want(chunk, self.ranks.rank(chunk), class, None);
-                }
+        self.queue_up(&mut self.queue(), chunks, class);
+        self.dispatch(class);
+    }
+
+    fn queue_up(&self, queue: &mut Queue, chunks: &[usize], class: Class) {
+        if queue.closed {
+            return;
+        }
+        for &chunk in chunks {
+            // Under the lock: a chunk leaves the queue after it is ready, and so it is not asked for again.
+            if !self.cached.is_chunk_ready(chunk) {
+                queue.want(chunk, self.ranks.rank(chunk), class, None);
             }
         }
-        self.dispatch(class);
     }
 
     /// Whether missing bytes are had by streaming all of the layer again.

@@ -62,6 +62,8 @@ struct Pending {
     place: Place,
     /// Times that the chunk arrived damaged.
     damaged: u32,
+    /// Whether what is beside it may come with it, although nobody waits for it.
+    with_neighbours: bool,
     waiters: Vec<Waiter>,
 }
 
@@ -230,6 +232,7 @@ impl Queue {
             Pending {
                 place: Place::Queued(class),
                 damaged: 0,
+                with_neighbours: false,
                 waiters: Vec::new(),
             }
         });
@@ -279,11 +282,19 @@ impl Queue {
         }
     }
 
+    /// What is beside a chunk that is asked for may come with it, as with what somebody waits for.
+    pub fn take_neighbours(&mut self, chunk: usize) {
+        if let Some(pending) = self.chunks.get_mut(&chunk) {
+            pending.with_neighbours = true;
+        }
+    }
+
     /// Asks for a chunk that a stream under way, or about to begin, will deliver.
     pub fn want_streamed(&mut self, chunk: usize, waiter: Waiter) {
         let pending = self.chunks.entry(chunk).or_insert_with(|| Pending {
             place: Place::Flying(0),
             damaged: 0,
+            with_neighbours: false,
             waiters: Vec::new(),
         });
         pending.waiters.push(waiter);
@@ -354,9 +365,17 @@ impl Queue {
             least: if terms.contended { class } else { Class::Background },
         };
         let is_known = self.is_known && !self.queued[Class::Prefetch as usize].is_empty();
-        let mut plan = self
-            .window
-            .plan(&asked, seed, bounds, class != Class::Demand || damaged || is_known);
+        let is_guess = self
+            .chunks
+            .get(&ranks.chunk(seed))
+            .is_some_and(|pending| pending.with_neighbours);
+        let mut plan = match class {
+            Class::Prefetch if is_guess && !damaged => self.window.plan_guess(&asked, seed, bounds),
+            _ => {
+                let is_alone = class != Class::Demand || damaged || is_known;
+                self.window.plan(&asked, seed, bounds, is_alone)
+            }
+        };
         self.is_known = is_known;
         let ahead = match terms.contended {
             true => plan.split_ahead(&asked),
@@ -369,6 +388,7 @@ impl Queue {
             let pending = self.chunks.entry(ranks.chunk(rank)).or_insert_with(|| Pending {
                 place: Place::Flying(id),
                 damaged: 0,
+                with_neighbours: false,
                 waiters: Vec::new(),
             });
             pending.place = Place::Flying(id);

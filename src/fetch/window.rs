@@ -34,6 +34,10 @@ use std::ops::Range;
 
 /// Compressed bytes that are taken speculatively after a wanted chunk, and as many before it.
 pub const REACH: u64 = 160 << 10;
+/// The same for what is only guessed: both sides together cost less than the request that they may save, and so they are taken also where others
+/// wait. In a replay of the walk of `python3 -c 'import numpy'` 32 KiB take numpy's modules with 27 requests and 9.9 MB, instead of 34 and
+/// 9.0; 64 KiB with 25 and 10.4, 128 KiB with 21 and 11.3.
+pub const LITTLE: u64 = 32 << 10;
 /// Most of them where a directory is asked for again.
 pub const REACH_MAX: u64 = 640 << 10;
 /// Largest chunk, in compressed bytes, that is taken because a chunk of the same directory is wanted: larger files are rarely read
@@ -184,6 +188,27 @@ struct Reach {
 }
 
 impl Window {
+    /// Plans a request within `bounds` that begins with a chunk of which it is guessed that what is beside it will be read too, though nobody waits for
+    /// it: a little of that belongs to what is wanted.
+    pub fn plan_guess(&self, chunks: &impl Chunks, seed: usize, bounds: Bounds) -> Plan {
+        let first = chunks.blob(seed);
+        let mut plan = Plan {
+            ranks: vec![seed],
+            range: first.clone(),
+            core: first,
+        };
+        take_wanted(&mut plan, chunks, bounds);
+        let reach = Reach {
+            bytes: LITTLE,
+            neighbour: LITTLE,
+            any: false,
+        };
+        extend(&mut plan, chunks, reach, bounds);
+        extend_back(&mut plan, chunks, reach, bounds);
+        plan.core = plan.range.clone();
+        plan
+    }
+
     /// Plans a request within `bounds` that begins with the chunk at rank `seed`. With `alone`, only wanted chunks are taken.
     pub fn plan(&mut self, chunks: &impl Chunks, seed: usize, bounds: Bounds, alone: bool) -> Plan {
         let first = chunks.blob(seed);

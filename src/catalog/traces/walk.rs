@@ -10,7 +10,7 @@
 //! Nobody waits for a walk, and nothing can fail by it: whatever is not found, not understood or too large is left to the container. What an image
 //! may have a node do by it is bounded: in steps, files, bytes that are read and wished for, and time.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -32,12 +32,15 @@ use crate::layer::{Digest, Ino};
 use crate::registry::image::Command;
 use crate::sync::blocking;
 
+mod asks;
 mod java;
+mod library;
 mod node;
 mod program;
 mod python;
 mod shell;
 
+use asks::{Ask, Asks, Waiting};
 use program::Library;
 
 /// Bytes that are wished for in all: large programs read some ten to start.
@@ -75,6 +78,8 @@ enum Step {
     Sourced(String),
     /// A module of Python.
     Python(python::Module),
+    /// What a module of Python says that it imports, where that is known already as far as another version tells.
+    PythonImports(python::Module),
     /// A file of Node's.
     Node(String),
 }
@@ -88,9 +93,11 @@ impl Step {
                 let dirs = library.own.iter().chain(&library.near);
                 library.name.len() + dirs.map(String::len).sum::<usize>()
             }
-            Step::File(path) | Step::Sourced(path) | Step::Node(path) | Step::Python(python::Module(path)) => {
-                path.len()
-            }
+            Step::File(path)
+            | Step::Sourced(path)
+            | Step::Node(path)
+            | Step::Python(python::Module(path))
+            | Step::PythonImports(python::Module(path)) => path.len(),
         }
     }
 }
@@ -110,6 +117,10 @@ struct Walk {
     command: Command,
     played: Arc<Played>,
     found: UnboundedSender<Found>,
+    /// Where what steps want to read is asked for.
+    asks: UnboundedSender<Ask>,
+    /// Steps that wait for what they read.
+    waiting: Waiting,
     state: Mutex<State>,
     /// The loader's cache, once it was read.
     cache: OnceCell<Option<Bytes>>,
@@ -120,15 +131,13 @@ struct Walk {
 #[derive(Default)]
 struct State {
     steps: HashSet<Step>,
-    /// Files that are wished for, and those that were looked at.
-    files: HashSet<(usize, Ino)>,
+    /// Files that are wished for, and whether that is as a whole; and those that were looked at.
+    files: HashMap<(usize, Ino), bool>,
     seen: HashSet<(usize, Ino)>,
     wished: u64,
     read: u64,
     /// Bytes of all steps.
     text: usize,
-    /// Bytes that were read, and were not here.
-    fetched: u64,
 }
 
 impl Catalog {
@@ -173,18 +182,21 @@ impl Catalog {
             });
             let (view, layers) = walk.await?;
             let (found, coming) = mpsc::unbounded_channel();
+            let (asks, asked) = mpsc::unbounded_channel();
             let walk = Arc::new(Walk {
                 view,
                 layers,
                 command,
                 played: Arc::clone(&played),
                 found,
+                asks,
+                waiting: Waiting::default(),
                 state: Mutex::default(),
                 cache: OnceCell::new(),
                 python: OnceCell::new(),
             });
             let waves = self.waves(&played, WISHED_BYTES);
-            Some(run(walk, coming, waves).await)
+            Some(run(walk, coming, Asks::new(asked), waves).await)
         };
         let walked = tokio::select! {
             walked = tokio::time::timeout(LONGEST, walked) => walked.ok().flatten(),
@@ -201,39 +213,43 @@ impl Catalog {
 }
 
 /// Walks to the end, or until it is cancelled; files, and bytes that were not here.
-async fn run(walk: Arc<Walk>, mut found: UnboundedReceiver<Found>, mut waves: super::waves::Waves) -> (u64, u64) {
+async fn run(
+    walk: Arc<Walk>,
+    mut found: UnboundedReceiver<Found>,
+    mut asks: Asks,
+    mut waves: super::waves::Waves,
+) -> (u64, u64) {
     let end = walk.played.end.clone();
     let mut steps: FuturesUnordered<BoxFuture<'static, (u32, Vec<Step>)>> = FuturesUnordered::new();
     let first = [Step::Program(walk.command.args.clone())].into_iter();
     let first = first.chain(program::usual().map(|path| Step::File(path.to_owned())));
-    let mut queued = VecDeque::new();
-    // What is not new, or one too many, does not even wait.
-    let enqueue = |queued: &mut VecDeque<(u32, Step)>, depth: u32, steps: &mut dyn Iterator<Item = Step>| {
-        queued.extend(
-            steps
-                .filter(|step| depth < DEPTH && walk.is_new(step))
-                .map(|step| (depth, step)),
-        );
+    let mut queued = Queued::default();
+    queued.extend(&walk, 0, first);
+    let mut place = 0..;
+    let mut add = |waves: &mut super::waves::Waves, part: Found| {
+        let range = place.next().map(|place| (place, (part.data, part.len)));
+        waves.add(Arc::clone(&walk.layers[part.layer]), range.into_iter());
     };
-    enqueue(&mut queued, 0, &mut first.into_iter());
-    let (mut bytes, mut place) = (0, 0);
+    let mut bytes = 0;
     loop {
         while steps.len() < STEPS_AT_ONCE
-            && let Some((depth, step)) = queued.pop_front()
+            && let Some((depth, step)) = queued.pop()
         {
             let walk = Arc::clone(&walk);
             steps.push(Box::pin(async move { (depth + 1, walk.step(step).await) }));
         }
         while let Ok(part) = found.try_recv() {
-            let range = (place, (part.data, part.len));
-            waves.add(Arc::clone(&walk.layers[part.layer]), std::iter::once(range));
-            place += 1;
+            add(&mut waves, part);
+            asks.begin();
         }
-        bytes += waves.go_on();
+        // A step that works may want what lies beside what others want.
+        if steps.len() <= walk.waiting.count() || asks.are_late() {
+            bytes += asks.ask(&walk, &mut waves);
+        }
         let is_over = waves.are_over();
         if steps.is_empty() && is_over {
             let state = walk.state();
-            return (state.files.len() as u64, bytes + state.fetched);
+            return (state.files.len() as u64, bytes);
         }
         tokio::select! {
             biased;
@@ -242,15 +258,40 @@ async fn run(walk: Arc<Walk>, mut found: UnboundedReceiver<Found>, mut waves: su
                 return (0, bytes);
             }
             Some((depth, next)) = steps.next(), if !steps.is_empty() => {
-                enqueue(&mut queued, depth, &mut next.into_iter());
+                queued.extend(&walk, depth, next.into_iter());
             }
+            () = asks.gather() => {}
             Some(part) = found.recv() => {
-                let range = (place, (part.data, part.len));
-                waves.add(Arc::clone(&walk.layers[part.layer]), std::iter::once(range));
-                place += 1;
+                add(&mut waves, part);
+                asks.begin();
             }
             () = tokio::time::sleep(LOOK_EVERY), if !is_over => {}
         }
+    }
+}
+
+/// Steps that are to be made, with how many came before each.
+#[derive(Default)]
+struct Queued {
+    /// Those that name files.
+    naming: VecDeque<(u32, Step)>,
+    /// Those that only look into what is wished for: after all others, so that what is named is asked for together.
+    looking: VecDeque<(u32, Step)>,
+}
+
+impl Queued {
+    /// What is not new, or one too many, does not even wait.
+    fn extend(&mut self, walk: &Walk, depth: u32, steps: impl Iterator<Item = Step>) {
+        for step in steps.filter(|step| depth < DEPTH && walk.is_new(step)) {
+            match step {
+                Step::PythonImports(_) => self.looking.push_back((depth, step)),
+                _ => self.naming.push_back((depth, step)),
+            }
+        }
+    }
+
+    fn pop(&mut self) -> Option<(u32, Step)> {
+        self.naming.pop_front().or_else(|| self.looking.pop_front())
     }
 }
 
@@ -277,6 +318,7 @@ impl Walk {
             }),
             Step::Sourced(path) => self.sourced(&path).await,
             Step::Python(module) => self.python_module(module).await,
+            Step::PythonImports(module) => self.python_imports(module).await,
             Step::Node(path) => self.node_file(&path).await,
         };
         next.unwrap_or_default()
@@ -306,12 +348,14 @@ impl Walk {
         let len = end.saturating_sub(part.start);
         {
             let mut state = self.state();
-            state.files.insert((file.layer, file.ino));
+            let is_whole = state.files.entry((file.layer, file.ino)).or_default();
+            *is_whole |= len == file.size;
             if len == 0 || state.files.len() > WISHED_FILES || state.wished >= WISHED_BYTES {
                 return;
             }
             state.wished += len;
         }
+        tracing::trace!(path = file.path, start = part.start, len, "will be read");
         // Whoever took it is over.
         let _ = self.found.send(Found {
             layer: file.layer,
@@ -322,7 +366,7 @@ impl Walk {
 
     /// Wishes for a file, unless it is large.
     fn wish_whole(&self, file: &File) {
-        let is_new = !self.state().files.contains(&(file.layer, file.ino));
+        let is_new = !self.state().files.contains_key(&(file.layer, file.ino));
         if is_new && file.size <= WHOLE {
             self.wish(file, 0..file.size);
         }
@@ -333,25 +377,38 @@ impl Walk {
         self.state().seen.insert((file.layer, file.ino))
     }
 
-    /// A part of a file, as far as there is one. It is asked for at once, whatever else is wished for.
-    async fn read(&self, file: &File, part: Range<u64>) -> Option<Bytes> {
+    /// A part of a file, as far as there is one. It is asked for at once, whatever else is wished for, with what other steps want now; and with what
+    /// is beside the file, if it is one of many that are used together.
+    async fn read_part(&self, file: &File, part: Range<u64>, is_one_of_many: bool) -> Option<Bytes> {
         let layer = self.layers.get(file.layer)?;
         let end = part.end.min(file.size);
         let len = end.checked_sub(part.start)?;
         if len == 0 || len > READ_MOST {
             return None;
         }
-        {
+        let is_wished = {
             let mut state = self.state();
             state.read += len;
             if state.read > READ_BYTES {
                 return None;
             }
-        }
+            state
+                .files
+                .get(&(file.layer, file.ino))
+                .is_some_and(|&is_whole| is_whole)
+        };
         let data = file.data.checked_add(part.start)?;
-        let wished = layer.wish(&[(data, len)]);
-        let fetched = self.played.note(layer.id(), &wished);
-        self.state().fetched += fetched;
+        let _waits = self.waiting.begin();
+        if !layer.cached().is_ready(data, len) {
+            // What is wished for anyway comes in the same request.
+            let wish = match is_wished {
+                true => (file.data, file.size),
+                false => (data, len),
+            };
+            let (ask, asked) = Ask::new(file.layer, wish, is_one_of_many);
+            self.asks.send(ask).ok()?;
+            asked.await.ok()?;
+        }
         let read = layer.read_ahead(data, u32::try_from(len).ok()?, READ_DEADLINE).await;
         match read {
             Ok(bytes) => Some(bytes),
@@ -360,6 +417,16 @@ impl Walk {
                 None
             }
         }
+    }
+
+    /// A part of a file that is used by itself.
+    async fn read(&self, file: &File, part: Range<u64>) -> Option<Bytes> {
+        self.read_part(file, part, false).await
+    }
+
+    /// The beginning of a file that is one of many which are used together, up to so many bytes.
+    async fn read_module(&self, file: &File, most: u64) -> Option<Bytes> {
+        self.read_part(file, 0..most.min(file.size), true).await
     }
 
     /// The beginning of a file, up to so many bytes.

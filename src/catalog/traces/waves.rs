@@ -17,6 +17,18 @@ const LARGEST_WAVE: u64 = 256 << 20;
 /// Part of the cache that all of them may be, if that is limited: one in so many.
 pub(super) const CACHE_PART: u64 = 4;
 
+/// Ranges of a data space: offsets and lengths.
+type Ranges = Vec<(u64, u64)>;
+
+/// What is asked for of a layer, whatever waits.
+pub(super) struct AtOnce {
+    pub(super) layer: Arc<Layer>,
+    /// What will be read.
+    pub(super) ranges: Ranges,
+    /// What will be read together with what is beside it.
+    pub(super) guessed: Ranges,
+}
+
 /// What is wished for an image.
 pub(super) struct Waves {
     played: Arc<Played>,
@@ -59,10 +71,40 @@ impl Waves {
 
     /// Asks for the next wave if the one before has its requests; bytes of it that were not here.
     pub(super) fn go_on(&mut self) -> u64 {
-        match self.waiting.is_empty() || self.is_open() {
-            true => 0,
-            false => self.next(),
+        self.go_on_with(Vec::new())
+    }
+
+    /// The same, and for what cannot wait for that; of each layer together.
+    pub(super) fn go_on_with(&mut self, at_once: Vec<AtOnce>) -> u64 {
+        let mut due: Vec<(Arc<Layer>, Ranges, Ranges)> = Vec::new();
+        if !self.waiting.is_empty() && !self.is_open() {
+            due = self.next();
+            self.wave.clear();
         }
+        let is_wave = due.len();
+        for AtOnce {
+            layer,
+            mut ranges,
+            guessed,
+        } in at_once
+        {
+            match due.iter_mut().find(|(known, ..)| Arc::ptr_eq(known, &layer)) {
+                Some((_, known, guesses)) => {
+                    known.append(&mut ranges);
+                    guesses.extend(guessed);
+                }
+                None => due.push((layer, ranges, guessed)),
+            }
+        }
+        let mut bytes = 0;
+        for (at, (layer, ranges, guessed)) in due.into_iter().enumerate() {
+            let wished = layer.wish_and_guess(&ranges, &guessed);
+            bytes += self.played.note(layer.id(), &wished);
+            if at < is_wave {
+                self.wave.push((layer, wished));
+            }
+        }
+        bytes
     }
 
     /// Whether all is under way.
@@ -79,8 +121,9 @@ impl Waves {
         self.wave.iter().any(|(layer, _)| layer.has_wishes())
     }
 
-    fn next(&mut self) -> u64 {
-        let mut asked: BTreeMap<usize, Vec<(u64, u64)>> = BTreeMap::new();
+    /// The next wave.
+    fn next(&mut self) -> Vec<(Arc<Layer>, Ranges, Ranges)> {
+        let mut asked: BTreeMap<usize, Ranges> = BTreeMap::new();
         let mut room = self.size.min(self.left);
         while room > 0
             && let Some(((_, layer), range)) = self.waiting.pop_first()
@@ -93,14 +136,9 @@ impl Waves {
             self.waiting.clear();
         }
         self.size = self.size.saturating_mul(2).min(LARGEST_WAVE);
-        self.wave.clear();
-        let mut bytes = 0;
-        for (layer, ranges) in asked {
-            let layer = Arc::clone(&self.layers[layer]);
-            let wished = layer.wish(&ranges);
-            bytes += self.played.note(layer.id(), &wished);
-            self.wave.push((layer, wished));
-        }
-        bytes
+        let asked = asked.into_iter();
+        asked
+            .map(|(layer, ranges)| (Arc::clone(&self.layers[layer]), ranges, Vec::new()))
+            .collect()
     }
 }

@@ -14,6 +14,10 @@ const MAX_SEGMENTS: usize = 128;
 pub const MAX_DYNAMIC: u64 = 64 << 10;
 /// Libraries of one file that are followed.
 const MAX_NEEDED: usize = 256;
+/// Longest name of a library, or list of directories, in bytes.
+const MAX_TEXT: u64 = 4096;
+/// Most bytes of a table of texts that are read.
+const MAX_TEXTS: u64 = 1 << 20;
 /// Longest path of a loader, in bytes.
 pub const MAX_INTERPRETER: u64 = 4096;
 
@@ -71,6 +75,23 @@ pub struct Links {
     pub runpath: Option<u64>,
     /// Where the table of texts is in the file, and its bytes.
     pub texts: (u64, u64),
+}
+
+impl Links {
+    /// Where in the file the texts are that it names. The table has the names of all symbols too, and may be megabytes of which these are a part: at its
+    /// beginning or at its end, as the linker likes.
+    pub fn used(&self) -> Range<u64> {
+        let (start, len) = self.texts;
+        let end = start.saturating_add(len);
+        let named = self.needed.iter().chain(&self.rpath).chain(&self.runpath);
+        let first = named.clone().min().map_or(end, |&at| start.saturating_add(at));
+        let last = named.max().map_or(end, |&at| start.saturating_add(at));
+        let used = first..last.saturating_add(MAX_TEXT).min(end);
+        match used.end.checked_sub(used.start) {
+            Some(1..=MAX_TEXTS) => used,
+            _ => start..end.min(start.saturating_add(MAX_TEXTS)),
+        }
+    }
 }
 
 /// Reads the words of a file.

@@ -17,6 +17,11 @@ const LIBRARIES: [&str; 6] = [
     "lib/libverify.so",
 ];
 const FILES: [&str; 2] = ["lib/jvm.cfg", "conf/security/java.security"];
+/// Classes as they are in memory, for all programs: mapped as a whole, and changed where it was not mapped as it was made.
+const ARCHIVE: &str = "lib/server/classes.jsa";
+/// Largest archive that is wished for: that of a runtime has 13 MB.
+const ARCHIVE_MOST: u64 = 32 << 20;
+const TIME_ZONE: &str = "/etc/localtime";
 
 impl Walk {
     /// The runtime whose launcher this is.
@@ -24,6 +29,9 @@ impl Walk {
         let home = parent(parent(&file.path)).to_owned();
         if let Some(classes) = self.find(&format!("{home}/lib/modules")) {
             self.wish(&classes, 0..INDEX);
+        }
+        if let Some(archive) = self.find(&format!("{home}/{ARCHIVE}")) {
+            self.wish(&archive, 0..ARCHIVE_MOST);
         }
         let libraries = LIBRARIES.map(|name| {
             Step::Library(Library {
@@ -35,6 +43,7 @@ impl Walk {
             })
         });
         let files = FILES.map(|name| Step::File(format!("{home}/{name}")));
-        libraries.into_iter().chain(files).collect()
+        let more = std::iter::once(Step::File(TIME_ZONE.to_owned()));
+        libraries.into_iter().chain(files).chain(more).collect()
     }
 }

@@ -14,6 +14,14 @@ const DEBIAN: [&str; 3] = [
     "/usr/lib/nodejs",
     "/usr/lib/x86_64-linux-gnu/nodejs",
 ];
+/// Modules that are part of Node, and that Debian's reads from files when it starts.
+const PARTS: [&str; 5] = [
+    "/usr/share/nodejs/acorn/dist/acorn.js",
+    "/usr/share/nodejs/acorn-walk/dist/walk.js",
+    "/usr/share/nodejs/cjs-module-lexer/lexer.js",
+    "/usr/share/nodejs/cjs-module-lexer/dist/lexer.js",
+    "/usr/share/nodejs/undici/undici-fetch.js",
+];
 /// Options that name a module which is loaded first.
 const REQUIRING: [&str; 4] = ["-r", "--require", "--import", "--loader"];
 
@@ -24,7 +32,7 @@ impl Walk {
             "" => "/",
             directory => directory,
         };
-        let mut next = Vec::new();
+        let mut next: Vec<Step> = PARTS.map(|path| Step::File(path.to_owned())).into();
         let mut rest = args.iter().skip(1);
         while let Some(arg) = rest.next() {
             if REQUIRING.contains(&arg.as_str()) {
@@ -58,13 +66,13 @@ impl Walk {
         self.wish_whole(&file);
         if file.name() == "package.json" {
             // It was named as a package: what it names is loaded.
-            let package = self.read_head(&file, MAX_PACKAGE).await?;
+            let package = self.read_module(&file, MAX_PACKAGE).await?;
             let main = javascript::main(&package).unwrap_or_else(|| "index".to_owned());
             let main = self.node_path(&join(parent(&file.path), &main));
             let main = main.or_else(|| self.node_path(&join(parent(&file.path), "index")));
             next.extend(main.map(Step::Node));
         } else if !file.name().ends_with(".json") {
-            let text = self.read_head(&file, MAX_MODULE).await?;
+            let text = self.read_module(&file, MAX_MODULE).await?;
             let names = javascript::required(&text);
             for name in &names {
                 // Each takes some hundred look-ups.

@@ -1,10 +1,8 @@
 //! Programs: found as the kernel and a shell find them, and what they are made of.
 //!
 //! Of an ELF file the loader and the libraries follow, in the order in which the loader looks for them: the file's own directories, those of the
-//! environment, the loader's cache, or the directories that it looks in by itself. Of a large file only parts are read by the loader: its headers, symbols
-//! and relocations, and what is relocated; the rest comes as it is run.
-
-use std::ops::Range;
+//! environment, the loader's cache, or the directories that it looks in by itself. Of a large file only parts are read: by the loader its headers, symbols
+//! and relocations, and what is relocated; then its code.
 
 use super::{Step, WHOLE, Walk};
 use crate::layer::entry::elf::{Elf, HEAD_LEN};
@@ -15,12 +13,18 @@ use crate::layer::entry::{libraries, script, text_at};
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Directories of a list that are looked in.
 const DIRECTORIES: usize = 64;
-/// Longest table of texts that is read.
-const MAX_TEXTS: u64 = 1 << 20;
-/// Of a segment of a large file, so much is wished for.
+/// Of a segment of a large file, so much is wished for: of data it is the beginning that is read, of code nearly all, in pieces as large as those in
+/// which it is fetched.
 const SEGMENT_MOST: u64 = 4 << 20;
+const CODE_MOST: u64 = 32 << 20;
 /// Files of configurations of the loader that are read.
 const MAX_CONFIGURATIONS: usize = 32;
+/// What OpenSSL reads when it is loaded, in various distributions.
+const OPENSSL: [&str; 3] = [
+    "/usr/lib/ssl/openssl.cnf",
+    "/etc/ssl/openssl.cnf",
+    "/etc/pki/tls/openssl.cnf",
+];
 const LOADER_CACHE: &str = "/etc/ld.so.cache";
 const LOADER_CONFIGURATION: &str = "/etc/ld.so.conf";
 
@@ -146,8 +150,9 @@ impl Walk {
     async fn elf(&self, file: &File, elf: &Elf, origin: &str, needed: Option<&Library>) -> Option<Vec<Step>> {
         if file.size > WHOLE {
             self.wish(file, 0..HEAD_LEN);
-            for segment in elf.loaded().filter(|segment| !segment.is_code()) {
-                let len = segment.len.min(SEGMENT_MOST);
+            for segment in elf.loaded() {
+                let most = if segment.is_code() { CODE_MOST } else { SEGMENT_MOST };
+                let len = segment.len.min(most);
                 self.wish(file, segment.offset..segment.offset.saturating_add(len));
             }
         }
@@ -171,10 +176,11 @@ impl Walk {
         if links.needed.is_empty() {
             return Some(next);
         }
-        let (at, len) = links.texts;
-        let texts = self.read(file, range_of(at, len.min(MAX_TEXTS))).await?;
+        let used = links.used();
+        let texts = self.read(file, used.clone()).await?;
+        let text = |at: u64| text_at(&texts, links.texts.0.checked_add(at)?.checked_sub(used.start)?);
         let directories = |at: Option<u64>| {
-            let list = at.and_then(|at| text_at(&texts, at)).unwrap_or_default();
+            let list = at.and_then(text).unwrap_or_default();
             let list = list.split(':').filter(|dir| !dir.is_empty()).take(DIRECTORIES);
             list.map(|dir| dir.replace("${ORIGIN}", origin).replace("$ORIGIN", origin))
                 .collect::<Vec<_>>()
@@ -187,7 +193,7 @@ impl Walk {
             None => [directories(links.rpath), inherited].concat(),
         };
         let own: Vec<String> = own.into_iter().take(DIRECTORIES).collect();
-        let libraries = links.needed.iter().filter_map(|&at| text_at(&texts, at));
+        let libraries = links.needed.iter().filter_map(|&at| text(at));
         next.extend(libraries.map(|name| {
             Step::Library(Library {
                 name: name.to_owned(),
@@ -207,6 +213,10 @@ impl Walk {
             return None;
         }
         self.wish_whole(&file);
+        if file.name().starts_with("libcrypto.so") {
+            let configurations = OPENSSL.iter().filter_map(|path| self.find(path));
+            configurations.for_each(|file| self.wish_whole(&file));
+        }
         let head = self.read_head(&file, HEAD_LEN).await?;
         let elf = Elf::parse(&head)?;
         self.elf(&file, &elf, parent(&path), Some(&library)).await
@@ -286,10 +296,6 @@ impl Walk {
         directories.truncate(DIRECTORIES);
         directories
     }
-}
-
-fn range_of(at: u64, len: u64) -> Range<u64> {
-    at..at.saturating_add(len)
 }
 
 /// What a machine is called in names of files.

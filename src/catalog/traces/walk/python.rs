@@ -6,7 +6,7 @@
 //! functions import is not.
 
 use super::program::Library;
-use super::{Step, Walk};
+use super::{Step, Walk, library};
 use crate::layer::entry::pyc;
 use crate::layer::entry::python::{self, Import, MAX_MODULE};
 use crate::layer::entry::view::{File, join, parent};
@@ -49,6 +49,12 @@ const STARTS: [&str; 14] = [
     "_sitebuiltins",
     "sitecustomize",
 ];
+/// What the C library reads for it: the characters of the locale that it takes where none is chosen, tables for them, and the time zone.
+const READS: [&str; 3] = [
+    "/usr/lib/locale/C.utf8/LC_CTYPE",
+    "/usr/lib/x86_64-linux-gnu/gconv/gconv-modules.cache",
+    "/etc/localtime",
+];
 /// Names in a directory of packages among which files are looked for that say more directories.
 const MAX_LISTED: usize = 4096;
 /// Those files.
@@ -67,6 +73,8 @@ pub(super) struct Module(pub String);
 pub(super) struct Places {
     /// Directories, in order.
     directories: Vec<String>,
+    /// The interpreter's own library.
+    library: String,
     /// The version of the interpreter: 3.x.
     minor: u32,
     machine: (u16, bool),
@@ -131,6 +139,7 @@ impl Walk {
         };
         let places = Places {
             directories,
+            library,
             minor,
             machine: machine.unwrap_or_default(),
         };
@@ -138,6 +147,7 @@ impl Walk {
             // There is an interpreter already: what this one imports may be of another version.
             return Vec::new();
         }
+        next.extend(READS.map(|path| Step::File(path.to_owned())));
         next.extend(STARTS.map(|name| Step::Python(Module(name.to_owned()))));
         next.extend(match run {
             Run::Text(text) => self.imported("", false, &python::imports(text.as_bytes())).await,
@@ -155,7 +165,7 @@ impl Walk {
     async fn python_script(&self, path: &str) -> Option<Vec<Step>> {
         let file = self.find(path)?;
         self.wish_whole(&file);
-        let text = self.read_head(&file, MAX_MODULE).await?;
+        let text = self.read_module(&file, MAX_MODULE).await?;
         Some(self.imported("", false, &python::imports(&text)).await)
     }
 
@@ -186,7 +196,7 @@ impl Walk {
         if places.minor >= FROZEN_SINCE && FROZEN.contains(&module.0.as_str()) {
             return None;
         }
-        let Located { file, is_package } = self.locate(places, &module.0)?;
+        let Located { file, .. } = self.locate(places, &module.0)?;
         if file.name().ends_with(".so") {
             return Some(vec![Step::Library(Library {
                 name: file.path,
@@ -196,20 +206,54 @@ impl Walk {
                 is_musl: false,
             })]);
         }
+        let known = self
+            .is_own(places, &file)
+            .then(|| library::imported(&module.0))
+            .flatten();
+        let Some(known) = known else {
+            return self.python_imports(module).await;
+        };
+        self.wish_whole(&self.compiled(places, &file).unwrap_or(file));
+        let mut next = Vec::new();
+        known.for_each(|name| add(&mut next, name));
+        // It may be of another version.
+        next.push(Step::PythonImports(module));
+        Some(next)
+    }
+
+    /// Whether a file belongs to the interpreter's own library: not to the packages that may lie below it.
+    fn is_own(&self, places: &Places, file: &File) -> bool {
+        let inside = file.path.strip_prefix(&places.library);
+        inside.is_some_and(|path| path.starts_with('/') && !path.contains("-packages/"))
+    }
+
+    /// The compiled form of a module.
+    fn compiled(&self, places: &Places, file: &File) -> Option<File> {
         let stem = file.name().strip_suffix(".py")?;
         let compiled = format!(
             "{}/__pycache__/{stem}.cpython-3{}.pyc",
             parent(&file.path),
             places.minor
         );
-        let imports = match self.find(&compiled) {
+        self.find(&compiled)
+    }
+
+    /// What a module says that it imports.
+    pub(super) async fn python_imports(&self, module: Module) -> Option<Vec<Step>> {
+        let places = self.python.get()?;
+        let Located { file, is_package } = self.locate(places, &module.0)?;
+        // Of the library little is needed, and mostly known; of the directory of another package, most.
+        let with_neighbours = !self.is_own(places, &file);
+        let imports = match self.compiled(places, &file) {
             Some(compiled) => {
                 self.wish_whole(&compiled);
-                pyc::imports(&self.read_head(&compiled, pyc::MAX_MODULE).await?)?
+                let most = pyc::MAX_MODULE.min(compiled.size);
+                pyc::imports(&self.read_part(&compiled, 0..most, with_neighbours).await?)?
             }
             None => {
                 self.wish_whole(&file);
-                python::imports(&self.read_head(&file, MAX_MODULE).await?)
+                let most = MAX_MODULE.min(file.size);
+                python::imports(&self.read_part(&file, 0..most, with_neighbours).await?)
             }
         };
         Some(self.imported(&module.0, is_package, &imports).await)

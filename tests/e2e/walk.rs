@@ -179,6 +179,65 @@ fn what_an_image_runs_is_here_before_its_container() {
     );
 }
 
+/// Most requests for [`modules`]: one for each directory, and as many again for the program, tables, and directories that are asked for from two sides.
+const MOST_FOR_MODULES: usize = 2 * DIRECTORIES;
+/// Directories of modules, and modules in each.
+const DIRECTORIES: usize = 12;
+const MODULES: usize = 10;
+
+/// Something like a program for Node: modules that name each other in long rows, each two that lie in other directories.
+fn modules() -> Layer {
+    let path = |at: usize| format!("app/{}/{at}.js", at % DIRECTORIES);
+    let of = |at: usize| {
+        let named = [2 * at + 1, 2 * at + 2];
+        let named = named.iter().filter(|&&at| at < DIRECTORIES * MODULES);
+        let lines = named.map(|&at| format!("require(\"/{}\");\n", path(at)));
+        let filling: String = noise(at as u64, 2000)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        Entry::file(path(at), format!("{}// {filling}\n", lines.collect::<String>()))
+    };
+    let program = fs::read(PROGRAM).unwrap();
+    let mut entries = vec![
+        Entry::dir("usr"),
+        Entry::dir("usr/bin"),
+        Entry::file("usr/bin/node", program).mode(0o755),
+        Entry::dir("app"),
+    ];
+    for directory in 0..DIRECTORIES {
+        entries.push(Entry::dir(format!("app/{directory}")));
+        entries.extend((0..MODULES).map(|at| of(directory + at * DIRECTORIES)));
+        entries.push(Entry::file(
+            format!("app/{directory}/large"),
+            noise(500 + directory as u64, BETWEEN / 4),
+        ));
+    }
+    Layer::of(Compression::Gzip, entries)
+}
+
+/// Looking into modules one after the other does not mean to ask for them one by one.
+#[test]
+fn modules_that_name_each_other_are_fetched_in_few_requests() {
+    let Some(stage) = stage("modules_that_name_each_other", "") else {
+        return;
+    };
+    let layers = vec![Layer::of(Compression::Gzip, base_entries()), modules()];
+    let image = Image::running(Flavour::Oci, layers, &["node", "/app/0/0.js"]);
+    let reference = stage.push_converted(&image, "walk/modules:1", &["--estargz"]);
+    stage.pull(&reference);
+    walked(&stage, "node");
+    let pulled = taken(&stage);
+    eprintln!("{} requests, {} bytes", pulled.len(), total_bytes(&pulled));
+    assert!(metric(&stage, "lazuli_walk_files_total") >= (DIRECTORIES * MODULES) as u64);
+    // One for each directory, and some for the program and its tables: not one for each module.
+    assert!(
+        pulled.len() <= MOST_FOR_MODULES,
+        "{} requests: {pulled:#?}",
+        pulled.len()
+    );
+}
+
 /// The same without it: each file is asked for when it is read.
 #[test]
 fn without_a_walk_each_file_is_waited_for() {

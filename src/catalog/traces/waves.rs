@@ -37,10 +37,28 @@ pub(super) struct Waves {
     waiting: BTreeMap<(usize, usize), (u64, u64)>,
     /// What was asked for last.
     wave: Vec<(Arc<Layer>, Wished)>,
+    allowance: Allowance,
+}
+
+/// How much may be asked for.
+struct Allowance {
     /// Bytes of the next wave.
-    size: u64,
-    /// Bytes that may still be asked for.
+    wave: u64,
+    /// Bytes of all that follow.
     left: u64,
+}
+
+impl Allowance {
+    /// Bytes of the next wave.
+    fn next(&self) -> u64 {
+        self.wave.min(self.left)
+    }
+
+    /// A wave has taken so much; the next one may take twice as much as this one might.
+    fn take(&mut self, bytes: u64) {
+        self.left = self.left.saturating_sub(bytes);
+        self.wave = self.wave.saturating_mul(2).min(LARGEST_WAVE);
+    }
 }
 
 impl Waves {
@@ -51,8 +69,7 @@ impl Waves {
             layers: Vec::new(),
             waiting: BTreeMap::new(),
             wave: Vec::new(),
-            size: FIRST_WAVE,
-            left,
+            allowance: Allowance { wave: FIRST_WAVE, left },
         }
     }
 
@@ -63,7 +80,7 @@ impl Waves {
         if known.is_none() {
             self.layers.push(layer);
         }
-        if self.left > 0 {
+        if self.allowance.left > 0 {
             self.waiting
                 .extend(ranges.map(|(place, range)| ((place, number), range)));
         }
@@ -71,16 +88,16 @@ impl Waves {
 
     /// Asks for the next wave if the one before has its requests; bytes of it that were not here.
     pub(super) fn go_on(&mut self) -> u64 {
+        if self.waiting.is_empty() || self.is_open() {
+            return 0;
+        }
+        self.wave.clear();
         self.go_on_with(Vec::new())
     }
 
-    /// The same, and for what cannot wait for that; of each layer together.
+    /// Asks for the next wave whatever has become of the one before, and for what cannot wait; of each layer together.
     pub(super) fn go_on_with(&mut self, at_once: Vec<AtOnce>) -> u64 {
-        let mut due: Vec<(Arc<Layer>, Ranges, Ranges)> = Vec::new();
-        if !self.waiting.is_empty() && !self.is_open() {
-            due = self.next();
-            self.wave.clear();
-        }
+        let mut due = self.next();
         let is_wave = due.len();
         for AtOnce {
             layer,
@@ -124,21 +141,43 @@ impl Waves {
     /// The next wave.
     fn next(&mut self) -> Vec<(Arc<Layer>, Ranges, Ranges)> {
         let mut asked: BTreeMap<usize, Ranges> = BTreeMap::new();
-        let mut room = self.size.min(self.left);
-        while room > 0
+        let (room, mut taken) = (self.allowance.next(), 0_u64);
+        while taken < room
             && let Some(((_, layer), range)) = self.waiting.pop_first()
         {
             asked.entry(layer).or_default().push(range);
-            room = room.saturating_sub(range.1);
+            taken = taken.saturating_add(range.1);
         }
-        self.left = self.left.saturating_sub(self.size - room.min(self.size));
-        if self.left == 0 {
+        if taken > 0 {
+            self.allowance.take(taken);
+        }
+        if self.allowance.left == 0 {
             self.waiting.clear();
         }
-        self.size = self.size.saturating_mul(2).min(LARGEST_WAVE);
         let asked = asked.into_iter();
         asked
             .map(|(layer, ranges)| (Arc::clone(&self.layers[layer]), ranges, Vec::new()))
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Waves may become larger than what is left.
+    #[test]
+    fn what_is_asked_for_in_many_small_waves_is_no_more_than_it_is() {
+        let mut allowance = Allowance {
+            wave: FIRST_WAVE,
+            left: 4 * FIRST_WAVE,
+        };
+        for _ in 0..100 {
+            allowance.take(1000);
+        }
+        assert_eq!(allowance.left, 4 * FIRST_WAVE - 100_000);
+        assert_eq!(allowance.next(), allowance.left);
+        allowance.take(LARGEST_WAVE);
+        assert_eq!(allowance.next(), 0);
     }
 }

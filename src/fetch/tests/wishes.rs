@@ -39,6 +39,28 @@ async fn wishes_are_fetched_in_large_requests_and_nothing_else() {
     assert_eq!(blob.requests(), 2);
 }
 
+/// Of what is only guessed, a little of what is beside it comes too, in one request for all that lies close to each other.
+#[tokio::test(flavor = "multi_thread")]
+async fn guesses_are_fetched_together_and_with_a_little_of_what_is_beside_them() {
+    // Smaller than what is taken on either side.
+    const SMALL: usize = 20_000;
+    let (index, _, blob) = ranged(&[SMALL; 60]);
+    let places: Vec<u64> = index.chunks().iter().map(|chunk| chunk.data_offset).collect();
+    let at = |chunks: &[usize]| -> Vec<(u64, u64)> { chunks.iter().map(|&at| (places[at], 1)).collect() };
+    let (bench, blob) = (Bench::new(), FakeBlob::new(blob));
+    let (cached, layer) = bench.open("layer", index, &blob);
+    let wished = layer.wish_and_guess(&at(&[40]), &at(&[10, 12, 14]));
+    assert_eq!(wished.chunks, [10, 12, 14, 40]);
+    landed(&layer).await;
+    let ready: Vec<usize> = (0..60).filter(|&chunk| cached.is_chunk_ready(chunk)).collect();
+    let beside = crate::fetch::window::LITTLE as usize / SMALL;
+    let with_neighbours = 10 - beside..=14 + beside;
+    assert_eq!(ready, with_neighbours.chain([40]).collect::<Vec<_>>());
+    assert_eq!(blob.requests(), 2, "{:?}", blob.asked.lock().unwrap());
+    // What is guessed does not keep others from reading ahead.
+    assert!(!layer.has_wishes());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_wish_that_is_taken_back_is_not_fetched_unless_somebody_waits() {
     let (index, data, blob) = ranged(&[FILE; 30]);

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::elf::{Elf, HEAD_LEN};
+use super::elf::{Elf, HEAD_LEN, Links};
 use super::python::Import;
 use super::{javascript, libraries, pyc, python, script, text_at};
 
@@ -55,6 +55,23 @@ proptest! {
 }
 
 /// This program itself: what any Linux loads.
+/// Linkers put the names of libraries before or behind those of all symbols, of which large libraries have megabytes.
+#[test]
+fn names_are_found_at_either_end_of_a_long_table() {
+    let links = |needed: &[u64], len| Links {
+        needed: needed.to_vec(),
+        texts: (1000, len),
+        ..Links::default()
+    };
+    assert_eq!(links(&[1, 20], 5_000_000).used(), 1001..1020 + 4096);
+    assert_eq!(links(&[4_999_000, 4_999_500], 5_000_000).used(), 5_000_000..5_001_000);
+    assert_eq!(links(&[1, 20], 300).used(), 1001..1300);
+    // Of what lies too far apart the beginning is read.
+    assert_eq!(links(&[1, 4_999_500], 5_000_000).used(), 1000..1000 + (1 << 20));
+    assert_eq!(links(&[u64::MAX], u64::MAX).used(), 1000..1000 + (1 << 20));
+    assert_eq!(links(&[9], 0).used(), 1000..1000);
+}
+
 #[test]
 fn a_real_program_says_what_it_loads() {
     let file = std::fs::read("/proc/self/exe").unwrap();

@@ -38,6 +38,8 @@ pub const REACH: u64 = 160 << 10;
 /// wait. In replays of walks, 48 KiB take the modules of Node and express with 30 requests and 5.3 MB, instead of 83 and 3.4, and numpy's with 26
 /// and 10.2 MB, instead of 34 and 9.0; 16 KiB with 41 and 4.4, and 29 and 9.5; 128 KiB with 20 and 6.5, and 21 and 11.3.
 pub const LITTLE: u64 = 48 << 10;
+/// Doublings of that by requests that began in one directory.
+const LITTLE_HEAT_MAX: u32 = 2;
 /// Most of them where a directory is asked for again.
 pub const REACH_MAX: u64 = 640 << 10;
 /// Largest chunk, in compressed bytes, that is taken because a chunk of the same directory is wanted: larger files are rarely read
@@ -190,7 +192,7 @@ struct Reach {
 impl Window {
     /// Plans a request within `bounds` that begins with a chunk of which it is guessed that what is beside it will be read too, though nobody waits for
     /// it: a little of that belongs to what is wanted.
-    pub fn plan_guess(&self, chunks: &impl Chunks, seed: usize, bounds: Bounds) -> Plan {
+    pub fn plan_guess(&mut self, chunks: &impl Chunks, seed: usize, bounds: Bounds) -> Plan {
         let first = chunks.blob(seed);
         let mut plan = Plan {
             ranks: vec![seed],
@@ -198,9 +200,12 @@ impl Window {
             core: first,
         };
         take_wanted(&mut plan, chunks, bounds);
+        let heat = self.heat.entry(chunks.owner(seed).dir).or_default();
+        let little = LITTLE << (*heat).min(LITTLE_HEAT_MAX);
+        *heat = (*heat + 1).min(HEAT_MAX);
         let reach = Reach {
-            bytes: LITTLE,
-            neighbour: LITTLE,
+            bytes: little,
+            neighbour: little,
             any: false,
         };
         extend(&mut plan, chunks, reach, bounds);

@@ -21,6 +21,7 @@ use futures::future::{BoxFuture, join_all};
 use futures::stream::FuturesUnordered;
 use tokio::sync::OnceCell;
 use tokio::sync::mpsc::{self, UnboundedReceiver, UnboundedSender};
+use tokio::time::Instant;
 
 use super::play::{Coming, LONGEST, LOOK_EVERY, Played};
 use crate::catalog::Catalog;
@@ -60,6 +61,8 @@ const DEPTH: u32 = 64;
 const STEPS_AT_ONCE: usize = 32;
 /// Bytes of the names and arguments of all steps: a script may hand on what it was given, and more each time.
 const STEPS_BYTES: usize = 4 << 20;
+/// How long what can wait is gathered: a few rows of names, each of which takes a round trip, so that neighbours among them share requests.
+const HELD: Duration = Duration::from_millis(50);
 /// Longest wait for bytes that are read for it: the container has started meanwhile.
 const READ_DEADLINE: Duration = Duration::from_secs(5);
 /// A file of up to so many bytes is wished for as a whole: libraries and modules are read in several places, and what lies between comes with them.
@@ -107,6 +110,8 @@ struct Found {
     layer: usize,
     data: u64,
     len: u64,
+    /// Whether it can wait for others like it: nothing that the walk wants to know depends on it.
+    can_wait: bool,
 }
 
 /// A walk under way.
@@ -230,23 +235,36 @@ async fn run(
         let range = place.next().map(|place| (place, (part.data, part.len)));
         waves.add(Arc::clone(&walk.layers[part.layer]), range.into_iter());
     };
-    let mut bytes = 0;
+    let (mut bytes, mut held, mut held_until) = (0, Vec::new(), None);
     loop {
+        while let Ok(part) = found.try_recv() {
+            match part.can_wait {
+                true => held.push(part),
+                false => {
+                    add(&mut waves, part);
+                    asks.begin();
+                }
+            }
+        }
+        if !held.is_empty() {
+            let until = *held_until.get_or_insert_with(|| Instant::now() + HELD);
+            if until <= Instant::now() || (steps.is_empty() && queued.naming.is_empty()) {
+                held.drain(..).for_each(|part| add(&mut waves, part));
+                held_until = None;
+                asks.begin();
+            }
+        }
         while steps.len() < STEPS_AT_ONCE
-            && let Some((depth, step)) = queued.pop()
+            && let Some((depth, step)) = queued.pop(held.is_empty())
         {
             let walk = Arc::clone(&walk);
             steps.push(Box::pin(async move { (depth + 1, walk.step(step).await) }));
-        }
-        while let Ok(part) = found.try_recv() {
-            add(&mut waves, part);
-            asks.begin();
         }
         // A step that works may want what lies beside what others want.
         if steps.len() <= walk.waiting.count() || asks.are_late() {
             bytes += asks.ask(&walk, &mut waves);
         }
-        let is_over = waves.are_over();
+        let is_over = waves.are_over() && held.is_empty() && found.is_empty();
         if steps.is_empty() && is_over {
             let state = walk.state();
             return (state.files.len() as u64, bytes);
@@ -261,10 +279,6 @@ async fn run(
                 queued.extend(&walk, depth, next.into_iter());
             }
             () = asks.gather() => {}
-            Some(part) = found.recv() => {
-                add(&mut waves, part);
-                asks.begin();
-            }
             () = tokio::time::sleep(LOOK_EVERY), if !is_over => {}
         }
     }
@@ -290,8 +304,11 @@ impl Queued {
         }
     }
 
-    fn pop(&mut self) -> Option<(u32, Step)> {
-        self.naming.pop_front().or_else(|| self.looking.pop_front())
+    fn pop(&mut self, may_look: bool) -> Option<(u32, Step)> {
+        match self.naming.pop_front() {
+            None if may_look => self.looking.pop_front(),
+            step => step,
+        }
     }
 }
 
@@ -344,6 +361,10 @@ impl Walk {
 
     /// Wishes for a part of a file.
     fn wish(&self, file: &File, part: Range<u64>) {
+        self.wish_when(file, part, false);
+    }
+
+    fn wish_when(&self, file: &File, part: Range<u64>, can_wait: bool) {
         let end = part.end.min(file.size);
         let len = end.saturating_sub(part.start);
         {
@@ -361,14 +382,24 @@ impl Walk {
             layer: file.layer,
             data: file.data.saturating_add(part.start),
             len,
+            can_wait,
         });
     }
 
     /// Wishes for a file, unless it is large.
     fn wish_whole(&self, file: &File) {
+        self.wish_whole_when(file, false);
+    }
+
+    /// The same for a file that is not looked into before it is there.
+    fn wish_whole_later(&self, file: &File) {
+        self.wish_whole_when(file, true);
+    }
+
+    fn wish_whole_when(&self, file: &File, can_wait: bool) {
         let is_new = !self.state().files.contains_key(&(file.layer, file.ino));
         if is_new && file.size <= WHOLE {
-            self.wish(file, 0..file.size);
+            self.wish_when(file, 0..file.size, can_wait);
         }
     }
 

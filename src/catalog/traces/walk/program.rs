@@ -101,11 +101,15 @@ impl Walk {
             return Some(vec![Step::Program(next)]);
         }
         let mut next = Vec::new();
-        if let Some(elf) = Elf::parse(&head) {
-            next = self
-                .elf(&file, &elf, parent(&file.path), None)
-                .await
-                .unwrap_or_default();
+        if Elf::parse(&head).is_some() {
+            // What it is loaded with is found as of a library, and what it runs does not wait for that.
+            next.push(Step::Library(Library {
+                name: file.path.clone(),
+                own: Vec::new(),
+                near: Vec::new(),
+                machine: (0, true),
+                is_musl: false,
+            }));
         }
         let called = path.rsplit('/').next().unwrap_or_default();
         next.extend(self.family(called, &path, &file, &args).await);
@@ -146,8 +150,8 @@ impl Walk {
         }
     }
 
-    /// What an ELF file needs; `needed` is what it is needed as, if it is a library.
-    async fn elf(&self, file: &File, elf: &Elf, origin: &str, needed: Option<&Library>) -> Option<Vec<Step>> {
+    /// What an ELF file needs; `needed` is what it is needed as.
+    async fn elf(&self, file: &File, elf: &Elf, origin: &str, needed: &Library) -> Option<Vec<Step>> {
         if file.size > WHOLE {
             self.wish(file, 0..HEAD_LEN);
             for segment in elf.loaded() {
@@ -157,7 +161,7 @@ impl Walk {
             }
         }
         let mut next = Vec::new();
-        let mut is_musl = needed.is_some_and(|needed| needed.is_musl);
+        let mut is_musl = needed.is_musl;
         if let Some(range) = elf.interpreter() {
             let bytes = self.read(file, range).await?;
             let loader = text_at(&bytes, 0)?.to_owned();
@@ -186,7 +190,7 @@ impl Walk {
                 .collect::<Vec<_>>()
         };
         let near = directories(links.runpath);
-        let inherited = needed.map_or_else(Vec::new, |needed| needed.own.clone());
+        let inherited = needed.own.clone();
         // The older kind does not count where there is the other one.
         let own = match links.runpath {
             Some(_) => inherited,
@@ -219,7 +223,7 @@ impl Walk {
         }
         let head = self.read_head(&file, HEAD_LEN).await?;
         let elf = Elf::parse(&head)?;
-        self.elf(&file, &elf, parent(&path), Some(&library)).await
+        self.elf(&file, &elf, parent(&path), &library).await
     }
 
     async fn find_library(&self, library: &Library) -> Option<(String, File)> {

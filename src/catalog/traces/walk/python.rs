@@ -213,7 +213,7 @@ impl Walk {
         let Some(known) = known else {
             return self.python_imports(module).await;
         };
-        self.wish_whole(&self.compiled(places, &file).unwrap_or(file));
+        self.wish_whole_later(&self.compiled(places, &file).unwrap_or(file));
         let mut next = Vec::new();
         known.for_each(|name| add(&mut next, name));
         // It may be of another version.

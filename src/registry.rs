@@ -96,10 +96,10 @@ pub trait Blob: Send + Sync {
     /// What was read last had its digest: whoever sent it can be relied on.
     fn verified(&self) {}
 
-    /// How often the host of its [origin](Blob::origin) said that it is asked too much (429, 503), since any beginning. Whoever reads it waits as
-    /// long as the host asks for; this is for who decides how much is asked at once.
-    fn refusals(&self) -> u64 {
-        0
+    /// How often a registry that it may be had from, by the name in its [origin](Blob::origin), said that it is asked too much (429, 503), since any
+    /// beginning; `None` if it is not had from there. Whoever reads waits as long as the host asks for; this is for who decides how much is asked at once.
+    fn refusals(&self, _host: &str) -> Option<u64> {
+        None
     }
 
     /// Whose places it takes when it is read.

@@ -192,7 +192,10 @@ async fn a_busy_registry_is_left_alone_as_long_as_it_asks() {
     f.registry.fail(On::Blob, 9, Fault::RetryAfter(429, "0".to_owned()));
     let error = f.error(0, 100).await;
     assert!(matches!(error, RegistryError::Busy { status: 429, .. }), "{error}");
-    assert_eq!(f.blob.refusals(), 2 + u64::from(config().attempts));
+    assert_eq!(
+        f.blob.refusals(&f.registry.host()),
+        Some(2 + u64::from(config().attempts))
+    );
 }
 
 #[tokio::test]
@@ -206,8 +209,11 @@ async fn whoever_asks_a_registry_knows_that_it_is_asked_too_much() {
     f.registry.fail(On::Blob, 1, Fault::RetryAfter(429, "0".to_owned()));
     f.registry.fail(On::Blob, 1, Fault::Status(502));
     assert_eq!(read(&asked, 10..20).await.unwrap(), bytes[10..20]);
-    assert_eq!((asked.refusals(), beside.refusals()), (1, 1), "a fault is no refusal");
-    assert_eq!(blob("elsewhere.example", REPOSITORY).refusals(), 0);
+    let refusals = (asked.refusals(&host), beside.refusals(&host));
+    assert_eq!(refusals, (Some(1), Some(1)), "a fault is no refusal");
+    assert_eq!(asked.refusals("elsewhere.example"), None);
+    let elsewhere = blob("elsewhere.example", REPOSITORY);
+    assert_eq!(elsewhere.refusals("elsewhere.example"), Some(0));
 }
 
 #[tokio::test]

@@ -152,8 +152,8 @@ impl Blob for Contact {
         self.blob.verified();
     }
 
-    fn refusals(&self) -> u64 {
-        self.blob.refusals()
+    fn refusals(&self, host: &str) -> Option<u64> {
+        self.blob.refusals(host)
     }
 
     fn describe(&self) -> String {

@@ -278,8 +278,9 @@ impl Blob for Failover {
         self.0.blobs[self.0.last()].describe()
     }
 
-    fn refusals(&self) -> u64 {
-        self.0.blobs[self.0.first()].refusals()
+    /// That of the place with this name, whichever is asked first by now.
+    fn refusals(&self, host: &str) -> Option<u64> {
+        self.0.blobs.iter().find_map(|blob| blob.refusals(host))
     }
 
     /// That of the place which is asked first.

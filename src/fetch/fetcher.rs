@@ -264,8 +264,8 @@ impl Blob for Scheduled {
         self.blob.verified();
     }
 
-    fn refusals(&self) -> u64 {
-        self.blob.refusals()
+    fn refusals(&self, host: &str) -> Option<u64> {
+        self.blob.refusals(host)
     }
 
     fn origin(&self) -> Origin {

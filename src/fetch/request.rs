@@ -67,9 +67,9 @@ impl Layer {
         tracing::debug!(layer = %self.cached.digest(), range = ?job.plan.range, chunks = chunks.len(), kind, "fetch");
         let blob = self.blob();
         let origin = blob.origin();
-        place.refusals(blob.refusals());
+        place.heed(&*blob);
         let transferred = caught(self.transfer(&*blob, &job, members, kind, &place)).await;
-        place.refusals(blob.refusals());
+        place.heed(&*blob);
         let (cut, mut damaged) = transferred.unwrap_or_else(|bug| (Some(Cut::Failed(self.disk(bug))), Vec::new()));
         drop(share);
         drop(place);
@@ -208,7 +208,7 @@ impl Layer {
                 if buf.is_empty() {
                     place.begun(asked.elapsed());
                     // Others may have been refused meanwhile, who wait.
-                    place.refusals(blob.refusals());
+                    place.heed(blob);
                 }
                 place.traffic().arrived(piece.len() as u64);
                 let arrived = range.start + buf.len() as u64;

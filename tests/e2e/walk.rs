@@ -128,6 +128,24 @@ fn walked(stage: &Stage, program: &str) {
     wait_until(PATIENCE, idle).expect("bytes come on and on");
 }
 
+/// Makes a container of a command that the image does not name, and starts it once what that reads is here.
+fn is_walked_and_waits_for_nothing(stage: &Stage, reference: &str, args: &[&str]) {
+    let id = stage.containerd.new_id();
+    let flags = ["containers", "create", "--snapshotter", SNAPSHOTTER];
+    let mut command = stage.containerd.ctr(&flags);
+    command.args([reference, &id]).args(args);
+    run(&mut command, COMMAND_TIMEOUT).expect_success();
+    walked(stage, args[0]);
+    taken(stage);
+    run(
+        stage.containerd.ctr(&["tasks", "start", "--null-io"]).arg(&id),
+        COMMAND_TIMEOUT,
+    )
+    .expect_success();
+    let started = taken(stage);
+    assert!(started.is_empty(), "all of it was here: {started:#?}");
+}
+
 /// What a metric says.
 fn metric(stage: &Stage, name: &str) -> u64 {
     let log = stage.lazuli.as_ref().unwrap().log();
@@ -264,20 +282,7 @@ fn what_a_container_runs_instead_is_walked_as_well() {
     let image = Image::running(Flavour::Oci, layers(), &["/nowhere"]);
     let reference = stage.push_converted(&image, "walk/app:1", &["--estargz"]);
     stage.pull(&reference);
-    let id = stage.containerd.new_id();
-    let flags = ["containers", "create", "--snapshotter", SNAPSHOTTER];
-    let mut command = stage.containerd.ctr(&flags);
-    command.args([reference.as_str(), &id, "tool", "/opt"]);
-    run(&mut command, COMMAND_TIMEOUT).expect_success();
-    walked(&stage, "tool");
-    taken(&stage);
-    run(
-        stage.containerd.ctr(&["tasks", "start", "--null-io"]).arg(&id),
-        COMMAND_TIMEOUT,
-    )
-    .expect_success();
-    let started = taken(&stage);
-    assert!(started.is_empty(), "all of it was here: {started:#?}");
+    is_walked_and_waits_for_nothing(&stage, &reference, &["tool", "/opt"]);
 }
 
 /// What is known of a start with the same program goes on, and what that does not tell is walked.
@@ -308,20 +313,7 @@ fn what_is_known_of_the_same_program_does_not_keep_other_arguments_from_being_wa
     stage.restart_daemon();
     stage.pull(&reference);
     wait_until(PATIENCE, || said(&stage, "fit=\"same\"")).expect("it is played");
-    let id = stage.containerd.new_id();
-    let flags = ["containers", "create", "--snapshotter", SNAPSHOTTER];
-    let mut command = stage.containerd.ctr(&flags);
-    command.args([reference.as_str(), &id, "env", "tool", "/opt"]);
-    run(&mut command, COMMAND_TIMEOUT).expect_success();
-    walked(&stage, "env");
-    taken(&stage);
-    run(
-        stage.containerd.ctr(&["tasks", "start", "--null-io"]).arg(&id),
-        COMMAND_TIMEOUT,
-    )
-    .expect_success();
-    let started = taken(&stage);
-    assert!(started.is_empty(), "all of it was here: {started:#?}");
+    is_walked_and_waits_for_nothing(&stage, &reference, &["env", "tool", "/opt"]);
 }
 
 /// Whatever an image says that it runs, little is fetched for it, and it can be used.

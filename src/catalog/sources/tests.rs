@@ -43,6 +43,10 @@ impl Blob for Place {
     fn describe(&self) -> String {
         format!("{}/{}", self.origin.host, self.origin.repository)
     }
+    /// As often as it was asked.
+    fn refusals(&self, host: &str) -> Option<u64> {
+        (*self.origin.host == *host).then(|| self.asked.load(Ordering::Relaxed) as u64)
+    }
     fn origin(&self) -> Origin {
         self.origin.clone()
     }
@@ -131,6 +135,19 @@ async fn the_place_that_works_is_found_and_remembered() {
         (rig.asked(), rig.blob.origin()),
         (vec![0, 0, 1], Origin::new("c", "r2"))
     );
+}
+
+/// Whoever was asked first may not be any more.
+#[tokio::test(start_paused = true)]
+async fn what_a_host_refuses_is_told_of_it_alone() {
+    let rig = Rig::new(&[("a", Does::Fail(failing())), ("b", GOOD)]);
+    for _ in 0..2 {
+        rig.read(1..3).await.unwrap();
+        rig.blob.verified();
+    }
+    assert_eq!(&*rig.blob.origin().host, "b");
+    let refusals = ["a", "b", "elsewhere"].map(|host| rig.blob.refusals(host));
+    assert_eq!(refusals, [Some(1), Some(2), None]);
 }
 
 #[tokio::test]

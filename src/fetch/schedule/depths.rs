@@ -80,7 +80,11 @@ impl Depths {
     /// A host has said so often that it is asked too much, from any beginning. Whether that is news.
     pub fn refusals(&mut self, now: Duration, host: &Arc<str>, count: u64) -> bool {
         let known = self.host(now, host);
-        let news = known.refusals.replace(count).is_some_and(|before| count > before);
+        // Who has looked earlier may be heard later.
+        let before = known
+            .refusals
+            .replace(known.refusals.map_or(count, |before| before.max(count)));
+        let news = before.is_some_and(|before| count > before);
         if news {
             known.depth.refused(now);
         }

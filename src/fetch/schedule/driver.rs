@@ -12,6 +12,7 @@ use tokio::time::Instant;
 use super::depths::{Depths, Traffic};
 use super::policy::{Class, Id, Limits, Policy, Wish};
 use crate::metrics::Metrics;
+use crate::registry::Blob;
 use crate::sync::primitives::{Mutex, MutexGuard};
 
 /// Grants places to wishes. There is one per daemon.
@@ -280,8 +281,15 @@ impl Place {
         }
     }
 
-    /// The host has said so often that it is asked too much, since any beginning: to be told before a request, and as it goes on.
-    pub fn refusals(&self, count: u64) {
+    /// Learns whether the host says that it is asked too much: to be called before the blob is read, and as that goes on.
+    pub fn heed(&self, blob: &dyn Blob) {
+        if let Some(count) = blob.refusals(&self.host) {
+            self.refused(count);
+        }
+    }
+
+    /// The host has said so often that it is asked too much, since any beginning.
+    fn refused(&self, count: u64) {
         let mut state = self.scheduler.lock();
         let now = state.now();
         if state.depths.refusals(now, &self.host, count) {
@@ -440,9 +448,14 @@ mod tests {
         };
         assert_eq!(scheduler.hosts(), [expected], "it is remembered");
         // Refusals that there were before are no news.
-        place.refusals(2);
+        place.refused(2);
         assert_eq!(scheduler.hosts()[0].limit, 64);
-        place.refusals(3);
+        place.refused(3);
+        assert_eq!(scheduler.hosts()[0].limit, 32);
+        // Who had looked before tells it later.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        place.refused(2);
+        place.refused(3);
         assert_eq!(scheduler.hosts()[0].limit, 32);
     }
 

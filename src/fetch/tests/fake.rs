@@ -184,8 +184,8 @@ impl Blob for FakeBlob {
         format!("{}/{}@sha256:0", self.origin.host, self.origin.repository)
     }
 
-    fn refusals(&self) -> u64 {
-        self.refusals.load(Ordering::Relaxed)
+    fn refusals(&self, host: &str) -> Option<u64> {
+        (*self.origin.host == *host).then(|| self.refusals.load(Ordering::Relaxed))
     }
 
     fn origin(&self) -> Origin {

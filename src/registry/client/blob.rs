@@ -142,8 +142,9 @@ impl Blob for RemoteBlob {
         format!("{}@{}{suspicion}", self.repository.describe(), self.digest)
     }
 
-    fn refusals(&self) -> u64 {
-        self.repository.refusals.load(Ordering::Relaxed)
+    fn refusals(&self, host: &str) -> Option<u64> {
+        let is_asked = self.repository.host == host;
+        is_asked.then(|| self.repository.refusals.load(Ordering::Relaxed))
     }
 
     fn origin(&self) -> Origin {

@@ -303,7 +303,7 @@ impl Walk {
 }
 
 /// What a machine is called in names of files.
-fn machine_name((machine, is_wide): (u16, bool)) -> &'static str {
+pub(super) fn machine_name((machine, is_wide): (u16, bool)) -> &'static str {
     match (machine, is_wide) {
         (62, true) => "x86_64",
         (183, true) => "aarch64",

@@ -5,7 +5,7 @@
 //! not changed (it looks at the source's attributes, and those cost nothing here). What a module imports when it is loaded is followed; what its
 //! functions import is not.
 
-use super::program::Library;
+use super::program::{Library, machine_name};
 use super::{Step, Walk, library};
 use crate::layer::entry::pyc;
 use crate::layer::entry::python::{self, Import, MAX_MODULE};
@@ -49,12 +49,10 @@ const STARTS: [&str; 14] = [
     "_sitebuiltins",
     "sitecustomize",
 ];
-/// What the C library reads for it: the characters of the locale that it takes where none is chosen, tables for them, and the time zone.
-const READS: [&str; 3] = [
-    "/usr/lib/locale/C.utf8/LC_CTYPE",
-    "/usr/lib/x86_64-linux-gnu/gconv/gconv-modules.cache",
-    "/etc/localtime",
-];
+/// What the C library reads for it: the characters of the locale that it takes where none is chosen, and the time zone; and tables of characters, in a
+/// directory with the machine's name ([`CHARACTERS`]).
+const READS: [&str; 2] = ["/usr/lib/locale/C.utf8/LC_CTYPE", "/etc/localtime"];
+const CHARACTERS: &str = "gconv/gconv-modules.cache";
 /// Names in a directory of packages among which files are looked for that say more directories.
 const MAX_LISTED: usize = 4096;
 /// Those files.
@@ -137,17 +135,20 @@ impl Walk {
             Some(head) => crate::layer::entry::elf::Elf::parse(&head).map(|elf| (elf.machine, elf.is_wide)),
             None => None,
         };
+        let machine = machine.unwrap_or_default();
+        let machine_name = machine_name(machine);
         let places = Places {
             directories,
             library,
             minor,
-            machine: machine.unwrap_or_default(),
+            machine,
         };
         if self.python.set(places).is_err() {
             // There is an interpreter already: what this one imports may be of another version.
             return Vec::new();
         }
         next.extend(READS.map(|path| Step::File(path.to_owned())));
+        next.push(Step::File(format!("/usr/lib/{machine_name}-linux-gnu/{CHARACTERS}")));
         next.extend(STARTS.map(|name| Step::Python(Module(name.to_owned()))));
         next.extend(match run {
             Run::Text(text) => self.imported("", false, &python::imports(text.as_bytes())).await,

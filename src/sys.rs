@@ -23,5 +23,7 @@ pub mod mountinfo;
 pub mod quota;
 #[allow(unsafe_code)]
 pub mod signals;
+#[allow(unsafe_code)]
+pub mod writeback;
 
 pub use error::SysError;

@@ -20,9 +20,13 @@ use super::windows::{self, WindowFile};
 use super::{Cache, CacheError, CachedLayer, Key};
 use crate::layer::{Digest, LayerIndex, Windows};
 use crate::sync::primitives::{AtomicU64, Ordering};
+use crate::sys::writeback::begin_writeback;
 
 /// Unit in which file systems give room to files, in bytes; nearly all have this one.
 const FILE_BLOCK: u64 = 4096;
+
+/// Bytes that are written before the disk is told to begin with them: many extents' worth, and a fraction of a second for any disk.
+const WRITE_BACK: u64 = 32 << 20;
 
 /// A layer in the making. Dropped without [`Staging::commit`], it vanishes.
 pub struct Staging {
@@ -34,6 +38,8 @@ pub struct Staging {
     data: File,
     /// Bytes counted in the cache's budget.
     reserved: u64,
+    /// Up to where of the data space the kernel was told to write.
+    on_its_way: u64,
 }
 
 impl Staging {
@@ -58,6 +64,7 @@ impl Staging {
             dir,
             data,
             reserved: 0,
+            on_its_way: 0,
         })
     }
 
@@ -81,7 +88,20 @@ impl Staging {
             } else {
                 CacheError::io("write", self.dir.path())(source)
             }
-        })
+        })?;
+        self.write_back(offset + len);
+        Ok(())
+    }
+
+    /// Has the disk begin with what was written up to `end`, so that the sync of a large layer has little left to wait for.
+    fn write_back(&mut self, end: u64) {
+        let len = end.saturating_sub(self.on_its_way);
+        if len >= WRITE_BACK {
+            if let Err(error) = begin_writeback(&self.data, self.on_its_way, len) {
+                tracing::debug!(%error, "a layer's data are not written ahead of their sync");
+            }
+            self.on_its_way = end;
+        }
     }
 
     /// Reads back what was written; bytes that never were are zeros.

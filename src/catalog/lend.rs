@@ -55,8 +55,8 @@ const HELD_FOR: Duration = Duration::from_secs(120);
 const LONGEST: Duration = Duration::from_secs(3600);
 /// Longest wait for a layer to be live whose blob is written: its files are made durable.
 const LIVE_DEADLINE: Duration = Duration::from_secs(60);
-/// Bytes of one message.
-const PIECE: usize = 1 << 20;
+/// Bytes of one message: as many as the caches of a processor hold on their way through both programs.
+const PIECE: usize = 256 << 10;
 /// How often it is looked whether containerd still unpacks the image, and how many times it must not, since there is a moment between two layers.
 const LOOK: Duration = Duration::from_secs(2);
 const GONE: u32 = 4;
@@ -343,41 +343,37 @@ impl Catalog {
         let mut at = writer.from();
         let mut download = seen.borrow().download;
         loop {
-            let news = |state: &Spooled| state.there > at || state.end.is_some() || state.download != download;
+            let step = |state: &Spooled| step(state, download, at, stream.layer.spec.size);
             // The spool lives as long as this stream.
-            let state = *seen.wait_for(news).await.map_err(|_| LendError::Ended(at))?;
-            if state.download != download {
-                download = state.download;
-                at = 0;
-                writer.begin_anew().await;
-                continue;
-            }
-            if state.there <= at {
-                if state.end == Some(SpoolEnd::Verified) {
-                    return Ok(true);
+            let state = seen.wait_for(|state| step(state) != Step::Wait).await;
+            let state = *state.map_err(|_| LendError::Ended(at))?;
+            match step(&state) {
+                Step::Wait => {}
+                Step::BeginAnew => {
+                    download = state.download;
+                    at = 0;
+                    writer.begin_anew().await;
                 }
-                // All of it, and not right; or the one before was not.
-                let is_wrong = download > 0 || state.there == stream.layer.spec.size;
-                return Err(if is_wrong {
-                    LendError::Wrong(at)
-                } else {
-                    LendError::Ended(at)
-                });
-            }
-            let spool = Arc::clone(&stream.spool);
-            let bytes = blocking(move || {
-                spool.give_back(download, at);
-                spool.read(at, PIECE)
-            });
-            let bytes = bytes.await.map_err(LendError::Spool)?;
-            // If another download has begun meanwhile, they may be of either.
-            if seen.borrow().download != download {
-                continue;
-            }
-            at += bytes.len() as u64;
-            self.metrics.lent_bytes_total.inc_by(bytes.len() as u64);
-            if !writer.write(&bytes).await {
-                return Ok(false);
+                Step::Whole => return Ok(true),
+                Step::Wrong => return Err(LendError::Wrong(at)),
+                Step::Ended => return Err(LendError::Ended(at)),
+                Step::Copy => {
+                    let spool = Arc::clone(&stream.spool);
+                    let bytes = blocking(move || {
+                        spool.give_back(download, at);
+                        spool.read(at, PIECE)
+                    });
+                    let bytes = bytes.await.map_err(LendError::Spool)?;
+                    // If another download has begun meanwhile, they may be of either.
+                    if seen.borrow().download != download {
+                        continue;
+                    }
+                    at += bytes.len() as u64;
+                    self.metrics.lent_bytes_total.inc_by(bytes.len() as u64);
+                    if !writer.write(&bytes).await {
+                        return Ok(false);
+                    }
+                }
             }
         }
     }
@@ -413,11 +409,87 @@ impl Catalog {
     }
 }
 
+/// What is next for whoever copies a stream.
+#[derive(Debug, PartialEq, Eq)]
+enum Step {
+    /// Until more has come.
+    Wait,
+    /// Another download has begun.
+    BeginAnew,
+    Copy,
+    /// All was copied, and is right.
+    Whole,
+    /// What was copied is wrong.
+    Wrong,
+    /// No more will come.
+    Ended,
+}
+
+/// The step of whoever has copied `at` bytes of `download`, of a blob of `size` bytes. What is copied are whole messages, but for the last one: what a
+/// small one costs on either side is more than its bytes do.
+fn step(state: &Spooled, download: u32, at: u64, size: u64) -> Step {
+    if state.download != download {
+        return Step::BeginAnew;
+    }
+    let (ready, whole) = (
+        state.there.saturating_sub(at),
+        size.saturating_sub(at).min(PIECE as u64),
+    );
+    if ready > 0 && (ready >= whole || state.end.is_some()) {
+        return Step::Copy;
+    }
+    match state.end {
+        None => Step::Wait,
+        Some(SpoolEnd::Verified) => Step::Whole,
+        // All of it, and not right; or the one before was not.
+        Some(SpoolEnd::Failed) if download > 0 || state.there == size => Step::Wrong,
+        Some(SpoolEnd::Failed) => Step::Ended,
+    }
+}
+
 /// Whether the layer is live, or will be without being left to containerd, as far as is known.
 fn may_be_lazy(begun: &Begun) -> bool {
     match begun {
         Begun::Live(_) => true,
         Begun::Load(_) => !matches!(begun.outcome(), Some(Err(_))),
         Begun::Left(_) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_is_copied_in_whole_messages_and_to_its_end() {
+        const MESSAGE: u64 = PIECE as u64;
+        let size = 3 * MESSAGE + 10;
+        let spooled = |download, there, end| Spooled { download, there, end };
+        let (verified, failed) = (Some(SpoolEnd::Verified), Some(SpoolEnd::Failed));
+        let steps = [
+            (spooled(0, 0, None), 0, Step::Wait),
+            (spooled(0, MESSAGE - 1, None), 0, Step::Wait),
+            (spooled(0, MESSAGE, None), 0, Step::Copy),
+            (spooled(0, 2 * MESSAGE, None), MESSAGE + 1, Step::Wait),
+            // The last message is as long as what is left.
+            (spooled(0, size - 1, None), 3 * MESSAGE, Step::Wait),
+            (spooled(0, size, None), 3 * MESSAGE, Step::Copy),
+            // All has come, and nobody knows yet whether it is right.
+            (spooled(0, size, None), size, Step::Wait),
+            (spooled(0, size, verified), size, Step::Whole),
+            (spooled(0, size, failed), size, Step::Wrong),
+            // What there is of a stream that has ended is copied before it is said.
+            (spooled(0, MESSAGE + 5, failed), MESSAGE, Step::Copy),
+            (spooled(0, MESSAGE + 5, failed), MESSAGE + 5, Step::Ended),
+            (spooled(1, 5, None), MESSAGE, Step::BeginAnew),
+        ];
+        for (state, at, expected) in steps {
+            assert_eq!(step(&state, 0, at, size), expected, "{state:?} at {at}");
+        }
+        // The download before was damaged: what is copied of this one is not known to be right either.
+        assert_eq!(step(&spooled(1, 5, failed), 1, 5, size), Step::Wrong);
+        // containerd had all of it.
+        assert_eq!(step(&spooled(0, size, verified), 0, size, size), Step::Whole);
+        assert_eq!(step(&spooled(0, 0, None), 0, 0, 0), Step::Wait);
     }
 }

@@ -8,7 +8,7 @@
 //! ```
 //! - The *own* lane has the stream's own place. It is asked for all of the blob at once, without a range, and where nothing else helps (or the
 //!   source has no ranges) that is all there ever is.
-//! - *Extra* lanes are ranges of one to eight MiB further ahead, as many as [`super::width`] finds to be of use at this host, and only while the
+//! - *Extra* lanes are ranges of one to four MiB further ahead, as many as [`super::width`] finds to be of use at this host, and only while the
 //!   stream waits for its source rather than for its own decompression. Each is a wish of its own at the scheduler, which grants none while
 //!   somebody waits for bytes of that host. When the first of them has begun to arrive, the own lane ends where it begins; before
 //!   that it goes on past it, so that nobody waits for ranges that never come.
@@ -81,7 +81,7 @@ impl Default for Shape {
     fn default() -> Self {
         Shape {
             least: 1 << 20,
-            most: 8 << 20,
+            most: 4 << 20,
         }
     }
 }

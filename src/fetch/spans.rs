@@ -22,7 +22,7 @@ const PLAIN_PIECE: usize = 256 << 10;
 const PROOF: usize = 2 * MAX_WINDOW;
 /// Of so many gzip spans one is decoded to its end, in case that the bytes kept for it are not all that it takes: no damage comes of that,
 /// as every span is verified when it is fetched, but the layer would have to be streamed again.
-const WHOLE_EVERY: usize = 8;
+const WHOLE_EVERY: usize = 32;
 /// Pieces that wait to be verified. With those at work, a stream holds at most five of either kind, compressed and not.
 const WAITING: usize = 1;
 const PIECES_HELD: u64 = 2 * 5;

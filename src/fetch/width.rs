@@ -22,8 +22,14 @@ use crate::sync::primitives::{AtomicU64, Mutex, MutexGuard, Ordering};
 /// that even connections that are held back bring less than each as much; and of a link on which somebody else has one connection,
 /// two would take a third more than one, which is not to be worth it.
 const WORTH: f64 = 0.4;
+/// The same of a trial of half of the connections that were too many, which has less to prove by, and the least that all of them must have brought
+/// for it: where each is held back and what reads them is not fast enough for twice as many, half of those are.
+const WORTH_HALFWAY: f64 = 0.5;
+const SOME_GAIN: f64 = 1.1;
 /// How long connections take to be made and to find their pace, before anything is measured.
 const SETTLE: Duration = Duration::from_millis(150);
+/// How long it is waited for that all that are allowed are in use, at most.
+const LATEST: Duration = Duration::from_millis(500);
 /// How long is measured, at least.
 const MEASURE: Duration = Duration::from_millis(250);
 /// Bytes that a measure consists of: fewer say little.
@@ -83,6 +89,11 @@ struct Width {
     wait: Duration,
     /// Whether fewer are tried next.
     fewer: bool,
+    /// Whether all that are allowed were in use since, and until when that is waited for.
+    full: bool,
+    latest: Duration,
+    /// Whether the trial under way is of half of those that were too many.
+    halfway: bool,
 }
 
 impl Width {
@@ -98,6 +109,9 @@ impl Width {
             not_before: Duration::ZERO,
             wait: FIRST_WAIT,
             fewer: false,
+            full: false,
+            latest: Duration::ZERO,
+            halfway: false,
         }
     }
 
@@ -109,9 +123,16 @@ impl Width {
             if let Some(before) = self.before.take() {
                 self.extra = before.extra;
             }
+            self.halfway = false;
             return self.begin(seen);
         }
         if let Some(settled) = self.settles {
+            if seen.used < self.extra && !self.full && seen.now < self.latest {
+                // Who is to use them has to get memory first, which ranges of before have.
+                self.settles = Some(seen.now + SETTLE);
+                return;
+            }
+            self.full = true;
             if seen.now >= settled {
                 self.settles = None;
                 self.mark = (seen.now, seen.bytes);
@@ -140,19 +161,30 @@ impl Width {
     /// Measures anew, in a while.
     fn begin(&mut self, seen: &Seen) {
         self.settles = Some(seen.now + SETTLE);
+        self.latest = seen.now + LATEST;
+        self.full = false;
     }
 
     fn judge(&mut self, before: Sample, after: Sample, seen: &Seen) {
         let wider = self.extra > before.extra;
         let ratio = after.connections as f64 / before.connections.max(1) as f64;
+        let gain = after.rate / before.rate.max(1.0);
+        let worth = if self.halfway { WORTH_HALFWAY } else { WORTH };
         let helps = match wider {
             true => after.connections > before.connections,
             false => after.connections < before.connections,
-        } && after.rate >= before.rate * (1.0 + WORTH * (ratio - 1.0));
+        } && gain >= 1.0 + worth * (ratio - 1.0);
+        let halfway = std::mem::take(&mut self.halfway);
         if helps {
             // Those that could not be had are not allowed for.
             self.extra = self.extra.min(after.connections.saturating_sub(seen.streams));
             self.wait = FIRST_WAIT;
+        } else if wider && !halfway && gain >= SOME_GAIN && self.extra - before.extra >= 2 {
+            // Not all of them bring something, but some do.
+            self.extra = before.extra + (self.extra - before.extra) / 2;
+            self.halfway = true;
+            self.before = Some(before);
+            return;
         } else {
             self.extra = before.extra;
         }
@@ -167,6 +199,16 @@ impl Width {
         };
         // On in the direction that helped, or the other one.
         self.fewer = wider != helps;
+        if helps && wider && !halfway {
+            // What was measured of this choice is what the next one is compared with.
+            self.try_another(
+                Sample {
+                    extra: self.extra,
+                    ..after
+                },
+                seen,
+            );
+        }
     }
 
     fn try_another(&mut self, sample: Sample, seen: &Seen) {

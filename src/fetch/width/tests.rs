@@ -13,6 +13,8 @@ struct World {
     others: usize,
     /// Connections beside the streams' own that can be had.
     places: usize,
+    /// After how long those that are newly allowed are in use.
+    late: Duration,
     hungry: bool,
 }
 
@@ -23,6 +25,9 @@ struct Run {
     bytes: f64,
     /// Connections, of all looks together.
     connections: usize,
+    /// Those beside the streams' own that are in use, and since when more are allowed.
+    used: usize,
+    allowed: Duration,
 }
 
 impl Run {
@@ -32,6 +37,8 @@ impl Run {
             now: Duration::from_secs(100),
             bytes: 0.0,
             connections: 0,
+            used: 0,
+            allowed: Duration::ZERO,
         }
     }
 
@@ -41,7 +48,14 @@ impl Run {
         self.connections = 0;
         let end = self.now + time;
         while self.now < end {
-            let used = self.width.extra.min(world.places);
+            let could = self.width.extra.min(world.places);
+            if could <= self.used {
+                self.allowed = self.now;
+            }
+            if could < self.used || self.now - self.allowed >= world.late {
+                self.used = could;
+            }
+            let used = self.used;
             let connections = streams + used;
             let share = world.all / (connections + world.others) as f64;
             self.bytes += connections as f64 * share.min(world.each) * LOOK.as_secs_f64();
@@ -66,6 +80,7 @@ const CAPPED: World = World {
     each: 31.25 * MB,
     others: 0,
     places: 12,
+    late: Duration::ZERO,
     hungry: true,
 };
 
@@ -76,13 +91,37 @@ const SHARED: World = World {
 };
 
 #[test]
-fn where_each_connection_is_held_back_the_link_is_filled_within_two_seconds() {
+fn where_each_connection_is_held_back_the_link_is_filled_within_a_second_and_a_half() {
     let mut run = Run::new(11);
-    run.go(CAPPED, 1, Duration::from_secs(2));
+    run.go(CAPPED, 1, Duration::from_millis(1500));
+    let (rate, _) = run.go(CAPPED, 1, Duration::from_millis(500));
+    assert!(rate > 0.95 * CAPPED.all, "{rate}");
     let (rate, _) = run.go(CAPPED, 1, Duration::from_secs(60));
     assert!(rate > 0.95 * CAPPED.all, "{rate}");
     let (rate, _) = Run::new(0).go(CAPPED, 1, Duration::from_secs(10));
     assert!(rate < 1.01 * CAPPED.each, "none is allowed: {rate}");
+}
+
+#[test]
+fn where_twice_as_many_are_too_many_half_of_those_may_be_right() {
+    let world = World {
+        all: 170.0 * MB,
+        ..CAPPED
+    };
+    let mut run = Run::new(11);
+    run.go(world, 1, Duration::from_secs(3));
+    let (rate, connections) = run.go(world, 1, Duration::from_secs(2));
+    assert!(rate > 0.95 * world.all, "{rate}");
+    assert!(connections < 7.0, "{connections}");
+}
+
+#[test]
+fn what_is_in_use_late_is_measured_from_then_on() {
+    let late = Duration::from_millis(400);
+    let mut run = Run::new(11);
+    run.go(World { late, ..CAPPED }, 1, Duration::from_secs(3));
+    let (rate, _) = run.go(World { late, ..CAPPED }, 1, Duration::from_secs(2));
+    assert!(rate > 0.95 * CAPPED.all, "{rate}");
 }
 
 #[test]

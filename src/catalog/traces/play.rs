@@ -29,6 +29,9 @@ const PLAYED_BYTES: u64 = 1 << 30;
 pub(super) const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// How long after a playback began the image is not played again: a pull asks for one layer after the other.
 const AGAIN: Duration = Duration::from_secs(30);
+/// How long the others are waited for when the first layer has come: indexes are asked for side by side, and come a round trip or two apart. What is
+/// streamed takes longer.
+const GATHERED: Duration = Duration::from_millis(100);
 /// Longest playback: layers that are not live by then are streamed.
 pub(super) const LONGEST: Duration = Duration::from_secs(60);
 
@@ -294,6 +297,7 @@ impl Player {
         let mut found: FuturesUnordered<_> = found.collect();
         let mut carried = Some(Carried::new(trace, image));
         let (mut bytes, mut counts) = (0, Counts::default());
+        let mut first = None;
         loop {
             if found.is_empty()
                 && let Some(carried) = carried.take()
@@ -303,7 +307,10 @@ impl Player {
                 rest.into_iter()
                     .for_each(|(position, places)| self.wish(position, places));
             }
-            bytes += self.waves.go_on();
+            // Of what is asked for before all layers are here, the most urgent may be missing, and the others' indexes come more slowly for it.
+            if found.is_empty() || first.is_some_and(|at: Instant| at.elapsed() >= GATHERED) {
+                bytes += self.waves.go_on();
+            }
             let is_over = self.waves.are_over();
             if found.is_empty() && is_over {
                 return (bytes, counts);
@@ -316,6 +323,7 @@ impl Player {
                 }
                 () = &mut over => return (bytes, counts),
                 Some(layer) = found.next(), if !found.is_empty() => {
+                    first.get_or_insert_with(Instant::now);
                     if let (Some((position, digest, layer, found)), Some(carried)) = (layer, &mut carried) {
                         let places = carried.take(position, found);
                         match layer {

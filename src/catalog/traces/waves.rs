@@ -1,7 +1,8 @@
 //! Wishes in waves.
 //!
 //! A layer's queue makes large requests of what is asked for at once, in the order of the blob. So wishes are given to it in waves: the first is
-//! large enough for most starts, and a later one follows when all of the one before has its request, and is twice as large. What a
+//! large enough for most starts, and a later one follows when all of the one before has its request, and is twice as large. What has its place
+//! before something that was asked for already, since its layer came later, does not wait for that. What a
 //! reader waits for overtakes all of it, and a wish that a reader waits for is a reader's.
 
 use std::collections::BTreeMap;
@@ -33,10 +34,17 @@ pub(super) struct AtOnce {
 pub(super) struct Waves {
     played: Arc<Played>,
     layers: Vec<Arc<Layer>>,
-    /// Ranges of data spaces that are to be asked for, by their place in the order and the layer.
-    waiting: BTreeMap<(usize, usize), (u64, u64)>,
+    order: Order,
     /// What was asked for last.
     wave: Vec<(Arc<Layer>, Wished)>,
+}
+
+/// What waits to be asked for.
+struct Order {
+    /// Ranges of data spaces, by their place in the order and the number of the layer.
+    waiting: BTreeMap<(usize, usize), (u64, u64)>,
+    /// All places before this one may have been asked for.
+    reached: usize,
     allowance: Allowance,
 }
 
@@ -54,10 +62,72 @@ impl Allowance {
         self.wave.min(self.left)
     }
 
+    /// So much is asked for.
+    fn spend(&mut self, bytes: u64) {
+        self.left = self.left.saturating_sub(bytes);
+    }
+
     /// A wave has taken so much; the next one may take twice as much as this one might.
     fn take(&mut self, bytes: u64) {
-        self.left = self.left.saturating_sub(bytes);
+        self.spend(bytes);
         self.wave = self.wave.saturating_mul(2).min(LARGEST_WAVE);
+    }
+}
+
+impl Order {
+    fn new(left: u64) -> Self {
+        Order {
+            waiting: BTreeMap::new(),
+            reached: 0,
+            allowance: Allowance { wave: FIRST_WAVE, left },
+        }
+    }
+
+    /// Adds ranges of a layer with their places.
+    fn add(&mut self, layer: usize, ranges: impl Iterator<Item = (usize, (u64, u64))>) {
+        if self.allowance.left > 0 {
+            self.waiting
+                .extend(ranges.map(|(place, range)| ((place, layer), range)));
+        }
+    }
+
+    /// The next wave, by layer.
+    fn wave(&mut self) -> BTreeMap<usize, Ranges> {
+        let (asked, bytes) = self.until(usize::MAX);
+        if bytes > 0 {
+            self.allowance.take(bytes);
+        }
+        self.end_with_allowance();
+        asked
+    }
+
+    /// What has its place before something that was asked for already.
+    fn late(&mut self) -> BTreeMap<usize, Ranges> {
+        let (asked, bytes) = self.until(self.reached);
+        self.allowance.spend(bytes);
+        self.end_with_allowance();
+        asked
+    }
+
+    /// As much as a wave may be of what has its place before `end`, and bytes of it.
+    fn until(&mut self, end: usize) -> (BTreeMap<usize, Ranges>, u64) {
+        let mut asked: BTreeMap<usize, Ranges> = BTreeMap::new();
+        let (room, mut taken) = (self.allowance.next(), 0_u64);
+        while taken < room
+            && let Some(first) = self.waiting.first_entry().filter(|first| first.key().0 < end)
+        {
+            let ((place, layer), range) = first.remove_entry();
+            asked.entry(layer).or_default().push(range);
+            taken = taken.saturating_add(range.1);
+            self.reached = self.reached.max(place + 1);
+        }
+        (asked, taken)
+    }
+
+    fn end_with_allowance(&mut self) {
+        if self.allowance.left == 0 {
+            self.waiting.clear();
+        }
     }
 }
 
@@ -67,9 +137,8 @@ impl Waves {
         Waves {
             played,
             layers: Vec::new(),
-            waiting: BTreeMap::new(),
+            order: Order::new(left),
             wave: Vec::new(),
-            allowance: Allowance { wave: FIRST_WAVE, left },
         }
     }
 
@@ -80,24 +149,28 @@ impl Waves {
         if known.is_none() {
             self.layers.push(layer);
         }
-        if self.allowance.left > 0 {
-            self.waiting
-                .extend(ranges.map(|(place, range)| ((place, number), range)));
-        }
+        self.order.add(number, ranges);
     }
 
-    /// Asks for the next wave if the one before has its requests; bytes of it that were not here.
+    /// Asks for the next wave if the one before has its requests, and else for what should have come before that; bytes of it that were not here.
     pub(super) fn go_on(&mut self) -> u64 {
-        if self.waiting.is_empty() || self.is_open() {
+        if self.order.waiting.is_empty() {
             return 0;
         }
-        self.wave.clear();
-        self.go_on_with(Vec::new())
+        if !self.is_open() {
+            self.wave.clear();
+            return self.go_on_with(Vec::new());
+        }
+        let late = self.order.late();
+        let late = self.of_layers(late);
+        let count = late.len();
+        self.ask(late, count)
     }
 
     /// Asks for the next wave whatever has become of the one before, and for what cannot wait; of each layer together.
     pub(super) fn go_on_with(&mut self, at_once: Vec<AtOnce>) -> u64 {
-        let mut due = self.next();
+        let wave = self.order.wave();
+        let mut due = self.of_layers(wave);
         let is_wave = due.len();
         for AtOnce {
             layer,
@@ -105,20 +178,34 @@ impl Waves {
             guessed,
         } in at_once
         {
-            match due.iter_mut().find(|(known, ..)| Arc::ptr_eq(known, &layer)) {
-                Some((_, known, guesses)) => {
-                    known.append(&mut ranges);
-                    guesses.extend(guessed);
+            match due.iter_mut().find(|due| Arc::ptr_eq(&due.layer, &layer)) {
+                Some(due) => {
+                    due.ranges.append(&mut ranges);
+                    due.guessed.extend(guessed);
                 }
-                None => due.push((layer, ranges, guessed)),
+                None => due.push(AtOnce { layer, ranges, guessed }),
             }
         }
+        self.ask(due, is_wave)
+    }
+
+    fn of_layers(&self, asked: BTreeMap<usize, Ranges>) -> Vec<AtOnce> {
+        let asked = asked.into_iter().map(|(number, ranges)| AtOnce {
+            layer: Arc::clone(&self.layers[number]),
+            ranges,
+            guessed: Vec::new(),
+        });
+        asked.collect()
+    }
+
+    /// Asks for what is due, of which the first `is_wave` are of a wave; bytes that were not here.
+    fn ask(&mut self, due: Vec<AtOnce>, is_wave: usize) -> u64 {
         let mut bytes = 0;
-        for (at, (layer, ranges, guessed)) in due.into_iter().enumerate() {
-            let wished = layer.wish_and_guess(&ranges, &guessed);
-            bytes += self.played.note(layer.id(), &wished);
+        for (at, due) in due.into_iter().enumerate() {
+            let wished = due.layer.wish_and_guess(&due.ranges, &due.guessed);
+            bytes += self.played.note(due.layer.id(), &wished);
             if at < is_wave {
-                self.wave.push((layer, wished));
+                self.wave.push((due.layer, wished));
             }
         }
         bytes
@@ -126,7 +213,7 @@ impl Waves {
 
     /// Whether all is under way.
     pub(super) fn are_over(&self) -> bool {
-        self.waiting.is_empty() && !self.is_open()
+        self.order.waiting.is_empty() && !self.is_open()
     }
 
     /// Takes back what nobody waits for and no request has.
@@ -137,33 +224,33 @@ impl Waves {
     fn is_open(&self) -> bool {
         self.wave.iter().any(|(layer, _)| layer.has_wishes())
     }
-
-    /// The next wave.
-    fn next(&mut self) -> Vec<(Arc<Layer>, Ranges, Ranges)> {
-        let mut asked: BTreeMap<usize, Ranges> = BTreeMap::new();
-        let (room, mut taken) = (self.allowance.next(), 0_u64);
-        while taken < room
-            && let Some(((_, layer), range)) = self.waiting.pop_first()
-        {
-            asked.entry(layer).or_default().push(range);
-            taken = taken.saturating_add(range.1);
-        }
-        if taken > 0 {
-            self.allowance.take(taken);
-        }
-        if self.allowance.left == 0 {
-            self.waiting.clear();
-        }
-        let asked = asked.into_iter();
-        asked
-            .map(|(layer, ranges)| (Arc::clone(&self.layers[layer]), ranges, Vec::new()))
-            .collect()
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The most urgent may be in the layer that comes last.
+    #[test]
+    fn what_comes_late_does_not_wait_for_what_has_its_place_behind_it() {
+        const LEN: u64 = 8 << 20;
+        let at = |places: &[usize]| {
+            places
+                .iter()
+                .map(|&place| (place, (place as u64, LEN)))
+                .collect::<Vec<_>>()
+        };
+        let mut order = Order::new(u64::MAX);
+        order.add(0, at(&[2, 3, 5, 7, 9]).into_iter());
+        assert_eq!(order.wave()[&0].len(), 4, "of 32 MiB");
+        assert!(order.late().is_empty());
+        order.add(1, at(&[0, 1, 4, 8]).into_iter());
+        let places: Vec<_> = order.late()[&1].iter().map(|(place, _)| *place).collect();
+        assert_eq!(places, [0, 1, 4]);
+        assert!(order.late().is_empty(), "those behind wait for their wave");
+        let rest = BTreeMap::from([(0, vec![(9, LEN)]), (1, vec![(8, LEN)])]);
+        assert_eq!(order.wave(), rest);
+    }
 
     /// Waves may become larger than what is left.
     #[test]

@@ -11,10 +11,11 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
+use tokio::time::sleep;
 
 use super::Catalog;
 use super::containerd::{CONTENT_LABEL, ContainerdError, Ingest, IngestError, Ingested, layer_label, source_label};
@@ -37,6 +38,10 @@ const LEASE_HOURS: u64 = 24;
 const ATTEMPTS: u32 = 2;
 /// Longest wait for containerd to tell what it has, before a status says that this is not known.
 const LOOK_DEADLINE: Duration = Duration::from_secs(2);
+/// How long it is waited for that containerd takes back what an interrupted call was writing (it first writes what has come, and looks at nothing
+/// meanwhile), and how often it is asked.
+const GIVEN_BACK: Duration = Duration::from_secs(5);
+const ASK_EVERY: Duration = Duration::from_millis(100);
 
 /// Why an image is not complete.
 #[derive(Debug, thiserror::Error)]
@@ -241,6 +246,7 @@ impl Catalog {
             .into_iter()
             .collect();
         let mut attempt = 1;
+        let begun = Instant::now();
         loop {
             let read = |range: Range<u64>| {
                 let blob = Arc::clone(&blob);
@@ -279,6 +285,8 @@ impl Catalog {
                     blob.distrust();
                     attempt += 1;
                 }
+                // Who was interrupted a moment ago and asks again would be in his own way.
+                Err(IngestError::Taken { .. }) if begun.elapsed() < GIVEN_BACK => sleep(ASK_EVERY).await,
                 Err(error) => return Err(error),
             }
         }

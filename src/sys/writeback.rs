@@ -18,3 +18,30 @@ pub fn begin_writeback(file: &File, offset: u64, len: u64) -> io::Result<()> {
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    #[test]
+    fn what_is_written_can_be_begun_with_and_is_as_it_was() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&[7; 100_000]).unwrap();
+        begin_writeback(file.as_file(), 0, 100_000).unwrap();
+        begin_writeback(file.as_file(), 50_000, 1 << 40).unwrap();
+        assert_eq!(std::fs::read(file.path()).unwrap(), [7; 100_000]);
+    }
+
+    #[test]
+    fn what_is_no_range_of_a_file_is_refused() {
+        let file = tempfile::tempfile().unwrap();
+        let error = begin_writeback(&file, u64::MAX, 1).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        let (_reader, writer) = std::io::pipe().unwrap();
+        let error = begin_writeback(&File::from(OwnedFd::from(writer)), 0, 1).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ESPIPE));
+    }
+}

@@ -1,5 +1,5 @@
-//! Asking ahead for what earlier starts have read: as soon as layers are live, in the order of the first read, in waves ([`super::waves`]). Of an image
-//! of which nothing is known it is guessed ([`super::walk`]).
+//! Asking ahead for what earlier starts have read: as soon as all layers are live, or a moment after the first one, in the order of the first read, in
+//! waves ([`super::waves`]). Of an image of which nothing is known it is guessed ([`super::walk`]).
 //!
 //! Nobody waits for a playback, and none can fail: a layer that does not become live is not asked for anything.
 

@@ -3,8 +3,8 @@
 //! One connection fills most links. Where each is held back (stores and CDNs do that, and so does a long way with a small window), several
 //! bring several times as much; where the link itself is full, more of them only take from others. Which it is shows when it is tried: a
 //! [`Width`] measures what all streams of a host get together, lets them use twice the connections, and measures again. What grew by at least
-//! [`WORTH`] of what it would have grown by if each connection brought the same is kept, and tried further; else it is as before, and the
-//! next trial waits, longer each time. Now and then it tries the other way round, by the same measure: half of the connections are enough
+//! [`WORTH`] of what it would have grown by if each connection brought the same is kept, and tried further at once; if it grew by less, half as many
+//! more are tried; else it is as before, and the next trial waits, longer each time. Now and then it tries the other way round, by the same measure: half of the connections are enough
 //! if they bring more than that.
 //!
 //! It is counted over all streams of a host, so that one that takes from the others proves nothing. [`Width`] has no clock and does no I/O.

@@ -1,9 +1,12 @@
 //! Lazily pulled images that are completed: containerd has exactly the blobs that the registry has, keeps them as long as the image is there, and can do with them
 //! what it can do with any image.
 
+use std::collections::HashMap;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use ::lazuli::catalog::containerd::{Containerd as Client, Ingest};
+use ::lazuli::layer::Digest;
 use serde_json::Value;
 
 use crate::apply::kill;
@@ -220,6 +223,47 @@ fn killed_in_the_middle_it_goes_on() {
     );
     let sum = format!("{}  -\n", ::lazuli::layer::Digest::of(&noise(9, LARGE)).hex());
     assert_eq!(stage.sh(&reference, "sha256sum < /large"), sum);
+}
+
+/// Another call has the reference of a layer, as one that was interrupted does for a moment.
+#[test]
+fn a_reference_that_is_given_back_soon_is_waited_for() {
+    if subject() != lazuli::SNAPSHOTTER {
+        return;
+    }
+    let Some(generation) = Generation::two() else { return };
+    let stage = Stage::new("a_reference_that_is_given_back_soon", generation);
+    let reference = stage.push_converted(&image(), "complete/taken:1", &["--estargz"]);
+    stage.pull(&reference);
+    let digests = layers(&stage.containerd, &reference);
+    let digest: Digest = digests[0].parse().unwrap();
+    let size = stage.containerd.manifest(&reference)["layers"][0]["size"]
+        .as_u64()
+        .unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let held = runtime.block_on(async {
+        let client = Client::new(&stage.containerd.address);
+        client.create_lease("default", "holder", 1).await.unwrap();
+        let ingest = Ingest {
+            namespace: "default",
+            lease: "holder",
+            reference: format!("lazuli-{digest}"),
+            digest,
+            size,
+            labels: HashMap::new(),
+        };
+        client.open_ingest(ingest).await.unwrap().expect("it is not there yet")
+    });
+    std::thread::scope(|scope| {
+        let completing = scope.spawn(|| complete(stage.lazuli.as_ref().unwrap(), &reference));
+        // Long enough to fail in; less would prove less, and nothing wrong.
+        std::thread::sleep(Duration::from_secs(2));
+        assert!(!completing.is_finished(), "it waits");
+        let _entered = runtime.enter();
+        drop(held);
+        completing.join().unwrap().expect_success();
+    });
+    assert_eq!(stored(&stage.containerd, &digests).len(), digests.len());
 }
 
 /// A registry that sends other bytes than it should: nothing of them is kept, and when it is right again, neither is it in the way.

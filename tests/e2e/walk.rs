@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use crate::stage::{Stage, subject};
 use crate::support::containerd::Generation;
 use crate::support::image::{Compression, Flavour, Image, Layer, base_entries};
 use crate::support::lazuli::SNAPSHOTTER;
-use crate::support::proxy::{Exchange, total_bytes};
+use crate::support::proxy::{Exchange, Link, total_bytes};
 use crate::support::sandbox::{COMMAND_TIMEOUT, PATIENCE, run, run_ok, wait_until};
 use crate::support::tar::{Entry, noise};
 
@@ -122,19 +123,25 @@ fn walked(stage: &Stage, program: &str) {
     // What was asked for has come.
     let idle = || {
         let before = total_bytes(&stage.blob_requests());
-        std::thread::sleep(std::time::Duration::from_millis(300));
+        std::thread::sleep(Duration::from_millis(300));
         (total_bytes(&stage.blob_requests()) == before).then_some(())
     };
     wait_until(PATIENCE, idle).expect("bytes come on and on");
 }
 
-/// Makes a container of a command that the image does not name, and starts it once what that reads is here.
-fn is_walked_and_waits_for_nothing(stage: &Stage, reference: &str, args: &[&str]) {
+/// Makes a container of a command that the image does not name; its id.
+fn create(stage: &Stage, reference: &str, args: &[&str]) -> String {
     let id = stage.containerd.new_id();
     let flags = ["containers", "create", "--snapshotter", SNAPSHOTTER];
     let mut command = stage.containerd.ctr(&flags);
     command.args([reference, &id]).args(args);
     run(&mut command, COMMAND_TIMEOUT).expect_success();
+    id
+}
+
+/// Makes a container of a command that the image does not name, and starts it once what that reads is here.
+fn is_walked_and_waits_for_nothing(stage: &Stage, reference: &str, args: &[&str]) {
+    let id = create(stage, reference, args);
     walked(stage, args[0]);
     taken(stage);
     run(
@@ -285,35 +292,96 @@ fn what_a_container_runs_instead_is_walked_as_well() {
     is_walked_and_waits_for_nothing(&stage, &reference, &["tool", "/opt"]);
 }
 
-/// What is known of a start with the same program goes on, and what that does not tell is walked.
-#[test]
-fn what_is_known_of_the_same_program_does_not_keep_other_arguments_from_being_walked() {
-    const UNWALKED: &str = "[trace]\nwalk = false\n";
-    let Some(mut stage) = stage("the_same_program_with_other_arguments", UNWALKED) else {
-        return;
-    };
-    let env = vec![
-        Entry::dir("usr"),
-        Entry::dir("usr/bin"),
-        Entry::symlink("usr/bin/env", "/bin/busybox"),
-    ];
-    let layers = [layers(), vec![Layer::of(Compression::Gzip, env)]].concat();
-    let image = Image::running(Flavour::Oci, layers, &["env", "echo"]);
-    let reference = stage.push_converted(&image, "walk/app:1", &["--estargz"]);
-    stage.pull(&reference);
-    start(&stage, &reference);
-    let said = |stage: &Stage, what: &str| stage.lazuli.as_ref().unwrap().log().contains(what).then_some(());
-    wait_until(PATIENCE, || said(&stage, "it is known what this reads")).expect("its start is learned");
+/// Nothing is guessed.
+const UNWALKED: &str = "[trace]\nwalk = false\n";
 
-    stage.containerd.remove_image(&reference);
+/// Has a start of an image learned, of which nothing else is left, and things guessed from now on.
+fn learn_and_forget(stage: &mut Stage, reference: &str) {
+    stage.pull(reference);
+    start(stage, reference);
+    wait_until(PATIENCE, || said(stage, "it is known what this reads")).expect("its start is learned");
+    stage.containerd.remove_image(reference);
     assert!(stage.lazuli().stop());
     fs::remove_dir_all(stage.lazuli().root().join("layers")).unwrap();
     let config = fs::read_to_string(stage.lazuli().config()).unwrap();
     fs::write(stage.lazuli().config(), config.replace(UNWALKED, "")).unwrap();
     stage.restart_daemon();
+}
+
+fn said(stage: &Stage, what: &str) -> Option<()> {
+    stage.lazuli.as_ref().unwrap().log().contains(what).then_some(())
+}
+
+/// The layers, and one in which the program is another name of the shell, beside `more`.
+fn layers_and(more: Vec<Entry>) -> Vec<Layer> {
+    let env = vec![
+        Entry::dir("usr"),
+        Entry::dir("usr/bin"),
+        Entry::symlink("usr/bin/env", "/bin/busybox"),
+    ];
+    [layers(), vec![Layer::of(Compression::Gzip, [env, more].concat())]].concat()
+}
+
+/// What is known of a start with the same program goes on, and what that does not tell is walked.
+#[test]
+fn what_is_known_of_the_same_program_does_not_keep_other_arguments_from_being_walked() {
+    let Some(mut stage) = stage("the_same_program_with_other_arguments", UNWALKED) else {
+        return;
+    };
+    let image = Image::running(Flavour::Oci, layers_and(Vec::new()), &["env", "echo"]);
+    let reference = stage.push_converted(&image, "walk/app:1", &["--estargz"]);
+    learn_and_forget(&mut stage, &reference);
     stage.pull(&reference);
     wait_until(PATIENCE, || said(&stage, "fit=\"same\"")).expect("it is played");
     is_walked_and_waits_for_nothing(&stage, &reference, &["env", "tool", "/opt"]);
+}
+
+/// Over a narrow link, what only the known command reads waits until what the other arguments read has its requests, and comes then.
+#[test]
+fn what_is_known_of_the_same_program_waits_for_what_other_arguments_read() {
+    /// Files, of which every other one is read, and their length: too large to be taken along with a neighbour, and more of them than requests may be
+    /// under way.
+    const FILES: u64 = 192;
+    const FILE_LEN: usize = 150_000;
+    /// All that is known takes ten seconds.
+    const NARROW: Link = Link {
+        latency: Duration::from_millis(20),
+        bytes_per_second: Some(1_500_000),
+    };
+    let Some(mut stage) = stage("the_same_program_waits", UNWALKED) else {
+        return;
+    };
+    let files = (0..FILES).map(|file| Entry::file(format!("data/{file:03}"), noise(1000 + file, FILE_LEN)));
+    let data = [vec![Entry::dir("data")], files.collect()].concat();
+    let image = Image::running(
+        Flavour::Oci,
+        layers_and(data),
+        &["env", "sh", "-c", "cat /data/*[02468] >/dev/null"],
+    );
+    let reference = stage.push_converted(&image, "walk/app:1", &["--estargz"]);
+    learn_and_forget(&mut stage, &reference);
+    stage.proxy.set_link(NARROW);
+    stage.pull(&reference);
+    wait_until(PATIENCE, || said(&stage, "fit=\"same\"")).expect("it is played");
+    taken(&stage);
+    create(&stage, &reference, &["env", "tool", "/opt"]);
+    walked(&stage, "env");
+    let taken = taken(&stage);
+    let manifest = stage.containerd.manifest(&reference);
+    let of = |layer: usize| {
+        let digest = manifest["layers"][layer]["digest"].as_str().unwrap();
+        let asked = taken.iter().enumerate();
+        let asked = asked.filter(|(_, exchange)| exchange.path.ends_with(digest));
+        asked.map(|(at, _)| at).collect::<Vec<_>>()
+    };
+    let (low, data) = (of(1), of(4));
+    let walk = *low.first().expect("it was walked")..*low.last().unwrap();
+    let between: Vec<_> = data.iter().filter(|at| walk.contains(at)).collect();
+    assert!(walk.len() > 3 && between.is_empty(), "{walk:?}, {data:?} of {taken:#?}");
+    assert!(
+        data.iter().any(|&at| at > walk.end),
+        "it is given up: {data:?} of {taken:#?}"
+    );
 }
 
 /// Whatever an image says that it runs, little is fetched for it, and it can be used.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::waves::{CACHE_PART, Waves};
@@ -48,10 +49,23 @@ pub(super) struct Played {
     pub(super) end: CancellationToken,
     /// What goes on beside it: what is known of a start that reads much of the same.
     beside: Option<Arc<Played>>,
+    /// Whether it waits, with all of it that has no request yet, for what is guessed of another command.
+    waits: watch::Sender<bool>,
     /// Whether it was guessed.
     pub(super) is_guess: bool,
     manifest: Digest,
     state: Mutex<PlayedState>,
+}
+
+/// While this lives, something waits.
+pub(super) struct GoesFirst(Option<Arc<Played>>);
+
+impl Drop for GoesFirst {
+    fn drop(&mut self) {
+        if let Some(other) = &self.0 {
+            other.waits.send_replace(false);
+        }
+    }
 }
 
 #[derive(Default)]
@@ -68,6 +82,11 @@ impl Played {
         if let Some(beside) = &self.beside {
             beside.stop();
         }
+    }
+
+    /// What goes on beside it waits for it until this is dropped.
+    pub(super) fn goes_first(&self) -> GoesFirst {
+        GoesFirst(self.beside.clone())
     }
 
     fn state(&self) -> MutexGuard<'_, PlayedState> {
@@ -228,7 +247,10 @@ impl Catalog {
         }
         let helps = |other: &Arc<Played>| is_guess && !other.is_guess && other.entry.resembles(&entry);
         let beside = match state.played.remove(&manifest) {
-            Some(other) if helps(&other) => Some(other),
+            Some(other) if helps(&other) => {
+                other.waits.send_replace(true);
+                Some(other)
+            }
             Some(other) => {
                 other.stop();
                 None
@@ -240,6 +262,7 @@ impl Catalog {
             entry,
             end: CancellationToken::new(),
             beside,
+            waits: watch::Sender::new(false),
             is_guess,
             manifest,
             state: Mutex::default(),
@@ -272,6 +295,7 @@ impl Player {
     /// Plays until all is under way; bytes of data spaces that were asked for and were not here, and what was found of the trace.
     async fn run(mut self, coming: Vec<Coming>) -> (u64, Counts) {
         let end = self.played.end.clone();
+        let mut waits = self.played.waits.subscribe();
         let over = tokio::time::sleep(LONGEST);
         tokio::pin!(over);
         let (trace, image) = (Arc::clone(&self.trace), Arc::clone(&self.image));
@@ -308,7 +332,11 @@ impl Player {
                     .for_each(|(position, places)| self.wish(position, places));
             }
             // Of what is asked for before all layers are here, the most urgent may be missing, and the others' indexes come more slowly for it.
-            if found.is_empty() || first.is_some_and(|at: Instant| at.elapsed() >= GATHERED) {
+            let are_gathered = found.is_empty() || first.is_some_and(|at: Instant| at.elapsed() >= GATHERED);
+            let has_to_wait = *waits.borrow_and_update();
+            if has_to_wait {
+                self.waves.hold();
+            } else if are_gathered {
                 bytes += self.waves.go_on();
             }
             let is_over = self.waves.are_over();
@@ -322,6 +350,7 @@ impl Player {
                     return (bytes, counts);
                 }
                 () = &mut over => return (bytes, counts),
+                _ = waits.changed() => {}
                 Some(layer) = found.next(), if !found.is_empty() => {
                     first.get_or_insert_with(Instant::now);
                     if let (Some((position, digest, layer, found)), Some(carried)) = (layer, &mut carried) {
@@ -335,7 +364,7 @@ impl Player {
                         }
                     }
                 }
-                () = tokio::time::sleep(LOOK_EVERY), if !is_over => {}
+                () = tokio::time::sleep(LOOK_EVERY), if !is_over && !has_to_wait => {}
             }
         }
     }

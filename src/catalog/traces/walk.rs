@@ -170,6 +170,7 @@ impl Catalog {
             return;
         };
         let end = played.end.clone();
+        let _first = played.goes_first();
         let walked = async {
             let layers = join_all(coming).await.into_iter().rev();
             let layers: Option<Vec<_>> = layers.map(|layer| layer.map(|(_, layer)| layer)).collect();

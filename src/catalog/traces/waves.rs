@@ -1,7 +1,7 @@
 //! Wishes in waves.
 //!
-//! A layer's queue makes large requests of what is asked for at once, in the order of the blob. So wishes are given to it in waves: the first is
-//! large enough for most starts, and a later one follows when all of the one before has its request, and is twice as large. What has its place
+//! A layer's queue makes large requests of what is asked for at once, in the order of the blob. So wishes are given to it in waves: the first has
+//! what a program reads before it does anything else, and a later one follows when all of the one before has its request, and is twice as large. What has its place
 //! before something that was asked for already, since its layer came later, does not wait for that. What a
 //! reader waits for overtakes all of it, and a wish that a reader waits for is a reader's.
 
@@ -11,8 +11,9 @@ use std::sync::Arc;
 use super::play::Played;
 use crate::fetch::{Layer, LayerData as _, Wished};
 
-/// Bytes of the first wave: more than most programs read to start.
-const FIRST_WAVE: u64 = 32 << 20;
+/// Bytes of the first wave: the order within it is that of the blob, and what all commands of a program read comes before what some read. With 32 MiB, another command
+/// took longer over a narrow link, and with 4 MiB nothing took less.
+const FIRST_WAVE: u64 = 8 << 20;
 /// Bytes of the largest wave: the order within it is that of the blob.
 const LARGEST_WAVE: u64 = 256 << 20;
 /// Part of the cache that all of them may be, if that is limited: one in so many.
@@ -20,6 +21,9 @@ pub(super) const CACHE_PART: u64 = 4;
 
 /// Ranges of a data space: offsets and lengths.
 type Ranges = Vec<(u64, u64)>;
+
+/// Ranges of data spaces, by their place in the order and the number of the layer.
+type Places = BTreeMap<(usize, usize), (u64, u64)>;
 
 /// What is asked for of a layer, whatever waits.
 pub(super) struct AtOnce {
@@ -41,8 +45,9 @@ pub(super) struct Waves {
 
 /// What waits to be asked for.
 struct Order {
-    /// Ranges of data spaces, by their place in the order and the number of the layer.
-    waiting: BTreeMap<(usize, usize), (u64, u64)>,
+    waiting: Places,
+    /// What was taken since the last wave began, with that.
+    taken: Places,
     /// All places before this one may have been asked for.
     reached: usize,
     allowance: Allowance,
@@ -67,6 +72,11 @@ impl Allowance {
         self.left = self.left.saturating_sub(bytes);
     }
 
+    /// So much of that was asked for in vain.
+    fn give_back(&mut self, bytes: u64) {
+        self.left = self.left.saturating_add(bytes);
+    }
+
     /// A wave has taken so much; the next one may take twice as much as this one might.
     fn take(&mut self, bytes: u64) {
         self.spend(bytes);
@@ -77,7 +87,8 @@ impl Allowance {
 impl Order {
     fn new(left: u64) -> Self {
         Order {
-            waiting: BTreeMap::new(),
+            waiting: Places::new(),
+            taken: Places::new(),
             reached: 0,
             allowance: Allowance { wave: FIRST_WAVE, left },
         }
@@ -93,6 +104,7 @@ impl Order {
 
     /// The next wave, by layer.
     fn wave(&mut self) -> BTreeMap<usize, Ranges> {
+        self.taken.clear();
         let (asked, bytes) = self.until(usize::MAX);
         if bytes > 0 {
             self.allowance.take(bytes);
@@ -119,9 +131,20 @@ impl Order {
             let ((place, layer), range) = first.remove_entry();
             asked.entry(layer).or_default().push(range);
             taken = taken.saturating_add(range.1);
+            self.taken.insert((place, layer), range);
             self.reached = self.reached.max(place + 1);
         }
         (asked, taken)
+    }
+
+    /// What was taken last is to be taken again, unless it has come.
+    fn put_back(&mut self, has_come: impl Fn(usize, (u64, u64)) -> bool) {
+        let taken = std::mem::take(&mut self.taken).into_iter();
+        for ((place, layer), range) in taken.filter(|((_, layer), range)| !has_come(*layer, *range)) {
+            self.allowance.give_back(range.1);
+            self.waiting.insert((place, layer), range);
+            self.reached = self.reached.min(place);
+        }
     }
 
     fn end_with_allowance(&mut self) {
@@ -221,6 +244,15 @@ impl Waves {
         self.wave.iter().for_each(|(layer, wished)| layer.unwish(wished));
     }
 
+    /// Takes it back for a while: it is asked for again when this goes on.
+    pub(super) fn hold(&mut self) {
+        self.take_back();
+        self.wave.clear();
+        let layers = &self.layers;
+        self.order
+            .put_back(|layer, (offset, len)| layers[layer].cached().is_ready(offset, len));
+    }
+
     fn is_open(&self) -> bool {
         self.wave.iter().any(|(layer, _)| layer.has_wishes())
     }
@@ -233,7 +265,7 @@ mod tests {
     /// The most urgent may be in the layer that comes last.
     #[test]
     fn what_comes_late_does_not_wait_for_what_has_its_place_behind_it() {
-        const LEN: u64 = 8 << 20;
+        const LEN: u64 = FIRST_WAVE / 4;
         let at = |places: &[usize]| {
             places
                 .iter()
@@ -242,7 +274,7 @@ mod tests {
         };
         let mut order = Order::new(u64::MAX);
         order.add(0, at(&[2, 3, 5, 7, 9]).into_iter());
-        assert_eq!(order.wave()[&0].len(), 4, "of 32 MiB");
+        assert_eq!(order.wave()[&0].len(), 4);
         assert!(order.late().is_empty());
         order.add(1, at(&[0, 1, 4, 8]).into_iter());
         let places: Vec<_> = order.late()[&1].iter().map(|(place, _)| *place).collect();
@@ -250,6 +282,22 @@ mod tests {
         assert!(order.late().is_empty(), "those behind wait for their wave");
         let rest = BTreeMap::from([(0, vec![(9, LEN)]), (1, vec![(8, LEN)])]);
         assert_eq!(order.wave(), rest);
+    }
+
+    /// What has come is not asked for again; the rest is, in its order.
+    #[test]
+    fn what_is_put_back_is_the_next_wave() {
+        let wishes = |places: std::ops::Range<usize>| places.map(|place| (place, (place as u64, 4 << 20)));
+        let mut order = Order::new(FIRST_WAVE + (5 << 20));
+        order.add(0, wishes(0..4));
+        assert_eq!(order.wave()[&0].len(), 2);
+        order.put_back(|_, (offset, _)| offset == 0);
+        assert_eq!(order.reached, 1, "nothing behind it was asked for");
+        // Less is left than a wave might take, by what has come.
+        let again: Vec<_> = order.wave()[&0].iter().map(|(place, _)| *place).collect();
+        assert_eq!(again, [1, 2, 3]);
+        order.put_back(|_, _| true);
+        assert!(order.waiting.is_empty() && order.wave().is_empty());
     }
 
     /// Waves may become larger than what is left.

@@ -34,9 +34,11 @@ use crate::proto::namespaces::v1::namespaces_client::NamespacesClient;
 use crate::proto::version::v1::version_client::VersionClient;
 use crate::registry::image::Command;
 
+mod gathered;
 mod ingest;
 mod plugins;
 
+use gathered::Gathered;
 pub use ingest::{BlobWriter, Ingest, IngestError, IngestWriter, Ingested, layer_reference};
 
 /// Longest wait for one answer of containerd. Its own bolt transactions take milliseconds; a node under heavy load, seconds.
@@ -525,7 +527,10 @@ pub fn unix_channel(address: &Path) -> Channel {
         .initial_connection_window_size(CONNECTION_WINDOW)
         .connect_with_connector_lazy(tower::service_fn(move |_: Uri| {
             let address = address.clone();
-            async move { UnixStream::connect(address).await.map(TokioIo::new) }
+            async move {
+                let socket = UnixStream::connect(address).await?;
+                Ok::<_, io::Error>(TokioIo::new(Gathered::new(socket)))
+            }
         }))
 }
 

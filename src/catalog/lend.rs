@@ -359,18 +359,16 @@ impl Catalog {
                 Step::Ended => return Err(LendError::Ended(at)),
                 Step::Copy => {
                     let spool = Arc::clone(&stream.spool);
-                    let bytes = blocking(move || {
-                        spool.give_back(download, at);
-                        spool.read(at, PIECE)
-                    });
-                    let bytes = bytes.await.map_err(LendError::Spool)?;
+                    let bytes = blocking(move || spool.read(download, at, PIECE)).await;
+                    let bytes = bytes.map_err(LendError::Spool)?;
                     // If another download has begun meanwhile, they may be of either.
                     if seen.borrow().download != download {
                         continue;
                     }
-                    at += bytes.len() as u64;
-                    self.metrics.lent_bytes_total.inc_by(bytes.len() as u64);
-                    if !writer.write(&bytes).await {
+                    let len = bytes.len() as u64;
+                    at += len;
+                    self.metrics.lent_bytes_total.inc_by(len);
+                    if !writer.write(bytes).await {
                         return Ok(false);
                     }
                 }

@@ -369,7 +369,7 @@ impl Pull {
     async fn write(&self, digest: &Digest, bytes: Bytes, mut labels: HashMap<String, String>) -> anyhow::Result<()> {
         labels.extend(self.source_labels());
         let mut writer = BlobWriter::new(self.writer(digest), digest, bytes.len() as u64, labels.clone());
-        let messages = vec![writer.piece(&bytes), writer.commit()];
+        let messages = vec![writer.piece(bytes), writer.commit()];
         if !self.store(digest, tokio_stream::iter(messages)).await? {
             // It is there already, perhaps from another pull: it needs our labels all the same.
             for (key, value) in labels {

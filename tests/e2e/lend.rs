@@ -442,7 +442,7 @@ fn what_was_wrong_is_taken_back() {
         for _ in 0..10 {
             let mut wrong = containerd.open_ingest(ingest()).await.unwrap().unwrap();
             assert_eq!(wrong.from(), 0, "what was wrong is there");
-            assert!(wrong.write(&noise(78, 1_000_000)).await);
+            assert!(wrong.write(noise(78, 1_000_000)).await);
             wrong.take_back().await;
         }
         let mut first = containerd.open_ingest(ingest()).await.unwrap().unwrap();
@@ -474,7 +474,7 @@ fn what_was_wrong_is_taken_back() {
         drop(first);
         let mut second = at(1_000_000).await;
         let from = second.from() as usize;
-        assert!(second.write(&vec![0; bytes.len() - from]).await);
+        assert!(second.write(vec![0; bytes.len() - from]).await);
         assert!(second.begin_anew().await);
         assert!(second.write(&bytes[..500_000]).await);
         assert!(second.write(&bytes[500_000..]).await);

@@ -184,7 +184,7 @@ impl Containerd {
                     let piece: Bytes = bytes.split_to(bytes.len().min(MESSAGE));
                     there += piece.len() as u64;
                     arrived(there);
-                    if !writer.write(&piece).await {
+                    if !writer.write(piece).await {
                         break 'body;
                     }
                 }
@@ -212,7 +212,7 @@ impl IngestWriter {
 
     /// The next bytes, at most [`MESSAGE`] of them; false if the call has ended, whose own answer says why ([`IngestWriter::commit`]). A containerd that takes
     /// nothing for long is no better.
-    pub async fn write(&mut self, bytes: &[u8]) -> bool {
+    pub async fn write(&mut self, bytes: impl Into<Vec<u8>>) -> bool {
         let piece = self.messages.piece(bytes);
         self.sender.send_timeout(piece, TAKE_DEADLINE).await.is_ok()
     }
@@ -222,7 +222,7 @@ impl IngestWriter {
         self.from = 0;
         self.messages.go_on_at(0);
         // containerd empties what it has where something comes at 0, though it be nothing.
-        self.write(&[]).await
+        self.write(Vec::new()).await
     }
 
     /// What was written is wrong, and nothing better comes: comes back when containerd has nothing of it any more.
@@ -302,9 +302,11 @@ impl BlobWriter {
     }
 
     /// The next bytes, well below [`MAX_MESSAGE`] of them.
-    pub fn piece(&mut self, bytes: &[u8]) -> content::WriteContentRequest {
-        let message = self.message(content::WriteAction::Write, bytes.to_vec(), HashMap::new());
-        self.offset += bytes.len() as i64;
+    pub fn piece(&mut self, bytes: impl Into<Vec<u8>>) -> content::WriteContentRequest {
+        let bytes = bytes.into();
+        let len = bytes.len() as i64;
+        let message = self.message(content::WriteAction::Write, bytes, HashMap::new());
+        self.offset += len;
         message
     }
 
@@ -349,7 +351,11 @@ mod tests {
         let labels = HashMap::from([("a".to_owned(), "b".to_owned())]);
         let digest = Digest::of(b"hello");
         let mut writer = BlobWriter::new("me".to_owned(), &digest, 5, labels.clone());
-        let messages = [writer.piece(b"hel"), writer.piece(b"lo"), writer.commit()];
+        let messages = [
+            writer.piece(b"hel".to_vec()),
+            writer.piece(b"lo".to_vec()),
+            writer.commit(),
+        ];
         assert_eq!(messages.each_ref().map(|m| m.offset), [0, 3, 5]);
         assert!(
             messages

@@ -270,7 +270,6 @@ fn the_kernel_keeps_names_absence_attributes_and_listings() {
             fs::read(merged.join("link")).unwrap();
         });
     };
-    pass();
     let ops = [
         "lookup",
         "getattr",
@@ -281,14 +280,22 @@ fn the_kernel_keeps_names_absence_attributes_and_listings() {
         "open",
         "opendir",
     ];
-    let first = ops.map(|op| mounted.requests(op));
+    let asked = || ops.map(|op| mounted.requests(op));
     pass();
-    assert_eq!(ops.map(|op| mounted.requests(op)), first, "{ops:?}");
+    assert_eq!(mounted.metrics.read_bytes_total.get(), 50 * 9000);
+    // A kernel may take back what it keeps, a page at a time; it does not do so each time.
+    let mut passes = Vec::new();
+    let keeps = (0..5).any(|_| {
+        let before = asked();
+        pass();
+        passes.push(asked());
+        asked() == before
+    });
+    assert!(keeps, "{ops:?}: {passes:?}");
     assert!(mounted.requests("open") <= 1, "the kernel opens files by itself");
     assert!(
         mounted.requests("opendir") <= 1,
         "the kernel opens directories by itself"
     );
     assert!(mounted.requests("read") >= 50);
-    assert_eq!(mounted.metrics.read_bytes_total.get(), 50 * 9000);
 }

@@ -28,9 +28,10 @@ use crate::sync::primitives::{AtomicU64, Mutex, MutexGuard, Ordering};
 const GIVE_BACK: u64 = 64 << 20;
 /// Bytes that wait in memory for a reader who keeps up: he may be late by what comes in some ten milliseconds.
 const IN_MEMORY: u64 = 4 << 20;
+/// Pieces that wait there at most: a registry may send single bytes, and what names a piece takes more.
+const PIECES: usize = 1024;
 /// Whose next byte lies so little before the end of the file keeps up: he will have read that before more than [`IN_MEMORY`] has come.
 const NEAR: u64 = 2 << 20;
-
 /// After how many bytes at the latest whoever watches a spool is told of more; and when it ends.
 const TOLD_EVERY: u64 = 128 << 10;
 
@@ -85,13 +86,8 @@ impl Kept {
 
     /// Whether the next `len` bytes may wait in memory.
     fn has_room(&self, len: u64) -> bool {
-        self.reader.is_some_and(|reader| reader + NEAR >= self.file.end) && self.in_memory + len <= IN_MEMORY
-    }
-
-    fn take(&mut self) -> Option<Bytes> {
-        let piece = self.pieces.pop_front()?;
-        self.in_memory -= piece.len() as u64;
-        Some(piece)
+        let keeps_up = self.reader.is_some_and(|reader| reader + NEAR >= self.file.end);
+        keeps_up && self.in_memory + len <= IN_MEMORY && self.pieces.len() < PIECES
     }
 
     /// What is in memory before `offset` goes.
@@ -216,11 +212,14 @@ impl Spool {
             self.punch(kept.file.clone())?;
             kept.file = at..at;
         }
-        while let Some(piece) = kept.take() {
-            self.file.write_all_at(&piece, at)?;
+        // Where one of them cannot be written, what is in memory is still there to be read.
+        for piece in &kept.pieces {
+            self.file.write_all_at(piece, at)?;
             at += piece.len() as u64;
         }
         self.file.write_all_at(bytes, at)?;
+        kept.pieces.clear();
+        kept.in_memory = 0;
         kept.file.end = at + bytes.len() as u64;
         self.account(kept);
         Ok(())
@@ -228,9 +227,8 @@ impl Spool {
 
     /// All of it goes, whether somebody reads it or not; the bytes that it took.
     fn give_way(&self) -> u64 {
-        let mut kept = self.kept();
+        let _kept = self.kept();
         self.state.send_modify(|state| state.end = Some(SpoolEnd::Failed));
-        (kept.pieces, kept.in_memory) = (VecDeque::new(), 0);
         if let Err(error) = self.file.set_len(0) {
             tracing::warn!(%error, "a blob that was kept while it came stays on the disk until its reader has ended");
             return 0;
@@ -427,5 +425,39 @@ mod tests {
         assert!(read == came);
         drop(spool);
         assert_eq!(cache.used_bytes(), 0);
+    }
+
+    /// What is in memory when the disk is full can still be read.
+    #[test]
+    fn a_full_disk_loses_nothing_that_came_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = open(dir.path(), 1 << 30);
+        let mut spool = Arc::try_unwrap(cache.spool(8 << 20).unwrap()).ok().unwrap();
+        spool.file = File::options().write(true).open("/dev/full").unwrap();
+        assert!(spool.read(0, 0, 1).unwrap().is_empty());
+        let piece = Bytes::from(vec![8; 1 << 20]);
+        for _ in 0..5 {
+            spool.push(&piece);
+        }
+        let state = *spool.watch().borrow();
+        assert_eq!((state.there, state.end), (4 << 20, Some(SpoolEnd::Failed)));
+        assert_eq!(spool.read(0, 0, 8 << 20).unwrap(), vec![8; 4 << 20]);
+    }
+
+    /// A registry that drips, with a reader who is as slow: names of pieces are memory as well.
+    #[test]
+    fn few_pieces_wait_in_memory() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = open(dir.path(), 1 << 30);
+        let spool = cache.spool(1 << 20).unwrap();
+        assert!(spool.read(0, 0, 1).unwrap().is_empty());
+        for _ in 0..PIECES {
+            spool.push(&Bytes::from_static(&[5]));
+        }
+        assert_eq!(cache.used_bytes(), 0, "in memory");
+        spool.push(&Bytes::from_static(&[6]));
+        assert_eq!(cache.used_bytes(), PIECES as u64 + 1);
+        let all = [vec![5; PIECES], vec![6]].concat();
+        assert_eq!(spool.read(0, 0, 1 << 20).unwrap(), all);
     }
 }

@@ -100,10 +100,9 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Gathered<S> {
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Gathered<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let me = self.get_mut();
-        // What cannot be written now wakes the task when it can; what comes is read all the same, since the other side may wait for that.
-        if let Poll::Ready(Err(error)) = me.poll_drain(cx) {
-            return Poll::Ready(Err(error));
-        }
+        // What cannot be written now wakes the task when it can; what comes is read all the same, since the other side may wait for that, or have
+        // said why it takes nothing more. The next write or flush has the same error.
+        let _ = me.poll_drain(cx);
         Pin::new(&mut me.inner).poll_read(cx, buf)
     }
 }
@@ -164,6 +163,22 @@ mod tests {
             .unwrap()
             .unwrap();
         assert_eq!(answer, [3; 5]);
+    }
+
+    /// What the other side has said before it went is read, though it takes nothing more.
+    #[tokio::test]
+    async fn the_last_word_of_the_other_side_is_read() {
+        let (near, mut far) = duplex(64);
+        let mut near = Gathered::new(near);
+        near.write_all(b"more").await.unwrap();
+        far.write_all(b"no").await.unwrap();
+        drop(far);
+        let mut word = Vec::new();
+        near.read_to_end(&mut word).await.unwrap();
+        assert_eq!(word, b"no");
+        near.flush().await.unwrap();
+        let error = near.flush().await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
     }
 
     /// A task that neither reads nor writes any more, but looks after its connection when it is woken.

@@ -1,5 +1,6 @@
 //! Asking ahead for what earlier starts have read: as soon as all layers are live, or a moment after the first one, in the order of the first read, in
-//! waves ([`super::waves`]). Of an image of which nothing is known it is guessed ([`super::walk`]).
+//! waves ([`super::waves`]). Of an image of which nothing is known it is guessed ([`super::walk`]). If another command of the same program is
+//! seen, what is known waits, and what has no request yet is taken back, until what that command reads is guessed and asked for.
 //!
 //! Nobody waits for a playback, and none can fail: a layer that does not become live is not asked for anything.
 
@@ -86,6 +87,9 @@ impl Played {
 
     /// What goes on beside it waits for it until this is dropped.
     pub(super) fn goes_first(&self) -> GoesFirst {
+        if let Some(other) = &self.beside {
+            other.waits.send_replace(true);
+        }
         GoesFirst(self.beside.clone())
     }
 
@@ -247,10 +251,7 @@ impl Catalog {
         }
         let helps = |other: &Arc<Played>| is_guess && !other.is_guess && other.entry.resembles(&entry);
         let beside = match state.played.remove(&manifest) {
-            Some(other) if helps(&other) => {
-                other.waits.send_replace(true);
-                Some(other)
-            }
+            Some(other) if helps(&other) => Some(other),
             Some(other) => {
                 other.stop();
                 None

@@ -170,7 +170,6 @@ impl Catalog {
             return;
         };
         let end = played.end.clone();
-        let _first = played.goes_first();
         let walked = async {
             let layers = join_all(coming).await.into_iter().rev();
             let layers: Option<Vec<_>> = layers.map(|layer| layer.map(|(_, layer)| layer)).collect();
@@ -181,6 +180,7 @@ impl Catalog {
             }
             // Not before the layers are there: whoever waits for a registry holds up no other.
             let _one = self.traces.walks.acquire().await.ok()?;
+            let _first = played.goes_first();
             let walk = blocking(move || {
                 let names = layers.iter().map(|layer| layer.names().ok());
                 let view = View::new(names.collect::<Option<_>>()?);
